@@ -1,0 +1,51 @@
+// Range -> (scale, zero), value -> code, code -> value: the rounding rules of docs/formats.md.
+// Every operation is one correctly rounded float32 operation, so all devices agree bit for bit.
+#pragma once
+
+#include <cmath>
+
+#include "core/host_device.h"
+
+namespace resq {
+
+// Smallest scale: keeps 1/scale and every product of the epilogue finite and normal.
+inline constexpr float kMinScale = 0x1p-60f;
+
+struct ScaleZero {
+  float scale;
+  float zero;  // integer-valued
+};
+
+// Asymmetric: the range is widened to contain 0, a row of zeros gets [-1, 1]. Codes are signed, in
+// [-2^(bits-1), 2^(bits-1) - 1]; x ~ scale * (code - zero). `lo` and `hi` are the row's extremes,
+// already multiplied by the clip factor.
+RESQ_HOST_DEVICE inline ScaleZero asymmetric_scale(float lo, float hi, int bits) {
+  lo = lo < 0.0f ? lo : 0.0f;
+  hi = hi > 0.0f ? hi : 0.0f;
+  if (lo == 0.0f && hi == 0.0f) {
+    lo = -1.0f;
+    hi = 1.0f;
+  }
+  const float levels = static_cast<float>((1 << bits) - 1);
+  float scale = (hi - lo) / levels;
+  scale = scale > kMinScale ? scale : kMinScale;
+  const float half = static_cast<float>(1 << (bits - 1));
+  return {scale, rintf(-lo * (1.0f / scale)) - half};
+}
+
+// Symmetric: zero = 0, scale = max(|lo|, |hi|) / (2^(bits-1) - 1); a row of zeros gets 1.
+RESQ_HOST_DEVICE inline ScaleZero symmetric_scale(float lo, float hi, int bits) {
+  const float amax = -lo > hi ? -lo : hi;
+  if (!(amax > 0.0f)) return {1.0f, 0.0f};
+  const float scale = amax / static_cast<float>((1 << (bits - 1)) - 1);
+  return {scale > kMinScale ? scale : kMinScale, 0.0f};
+}
+
+// round(x * inv_scale) + zero, clamped: half to even, then the integer zero, then the clamp.
+RESQ_HOST_DEVICE inline int8_t quantize_code(float x, float inv_scale, float zero, int bits) {
+  const float half = static_cast<float>(1 << (bits - 1));
+  const float code = rintf(x * inv_scale) + zero;
+  return static_cast<int8_t>(code < -half ? -half : (code > half - 1.0f ? half - 1.0f : code));
+}
+
+}  // namespace resq

@@ -1,0 +1,33 @@
+// The only place that declares operators: the table of contents of the library. Formulas, shapes
+// and dtypes stand in each op's header (csrc/ops/<op>/<op>.h) and in docs/ops.md.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(resq, m) {
+  m.def(
+      "mixed_quantize(Tensor x, SymInt n_hi, int lo_bits=4, bool? packed=None, "
+      "bool symmetric=False, float clip=1.0) -> (Tensor q_lo, Tensor q_hi, Tensor params)");
+  m.def(
+      "rms_norm_quantize(Tensor x, Tensor? residual, Tensor? weight, float eps, SymInt n_hi, "
+      "int lo_bits=4, bool? packed=None, bool symmetric=False, float clip=1.0) "
+      "-> (Tensor q_lo, Tensor q_hi, Tensor params, Tensor new_residual)");
+  m.def(
+      "silu_mul_hadamard_quantize(Tensor gate_up, bool hadamard=True, SymInt n_hi=0, "
+      "int lo_bits=4, bool? packed=None, bool symmetric=False, float clip=1.0) "
+      "-> (Tensor q_lo, Tensor q_hi, Tensor params)");
+  m.def("hadamard(Tensor x, float scale=1.0) -> Tensor");
+  m.def("pack_weight(Tensor codes_lo, Tensor codes_hi) -> Tensor");
+  m.def(
+      "unpack_weight(Tensor packed_weight, SymInt n, SymInt k_lo, SymInt k_hi) "
+      "-> (Tensor codes_lo, Tensor codes_hi)");
+  m.def(
+      "mixed_gemm(Tensor q_lo, Tensor q_hi, Tensor params, Tensor packed_weight, "
+      "Tensor weight_scale, Tensor weight_sum, Tensor? bias, ScalarType out_dtype) -> Tensor");
+  m.def(
+      "kv_append(Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? key_rotation, "
+      "Tensor(a!) cache, Tensor slot_mapping, int hi_bits=8) -> ()");
+  m.def(
+      "kv_attention(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, "
+      "Tensor query_starts, float scale, Tensor? cos=None, Tensor? sin=None, "
+      "Tensor? key_rotation=None) -> Tensor");
+  m.def("cpu_isa() -> str");
+}

@@ -1,0 +1,79 @@
+"""The options of a quantization: one frozen dataclass, validated on construction."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+METHODS = ("resq", "quarot", "rtn")
+WEIGHT_METHODS = ("gptq", "rtn")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResQConfig:
+    """What `quantize` does to a model.
+
+    Args:
+        method: "resq" (PCA bases, random rotation inside each subspace, INT8 + INT4), "quarot"
+            (random rotation only, uniform INT4) or "rtn" (no rotation, uniform INT4).
+        weights: "gptq" or "rtn" (round to nearest); both search the clipping range by MSE.
+        high_fraction: share of every input dimension kept in INT8; 0 for the uniform methods.
+        lo_bits: bits of the low part of the activations, 4 or 8 (weights stay INT4).
+        symmetric: symmetric instead of asymmetric activations.
+        activation_clip: factor on the range of the activations, in (0, 1].
+        kv_bits: 4 (mixed 4/8 with method "resq", uniform 4 otherwise) or 16 (cache not quantized).
+        samples, seqlen: calibration windows and their length in tokens.
+        damping: GPTQ's diagonal damping as a share of the mean diagonal.
+        seed: seed of the rotations and of the choice of calibration windows.
+
+    Raises:
+        ValueError: a value is outside its range; the message names the field.
+    """
+
+    method: str = "resq"
+    weights: str = "gptq"
+    high_fraction: float = 0.125
+    lo_bits: int = 4
+    symmetric: bool = False
+    activation_clip: float = 1.0
+    kv_bits: int = 4
+    samples: int = 128
+    seqlen: int = 2048
+    damping: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        _one_of("weights", self.weights, WEIGHT_METHODS)
+        _one_of("lo_bits", self.lo_bits, (4, 8))
+        _one_of("kv_bits", self.kv_bits, (4, 16))
+        if self.method != "resq" and self.high_fraction == ResQConfig.high_fraction:
+            object.__setattr__(self, "high_fraction", 0.0)
+        if not 0.0 <= self.high_fraction < 1.0 or not math.isfinite(self.high_fraction):
+            raise ValueError(f"high_fraction: expected a share in [0, 1), got {self.high_fraction}")
+        if self.method != "resq" and self.high_fraction != 0.0:
+            raise ValueError(
+                f"high_fraction: method {self.method!r} is uniform 4-bit, expected 0, "
+                f"got {self.high_fraction}"
+            )
+        if not 0.0 < self.activation_clip <= 1.0:
+            raise ValueError(f"activation_clip: expected (0, 1], got {self.activation_clip}")
+        for name in ("samples", "seqlen"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.damping > 0:
+            raise ValueError(f"damping: expected a positive share, got {self.damping}")
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the model is rotated offline and down_proj's input goes through a Hadamard."""
+        return self.method != "rtn"
+
+    def to_dict(self) -> dict[str, object]:
+        """The fields as plain values, in declaration order."""
+        return dataclasses.asdict(self)
+
+
+def _one_of(name: str, value: object, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
