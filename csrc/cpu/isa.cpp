@@ -56,4 +56,6 @@ Isa current_isa() {
 
 static std::string cpu_isa() { return resq::cpu::isa_name(resq::cpu::current_isa()); }
 
-STABLE_TORCH_LIBRARY_IMPL(resq, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(resq, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+}

@@ -69,7 +69,10 @@ inline void check_tensor(const char* op, const char* argument, const Tensor& ten
   separator = "";
   for (int64_t size : sizes) {
     expected << separator;
-    if (size == kAnySize) expected << "*"; else expected << size;
+    if (size == kAnySize)
+      expected << "*";
+    else
+      expected << size;
     separator = ", ";
   }
   expected << "] contiguous";
@@ -78,7 +81,8 @@ inline void check_tensor(const char* op, const char* argument, const Tensor& ten
 
 inline void check_device(const char* op, const char* argument, const Tensor& tensor,
                          const Tensor& like) {
-  if (tensor.device() != like.device()) fail(op, argument, "the device of the first argument", "another device");
+  if (tensor.device() != like.device())
+    fail(op, argument, "the device of the first argument", "another device");
 }
 
 }  // namespace resq

@@ -1,0 +1,58 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each sets up .venv by itself, needs only
+# Python >= 3.10, a C++ compiler and make, and is quick the second time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: help demo test lint bench format wheel-check clean
+
+help:
+	@echo "make demo         quantize the small Llama in examples/, compare, write out/demo/report.html"
+	@echo "make test         run the test suite"
+	@echo "make bench        benchmark the kernels on this machine, results under benchmarks/results/"
+	@echo "make lint         ruff, clang-format and structure checks"
+	@echo "make format       let ruff and clang-format rewrite the files"
+	@echo "make wheel-check  build the wheel, install it in an empty environment, call an operator"
+
+# torch first and pinned: anything else that depends on torch would pull in another build of it.
+$(VENV)/.dependencies: pyproject.toml
+	@echo "setting up $(VENV) (torch, transformers and tools; a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "resq_kernels needs Python >= 3.10, got " + sys.version)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@$(BIN)/python -c 'import tomllib' 2>/dev/null || $(BIN)/pip install --quiet tomli
+	@$(BIN)/python tools/requirements.py dev > $(VENV)/requirements.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
+	@echo "building the CPU library (about 30 s the first time)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: $(VENV)/.built
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest tests
+
+bench: $(VENV)/.built
+	$(BIN)/resq bench
+
+lint: $(VENV)/.dependencies
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+
+format: $(VENV)/.dependencies
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+
+wheel-check: $(VENV)/.dependencies
+	$(BIN)/python tools/wheel_check.py "$(TORCH)"
+
+clean:
+	rm -rf build dist out *.egg-info resq_kernels/*.so $(VENV)/.built

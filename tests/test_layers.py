@@ -1,0 +1,83 @@
+"""The arrows of docs/design.md, and the limit on the length of a file."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "resq_kernels"
+MAX_LINES = 500
+
+# layer -> what it may import of this package (first name below resq_kernels).
+LEAVES = {"formats", "config", "hadamard", "kv_pages", "architecture"}
+ALLOWED = {
+    "_library": set(),
+    "config": set(),
+    "formats": {"config"},
+    "hadamard": set(),
+    "architecture": set(),
+    "kv_pages": {"formats"},
+    "reference": LEAVES | {"reference_attention"},
+    "reference_attention": LEAVES,
+    "weights": LEAVES | {"reference"},
+    "checkpoint": LEAVES,
+    "ops": LEAVES | {"_library"},
+    "nn": LEAVES | {"ops", "checkpoint", "weights", "reference"},
+    "ptq": LEAVES | {"ops", "checkpoint", "weights", "reference"},
+    "integrations": LEAVES | {"nn", "checkpoint", "ops"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """The layers of resq_kernels that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("resq_kernels"):
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names = (alias.name.split(".") for alias in node.names)
+            found |= {name[1] for name in names if name[0] == "resq_kernels" and len(name) > 1}
+    return found
+
+
+@pytest.mark.parametrize("layer", sorted(ALLOWED))
+def test_layer_imports_only_what_the_arrows_allow(layer: str) -> None:
+    single = PACKAGE / f"{layer}.py"
+    paths = [single] if single.exists() else sorted((PACKAGE / layer).rglob("*.py"))
+    for path in paths:
+        extra = imports(path) - ALLOWED[layer] - {layer}
+        assert not extra, f"{path.relative_to(ROOT)} imports {sorted(extra)}"
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'#include [<"]([^">]+)[">]', path.read_text())
+
+
+def test_core_is_free_of_torch_cuda_and_instruction_sets() -> None:
+    for path in (ROOT / "csrc/core").iterdir():
+        for name in includes(path):
+            assert name.startswith("core/") or re.fullmatch(r"[a-z_0-9]+", name), (path.name, name)
+
+
+def test_torch_headers_stay_in_the_registration_files() -> None:
+    for path in [*(ROOT / "csrc/ops").rglob("*"), *(ROOT / "csrc/cpu").rglob("*")]:
+        if path.is_dir() or re.search(r"_(cpu|cuda)\.cpp$|_args\.h$|isa\.cpp$", path.name):
+            continue
+        torch_headers = [name for name in includes(path) if name.startswith("torch/")]
+        assert not torch_headers, (path.name, torch_headers)
+
+
+def test_no_file_is_longer_than_500_lines() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    suffixes = {".py", ".h", ".cpp", ".cu", ".cuh"}
+    paths = [ROOT / name for name in tracked.split() if Path(name).suffix in suffixes]
+    if not paths:
+        pytest.skip("not a git checkout: nothing lists the project's own files")
+    too_long = {p.name: n for p in paths if (n := len(p.read_text().splitlines())) > MAX_LINES}
+    assert not too_long

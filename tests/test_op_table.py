@@ -1,0 +1,50 @@
+"""Every operator of csrc/schema.cpp exists in every layer under the same name."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from resq_kernels import ops, reference
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA = (ROOT / "csrc/schema.cpp").read_text()
+QUERIES = {"cpu_isa"}  # answer a fact about the library; no tensors, no kernel
+OPS = sorted(set(re.findall(r'm\.def\(\s*"(\w+)\(', SCHEMA)) - QUERIES)
+# The reference works on canonical codes, so packing has no counterpart there.
+LAYOUT_ONLY = {"pack_weight", "unpack_weight"}
+
+
+def test_schema_lists_the_contract() -> None:
+    assert len(OPS) == 9
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_has_kernel_and_fake(op: str) -> None:
+    name = f"resq::{op}"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+    assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_has_wrapper_reference_folder_tests_and_docs(op: str) -> None:
+    wrapper = getattr(ops, op)
+    assert inspect.getmodule(wrapper).__name__ == f"resq_kernels.ops.{op}"
+    assert inspect.getdoc(wrapper), f"{op}: the wrapper has no docstring"
+    if op not in LAYOUT_ONLY:
+        assert callable(getattr(reference, op))
+    assert (ROOT / f"csrc/ops/{op}/{op}.h").exists()
+    assert (ROOT / f"tests/ops/test_{op}.py").exists()
+    assert f"## `{op}`" in (ROOT / "docs/ops.md").read_text()
+
+
+@pytest.mark.parametrize("op", sorted(set(OPS) - LAYOUT_ONLY - {"mixed_gemm"}))
+def test_wrapper_takes_the_arguments_of_the_reference(op: str) -> None:
+    wrapper = list(inspect.signature(getattr(ops, op)).parameters)
+    assert wrapper == list(inspect.signature(getattr(reference, op)).parameters)
+    schema = getattr(torch.ops.resq, op).default._schema
+    assert wrapper == [argument.name for argument in schema.arguments]
