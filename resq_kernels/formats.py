@@ -74,3 +74,10 @@ def weight_sums(codes_lo: torch.Tensor, codes_hi: torch.Tensor) -> torch.Tensor:
     return torch.stack(
         [unpack_int4(codes_lo).sum(1, dtype=torch.int32), codes_hi.sum(1, dtype=torch.int32)], dim=1
     )
+
+
+def packed_weight_bytes(n: int, k_lo: int, k_hi: int) -> int:
+    """Size of a packed weight on the CPU: docs/formats.md section 3.2."""
+    padded_n = (n + 31) // 32 * 32
+    padded_lo, padded_hi = (k_lo + 7) // 8 * 8, (k_hi + 7) // 8 * 8
+    return padded_n * (padded_lo // 2 + padded_hi)

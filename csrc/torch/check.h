@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <sstream>
 #include <string>
+#include <vector>
 
 namespace resq {
 
@@ -49,7 +50,7 @@ inline constexpr int64_t kAnySize = -1;
 // A contiguous tensor of one of `dtypes` and of exactly `sizes` (kAnySize matches any).
 inline void check_tensor(const char* op, const char* argument, const Tensor& tensor,
                          std::initializer_list<ScalarType> dtypes,
-                         std::initializer_list<int64_t> sizes) {
+                         const std::vector<int64_t>& sizes) {
   bool good = tensor.dim() == static_cast<int64_t>(sizes.size()) && tensor.is_contiguous();
   int64_t i = 0;
   for (int64_t size : sizes) {

@@ -1,0 +1,250 @@
+// The one body of mixed_gemm on CPUs. An ISA file defines `Simd` inside its namespace and its
+// target region and includes this file there; everything below is compiled once per instruction
+// set.
+//
+// Simd offers:
+//   kMaxTileRows                         rows of the largest tile
+//   Sums                                 16 int32 sums, one per output column
+//   Codes                                16 output columns x 4 unsigned codes
+//   zero(), store(Sums, int32_t[16])
+//   load(p), low_nibbles(c), high_nibbles(c)
+//   dot_lo(sums, w0, q0, w1, q1)         sums += w0 . q0 + w1 . q1 with codes of w in [0, 15];
+//   dot_hi(...)                          the same with codes in [0, 255]; q is a word of 4 int8
+//   to_float16(float[16], uint16_t[16])
+
+constexpr int64_t kBlock = kPackedBlockRows;
+constexpr int kVectors = kBlock / 16;
+constexpr int64_t kVectorBytes = 16 * kPackedWordBytes;
+
+// Bytes of weight ahead of the loop, so that decode streams at memory speed across pages, where the
+// hardware prefetcher stops.
+constexpr int64_t kPrefetchBytes = 2048;
+
+// What the epilogue needs of one activation row and part.
+struct RowPart {
+  float scale;
+  uint32_t zero;        // two's complement; all integer arithmetic is modulo 2^32, d fits in int32
+  uint32_t correction;  // storage offset of the weight codes x sum of the row's codes
+};
+
+struct Row {
+  RowPart lo, hi;
+};
+
+// What the epilogue needs of the columns of one weight block; columns past n hold zeros.
+struct Columns {
+  int64_t first, count;
+  float scale_lo[kBlock], scale_hi[kBlock], bias[kBlock];
+  uint32_t sum_lo[kBlock], sum_hi[kBlock];
+};
+
+// Activations of a panel: for each tile of R rows, words of 4 codes in the order [K / 4][R], so
+// that a tile reads one stream whatever R is. The low parts of all tiles come first.
+struct Panel {
+  int64_t index, first_row, rows, tiles;
+  int8_t* lo;
+  int8_t* hi;
+  int8_t* row_codes;  // one row in its natural order, before its words are spread
+  Row* row;
+
+  int64_t tile_begin(int64_t tile) const { return tile * rows / tiles; }
+};
+
+inline uint32_t exact_integer(float zero) {
+  const bool fits = zero >= -0x1p30f && zero <= 0x1p30f;
+  return fits ? static_cast<uint32_t>(static_cast<int32_t>(zero)) : 0u;
+}
+
+// Pads `codes` with zeros to whole groups, spreads its words `tile_rows` apart, returns its sum.
+inline int32_t spread_words(int8_t* codes, int64_t k, int64_t tile_rows, int8_t* words) {
+  const int64_t padded = packed_columns(k);
+  for (int64_t i = k; i < padded; ++i) codes[i] = 0;
+  int32_t sum = 0;
+  for (int64_t i = 0; i < k; ++i) sum += codes[i];
+  for (int64_t i = 0; i < padded / kPackedWordBytes; ++i) {
+    std::memcpy(words + i * tile_rows * kPackedWordBytes, codes + i * kPackedWordBytes,
+                kPackedWordBytes);
+  }
+  return sum;
+}
+
+inline void fill_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t index,
+                       Panel& panel) {
+  panel.index = index;
+  panel.first_row = index * p.rows / plan.panels;
+  panel.rows = (index + 1) * p.rows / plan.panels - panel.first_row;
+  panel.tiles = ceil_div(panel.rows, plan.max_tile_rows);
+  for (int64_t tile = 0; tile < panel.tiles; ++tile) {
+    const int64_t begin = panel.tile_begin(tile), end = panel.tile_begin(tile + 1);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t m = panel.first_row + i;
+      const int64_t word = (i - begin) * kPackedWordBytes;
+      if (p.q_lo_packed) {
+        const auto* bytes = static_cast<const uint8_t*>(p.q_lo) + m * (p.k_lo / 2);
+        for (int64_t k = 0; k < p.k_lo / 2; ++k) {
+          panel.row_codes[2 * k] = unpack_int4_even(bytes[k]);
+          panel.row_codes[2 * k + 1] = unpack_int4_odd(bytes[k]);
+        }
+      } else {
+        std::copy_n(static_cast<const int8_t*>(p.q_lo) + m * p.k_lo, p.k_lo, panel.row_codes);
+      }
+      const int32_t sum_lo = spread_words(panel.row_codes, p.k_lo, end - begin,
+                                          panel.lo + begin * packed_columns(p.k_lo) + word);
+      std::copy_n(p.q_hi + m * p.k_hi, p.k_hi, panel.row_codes);
+      const int32_t sum_hi = spread_words(panel.row_codes, p.k_hi, end - begin,
+                                          panel.hi + begin * packed_columns(p.k_hi) + word);
+      const float* params = p.params + 4 * m;
+      panel.row[i] = {
+          {params[0], exact_integer(params[1]), static_cast<uint32_t>(sum_lo) * kPackedOffsetLo},
+          {params[2], exact_integer(params[3]), static_cast<uint32_t>(sum_hi) * kPackedOffsetHi}};
+    }
+  }
+}
+
+inline float load_float(const void* data, FloatType type, int64_t i) {
+  if (type == FloatType::kFloat32) return static_cast<const float*>(data)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+  return type == FloatType::kFloat16 ? cpu::float_from_float16(bits)
+                                     : cpu::float_from_bfloat16(bits);
+}
+
+inline void load_columns(const MixedGemmParams& p, int64_t block, Columns& c) {
+  c.first = block * kBlock;
+  c.count = std::min(kBlock, p.n - c.first);
+  for (int64_t j = 0; j < kBlock; ++j) {
+    const bool inside = j < c.count;
+    const int64_t n = inside ? c.first + j : 0;
+    c.scale_lo[j] = inside ? p.weight_scale[2 * n] : 0.0f;
+    c.scale_hi[j] = inside ? p.weight_scale[2 * n + 1] : 0.0f;
+    c.sum_lo[j] = inside ? static_cast<uint32_t>(p.weight_sum[2 * n]) : 0u;
+    c.sum_hi[j] = inside ? static_cast<uint32_t>(p.weight_sum[2 * n + 1]) : 0u;
+    c.bias[j] = inside && p.bias ? load_float(p.bias, p.bias_type, n) : 0.0f;
+  }
+}
+
+// Sums of kRows activation rows x 32 columns over one part of K: [kRows][kBlock].
+template <int kRows, bool kHigh>
+inline void accumulate(const uint8_t* weight, const int8_t* words, int64_t k, uint32_t* out) {
+  using Codes = Simd::Codes;
+  Simd::Sums sums[kRows][kVectors];
+  for (auto& row : sums) {
+    for (auto& vector : row) vector = Simd::zero();
+  }
+  const int64_t groups = packed_columns(k) / kPackedGroupColumns;
+  for (int64_t group = 0; group < groups; ++group) {
+    Codes first[kVectors], second[kVectors];  // columns 0-3 and 4-7 of the group
+    for (int v = 0; v < kVectors; ++v) {
+      __builtin_prefetch(weight + kPrefetchBytes + v * kVectorBytes);
+      if constexpr (kHigh) {
+        __builtin_prefetch(weight + kPrefetchBytes + (kVectors + v) * kVectorBytes);
+        first[v] = Simd::load(weight + v * kVectorBytes);
+        second[v] = Simd::load(weight + (kVectors + v) * kVectorBytes);
+      } else {
+        const Codes codes = Simd::load(weight + v * kVectorBytes);
+        first[v] = Simd::low_nibbles(codes);
+        second[v] = Simd::high_nibbles(codes);
+      }
+    }
+    weight += (kHigh ? 2 : 1) * kVectors * kVectorBytes;
+    for (int r = 0; r < kRows; ++r) {
+      const int8_t* q0 = words + r * kPackedWordBytes;
+      const int8_t* q1 = q0 + kRows * kPackedWordBytes;
+      for (int v = 0; v < kVectors; ++v) {
+        if constexpr (kHigh) {
+          sums[r][v] = Simd::dot_hi(sums[r][v], first[v], q0, second[v], q1);
+        } else {
+          sums[r][v] = Simd::dot_lo(sums[r][v], first[v], q0, second[v], q1);
+        }
+      }
+    }
+    words += 2 * kRows * kPackedWordBytes;
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) Simd::store(sums[r][v], out + r * kBlock + 16 * v);
+  }
+}
+
+// One part of the epilogue, without the sum of the two parts.
+inline void scale_sums(const uint32_t* sums, const RowPart& row, const uint32_t* weight_sum,
+                       const float* weight_scale, float* y) {
+  for (int64_t j = 0; j < kBlock; ++j) {
+    const uint32_t d = sums[j] - row.correction - row.zero * weight_sum[j];
+    y[j] = (static_cast<float>(static_cast<int32_t>(d)) * row.scale) * weight_scale[j];
+  }
+}
+
+inline void store_row(const float* y, const MixedGemmParams& p, int64_t m, const Columns& c) {
+  const void* source = y;
+  uint16_t narrow[kBlock];
+  if (p.out_type == FloatType::kFloat16) {
+    for (int64_t j = 0; j < kBlock; j += 16) Simd::to_float16(y + j, narrow + j);
+    source = narrow;
+  } else if (p.out_type == FloatType::kBFloat16) {
+    for (int64_t j = 0; j < kBlock; ++j) narrow[j] = cpu::bfloat16_from_float(y[j]);
+    source = narrow;
+  }
+  const int64_t bytes = float_bytes(p.out_type);
+  std::memcpy(static_cast<char*>(p.out) + (m * p.n + c.first) * bytes, source, c.count * bytes);
+}
+
+template <int kRows>
+void run_tile(const MixedGemmParams& p, const Panel& panel, int64_t first, const uint8_t* weight,
+              const Columns& c) {
+  alignas(64) uint32_t sums_lo[kRows][kBlock], sums_hi[kRows][kBlock];
+  accumulate<kRows, false>(weight, panel.lo + first * packed_columns(p.k_lo), p.k_lo, sums_lo[0]);
+  accumulate<kRows, true>(weight + packed_block_lo_bytes(p.k_lo),
+                          panel.hi + first * packed_columns(p.k_hi), p.k_hi, sums_hi[0]);
+  for (int r = 0; r < kRows; ++r) {
+    const Row& row = panel.row[first + r];
+    alignas(64) float y[kBlock] = {}, y_hi[kBlock];
+    if (p.k_lo) scale_sums(sums_lo[r], row.lo, c.sum_lo, c.scale_lo, y);
+    if (p.k_hi) {
+      scale_sums(sums_hi[r], row.hi, c.sum_hi, c.scale_hi, p.k_lo ? y_hi : y);
+      if (p.k_lo) {
+        for (int64_t j = 0; j < kBlock; ++j) y[j] = y[j] + y_hi[j];
+      }
+    }
+    if (p.bias) {
+      for (int64_t j = 0; j < kBlock; ++j) y[j] = y[j] + c.bias[j];
+    }
+    store_row(y, p, panel.first_row + first + r, c);
+  }
+}
+
+using TileKernel = void (*)(const MixedGemmParams&, const Panel&, int64_t, const uint8_t*,
+                            const Columns&);
+
+template <int... kRowsMinusOne>
+constexpr std::array<TileKernel, sizeof...(kRowsMinusOne)> tile_kernels(
+    std::integer_sequence<int, kRowsMinusOne...>) {
+  return {run_tile<kRowsMinusOne + 1>...};
+}
+
+const int64_t kMaxTileRows = Simd::kMaxTileRows;
+
+void mixed_gemm_tasks(const MixedGemmParams& p, int64_t begin, int64_t end) {
+  static constexpr auto kTiles =
+      tile_kernels(std::make_integer_sequence<int, Simd::kMaxTileRows>());
+  const MixedGemmPlan plan = mixed_gemm_plan(p.rows, p.n, p.k_lo, p.k_hi, kMaxTileRows);
+  const int64_t lo_bytes = packed_columns(p.k_lo), hi_bytes = packed_columns(p.k_hi);
+  const int64_t row_bytes = std::max(lo_bytes, hi_bytes);
+  std::vector<int8_t> codes(plan.max_panel_rows * (lo_bytes + hi_bytes) + row_bytes);
+  std::vector<Row> rows(plan.max_panel_rows);
+  Panel panel{};
+  panel.index = -1;
+  panel.lo = codes.data();
+  panel.hi = panel.lo + plan.max_panel_rows * lo_bytes;
+  panel.row_codes = panel.hi + plan.max_panel_rows * hi_bytes;
+  panel.row = rows.data();
+  Columns columns;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t block = task % plan.blocks;
+    if (task / plan.blocks != panel.index) fill_panel(p, plan, task / plan.blocks, panel);
+    load_columns(p, block, columns);
+    const uint8_t* weight = p.packed_weight + block * packed_block_bytes(p.k_lo, p.k_hi);
+    for (int64_t tile = 0; tile < panel.tiles; ++tile) {
+      const int64_t first = panel.tile_begin(tile);
+      kTiles[panel.tile_begin(tile + 1) - first - 1](p, panel, first, weight, columns);
+    }
+  }
+}

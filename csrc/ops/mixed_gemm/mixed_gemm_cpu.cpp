@@ -1,0 +1,50 @@
+// mixed_gemm on CPUs: picks the instruction set, cuts the work, registers the op.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/isa.h"
+#include "ops/mixed_gemm/mixed_gemm_args.h"
+
+namespace resq {
+namespace {
+
+struct Variant {
+  int64_t max_tile_rows;
+  void (*run)(const MixedGemmParams&, int64_t begin, int64_t end);
+};
+
+Variant variant() {
+  switch (cpu::current_isa()) {
+    case cpu::Isa::kAvx512Vnni: return {avx512vnni::kMaxTileRows, avx512vnni::mixed_gemm_tasks};
+    case cpu::Isa::kAvx2: return {avx2::kMaxTileRows, avx2::mixed_gemm_tasks};
+    default: return {scalar::kMaxTileRows, scalar::mixed_gemm_tasks};
+  }
+}
+
+void check_packed_size(const MixedGemmParams& p, const Tensor& packed_weight) {
+  const int64_t bytes = packed_weight_bytes(p.n, p.k_lo, p.k_hi);
+  if (packed_weight.size(0) == bytes) return;
+  std::ostringstream expected, got;
+  expected << bytes << " bytes for " << p.n << " rows (weight_scale) x (" << p.k_lo << " | "
+           << p.k_hi << ") columns (q_lo | q_hi)";
+  got << packed_weight.size(0) << " bytes";
+  fail("mixed_gemm", "packed_weight", expected.str(), got.str());
+}
+
+Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
+                  const Tensor& packed_weight, const Tensor& weight_scale, const Tensor& weight_sum,
+                  const std::optional<Tensor>& bias, ScalarType out_dtype) {
+  const MixedGemmCall call =
+      mixed_gemm_call(q_lo, q_hi, params, packed_weight, weight_scale, weight_sum, bias, out_dtype);
+  const MixedGemmParams& p = call.params;
+  check_packed_size(p, packed_weight);
+  const Variant best = variant();
+  const MixedGemmPlan plan = mixed_gemm_plan(p.rows, p.n, p.k_lo, p.k_hi, best.max_tile_rows);
+  torch::stable::parallel_for(0, plan.tasks(), 1,
+                              [&](int64_t begin, int64_t end) { best.run(p, begin, end); });
+  return call.out;
+}
+
+}  // namespace
+}  // namespace resq
+
+STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) { m.impl("mixed_gemm", TORCH_BOX(&resq::mixed_gemm)); }

@@ -1,0 +1,38 @@
+// unpack_weight: the CPU layout of docs/formats.md section 3.2 -> canonical codes, one block of 32
+// rows at a time; the exact inverse of pack_weight.
+#pragma once
+
+#include <algorithm>
+
+#include "core/int4.h"
+#include "core/packed_weight.h"
+
+namespace resq {
+
+struct UnpackWeightParams {
+  int64_t n, k_lo, k_hi;
+  const uint8_t* packed_weight;  // [packed_weight_bytes(n, k_lo, k_hi)]
+  uint8_t* codes_lo;             // [n, k_lo / 2], two signed 4-bit codes a byte, even column low
+  int8_t* codes_hi;              // [n, k_hi]
+};
+
+inline void unpack_weight_block(const UnpackWeightParams& p, int64_t block) {
+  const int64_t first = block * kPackedBlockRows;
+  const int64_t rows = std::min(kPackedBlockRows, p.n - first);
+  const uint8_t* packed = p.packed_weight + block * packed_block_bytes(p.k_lo, p.k_hi);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < p.k_lo; column += 2) {
+      const uint8_t* bytes = packed + packed_lo_byte(row, column);
+      const int shift = packed_lo_is_high_nibble(column) ? 4 : 0;
+      const auto even = static_cast<int8_t>(((bytes[0] >> shift) & 15) - kPackedOffsetLo);
+      const auto odd = static_cast<int8_t>(((bytes[1] >> shift) & 15) - kPackedOffsetLo);
+      p.codes_lo[((first + row) * p.k_lo + column) / 2] = pack_int4(even, odd);
+    }
+    for (int64_t column = 0; column < p.k_hi; ++column) {
+      const int stored = packed[packed_hi_byte(p.k_lo, row, column)];
+      p.codes_hi[(first + row) * p.k_hi + column] = static_cast<int8_t>(stored - kPackedOffsetHi);
+    }
+  }
+}
+
+}  // namespace resq

@@ -1,0 +1,34 @@
+"""The layout of a packed weight -> canonical codes."""
+
+from __future__ import annotations
+
+import torch
+
+
+def unpack_weight(
+    packed_weight: torch.Tensor, n: int, k_lo: int, k_hi: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The exact inverse of `pack_weight` (docs/formats.md section 3.2).
+
+    Args:
+        packed_weight: uint8, one dimension of `formats.packed_weight_bytes(n, k_lo, k_hi)` bytes.
+        n: output rows.
+        k_lo: 4-bit columns, even.
+        k_hi: 8-bit columns.
+
+    Returns:
+        codes_lo uint8 [n, k_lo / 2] (even column in the low nibble) and codes_hi int8 [n, k_hi].
+
+    Raises:
+        RuntimeError: the size of `packed_weight` is not that of n, k_lo and k_hi, or one of these
+            is negative, or k_lo is odd.
+    """
+    return torch.ops.resq.unpack_weight(packed_weight, n, k_lo, k_hi)
+
+
+@torch.library.register_fake("resq::unpack_weight")
+def _fake(
+    packed_weight: torch.Tensor, n: int, k_lo: int, k_hi: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    codes_lo = packed_weight.new_empty(n, k_lo // 2)
+    return codes_lo, packed_weight.new_empty(n, k_hi, dtype=torch.int8)
