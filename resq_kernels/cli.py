@@ -1,0 +1,142 @@
+"""The `resq` program: parses, runs one of resq_kernels.commands, turns failures into a sentence."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from resq_kernels import __version__
+from resq_kernels.commands import COMMANDS, CommandError
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
+
+EPILOG = """\
+exit codes: 0 done, 1 failed (one sentence on stderr says why), 2 wrong usage, 130 interrupted.
+Figures go to stdout as a table and, with --json FILE, to a file whose keys docs/cli.md lists.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose usage errors read like every other error of the program."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"resq: error: {message} (see `{self.prog} --help`)\n")
+        raise SystemExit(EXIT_USAGE)
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised so that temporary files are removed on the way out."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; cheap, as `--help` must not import transformers."""
+    parser = _Parser(
+        prog="resq",
+        description="Quantize Llama and Qwen2.5 models to 4 bits (weights, activations, KV cache), "
+        "measure them and run them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"resq {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        child = commands.add_parser(
+            name,
+            help=command.SUMMARY,
+            description=command.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(child)
+        common = child.add_argument_group("common options")
+        common.add_argument(
+            "--json", metavar="FILE", help="also write the figures to FILE (whole or not at all)"
+        )
+        common.add_argument(
+            "--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice)"
+        )
+        common.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program.
+
+    Args:
+        argv: arguments without the program's name; those of the process when None.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as stop:  # argparse ends --help with 0 and errors with 2
+        return int(stop.code or 0)
+    try:
+        with _sigterm_unwinds():
+            if args.threads:
+                import torch
+
+                torch.set_num_threads(args.threads)
+            COMMANDS[args.command].run(args)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stderr.write("\nresq: interrupted\n")
+        return EXIT_INTERRUPTED
+    except _Terminated:
+        sys.stderr.write("\nresq: terminated\n")
+        return EXIT_TERMINATED
+    except BrokenPipeError:
+        # The reader has gone (`resq info | head -1`); the interpreter must not flush into the
+        # closed pipe again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        sys.stderr.write(f"resq: error: {_sentence(error)}\n")
+        return EXIT_FAILED
+    return EXIT_OK
+
+
+def _sentence(error: Exception) -> str:
+    """One line that says what was wrong; types that carry no sentence of their own are named."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        text = f"not enough memory {text}".rstrip()
+    expected = (CommandError, ValueError, RuntimeError, OSError, ImportError, MemoryError)
+    if not text or not isinstance(error, expected) or isinstance(error, NotImplementedError):
+        text = f"{type(error).__name__}: {text} (--debug shows where)"
+    return text
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Turns SIGTERM into an exception while a command runs (only possible in the main thread)."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    try:
+        previous = signal.signal(signal.SIGTERM, stop)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _threads(text: str) -> int:
+    from resq_kernels.commands.arguments import at_least
+
+    return at_least(1)(text)

@@ -1,0 +1,16 @@
+"""The subcommands of `resq`: one module each with SUMMARY, DESCRIPTION, add_arguments and run."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from resq_kernels.commands import evaluate, generate, info
+from resq_kernels.commands.output import CommandError
+
+COMMANDS: dict[str, ModuleType] = {
+    "eval": evaluate,
+    "generate": generate,
+    "info": info,
+}
+
+__all__ = ["COMMANDS", "CommandError"]

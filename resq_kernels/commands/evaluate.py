@@ -1,0 +1,158 @@
+"""`resq eval`: perplexity, divergence from a reference, zero-shot tasks."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING
+
+from resq_kernels import texts
+from resq_kernels.commands import loading, output
+from resq_kernels.commands.arguments import at_least
+from resq_kernels.commands.output import CommandError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SUMMARY = "perplexity of a 16-bit or quantized model"
+DESCRIPTION = """\
+Perplexity by the protocol of the GPTQ, QuaRot and ResQ papers: the tokens of the whole text without
+BOS, cut into windows of --seqlen (the tail is dropped); exp of the mean cross entropy over the
+seqlen - 1 targets of every window. A quantized model rounds its keys and values
+to the 4-bit cache format although no cache is used.
+
+examples:
+  resq eval out/llama-resq --dataset wikitext2
+  resq eval out/llama-resq --text heldout.txt --reference meta-llama/Llama-3.2-1B --json eval.json
+  resq eval out/llama-resq --tasks arc_easy,hellaswag
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `resq eval`."""
+    loading.add_model_arguments(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", metavar="FILE", help="a UTF-8 text file to evaluate on")
+    source.add_argument(
+        "--dataset",
+        choices=(texts.WIKITEXT2,),
+        help="the test split of WikiText-2 raw (default without --text and --tasks); read from the "
+        f"folder {texts.WIKITEXT2_VARIABLE} or through the datasets package",
+    )
+    parser.add_argument(
+        "--seqlen",
+        type=at_least(2),
+        metavar="L",
+        help="tokens of a window (default: 2048, or the model's positions if fewer)",
+    )
+    parser.add_argument(
+        "--max-windows", type=at_least(1), metavar="N", help="use the first N windows only"
+    )
+    parser.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="also measure the mean KL divergence from this model, usually the 16-bit one",
+    )
+    parser.add_argument(
+        "--tasks",
+        type=_names,
+        metavar="A,B,...",
+        help="zero-shot tasks of lm-eval (pip install 'resq_kernels[tasks]')",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures and prints; writes --json last.
+
+    Raises:
+        CommandError, ValueError: the model, the reference or the text cannot be used.
+    """
+    output.check_json_target(args.json)
+    config = loading.load_config(args.model)
+    harness = _harness() if args.tasks else None
+    wants_perplexity = bool(args.text or args.dataset or not args.tasks)
+    if args.reference and not wants_perplexity:
+        raise CommandError("--reference: needs a text, add --text FILE or --dataset wikitext2")
+    tokenizer = loading.load_tokenizer(args.model)
+    figures: dict[str, object] = {"model": args.model}
+    tokens = seqlen = None
+    if wants_perplexity:
+        seqlen = loading.choose_seqlen(args.seqlen, config)
+        source = args.text or texts.WIKITEXT2
+        tokens = texts.tokenize(tokenizer, texts.load_text(source, "test"))
+        from resq_kernels.evaluate import cut_windows
+
+        cut_windows(tokens, seqlen)  # a short text is refused before a large model is loaded
+        figures["text"] = source
+    model = loading.load_model(args.model, args.dtype, args.device)
+    if tokens is not None:
+        from resq_kernels.evaluate import perplexity
+
+        reference = args.reference and loading.load_model(args.reference, args.dtype, args.device)
+        evaluation = perplexity(
+            model,
+            tokens,
+            seqlen=seqlen,
+            max_windows=args.max_windows,
+            reference=reference or None,
+            progress="eval",
+        )
+        figures |= dataclasses.asdict(evaluation)
+    if harness is not None:
+        figures["tasks"] = _run_tasks(harness, model, tokenizer, args.tasks)
+    _print(figures)
+    output.write_json(args.json, figures)
+
+
+def _print(figures: dict[str, object]) -> None:
+    rows = [("model", str(figures["model"]))]
+    if "perplexity" in figures:
+        rows.append(("perplexity", f"{figures['perplexity']:.4f}"))
+        if figures["kl_to_reference"] is not None:
+            rows.append(("KL to reference", f"{figures['kl_to_reference']:.6f} nats"))
+        rows += [
+            ("text", str(figures["text"])),
+            ("tokens", "{tokens} ({windows} windows of {seqlen})".format_map(figures)),
+            ("speed", f"{figures['tokens_per_second']:.0f} tokens/s"),
+        ]
+    for task, metrics in figures.get("tasks", {}).items():
+        rows += [(task, f"{name} {value:.4f}") for name, value in metrics.items()]
+    print(output.table(rows))
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("expected task names separated by commas")
+    return names
+
+
+def _harness() -> object:
+    try:
+        import lm_eval
+        import lm_eval.models.huggingface  # noqa: F401  registers HFLM
+    except ImportError:
+        raise CommandError(
+            "--tasks: needs lm-eval, which is not installed; "
+            "run `pip install 'resq_kernels[tasks]'`"
+        ) from None
+    return lm_eval
+
+
+def _run_tasks(
+    harness: object,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[str],
+) -> dict[str, dict[str, float]]:
+    """Zero-shot results, task -> metric -> value; only metrics that are numbers."""
+    wrapped = harness.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer)
+    results = harness.simple_evaluate(model=wrapped, tasks=tasks, bootstrap_iters=0)["results"]
+    return {
+        task: {
+            name.split(",")[0]: float(value)
+            for name, value in metrics.items()
+            if isinstance(value, int | float) and "stderr" not in name
+        }
+        for task, metrics in results.items()
+    }

@@ -1,0 +1,180 @@
+"""`resq info`: versions, devices, kernels; what a model folder holds."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+import resq_kernels
+from resq_kernels import _library
+from resq_kernels.commands import loading, output
+from resq_kernels.formats import FORMAT_VERSION
+
+SUMMARY = "versions, devices, kernel variants; what a model folder holds"
+DESCRIPTION = """\
+Without MODEL: versions, devices, which kernel variants are built and which will run, and why CUDA
+is not used if it is not. With MODEL (a folder or a hub name) also how it is quantized and the bytes
+of each part.
+
+examples:
+  resq info
+  resq info out/llama-resq --json info.json
+"""
+
+PACKAGES = ("torch", "transformers", "safetensors", "numpy")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `resq info`."""
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="HF folder or hub name")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints and writes --json.
+
+    Raises:
+        CommandError: MODEL cannot be read.
+    """
+    output.check_json_target(args.json)
+    figures: dict[str, object] = {
+        "versions": versions(),
+        "machine": machine(),
+        "cpu": cpu(),
+        "cuda": cuda(),
+    }
+    rows = [(name, version) for name, version in figures["versions"].items()]
+    rows += [
+        ("machine", f"{figures['machine']['cpu']}, {figures['machine']['cores']} cores"),
+        ("threads", str(figures["machine"]["threads"])),
+        ("CPU kernels", f"{figures['cpu']['chosen']} of {', '.join(figures['cpu']['built'])}"),
+        ("CUDA", _cuda_line(figures["cuda"])),
+    ]
+    if args.model:
+        figures["model"] = model_figures(args.model)
+        rows += _model_rows(figures["model"])
+    print(output.table(rows))
+    output.write_json(args.json, figures)
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, its checkpoint format, Python and the libraries."""
+    found = {"resq_kernels": resq_kernels.__version__, "checkpoint format": str(FORMAT_VERSION)}
+    found["python"] = platform.python_version()
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, object]:
+    """The processor, its cores, torch's threads and the memory in bytes."""
+    pages, page = (os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_PAGE_SIZE"))
+    return {
+        "cpu": _cpu_name(),
+        "architecture": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": pages * page,
+    }
+
+
+def cpu() -> dict[str, object]:
+    """CPU kernel variants: those built, the one that runs here, and whether it was forced.
+
+    Raises:
+        RuntimeError: RESQ_CPU_ISA names a variant that does not exist or cannot run here.
+    """
+    return {
+        "built": list(built_cpu_variants(platform.machine())),
+        "chosen": torch.ops.resq.cpu_isa(),
+        "forced_by_RESQ_CPU_ISA": os.environ.get("RESQ_CPU_ISA") or None,
+    }
+
+
+def built_cpu_variants(architecture: str) -> tuple[str, ...]:
+    """Instruction sets that csrc/cpu/isa.cpp can choose from; vector ones exist on x86-64 only."""
+    vector = ("avx2", "avx512vnni") if architecture in ("x86_64", "AMD64") else ()
+    return ("scalar", *vector)
+
+
+def cuda() -> dict[str, object]:
+    """Whether CUDA kernels run, the devices, and if they do not, why."""
+    library = Path(_library.__file__).with_name("_C_cuda.so")
+    devices = []
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is a build without CUDA"
+    elif not torch.cuda.is_available():
+        reason = "torch sees no CUDA device (driver missing, or hidden by CUDA_VISIBLE_DEVICES)"
+    else:
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            name = torch.cuda.get_device_name(index)
+            devices.append({"name": name, "capability": f"sm_{major}{minor}"})
+        reason = None if library.exists() else "resq_kernels was built without CUDA kernels"
+    return {
+        "used": reason is None,
+        "why_not": reason,
+        "torch_cuda": torch.version.cuda,
+        "kernels_built": library.exists(),
+        "devices": devices,
+    }
+
+
+def model_figures(model: str) -> dict[str, object]:
+    """What a model is: its shape, its quantization, the bytes of each part (folders only).
+
+    Raises:
+        CommandError: there is no such model, or the folder is damaged.
+    """
+    config = loading.load_config(model)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "vocab_size", "max_position_embeddings")
+    from resq_kernels.commands.sizes import part_sizes
+
+    return {
+        "name": model,
+        "architecture": (config.architectures or ["unknown"])[0],
+        "shape": {name: getattr(config, name, None) for name in names},
+        "quantization": loading.quantization(config),
+        "bytes": part_sizes(Path(model)) if Path(model).is_dir() else None,
+    }
+
+
+def _model_rows(figures: dict[str, object]) -> list[tuple[str, str]]:
+    shape, quantized, parts = figures["shape"], figures["quantization"], figures["bytes"]
+    rows = [
+        ("model", f"{figures['name']} ({figures['architecture']})"),
+        ("shape", ", ".join(f"{value} {name}" for name, value in shape.items() if value)),
+    ]
+    if quantized is None:
+        rows.append(("quantization", "none"))
+    else:
+        rows += [(key, str(value)) for key, value in quantized.items()]
+    if parts is not None:
+        rows += [
+            (name.replace("_", " "), output.size(count)) for name, count in parts.items() if count
+        ]
+    return rows
+
+
+def _cuda_line(figures: dict[str, object]) -> str:
+    if not figures["used"]:
+        return f"not used: {figures['why_not']}"
+    return ", ".join(f"{d['name']} ({d['capability']})" for d in figures["devices"])
+
+
+def _cpu_name() -> str:
+    """The processor's name as Linux gives it, or Python's where there is no /proc."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")

@@ -1,0 +1,174 @@
+"""Model folders and hub names into models and tokenizers, with errors that read well."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from resq_kernels.commands.output import CommandError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, --dtype and --device, as `eval` and `generate` take them."""
+    parser.add_argument("model", metavar="MODEL", help="HF folder or hub name, 16-bit or quantized")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="dtype of everything that is not quantized (default: the checkpoint's own)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)"
+    )
+
+
+def check_device(device: str) -> None:
+    """Refuses a device that this process does not have.
+
+    Raises:
+        CommandError: CUDA was asked for and torch has none; `resq info` says why.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CommandError("--device cuda: torch sees no CUDA device (`resq info` says why)")
+
+
+def load_config(model: str) -> PretrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        CommandError: the folder is missing, is no HF folder, or the hub does not have the name.
+    """
+    from transformers import AutoConfig
+
+    _quiet()
+    folder = Path(model)
+    if folder.exists():
+        check_folder(folder)
+    elif model.count("/") > 1 or model.startswith((".", "/", "~")):
+        raise CommandError(f"{model}: there is no such folder")
+    else:
+        sys.stderr.write(f"resq: no folder {model}, looking for it on the Hugging Face hub\n")
+    try:
+        return AutoConfig.from_pretrained(model)
+    except Exception as error:
+        raise CommandError(_why(model, error)) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses what is not a Hugging Face model folder.
+
+    Raises:
+        CommandError: it is a file, or config.json is missing or not a JSON object.
+    """
+    if not folder.is_dir():
+        raise CommandError(f"{folder}: expected a model folder, got a file")
+    config = folder / "config.json"
+    if not config.is_file():
+        raise CommandError(f"{folder}: not a Hugging Face model folder (no config.json)")
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CommandError(f"{config}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CommandError(f"{config}: expected a JSON object, got {type(content).__name__}")
+
+
+def load_model(model: str, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+    """A causal language model in eval mode; quantized folders run their kernels.
+
+    Raises:
+        CommandError: as `load_config`, or the checkpoint does not load; the message says why.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_device(device)
+    load_config(model)
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            model, dtype=kind, output_loading_info=True
+        )
+    except Exception as error:
+        raise CommandError(_why(model, error)) from error
+    # The library fills a missing tensor with random numbers and says so in a warning only.
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CommandError(
+            f"{model}: the checkpoint lacks {missing[0]}"
+            + (f" and {len(missing) - 1} other tensors" if len(missing) > 1 else "")
+        )
+    return loaded.to(device).eval()
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        CommandError: the folder holds none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:
+        raise CommandError(f"{model}: the tokenizer does not load: {error}") from error
+
+
+def window_limit(config: PretrainedConfig) -> int | None:
+    """The longest context that the model was made for, in tokens; None if it does not say."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def choose_seqlen(asked: int | None, config: PretrainedConfig, default: int = 2048) -> int:
+    """The window that was asked for, or the papers' 2048 (less where the model is shorter).
+
+    Raises:
+        CommandError: the window is longer than the model's positions.
+    """
+    limit = window_limit(config)
+    if asked is None:
+        return default if limit is None else min(default, limit)
+    if limit is not None and asked > limit:
+        raise CommandError(
+            f"--seqlen: expected at most {limit} (the model's max_position_embeddings), got {asked}"
+        )
+    return asked
+
+
+def quantization(config: PretrainedConfig) -> dict[str, object] | None:
+    """The `quantization_config` of a quantized checkpoint as plain values, or None."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    return dict(stored) if isinstance(stored, dict) else dict(stored.to_dict())
+
+
+def _why(model: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if Path(model).exists():
+        return f"{model}: {text}"
+    if isinstance(error, OSError):
+        return f"{model}: neither a folder nor a model that the hub gives ({text})"
+    return f"{model}: {text}"
+
+
+def _quiet() -> None:
+    """Keeps the libraries' own chatter off stderr: a failure is one sentence, progress is ours."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)

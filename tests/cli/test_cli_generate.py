@@ -1,0 +1,107 @@
+"""`resq generate`: the same tokens as the library's own greedy search, streamed and timed."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cli_support import POSITIONS, Result, byte_tokenizer, tiny_llama
+
+KEYS = {
+    "model",
+    "text",
+    "prompt_tokens",
+    "new_tokens",
+    "prefill_seconds",
+    "decode_seconds",
+    "tokens_per_second",
+}
+
+
+def greedy(prompt: str, new_tokens: int) -> str:
+    """Prompt and continuation, one full forward pass per token."""
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    ids = tokenizer(prompt)["input_ids"]
+    for _ in range(new_tokens):
+        with torch.no_grad():
+            ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_generate_is_greedy_and_writes_the_documented_keys(
+    llama: Path, tmp_path: Path, resq: Callable[..., Result]
+) -> None:
+    target = tmp_path / "out.json"
+    result = resq("generate", llama, "--prompt", "def f", "--max-new-tokens", 12, "--json", target)
+    assert result.code == 0
+    figures = json.loads(target.read_text())
+    assert set(figures) == KEYS
+    assert figures["text"] == greedy("def f", 12)
+    assert result.out == figures["text"] + "\n"
+    prompt = len(byte_tokenizer()("def f")["input_ids"])
+    assert (figures["prompt_tokens"], figures["new_tokens"]) == (prompt, 12)
+    assert f"{prompt} prompt tokens" in result.err and "tokens/s" in result.err
+    expected = 11 / figures["decode_seconds"]
+    assert figures["tokens_per_second"] == pytest.approx(expected)
+
+
+def test_sampling_follows_the_seed(llama: Path, resq: Callable[..., Result]) -> None:
+    def text(seed: int) -> str:
+        options = ("--temperature", 1.5, "--seed", seed, "--max-new-tokens", 16)
+        return resq("generate", llama, "--prompt", "x", *options).out
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+    almost_greedy = resq(
+        "generate", llama, "--prompt", "x", "--temperature", 1.0, "--top-p", 1e-9,
+        "--max-new-tokens", 8,
+    )  # fmt: skip
+    assert almost_greedy.out == greedy("x", 8) + "\n"
+
+
+def test_prompt_from_stdin(
+    llama: Path, resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("abc"))
+    result = resq("generate", llama, "--prompt", "-", "--max-new-tokens", 1)
+    assert (result.code, result.out.startswith("abc")) == (0, True)
+
+
+def test_generation_stops_at_the_last_position(llama: Path, resq: Callable[..., Result]) -> None:
+    prompt = "y" * (POSITIONS - 4)
+    room = POSITIONS - len(byte_tokenizer()(prompt)["input_ids"])
+    result = resq("generate", llama, "--prompt", prompt, "--max-new-tokens", 50)
+    assert result.code == 0
+    assert f"only {room} positions are left" in result.err
+    result = resq("generate", llama, "--prompt", "y" * POSITIONS)
+    assert result.code == 1
+    assert f"--prompt: expected fewer than {POSITIONS} tokens" in result.sentence
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--prompt", "x", "--temperature", "-1"), "expected a number in [0, 100], got '-1'"),
+        (("--prompt", "x", "--temperature", "nan"), "expected a number in [0, 100], got 'nan'"),
+        (("--prompt", "x", "--top-p", "0"), "expected a number in (0, 1], got '0'"),
+        (("--prompt", "x", "--max-new-tokens", "0"), "at least 1, got '0'"),
+        ((), "the following arguments are required: --prompt"),
+    ],
+)
+def test_wrong_values_are_usage_errors(
+    llama: Path, resq: Callable[..., Result], options: tuple[str, ...], sentence: str
+) -> None:
+    result = resq("generate", llama, *options)
+    assert result.code == 2
+    assert sentence in result.sentence
+
+
+def test_empty_prompt_is_refused(llama: Path, resq: Callable[..., Result]) -> None:
+    result = resq("generate", llama, "--prompt", "")
+    assert (result.code, result.sentence) == (1, "--prompt: expected text, got none")
