@@ -20,7 +20,7 @@ ALLOWED = {
     "config": set(),
     "formats": {"config"},
     "hadamard": set(),
-    "architecture": set(),
+    "architecture": {"formats"},
     "kv_pages": {"formats"},
     "reference": LEAVES | {"reference_attention"},
     "reference_attention": LEAVES,

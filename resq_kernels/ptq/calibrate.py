@@ -1,0 +1,177 @@
+"""Calibration: token windows, and the second moments of the float model on them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from resq_kernels.architecture import ModelShape
+from resq_kernels.ptq.decoder import DecoderLayer, Rope
+from resq_kernels.ptq.source import SourceModel
+from resq_kernels.ptq.workspace import Workspace
+
+BATCH_TOKENS = 2048
+"""Tokens that run through a layer at once: bounds its activations, fixes the order of sums."""
+
+
+@dataclass(frozen=True)
+class Covariances:
+    """Uncentred second moments E[x x^T] of the float model, float64.
+
+    Attributes:
+        hidden: [hidden, hidden]: normalised inputs of the linears that read the residual stream,
+            mean over layers of the average of attention's and the MLP's.
+        values: [layers, kv_heads, head_dim, head_dim]: outputs of v_proj per head.
+        keys: [layers, head_dim, head_dim]: keys after RoPE, summed over kv heads.
+    """
+
+    hidden: torch.Tensor
+    values: torch.Tensor
+    keys: torch.Tensor
+
+
+def windows(
+    tokenizer: Any, texts: str | Sequence[str], samples: int, seqlen: int, seed: int = 0
+) -> torch.Tensor:
+    """Cuts texts into windows of tokens and draws some of them.
+
+    The texts' tokens (no special tokens added) follow each other, are cut into windows from a
+    random offset, and `samples` windows are drawn without replacement, in random order.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        texts: one text or several.
+        samples: windows wanted; fewer come back, with a warning, where the text is short.
+        seqlen: tokens of a window.
+        seed: seed of the draw.
+
+    Returns:
+        int64 [at most samples, seqlen].
+
+    Raises:
+        ValueError: the texts do not fill one window.
+    """
+    texts = [texts] if isinstance(texts, str) else texts
+    ids: list[int] = []
+    for text in texts:
+        ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    available = len(ids) // seqlen
+    if available == 0:
+        raise ValueError(
+            f"calibration text: expected at least {seqlen} tokens (one window), got {len(ids)}"
+        )
+    if available < samples:
+        warnings.warn(
+            f"calibration text: {len(ids)} tokens give {available} windows of {seqlen} instead "
+            f"of {samples}",
+            stacklevel=2,
+        )
+    generator = torch.Generator().manual_seed(seed)
+    offset = int(torch.randint(len(ids) - available * seqlen + 1, (1,), generator=generator))
+    cut = torch.tensor(ids[offset : offset + available * seqlen]).view(available, seqlen)
+    return cut[torch.randperm(available, generator=generator)[:samples]]
+
+
+def check_tokens(calibration: torch.Tensor, shape: ModelShape) -> None:
+    """Refuses token windows that the model cannot read.
+
+    Raises:
+        ValueError: not int64 [windows, seqlen], empty, or an id outside the vocabulary.
+    """
+    if calibration.dtype != torch.int64 or calibration.dim() != 2 or calibration.numel() == 0:
+        raise ValueError(
+            "calibration: expected token ids int64 [windows, seqlen], got "
+            f"{str(calibration.dtype).removeprefix('torch.')} {list(calibration.shape)}"
+        )
+    low, high = int(calibration.min()), int(calibration.max())
+    if low < 0 or high >= shape.vocab:
+        raise ValueError(
+            f"calibration: expected token ids from 0 to {shape.vocab - 1} (the model's "
+            f"vocabulary), got {low if low < 0 else high}; is this the model's tokenizer?"
+        )
+
+
+def batches(windows_count: int, seqlen: int) -> Iterator[slice]:
+    """Slices of windows of about `BATCH_TOKENS` tokens."""
+    step = max(1, BATCH_TOKENS // seqlen)
+    return (slice(i, min(i + step, windows_count)) for i in range(0, windows_count, step))
+
+
+def layer_bar(layers: Iterable[int], stage: str, progress: bool) -> Iterable[int]:
+    """A progress bar over layers, on stderr."""
+    return tqdm(layers, desc=f"{stage:<9}", unit="layer", disable=not progress)
+
+
+def gram(x: torch.Tensor) -> torch.Tensor:
+    """x^T x of the last dimension in float64."""
+    x = x.double().flatten(0, -2)
+    return x.T @ x
+
+
+@torch.no_grad()
+def calibrate(
+    model: SourceModel,
+    tokens: torch.Tensor,
+    rope: Rope,
+    work: Workspace,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Covariances:
+    """Runs the float model layer by layer over the windows and sums second moments in float64.
+
+    Gains of norms are folded into the linears first, so the inputs are those of the rotated model
+    before its rotation. Memory: one layer and `BATCH_TOKENS` tokens of activations; hidden states
+    live in the work folder.
+
+    Raises:
+        ValueError: a weight or a moment is not finite.
+    """
+    shape = model.shape
+    size = (*tokens.shape, shape.hidden)
+    for index in layer_bar(range(shape.layers), "calibrate", progress):
+        piece = f"calibrate-{index:05d}"
+        if work.has(piece):
+            continue
+        states = work.hidden(f"float-{index:05d}", size)
+        if index == 0:
+            states.begin().copy_(model.embed(tokens))
+            states.finish()
+        after = work.hidden(f"float-{index + 1:05d}", size)
+        source, target = states.read(), after.begin()
+        step = DecoderLayer(shape, model.layer(index, fold_norms=True).to(device), rope)
+        hidden = torch.zeros(shape.hidden, shape.hidden, dtype=torch.float64, device=device)
+        head = (shape.kv_heads, shape.head_dim, shape.head_dim)
+        values = torch.zeros(head, dtype=torch.float64, device=device)
+        keys = torch.zeros(head[1:], dtype=torch.float64, device=device)
+        for part in batches(*tokens.shape):
+            x = source[part].to(device)
+            qkv_input = step.qkv_input(x)
+            key, value = step.keys_values(qkv_input)
+            middle = step.middle(x, step.o_input(qkv_input))
+            gate_up_input = step.gate_up_input(middle)
+            hidden += (gram(qkv_input) + gram(gate_up_input)) / 2
+            keys += gram(key)
+            values += torch.stack([gram(v) for v in value.unbind(1)])
+            target[part] = step.output(middle, step.down_input(gate_up_input)).cpu()
+        after.finish()
+        moments = {"hidden": hidden, "values": values, "keys": keys}
+        for name, moment in moments.items():
+            if not torch.isfinite(moment).all():
+                raise ValueError(
+                    f"calibration: layer {index}: expected a finite covariance of {name}, got NaN "
+                    "or infinity; the model overflows on these tokens"
+                )
+        work.save(piece, {name: (m / tokens.numel()).cpu() for name, m in moments.items()})
+        states.delete()
+    work.hidden(f"float-{shape.layers:05d}", size).delete()
+    pieces = [work.load(f"calibrate-{index:05d}") for index in range(shape.layers)]
+    return Covariances(
+        hidden=sum(piece["hidden"] for piece in pieces) / shape.layers,
+        values=torch.stack([piece["values"] for piece in pieces]),
+        keys=torch.stack([piece["keys"] for piece in pieces]),
+    )

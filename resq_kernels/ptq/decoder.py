@@ -1,0 +1,177 @@
+"""One decoder layer in float32, cut at the inputs of its linears, with or without rounding.
+
+Calibration reads the inputs off the float layer; GPTQ off the same layer computed as the kernels
+will: inputs, keys and values rounded by the functions of `reference`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from resq_kernels import hadamard, reference
+from resq_kernels.architecture import (
+    ATTENTION_NORM,
+    DOWN_PROJ,
+    GATE_UP,
+    MLP_NORM,
+    O_PROJ,
+    QKV,
+    ModelShape,
+)
+from resq_kernels.config import ResQConfig
+from resq_kernels.ptq.rounding import round_cache
+
+Rope = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class Layer:
+    """The parameters of one decoder layer, float32.
+
+    Attributes:
+        weights: name of a linear -> [rows, columns].
+        biases: name of a linear -> [rows]; only those that exist.
+        norms: name of a norm -> gain [hidden]; empty once folded into the linears.
+        key_rotation: float16 [1, head_dim, head_dim] applied to queries and keys after RoPE.
+        o_order: column order of o_proj: its input is `attention[..., o_order]`.
+        hadamard: whether down_proj's input goes through the Hadamard transform.
+    """
+
+    weights: dict[str, torch.Tensor]
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    norms: dict[str, torch.Tensor] = field(default_factory=dict)
+    key_rotation: torch.Tensor | None = None
+    o_order: torch.Tensor | None = None
+    hadamard: bool = False
+
+    def to(self, device: str) -> Layer:
+        """The same layer on a device."""
+
+        def move(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+        return Layer(
+            move(self.weights),
+            move(self.biases),
+            move(self.norms),
+            None if self.key_rotation is None else self.key_rotation.to(device),
+            None if self.o_order is None else self.o_order.to(device),
+            self.hadamard,
+        )
+
+
+def rope_tables(config: Mapping[str, Any], folder: Path, seqlen: int) -> Rope:
+    """Cosine and sine [seqlen, head_dim] of positions 0 .. seqlen - 1, float32.
+
+    transformers' own class computes them, so every RoPE scaling that it knows is right.
+    """
+    from transformers import AutoConfig
+
+    model_type = config["model_type"]
+    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    prefix = {"llama": "Llama", "qwen2": "Qwen2"}[model_type]
+    rotary = getattr(module, f"{prefix}RotaryEmbedding")(AutoConfig.from_pretrained(folder))
+    cos, sin = rotary(torch.zeros(1, 1), torch.arange(seqlen)[None])
+    return cos[0].float(), sin[0].float()
+
+
+def apply_rope(x: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """x cos + rotate_half(x) sin over [..., seqlen, head_dim]."""
+    cos, sin = (table.to(x.device) for table in rope)
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
+
+
+class DecoderLayer:
+    """The steps of a decoder layer between the inputs of its linears.
+
+    Every method takes and returns float32 [windows, seqlen, features]. With `rounding`, the inputs
+    that a method returns are what the kernel computes with: quantized and dequantized.
+
+    Args:
+        shape: sizes of the model.
+        layer: its parameters; `layer.weights` may be replaced one by one between calls.
+        rope: tables of `rope_tables`.
+        rounding: how inputs, keys and values are rounded, or None for the float layer.
+    """
+
+    def __init__(
+        self, shape: ModelShape, layer: Layer, rope: Rope, rounding: ResQConfig | None = None
+    ) -> None:
+        self.shape, self.layer, self.rope, self.rounding = shape, layer, rope, rounding
+
+    def qkv_input(self, x: torch.Tensor) -> torch.Tensor:
+        """What q_proj, k_proj and v_proj read."""
+        normed = reference.rms_norm(x, self.layer.norms.get(ATTENTION_NORM), self.shape.norm_eps)
+        return self._input(normed, QKV[0])
+
+    def keys_values(self, qkv_input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys after RoPE and values, [windows, kv_heads, seqlen, head_dim], not rounded."""
+        keys = apply_rope(self._heads(qkv_input, QKV[1]), self.rope)
+        return keys, self._heads(qkv_input, QKV[2])
+
+    def o_input(self, qkv_input: torch.Tensor) -> torch.Tensor:
+        """What o_proj reads: causal attention, its columns in o_proj's order."""
+        queries = apply_rope(self._heads(qkv_input, QKV[0]), self.rope)
+        keys, values = self.keys_values(qkv_input)
+        if self.layer.key_rotation is not None:
+            rotation = self.layer.key_rotation[0].float()
+            queries, keys = queries @ rotation, keys @ rotation
+        if self.rounding is not None and self.rounding.kv_bits == 4:
+            keys, values = round_cache(keys, self.rounding), round_cache(values, self.rounding)
+        groups = self.shape.heads // self.shape.kv_heads
+        keys, values = (t.repeat_interleave(groups, dim=1) for t in (keys, values))
+        attended = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        attended = attended.transpose(1, 2).flatten(2)
+        if self.layer.o_order is not None:
+            attended = attended[..., self.layer.o_order]
+        return self._input(attended, O_PROJ)
+
+    def middle(self, x: torch.Tensor, o_input: torch.Tensor) -> torch.Tensor:
+        """The residual stream between attention and MLP."""
+        return x + self._linear(o_input, O_PROJ)
+
+    def gate_up_input(self, middle: torch.Tensor) -> torch.Tensor:
+        """What gate_proj and up_proj read."""
+        normed = reference.rms_norm(middle, self.layer.norms.get(MLP_NORM), self.shape.norm_eps)
+        return self._input(normed, GATE_UP[0])
+
+    def down_input(self, gate_up_input: torch.Tensor) -> torch.Tensor:
+        """What down_proj reads: SwiGLU and, where the model is rotated, the Hadamard transform."""
+        gate, up = (self._linear(gate_up_input, name) for name in GATE_UP)
+        product = functional.silu(gate) * up
+        if self.layer.hadamard:
+            product = hadamard.transform(product)
+        return self._input(product, DOWN_PROJ)
+
+    def output(self, middle: torch.Tensor, down_input: torch.Tensor) -> torch.Tensor:
+        """The residual stream after the layer."""
+        return middle + self._linear(down_input, DOWN_PROJ)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The whole layer."""
+        middle = self.middle(x, self.o_input(self.qkv_input(x)))
+        return self.output(middle, self.down_input(self.gate_up_input(middle)))
+
+    def _input(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        config = self.rounding
+        if config is None:
+            return x
+        n_hi = self.shape.high_columns(name, config.high_fraction)
+        return reference.mixed_quantize(
+            x, n_hi, config.lo_bits, False, config.symmetric, config.activation_clip
+        ).dequantize()
+
+    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return functional.linear(x, self.layer.weights[name], self.layer.biases.get(name))
+
+    def _heads(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        heads = self._linear(x, name).unflatten(-1, (-1, self.shape.head_dim))
+        return heads.transpose(1, 2)

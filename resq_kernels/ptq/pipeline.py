@@ -1,0 +1,78 @@
+"""From a 16-bit folder to a quantized one: the stages in order."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from resq_kernels.checkpoint import write_json
+from resq_kernels.config import ResQConfig
+from resq_kernels.ptq.basis import pca
+from resq_kernels.ptq.calibrate import calibrate, check_tokens
+from resq_kernels.ptq.decoder import rope_tables
+from resq_kernels.ptq.quantize import quantize
+from resq_kernels.ptq.rotate import rotate
+from resq_kernels.ptq.save import layer_errors, publish, save
+from resq_kernels.ptq.source import SourceModel
+from resq_kernels.ptq.workspace import Workspace, fingerprint
+
+REPORT_FILE = "quantization_report.json"
+
+
+def quantize_folder(
+    source: Path | str,
+    out: Path | str,
+    calibration: torch.Tensor,
+    config: ResQConfig | None = None,
+    *,
+    device: str = "cpu",
+    resume: bool = False,
+    progress: bool = True,
+) -> dict[str, object]:
+    """Quantizes a Llama or Qwen2 folder into a folder that `from_pretrained` loads.
+
+    Args:
+        source: Hugging Face folder with 16-bit or float32 weights.
+        out: folder that must not exist; it appears complete, by a rename. Until then everything
+            is in `<out>.partial`.
+        calibration: token windows int64 [windows, seqlen], e.g. of `calibrate.windows`.
+        config: the options; default `ResQConfig()`. Its `samples` and `seqlen` are not used here.
+        device: where the layers are computed.
+        resume: continue an interrupted run of the same inputs; the result has the same bits.
+        progress: bars on stderr.
+
+    Returns:
+        The content of quantization_report.json.
+
+    Raises:
+        ValueError: model, tokens and options do not fit each other; the message names what.
+        FileExistsError: `out` exists, or an interrupted run does and `resume` is off.
+    """
+    config = config or ResQConfig()
+    source, out = Path(source), Path(out)
+    began = time.perf_counter()
+    model = SourceModel(source)
+    check_tokens(calibration, model.shape)
+    inputs = fingerprint([source / "config.json", *model.reader.files], calibration, config)
+    work = Workspace.open(out, inputs, resume)
+    rope = rope_tables(model.reader.config, source, calibration.shape[1])
+
+    basis = rotation = None
+    if config.method == "resq":
+        basis = pca(calibrate(model, calibration, rope, work, device, progress))
+    if config.rotates:
+        rotation = rotate(basis, model.shape, config)
+    quantize(model, rotation, calibration, rope, config, work, device, progress)
+    folder = save(model, basis, rotation, config, work)
+    report = {
+        "layers": layer_errors(model, work),
+        "bytes_before": sum(path.stat().st_size for path in model.reader.files),
+        "bytes_after": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "seconds": round(time.perf_counter() - began, 3),
+        "config": config.to_dict(),
+    }
+    write_json(folder / REPORT_FILE, report)
+    publish(folder, out, work)
+    return report

@@ -1,0 +1,140 @@
+"""Rounds the rotated model layer by layer, each linear on the inputs that it will really get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from resq_kernels.architecture import (
+    DOWN_PROJ,
+    GATE_UP,
+    KEY_ROTATION,
+    NORMS,
+    O_PROJ,
+    QKV,
+    layer_prefix,
+)
+from resq_kernels.config import ResQConfig
+from resq_kernels.ptq.calibrate import batches, gram, layer_bar
+from resq_kernels.ptq.decoder import DecoderLayer, Rope
+from resq_kernels.ptq.fuse import fuse_embedding, fuse_layer
+from resq_kernels.ptq.gptq import gptq
+from resq_kernels.ptq.rotate import Rotation
+from resq_kernels.ptq.rounded import RoundedWeight, output_error, round_to_nearest
+from resq_kernels.ptq.source import SourceModel
+from resq_kernels.ptq.workspace import Workspace
+
+ERROR_SUFFIX = ".error"
+"""Beside a linear's tensors in its layer's piece: its relative output error, float64 [1]."""
+
+
+def piece_name(index: int) -> str:
+    """The work folder's name of a quantized layer."""
+    return f"quantize-{index:05d}"
+
+
+@torch.no_grad()
+def quantize(
+    model: SourceModel,
+    rotation: Rotation | None,
+    tokens: torch.Tensor,
+    rope: Rope,
+    config: ResQConfig,
+    work: Workspace,
+    device: str = "cpu",
+    progress: bool = True,
+) -> None:
+    """Leaves one piece per layer in the work folder: tensors under their names in a checkpoint.
+
+    Calibration windows run through the layers quantized so far, with inputs, keys and values
+    rounded as the kernels round them; within a layer, q, k, v come first, then o, gate and up,
+    down. Memory: one layer in float32, a moment of its widest input, `BATCH_TOKENS` activations.
+    """
+    size = (*tokens.shape, model.shape.hidden)
+    for index in layer_bar(range(model.shape.layers), "quantize", progress):
+        if work.has(piece_name(index)):
+            continue
+        states = work.hidden(f"rounded-{index:05d}", size)
+        if index == 0:
+            embedding = fuse_embedding(model, rotation)
+            states.begin().copy_(embedding[tokens].float())
+            states.finish()
+            del embedding
+        after = work.hidden(f"rounded-{index + 1:05d}", size)
+        layer = fuse_layer(model, index, rotation, config.high_fraction).to(device)
+        step = DecoderLayer(model.shape, layer, rope, config)
+        tensors = _quantize_layer(step, states.read(), after.begin(), work, config, device)
+        after.finish()
+        prefix = layer_prefix(index)
+        piece = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+        dtype = model.reader.info(f"{prefix}{NORMS[0]}.weight").dtype
+        for name in NORMS:
+            gain = layer.norms.get(name, torch.ones(model.shape.hidden))
+            piece[f"{prefix}{name}.weight"] = gain.to(dtype)
+        for name, bias in layer.biases.items():
+            dtype = model.reader.info(f"{prefix}{name}.bias").dtype
+            piece[f"{prefix}{name}.bias"] = bias.to(dtype)
+        if layer.key_rotation is not None:
+            piece[prefix + KEY_ROTATION] = layer.key_rotation
+        work.save(piece_name(index), piece)
+        states.delete()
+    work.hidden(f"rounded-{model.shape.layers:05d}", size).delete()
+
+
+def _quantize_layer(
+    step: DecoderLayer,
+    states: torch.Tensor,
+    after: torch.Tensor,
+    work: Workspace,
+    config: ResQConfig,
+    device: str,
+) -> dict[str, torch.Tensor]:
+    """Rounds the seven linears in forward order; fills `after` with the layer's output."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def round_group(names: tuple[str, ...], inputs: Callable[[slice], torch.Tensor]) -> None:
+        moment = _moment(inputs, states.shape)
+        for name in names:
+            rounded = _round_weight(step, name, moment, config)
+            tensors.update(rounded.tensors(name))
+            weight, dequantized = step.layer.weights[name], rounded.dequantize()
+            error = output_error(weight, dequantized, moment)
+            tensors[name + ERROR_SUFFIX] = torch.tensor([error], dtype=torch.float64)
+            step.layer.weights[name] = dequantized
+
+    def read(part: slice) -> torch.Tensor:
+        return states[part].to(device)
+
+    round_group(QKV, lambda part: step.qkv_input(read(part)))
+    round_group((O_PROJ,), lambda part: step.o_input(step.qkv_input(read(part))))
+    # From here on every pass starts between attention and MLP.
+    for part in batches(*states.shape[:2]):
+        x = read(part)
+        after[part] = step.middle(x, step.o_input(step.qkv_input(x))).cpu()
+    round_group(GATE_UP, lambda part: step.gate_up_input(after[part].to(device)))
+
+    def down_input(part: slice) -> torch.Tensor:
+        return step.down_input(step.gate_up_input(after[part].to(device)))
+
+    round_group((DOWN_PROJ,), down_input)
+    for part in batches(*states.shape[:2]):
+        after[part] = step.output(after[part].to(device), down_input(part)).cpu()
+    return tensors
+
+
+def _moment(inputs: Callable[[slice], torch.Tensor], size: tuple[int, ...]) -> torch.Tensor:
+    """E[x x^T] in float64 over all windows."""
+    total: torch.Tensor | int = 0
+    for part in batches(size[0], size[1]):
+        total = total + gram(inputs(part))
+    return total / (size[0] * size[1])
+
+
+def _round_weight(
+    step: DecoderLayer, name: str, moment: torch.Tensor, config: ResQConfig
+) -> RoundedWeight:
+    k_hi = step.shape.high_columns(name, config.high_fraction)
+    if config.weights == "rtn":
+        return round_to_nearest(step.layer.weights[name], k_hi)
+    return gptq(step.layer.weights[name], moment, k_hi, config.damping)

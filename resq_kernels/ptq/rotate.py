@@ -1,0 +1,100 @@
+"""The orthogonal matrices that are multiplied into the model."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from resq_kernels import hadamard
+from resq_kernels.architecture import ModelShape
+from resq_kernels.config import ResQConfig
+from resq_kernels.formats import split_columns
+from resq_kernels.ptq.basis import Basis
+
+CACHE_HIGH_FRACTION = 0.125
+"""Share of head_dim that the KV cache keeps in INT8 (docs/formats.md section 5)."""
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Orthogonal matrices U, applied as x U to activations and W U to the weights that read them.
+
+    Attributes:
+        hidden: U_A, float64 [hidden, hidden].
+        values: U_B, float64 [layers, kv_heads, head_dim, head_dim].
+        keys: U_C as stored, float16 [layers, head_dim, head_dim].
+    """
+
+    hidden: torch.Tensor
+    values: torch.Tensor
+    keys: torch.Tensor
+
+
+def rotate(basis: Basis | None, shape: ModelShape, config: ResQConfig) -> Rotation:
+    """Draws the random rotations and joins them to the bases.
+
+    Formula: U = P blockdiag(R_1, ..., R_n), each R random orthogonal: variance is spread evenly
+    inside the INT4 part and inside the INT8 part, and never moves between them. Without a basis
+    (method "quarot"): U = diag(random signs) H.
+
+    Args:
+        basis: principal components, or None for a method without.
+        shape: sizes of the model.
+        config: `high_fraction` and `seed`.
+
+    Source: arXiv 2412.14363, section 4; QuaRot, arXiv 2404.00456, for the method without basis.
+    """
+    head = shape.head_dim
+    if basis is None:
+        values = _random_hadamard(head, config.seed, "values")
+        keys = _random_hadamard(head, config.seed, "keys")
+        hidden = _random_hadamard(shape.hidden, config.seed, "hidden")
+        per_layer = (shape.layers, 1, 1)
+        return Rotation(
+            hidden,
+            values.repeat(shape.layers, shape.kv_heads, 1, 1),
+            keys.repeat(*per_layer).half(),
+        )
+    hidden_split = split_columns(shape.hidden, config.high_fraction)[0]
+    head_split = split_columns(head, config.high_fraction)[0]
+    cache_split = split_columns(head, CACHE_HIGH_FRACTION)[0]
+    # Values are split twice, in the cache and at o_proj; no rotation may cross either border.
+    inside = {
+        "hidden": _blocks(shape.hidden, {hidden_split}, config.seed, "hidden"),
+        "values": _blocks(head, {head_split, cache_split}, config.seed, "values"),
+        "keys": _blocks(head, {cache_split}, config.seed, "keys"),
+    }
+    return Rotation(
+        basis.hidden @ inside["hidden"],
+        basis.values @ inside["values"],
+        (basis.keys @ inside["keys"]).half(),
+    )
+
+
+def random_orthogonal(size: int, generator: torch.Generator) -> torch.Tensor:
+    """A matrix of the uniform distribution over orthogonal matrices, float64 [size, size].
+
+    Formula: Q of the QR decomposition of a Gaussian matrix, columns multiplied by sign(diag R).
+    """
+    gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+
+
+def _generator(seed: int, site: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {site}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def _random_hadamard(size: int, seed: int, site: str) -> torch.Tensor:
+    signs = torch.randint(2, (size,), generator=_generator(seed, site)) * 2 - 1
+    return hadamard.matrix(size).double().T * signs.double()[:, None] * size**-0.5
+
+
+def _blocks(size: int, borders: set[int], seed: int, site: str) -> torch.Tensor:
+    generator = _generator(seed, site)
+    edges = sorted({0, size} | borders)
+    blocks = [random_orthogonal(b - a, generator) for a, b in zip(edges, edges[1:], strict=False)]
+    return torch.block_diag(*blocks)

@@ -1,0 +1,101 @@
+"""Joins the pieces of the work folder to a Hugging Face folder that appears whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from resq_kernels import architecture
+from resq_kernels.architecture import layer_prefix
+from resq_kernels.checkpoint import (
+    ShardWriter,
+    quantization_config,
+    tensors_hash,
+    validate,
+    write_json,
+)
+from resq_kernels.config import ResQConfig
+from resq_kernels.ptq.basis import Basis
+from resq_kernels.ptq.fuse import fuse_embedding, fuse_head
+from resq_kernels.ptq.quantize import ERROR_SUFFIX, piece_name
+from resq_kernels.ptq.rotate import Rotation
+from resq_kernels.ptq.source import SourceModel
+from resq_kernels.ptq.workspace import Workspace
+
+# Everything that makes a folder usable besides its weights.
+COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def save(
+    model: SourceModel,
+    basis: Basis | None,
+    rotation: Rotation | None,
+    config: ResQConfig,
+    work: Workspace,
+) -> Path:
+    """Writes the folder docs/formats.md section 6 inside the work folder, and checks it.
+
+    Returns:
+        The complete folder, still under the work folder.
+    """
+    folder = work.root / "output"
+    shutil.rmtree(folder, ignore_errors=True)  # an interrupted attempt
+    folder.mkdir()
+    writer = ShardWriter(folder)
+    writer.add(architecture.EMBEDDING, fuse_embedding(model, rotation))
+    for index in range(model.shape.layers):
+        for name, tensor in work.load(piece_name(index)).items():
+            if not name.endswith(ERROR_SUFFIX):
+                writer.add(name, tensor)
+    norm = model.reader.load(architecture.FINAL_NORM)
+    writer.add(architecture.FINAL_NORM, norm if rotation is None else torch.ones_like(norm))
+    writer.add(architecture.HEAD, fuse_head(model, rotation))
+    writer.finish()
+    rotations = [] if rotation is None else [key[None] for key in rotation.keys]
+    settings = dict(model.reader.config)
+    settings["tie_word_embeddings"] = False
+    settings["quantization_config"] = quantization_config(
+        config,
+        basis_hash=tensors_hash(() if basis is None else basis.tensors()),
+        rotation_hash=tensors_hash(rotations),
+    )
+    for pattern in COPIED:
+        for path in sorted(model.reader.folder.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    write_json(folder / "config.json", settings)
+    validate(folder)
+    return folder
+
+
+def publish(folder: Path, out: Path, work: Workspace) -> None:
+    """Gives the complete folder its name and removes the work folder."""
+    os.replace(folder, out)
+    work.remove()
+
+
+def layer_errors(model: SourceModel, work: Workspace) -> list[dict[str, object]]:
+    """Name, rows, columns and relative output error of every quantized linear, in order."""
+    rows = []
+    for index in range(model.shape.layers):
+        piece = work.load(piece_name(index))
+        for name in architecture.LINEARS:
+            stem = layer_prefix(index) + name
+            n, k = model.shape.linear(name)
+            error = float(piece[stem + ERROR_SUFFIX])
+            rows.append({"name": stem, "rows": n, "columns": k, "error": error})
+    return rows
