@@ -48,4 +48,17 @@ RESQ_HOST_DEVICE inline int8_t quantize_code(float x, float inv_scale, float zer
   return static_cast<int8_t>(code < -half ? -half : (code > half - 1.0f ? half - 1.0f : code));
 }
 
+// Where the rows of a MixedTensor are written, and how: a member of every quantizing op's params.
+struct MixedRows {
+  void* q_lo;      // packed: uint8 [rows, k_lo / 2], else int8 [rows, k_lo]
+  int8_t* q_hi;    // [rows, k_hi]
+  float* params;   // [rows, 4] = (scale_lo, zero_lo, scale_hi, zero_hi)
+  int64_t k_lo;    // columns of the low part; even if packed
+  int64_t k_hi;    // columns of the high part
+  int lo_bits;     // 4 or 8
+  bool packed;     // two 4-bit codes a byte
+  bool symmetric;  // zero = 0
+  float clip;      // factor on the range, in (0, 1]
+};
+
 }  // namespace resq

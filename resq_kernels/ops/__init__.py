@@ -1,11 +1,19 @@
 """Typed wrappers of torch.ops.resq.*: one module per operator, named after it."""
 
+from resq_kernels.ops.hadamard import hadamard
 from resq_kernels.ops.mixed_gemm import mixed_gemm
+from resq_kernels.ops.mixed_quantize import mixed_quantize
 from resq_kernels.ops.pack_weight import pack_weight
+from resq_kernels.ops.rms_norm_quantize import rms_norm_quantize
+from resq_kernels.ops.silu_mul_hadamard_quantize import silu_mul_hadamard_quantize
 from resq_kernels.ops.unpack_weight import unpack_weight
 
 __all__ = [
+    "hadamard",
     "mixed_gemm",
+    "mixed_quantize",
     "pack_weight",
+    "rms_norm_quantize",
+    "silu_mul_hadamard_quantize",
     "unpack_weight",
 ]

@@ -1,0 +1,29 @@
+// Everything that the instruction-set files need and that must not be compiled for their
+// instruction set: an inline function that two files compile for different targets under one name
+// would be merged by the linker, and a machine without AVX-512 could run the AVX-512 copy. So this
+// comes before `#pragma GCC target`, and all that comes after it lives in the instruction set's
+// namespace.
+#pragma once
+
+#if defined(__x86_64__)
+// g++ 12 warns about the `undefined` operands inside its own AVX-512 intrinsics.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "core/float16.h"
+#include "core/hadamard.h"
+#include "core/host_device.h"
+#include "core/int4.h"
+#include "core/quantize.h"
+#include "cpu/row_buffer.h"

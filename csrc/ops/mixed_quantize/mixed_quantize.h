@@ -1,0 +1,21 @@
+// mixed_quantize: per row, the first k_lo columns to 4 (or 8) bits, the last k_hi to 8 bits.
+//   x ~ scale * (code - zero) per row and part; rounding rules: docs/formats.md section 2.
+#pragma once
+
+#include "core/float16.h"
+#include "core/quantize.h"
+#include "cpu/variants.h"
+
+namespace resq {
+
+struct MixedQuantizeParams {
+  const void* x;  // [rows, k_lo + k_hi] of x_type
+  FloatType x_type;
+  MixedRows out;
+};
+
+namespace cpu {
+RESQ_DECLARE_ROWS_KERNEL(mixed_quantize, MixedQuantizeParams)
+}
+
+}  // namespace resq

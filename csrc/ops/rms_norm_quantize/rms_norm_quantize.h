@@ -1,0 +1,26 @@
+// rms_norm_quantize: h = x + residual rounded to x's type, and
+//   mixed_quantize(h / sqrt(mean(h^2) + eps) * weight), statistics and product in float32.
+#pragma once
+
+#include "core/float16.h"
+#include "core/quantize.h"
+#include "cpu/variants.h"
+
+namespace resq {
+
+struct RmsNormQuantizeParams {
+  const void* x;         // [rows, k] of x_type
+  const void* residual;  // [rows, k] of x_type; null: none
+  void* new_residual;    // [rows, k] of x_type; written only if there is a residual
+  FloatType x_type;
+  const void* weight;  // [k] of weight_type; null: ones
+  FloatType weight_type;
+  float eps;
+  MixedRows out;
+};
+
+namespace cpu {
+RESQ_DECLARE_ROWS_KERNEL(rms_norm_quantize, RmsNormQuantizeParams)
+}
+
+}  // namespace resq

@@ -1,0 +1,83 @@
+// The one CPU body of rms_norm_quantize.
+// Included inside the namespace of an instruction set, after its verbs (cpu/simd_*.h).
+#pragma once
+
+#include "cpu/row_access.h"
+#include "cpu/row_quantize.h"
+
+// Sum of squares in 64 interleaved partial sums, added pairwise: the same additions on every
+// instruction set. The padding of x up to a multiple of kLanes must be 0.
+inline float sum_of_squares(const float* x, int64_t k) {
+  constexpr int kPartial = 64, kVectors = kPartial / Vec::kLanes;
+  Vec sums[kVectors];
+  for (Vec& sum : sums) sum = set1(0.0f);
+  for (int64_t i = 0; i < k; i += kPartial) {
+    for (int j = 0; j < kVectors && i + j * Vec::kLanes < k; ++j) {
+      const Vec v = load(x + i + j * Vec::kLanes);
+      sums[j] = sums[j] + v * v;
+    }
+  }
+  float partial[kPartial];
+  for (int j = 0; j < kVectors; ++j) store(partial + j * Vec::kLanes, sums[j]);
+  for (int half = kPartial / 2; half > 0; half /= 2) {
+    for (int j = 0; j < half; ++j) partial[j] += partial[j + half];
+  }
+  return partial[0];
+}
+
+// floats = x + residual, rounded to T, which is also what new_residual gets.
+template <class T>
+inline void load_sum(const T* x, const T* residual, T* new_residual, int64_t k, float* floats) {
+  for (int64_t i = 0; i < k; i += Vec::kLanes) {
+    const Vec sum = load_up_to(x + i, k - i) + load_up_to(residual + i, k - i);
+    store_up_to(new_residual + i, sum, k - i);
+    store(floats + i, load_up_to(new_residual + i, k - i));
+  }
+}
+
+template <class W>
+inline void normalize(float* floats, int64_t k, float inverse_rms, const W* weight) {
+  const Vec factor = set1(inverse_rms);
+  for (int64_t i = 0; i < k; i += Vec::kLanes) {
+    Vec y = load(floats + i) * factor;
+    if (weight) y = y * load_up_to(weight + i, k - i);
+    store(floats + i, y);
+  }
+}
+
+template <class T>
+void rms_norm_quantize_rows(const RmsNormQuantizeParams& params, int64_t begin, int64_t end) {
+  const int64_t k = params.out.k_lo + params.out.k_hi;
+  float* floats = thread_row_buffer().floats(align_up(k, Vec::kLanes));
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = static_cast<const T*>(params.x) + row * k;
+    if (params.residual) {
+      load_sum(x, static_cast<const T*>(params.residual) + row * k,
+               static_cast<T*>(params.new_residual) + row * k, k, floats);
+    } else {
+      for (int64_t i = 0; i < k; i += Vec::kLanes) store(floats + i, load_up_to(x + i, k - i));
+    }
+    const float mean = sum_of_squares(floats, k) / static_cast<float>(k);
+    const float inverse_rms = 1.0f / std::sqrt(mean + params.eps);
+    switch (params.weight_type) {
+      case FloatType::kFloat32:
+        normalize(floats, k, inverse_rms, static_cast<const float*>(params.weight));
+        break;
+      case FloatType::kFloat16:
+        normalize(floats, k, inverse_rms, static_cast<const Half*>(params.weight));
+        break;
+      case FloatType::kBFloat16:
+        normalize(floats, k, inverse_rms, static_cast<const BFloat16*>(params.weight));
+        break;
+    }
+    quantize_row(floats, params.out, row);
+  }
+}
+
+void rms_norm_quantize(const RmsNormQuantizeParams& params, int64_t begin, int64_t end) {
+  switch (params.x_type) {
+    case FloatType::kFloat32: return rms_norm_quantize_rows<float>(params, begin, end);
+    case FloatType::kFloat16: return rms_norm_quantize_rows<Half>(params, begin, end);
+    case FloatType::kBFloat16: return rms_norm_quantize_rows<BFloat16>(params, begin, end);
+  }
+}

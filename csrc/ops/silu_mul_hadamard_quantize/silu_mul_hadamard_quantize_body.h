@@ -1,0 +1,38 @@
+// The one CPU body of silu_mul_hadamard_quantize.
+// Included inside the namespace of an instruction set, after its verbs (cpu/simd_*.h).
+#pragma once
+
+#include "cpu/row_access.h"
+#include "cpu/row_hadamard.h"
+#include "cpu/row_quantize.h"
+#include "cpu/row_silu.h"
+
+template <class T>
+void silu_mul_hadamard_quantize_rows(const SiluMulHadamardQuantizeParams& params, int64_t begin,
+                                     int64_t end) {
+  const int64_t n = params.n, padded = align_up(n, Vec::kLanes);
+  const int64_t scratch = params.plan ? hadamard_scratch(*params.plan) : 0;
+  float* floats = thread_row_buffer().floats(padded + scratch);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* gate = static_cast<const T*>(params.gate_up) + row * 2 * n;
+    const T* up = gate + n;
+    for (int64_t i = 0; i < n; i += Vec::kLanes) {
+      store(floats + i, silu(load_up_to(gate + i, n - i)) * load_up_to(up + i, n - i));
+    }
+    if (params.plan) {
+      transform_row(floats, *params.plan, floats + padded);
+      const Vec scale = set1(static_cast<float>(1.0 / std::sqrt(static_cast<double>(n))));
+      for (int64_t i = 0; i < n; i += Vec::kLanes) store(floats + i, load(floats + i) * scale);
+    }
+    quantize_row(floats, params.out, row);
+  }
+}
+
+void silu_mul_hadamard_quantize(const SiluMulHadamardQuantizeParams& params, int64_t begin,
+                                int64_t end) {
+  switch (params.type) {
+    case FloatType::kFloat32: return silu_mul_hadamard_quantize_rows<float>(params, begin, end);
+    case FloatType::kFloat16: return silu_mul_hadamard_quantize_rows<Half>(params, begin, end);
+    case FloatType::kBFloat16: return silu_mul_hadamard_quantize_rows<BFloat16>(params, begin, end);
+  }
+}
