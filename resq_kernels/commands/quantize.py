@@ -1,0 +1,236 @@
+"""`resq quantize`: a 16-bit model in, a quantized Hugging Face folder out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resq_kernels import texts
+from resq_kernels.commands import loading, output
+from resq_kernels.commands.arguments import at_least, real
+from resq_kernels.commands.output import CommandError
+from resq_kernels.config import METHODS, WEIGHT_METHODS, ResQConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+SUMMARY = "turn a 16-bit model into a 4-bit one (weights, activations, KV cache)"
+DESCRIPTION = """\
+Reads a Llama or Qwen2.5 model, finds the directions that need 8 bits on a calibration text, rotates
+and quantizes layer by layer, and writes a Hugging Face folder that `resq eval`, `resq generate` and
+AutoModelForCausalLM load. Memory: one decoder layer and its activations, whatever the model's size.
+OUT appears complete or not at all; an interrupted run leaves OUT.partial and goes on with --resume.
+
+examples:
+  resq quantize meta-llama/Llama-3.2-1B out/llama-resq
+  resq quantize ./model out/model-resq --calib calibration.txt --samples 64 --seqlen 1024
+  resq quantize ./model out/model-rtn --method rtn --weights rtn --calib calibration.txt
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `resq quantize`; defaults are those of ResQConfig."""
+    defaults = ResQConfig()
+    parser.add_argument("model", metavar="MODEL", help="HF folder or hub name of a 16-bit model")
+    parser.add_argument("out", metavar="OUT", help="folder to write; must not exist")
+    parser.add_argument(
+        "--calib",
+        metavar="TEXT",
+        default=texts.WIKITEXT2,
+        help="calibration text: a UTF-8 file, or wikitext2 (its training part; the default)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=at_least(1),
+        default=defaults.samples,
+        metavar="N",
+        help=f"calibration windows (default: {defaults.samples})",
+    )
+    parser.add_argument(
+        "--seqlen",
+        type=at_least(2),
+        metavar="L",
+        help=f"tokens of a window (default: {defaults.seqlen}, or the model's positions if fewer)",
+    )
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default=defaults.method,
+        help="resq: PCA bases, rotation inside each part, INT4 and INT8 (default); quarot: rotation "
+        "only, INT4; rtn: plain INT4",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHT_METHODS,
+        default=defaults.weights,
+        help="how weights are rounded (default: gptq)",
+    )
+    parser.add_argument(
+        "--high-fraction",
+        type=real(0.0, 1.0),
+        metavar="F",
+        help=f"share of every input dimension in INT8 (default: {defaults.high_fraction} with "
+        "method resq, 0 otherwise)",
+    )
+    parser.add_argument(
+        "--lo-bits",
+        type=int,
+        choices=(4, 8),
+        default=defaults.lo_bits,
+        help="bits of the low part of the activations (default: 4)",
+    )
+    parser.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=(4, 16),
+        default=defaults.kv_bits,
+        help="4 quantizes keys and values (default), 16 leaves them",
+    )
+    parser.add_argument(
+        "--symmetric", action="store_true", help="symmetric instead of asymmetric activations"
+    )
+    parser.add_argument(
+        "--activation-clip",
+        type=real(0.0, 1.0, open_low=True),
+        default=defaults.activation_clip,
+        metavar="C",
+        help="factor on the range of the activations (default: 1)",
+    )
+    parser.add_argument(
+        "--damping",
+        type=real(0.0, 1.0, open_low=True),
+        default=defaults.damping,
+        metavar="D",
+        help=f"GPTQ's damping, as a share of the mean diagonal (default: {defaults.damping})",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the layers are computed (default: cpu)",
+    )
+    parser.add_argument(
+        "--seed", type=at_least(0), default=defaults.seed, metavar="S", help="default: 0"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue an interrupted run of the same inputs"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Quantizes and prints a summary; writes --json last.
+
+    Raises:
+        CommandError, ValueError, OSError: the model, the text, the options or the output folder
+            cannot be used; everything that can be known is checked before the work begins.
+    """
+    output.check_json_target(args.json)
+    out = Path(args.out)
+    _check_out(out)
+    loading.check_device(args.device)
+    model_config = loading.load_config(args.model)
+    _check_model(args.model, model_config)
+    seqlen = loading.choose_seqlen(args.seqlen, model_config, ResQConfig().seqlen)
+    config = _config(args, seqlen)
+
+    from resq_kernels.ptq.calibrate import windows
+    from resq_kernels.ptq.pipeline import quantize_folder
+
+    tokens = windows(
+        loading.load_tokenizer(args.model),
+        texts.load_text(args.calib, "train"),
+        config.samples,
+        config.seqlen,
+        config.seed,
+    )
+    source = _folder(args.model)
+    try:
+        report = quantize_folder(
+            source, out, tokens, config, device=args.device, resume=args.resume, progress=True
+        )
+    except BaseException:
+        if out.with_name(f"{out.name}.partial").exists():
+            sys.stderr.write(f"\nresq: finished layers are kept in {out}.partial (--resume)\n")
+        raise
+    _print(args.model, out, report)
+    output.write_json(args.json, report)
+
+
+def _config(args: argparse.Namespace, seqlen: int) -> ResQConfig:
+    options = {} if args.high_fraction is None else {"high_fraction": args.high_fraction}
+    return ResQConfig(
+        method=args.method,
+        weights=args.weights,
+        lo_bits=args.lo_bits,
+        kv_bits=args.kv_bits,
+        symmetric=args.symmetric,
+        activation_clip=args.activation_clip,
+        damping=args.damping,
+        samples=args.samples,
+        seqlen=seqlen,
+        seed=args.seed,
+        **options,
+    )
+
+
+def _check_out(out: Path) -> None:
+    """Refuses an output folder that exists or cannot be made, before any work is done."""
+    if out.exists():
+        raise CommandError(f"{out}: exists already; remove it or choose another name")
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        if not parent.is_dir():
+            raise NotADirectoryError(0, os.strerror(20))
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise CommandError(f"{out}: cannot write to {parent}: {error.strerror}") from error
+
+
+def _check_model(model: str, config: PretrainedConfig) -> None:
+    """Refuses a model that is quantized already or of another architecture."""
+    from resq_kernels.architecture import ModelShape
+
+    stored = loading.quantization(config)
+    if stored is not None:
+        method = stored.get("quant_method", "unknown")
+        method = getattr(method, "value", method)
+        raise CommandError(
+            f"{model}: expected a 16-bit model, got one that is already quantized ({method})"
+        )
+    try:
+        ModelShape.from_config(config.to_dict())
+    except ValueError as error:
+        raise CommandError(f"{model}: {error}") from error
+
+
+def _folder(model: str) -> Path:
+    """The folder of a model; a hub name is downloaded into the hub's cache first."""
+    if Path(model).exists():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "LICENSE*", "merges.txt"]
+    return Path(snapshot_download(model, allow_patterns=patterns))
+
+
+def _print(model: str, out: Path, report: dict[str, object]) -> None:
+    layers = report["layers"]
+    worst = max(layers, key=lambda layer: layer["error"])
+    mean = sum(layer["error"] for layer in layers) / len(layers)
+    before, after = report["bytes_before"], report["bytes_after"]
+    rows = [
+        ("model", model),
+        ("quantized", f"{len(layers)} linears in {report['seconds']:.1f} s"),
+        ("relative error", f"mean {mean:.4f}, worst {worst['error']:.4f} ({worst['name']})"),
+        ("size", f"{output.size(before)} -> {output.size(after)} ({before / after:.2f}x smaller)"),
+        ("written to", str(out)),
+        ("report", str(out / "quantization_report.json")),
+    ]
+    print(output.table(rows))
