@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -79,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse ends --help with 0 and errors with 2
         return int(stop.code or 0)
     try:
-        with _sigterm_unwinds():
+        with _sigterm_unwinds(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
             if args.threads:
                 import torch
 
@@ -103,6 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"resq: error: {_sentence(error)}\n")
         return EXIT_FAILED
     return EXIT_OK
+
+
+def _show_warning(message: Warning | str, *rest: object, **more: object) -> None:
+    """A warning as one line, without the place in the source."""
+    sys.stderr.write(f"resq: warning: {' '.join(str(message).split())}\n")
 
 
 def _sentence(error: Exception) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from resq_kernels.commands import evaluate, generate, info
+from resq_kernels.commands import evaluate, generate, info, quantize
 from resq_kernels.commands.output import CommandError
 
 COMMANDS: dict[str, ModuleType] = {
+    "quantize": quantize,
     "eval": evaluate,
     "generate": generate,
     "info": info,

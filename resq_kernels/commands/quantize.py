@@ -16,7 +16,6 @@ from resq_kernels.commands.output import CommandError
 from resq_kernels.config import METHODS, WEIGHT_METHODS, ResQConfig
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig
 
 SUMMARY = "turn a 16-bit model into a 4-bit one (weights, activations, KV cache)"
@@ -61,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=METHODS,
         default=defaults.method,
-        help="resq: PCA bases, rotation inside each part, INT4 and INT8 (default); quarot: rotation "
+        help="resq: PCA bases, rotated inside each part, INT4 and INT8 (default); quarot: rotation "
         "only, INT4; rtn: plain INT4",
     )
     parser.add_argument(
@@ -134,9 +133,9 @@ def run(args: argparse.Namespace) -> None:
     _check_out(out)
     loading.check_device(args.device)
     model_config = loading.load_config(args.model)
-    _check_model(args.model, model_config)
     seqlen = loading.choose_seqlen(args.seqlen, model_config, ResQConfig().seqlen)
     config = _config(args, seqlen)
+    _check_model(args.model, model_config, config)
 
     from resq_kernels.ptq.calibrate import windows
     from resq_kernels.ptq.pipeline import quantize_folder
@@ -193,11 +192,11 @@ def _check_out(out: Path) -> None:
         raise CommandError(f"{out}: cannot write to {parent}: {error.strerror}") from error
 
 
-def _check_model(model: str, config: PretrainedConfig) -> None:
-    """Refuses a model that is quantized already or of another architecture."""
-    from resq_kernels.architecture import ModelShape
+def _check_model(model: str, model_config: PretrainedConfig, config: ResQConfig) -> None:
+    """Refuses a model that is quantized already, of another architecture, or cannot be split."""
+    from resq_kernels.architecture import LINEARS, ModelShape
 
-    stored = loading.quantization(config)
+    stored = loading.quantization(model_config)
     if stored is not None:
         method = stored.get("quant_method", "unknown")
         method = getattr(method, "value", method)
@@ -205,7 +204,9 @@ def _check_model(model: str, config: PretrainedConfig) -> None:
             f"{model}: expected a 16-bit model, got one that is already quantized ({method})"
         )
     try:
-        ModelShape.from_config(config.to_dict())
+        shape = ModelShape.from_config(model_config.to_dict())
+        for name in LINEARS:
+            shape.high_columns(name, config.high_fraction)
     except ValueError as error:
         raise CommandError(f"{model}: {error}") from error
 

@@ -1,0 +1,164 @@
+"""`resq quantize`: whole folders, documented keys, refusals before any work, resumption."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli_support import POSITIONS, Result, save, tiny_llama
+from transformers import GPT2Config
+
+from resq_kernels.commands.sizes import part_sizes
+from resq_kernels.config import ResQConfig
+
+KEYS = {"layers", "bytes_before", "bytes_after", "seconds", "config"}
+
+
+def test_quantize_writes_a_whole_folder_and_the_documented_keys(
+    llama: Path, text_file: Path, tmp_path: Path, resq: Callable[..., Result]
+) -> None:
+    out, target = tmp_path / "deep" / "out", tmp_path / "q.json"
+    options = ("--samples", 4, "--seqlen", 48, "--seed", 3, "--json", target)
+    result = resq("quantize", llama, out, "--calib", text_file, *options)
+    assert result.code == 0, result.err
+    figures = json.loads(target.read_text())
+    assert set(figures) >= KEYS
+    assert figures == json.loads((out / "quantization_report.json").read_text())
+    assert len(figures["layers"]) == 2 * 7
+    for layer in figures["layers"]:
+        assert set(layer) >= {"name", "rows", "columns", "error"}
+        assert 0 < layer["error"] < 0.5
+    expected = ResQConfig(samples=4, seqlen=48, seed=3)
+    assert figures["config"] == expected.to_dict()
+    sizes = part_sizes(out)
+    # q, k, v, gate, up have 112 | 16 columns, o_proj 2 heads of 56 | 8, down_proj 256 | 0.
+    mixed_rows = 128 + 64 + 64 + 128 + 256 + 256
+    assert sizes["linears"] == 2 * (mixed_rows * (112 // 2 + 16) + 128 * 256 // 2)
+    assert sizes["linear_scales"] == 2 * (mixed_rows + 128) * 2 * 4
+    assert sizes["key_rotations"] == 2 * 64 * 64 * 2
+    assert f"{out}" in result.out and "14 linears" in result.out
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
+    info = resq("info", out)
+    assert info.code == 0
+    assert "quant_method" in info.out and "resq" in info.out
+
+
+def test_methods_reach_the_folder(
+    llama: Path, text_file: Path, tmp_path: Path, resq: Callable[..., Result]
+) -> None:
+    for method, weights in (("rtn", "rtn"), ("quarot", "gptq")):
+        out = tmp_path / method
+        options = ("--method", method, "--weights", weights, "--samples", 2, "--kv-bits", 16)
+        result = resq("quantize", llama, out, "--calib", text_file, *options)
+        assert result.code == 0, result.err
+        stored = json.loads((out / "config.json").read_text())["quantization_config"]
+        assert (stored["method"], stored["weights"], stored["kv_bits"]) == (method, weights, 16)
+        assert stored["high_fraction"] == 0.0
+        assert ("key_rotations" in resq("info", out).out.replace(" ", "_")) == (method != "rtn")
+
+
+def test_few_windows_are_a_warning(
+    llama: Path, text_file: Path, tmp_path: Path, resq: Callable[..., Result]
+) -> None:
+    result = resq("quantize", llama, tmp_path / "out", "--calib", text_file, "--samples", 1000)
+    assert result.code == 0
+    (warning,) = [line for line in result.err.splitlines() if "warning" in line]
+    assert warning.startswith("resq: warning: calibration text: ")
+
+
+def test_what_cannot_be_quantized_is_refused_and_nothing_is_written(
+    llama: Path, text_file: Path, tmp_path: Path, resq: Callable[..., Result]
+) -> None:
+    out = tmp_path / "out"
+    other = tmp_path / "gpt2"
+    GPT2Config(n_layer=1).save_pretrained(other)
+    short = tmp_path / "short.txt"
+    short.write_text("short")
+    quantized = tmp_path / "quantized"
+    quantized.mkdir()
+    config = json.loads((llama / "config.json").read_text())
+    (quantized / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    existing = tmp_path / "existing"
+    existing.mkdir()
+    blocked = tmp_path / "short.txt" / "below"
+    calib = ("--calib", text_file)
+    for arguments, code, sentence in (
+        ((tmp_path / "none", out, *calib), 1, "there is no such folder"),
+        ((other, out, *calib), 1, "expected one of llama, qwen2, got 'gpt2'"),
+        ((quantized, out, *calib), 1, "expected a 16-bit model, got one that is already quantized"),
+        ((llama, existing, *calib), 1, "exists already"),
+        ((llama, blocked, *calib), 1, "cannot write to"),
+        ((llama, out, "--calib", short), 1, f"expected at least {POSITIONS} tokens"),
+        ((llama, out, "--calib", tmp_path / "no.txt"), 1, "does not exist"),
+        ((llama, out, *calib, "--seqlen", POSITIONS + 1), 1, f"expected at most {POSITIONS}"),
+        ((llama, out, *calib, "--seqlen", 1), 2, "at least 2, got '1'"),
+        ((llama, out, *calib, "--samples", 0), 2, "at least 1, got '0'"),
+        ((llama, out, *calib, "--method", "awq"), 2, "invalid choice: 'awq'"),
+        ((llama, out, *calib, "--kv-bits", 3), 2, "invalid choice: 3"),
+        ((llama, out, *calib, "--high-fraction", 2), 2, "expected a number in [0, 1], got '2'"),
+        ((llama, out, *calib, "--high-fraction", 0.3), 1, "must be a whole number"),
+        (
+            (llama, out, *calib, "--method", "rtn", "--high-fraction", 0.25),
+            1,
+            "method 'rtn' is uniform 4-bit",
+        ),
+    ):
+        before = sorted(tmp_path.rglob("*"))
+        result = resq("quantize", *arguments)
+        assert (result.code, sentence in result.sentence) == (code, True), result.err
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_interrupted_run_is_resumed_to_the_same_bytes(
+    text_file: Path, tmp_path: Path, resq: Callable[..., Result]
+) -> None:
+    model = save(tiny_llama(num_hidden_layers=6), tmp_path / "model")
+    options = ["--calib", str(text_file), "--samples", "4", "--seqlen", "64", "--threads", "1"]
+    assert resq("quantize", model, tmp_path / "whole", *options).code == 0
+
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    command = [sys.executable, "-m", "resq_kernels", "quantize", str(model), str(out), *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (partial / "calibrate-00001.safetensors").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate()[1]
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "resq: interrupted" in errors and f"{partial} (--resume)" in errors
+    assert partial.is_dir() and not out.exists()
+
+    again = resq("quantize", model, out, *options)
+    assert again.code == 1
+    assert str(partial) in again.sentence
+    assert resq("quantize", model, out, *options, "--resume").code == 0
+    weights = [tmp_path / name / "model.safetensors" for name in ("whole", "out")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("kind", ["truncated", "nan"])
+def test_damaged_source_is_refused(
+    text_file: Path, tmp_path: Path, resq: Callable[..., Result], kind: str
+) -> None:
+    model = tiny_llama()
+    if kind == "nan":
+        model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    folder = save(model, tmp_path / "model")
+    if kind == "truncated":
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-10])
+    result = resq("quantize", folder, tmp_path / "out", "--calib", text_file, "--samples", 2)
+    assert result.code == 1
+    named = "model.safetensors" if kind == "truncated" else "layers.1.mlp.up_proj.weight"
+    assert named in result.sentence
+    assert not (tmp_path / "out").exists()
