@@ -30,7 +30,7 @@ inline Vec round(Vec a) {
   return (a + magic) - magic;
 }
 
-// 2^n of integers n in [-126, 127].
+// 2^n of integers n in [-126, 127]; 0 at n = -127.
 inline Vec exp2_int(Vec n) {
   const Vec::Ints exponent = (__builtin_convertvector(n.v, Vec::Ints) + 127) << 23;
   return {std::bit_cast<Vec::Floats>(exponent)};
