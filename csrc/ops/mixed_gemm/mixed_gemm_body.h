@@ -1,24 +1,19 @@
 // The one body of mixed_gemm on CPUs. An ISA file defines `Simd` inside its namespace and its
-// target region and includes this file there; everything below is compiled once per instruction
-// set.
+// target region and includes this file there, so that it is compiled once for each instruction set.
+// All but the entry point is local to the file: other operators share the namespaces.
 //
 // Simd offers:
-//   kMaxTileRows                         rows of the largest tile
-//   Sums                                 16 int32 sums, one per output column
-//   Codes                                16 output columns x 4 unsigned codes
-//   zero(), store(Sums, int32_t[16])
-//   load(p), low_nibbles(c), high_nibbles(c)
-//   dot_lo(sums, w0, q0, w1, q1)         sums += w0 . q0 + w1 . q1 with codes of w in [0, 15];
-//   dot_hi(...)                          the same with codes in [0, 255]; q is a word of 4 int8
+//   kTileRows                         rows of the largest tile
+//   Tile<kRows>                       kRows x 32 int32 sums, zero at first, with
+//     add_group<kHigh>(weight, words)   adds 8 columns of K; `weight` is a group of the packed
+//                                       layout (128 bytes, or 256 of the high part), `words` the
+//                                       activation codes in the order [2][kRows][4]
+//     store(uint32_t[kRows][32])
 //   to_float16(float[16], uint16_t[16])
 
-constexpr int64_t kBlock = kPackedBlockRows;
-constexpr int kVectors = kBlock / 16;
-constexpr int64_t kVectorBytes = 16 * kPackedWordBytes;
+namespace {
 
-// Bytes of weight ahead of the loop, so that decode streams at memory speed across pages, where the
-// hardware prefetcher stops.
-constexpr int64_t kPrefetchBytes = 2048;
+constexpr int64_t kBlock = kPackedBlockRows;
 
 // What the epilogue needs of one activation row and part.
 struct RowPart {
@@ -50,13 +45,14 @@ struct Panel {
   int64_t tile_begin(int64_t tile) const { return tile * rows / tiles; }
 };
 
-inline uint32_t exact_integer(float zero) {
+// Zeros are integers of magnitude at most 255; the test keeps the conversion defined for others.
+uint32_t exact_integer(float zero) {
   const bool fits = zero >= -0x1p30f && zero <= 0x1p30f;
   return fits ? static_cast<uint32_t>(static_cast<int32_t>(zero)) : 0u;
 }
 
 // Pads `codes` with zeros to whole groups, spreads its words `tile_rows` apart, returns its sum.
-inline int32_t spread_words(int8_t* codes, int64_t k, int64_t tile_rows, int8_t* words) {
+int32_t spread_words(int8_t* codes, int64_t k, int64_t tile_rows, int8_t* words) {
   const int64_t padded = packed_columns(k);
   for (int64_t i = k; i < padded; ++i) codes[i] = 0;
   int32_t sum = 0;
@@ -68,8 +64,7 @@ inline int32_t spread_words(int8_t* codes, int64_t k, int64_t tile_rows, int8_t*
   return sum;
 }
 
-inline void fill_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t index,
-                       Panel& panel) {
+void fill_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t index, Panel& panel) {
   panel.index = index;
   panel.first_row = index * p.rows / plan.panels;
   panel.rows = (index + 1) * p.rows / plan.panels - panel.first_row;
@@ -101,14 +96,14 @@ inline void fill_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int6
   }
 }
 
-inline float load_float(const void* data, FloatType type, int64_t i) {
+float load_float(const void* data, FloatType type, int64_t i) {
   if (type == FloatType::kFloat32) return static_cast<const float*>(data)[i];
   const uint16_t bits = static_cast<const uint16_t*>(data)[i];
   return type == FloatType::kFloat16 ? cpu::float_from_float16(bits)
                                      : cpu::float_from_bfloat16(bits);
 }
 
-inline void load_columns(const MixedGemmParams& p, int64_t block, Columns& c) {
+void load_columns(const MixedGemmParams& p, int64_t block, Columns& c) {
   c.first = block * kBlock;
   c.count = std::min(kBlock, p.n - c.first);
   for (int64_t j = 0; j < kBlock; ++j) {
@@ -124,56 +119,28 @@ inline void load_columns(const MixedGemmParams& p, int64_t block, Columns& c) {
 
 // Sums of kRows activation rows x 32 columns over one part of K: [kRows][kBlock].
 template <int kRows, bool kHigh>
-inline void accumulate(const uint8_t* weight, const int8_t* words, int64_t k, uint32_t* out) {
-  using Codes = Simd::Codes;
-  Simd::Sums sums[kRows][kVectors];
-  for (auto& row : sums) {
-    for (auto& vector : row) vector = Simd::zero();
-  }
+void accumulate(const uint8_t* weight, const int8_t* words, int64_t k, uint32_t* out) {
+  typename Simd::template Tile<kRows> tile;
+  constexpr int64_t kGroupBytes = kPackedGroupColumns * kBlock / (kHigh ? 1 : 2);
   const int64_t groups = packed_columns(k) / kPackedGroupColumns;
   for (int64_t group = 0; group < groups; ++group) {
-    Codes first[kVectors], second[kVectors];  // columns 0-3 and 4-7 of the group
-    for (int v = 0; v < kVectors; ++v) {
-      __builtin_prefetch(weight + kPrefetchBytes + v * kVectorBytes);
-      if constexpr (kHigh) {
-        __builtin_prefetch(weight + kPrefetchBytes + (kVectors + v) * kVectorBytes);
-        first[v] = Simd::load(weight + v * kVectorBytes);
-        second[v] = Simd::load(weight + (kVectors + v) * kVectorBytes);
-      } else {
-        const Codes codes = Simd::load(weight + v * kVectorBytes);
-        first[v] = Simd::low_nibbles(codes);
-        second[v] = Simd::high_nibbles(codes);
-      }
-    }
-    weight += (kHigh ? 2 : 1) * kVectors * kVectorBytes;
-    for (int r = 0; r < kRows; ++r) {
-      const int8_t* q0 = words + r * kPackedWordBytes;
-      const int8_t* q1 = q0 + kRows * kPackedWordBytes;
-      for (int v = 0; v < kVectors; ++v) {
-        if constexpr (kHigh) {
-          sums[r][v] = Simd::dot_hi(sums[r][v], first[v], q0, second[v], q1);
-        } else {
-          sums[r][v] = Simd::dot_lo(sums[r][v], first[v], q0, second[v], q1);
-        }
-      }
-    }
-    words += 2 * kRows * kPackedWordBytes;
+    tile.template add_group<kHigh>(weight, words);
+    weight += kGroupBytes;
+    words += kPackedGroupColumns * kRows;
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) Simd::store(sums[r][v], out + r * kBlock + 16 * v);
-  }
+  tile.store(out);
 }
 
 // One part of the epilogue, without the sum of the two parts.
-inline void scale_sums(const uint32_t* sums, const RowPart& row, const uint32_t* weight_sum,
-                       const float* weight_scale, float* y) {
+void scale_sums(const uint32_t* sums, const RowPart& row, const uint32_t* weight_sum,
+                const float* weight_scale, float* y) {
   for (int64_t j = 0; j < kBlock; ++j) {
     const uint32_t d = sums[j] - row.correction - row.zero * weight_sum[j];
     y[j] = (static_cast<float>(static_cast<int32_t>(d)) * row.scale) * weight_scale[j];
   }
 }
 
-inline void store_row(const float* y, const MixedGemmParams& p, int64_t m, const Columns& c) {
+void store_row(const float* y, const MixedGemmParams& p, int64_t m, const Columns& c) {
   const void* source = y;
   uint16_t narrow[kBlock];
   if (p.out_type == FloatType::kFloat16) {
@@ -220,19 +187,19 @@ constexpr std::array<TileKernel, sizeof...(kRowsMinusOne)> tile_kernels(
   return {run_tile<kRowsMinusOne + 1>...};
 }
 
-const int64_t kMaxTileRows = Simd::kMaxTileRows;
+}  // namespace
 
-void mixed_gemm_tasks(const MixedGemmParams& p, int64_t begin, int64_t end) {
-  static constexpr auto kTiles =
-      tile_kernels(std::make_integer_sequence<int, Simd::kMaxTileRows>());
-  const MixedGemmPlan plan = mixed_gemm_plan(p.rows, p.n, p.k_lo, p.k_hi, kMaxTileRows);
+void mixed_gemm_tasks(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t begin,
+                      int64_t end) {
+  static constexpr auto kTiles = tile_kernels(std::make_integer_sequence<int, Simd::kTileRows>());
   const int64_t lo_bytes = packed_columns(p.k_lo), hi_bytes = packed_columns(p.k_hi);
   const int64_t row_bytes = std::max(lo_bytes, hi_bytes);
-  std::vector<int8_t> codes(plan.max_panel_rows * (lo_bytes + hi_bytes) + row_bytes);
+  const auto codes = std::make_unique_for_overwrite<int8_t[]>(
+      plan.max_panel_rows * (lo_bytes + hi_bytes) + row_bytes);
   std::vector<Row> rows(plan.max_panel_rows);
   Panel panel{};
   panel.index = -1;
-  panel.lo = codes.data();
+  panel.lo = codes.get();
   panel.hi = panel.lo + plan.max_panel_rows * lo_bytes;
   panel.row_codes = panel.hi + plan.max_panel_rows * hi_bytes;
   panel.row = rows.data();

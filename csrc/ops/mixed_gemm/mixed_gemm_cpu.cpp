@@ -9,14 +9,14 @@ namespace {
 
 struct Variant {
   int64_t max_tile_rows;
-  void (*run)(const MixedGemmParams&, int64_t begin, int64_t end);
+  void (*run)(const MixedGemmParams&, const MixedGemmPlan&, int64_t begin, int64_t end);
 };
 
 Variant variant() {
   switch (cpu::current_isa()) {
-    case cpu::Isa::kAvx512Vnni: return {avx512vnni::kMaxTileRows, avx512vnni::mixed_gemm_tasks};
-    case cpu::Isa::kAvx2: return {avx2::kMaxTileRows, avx2::mixed_gemm_tasks};
-    default: return {scalar::kMaxTileRows, scalar::mixed_gemm_tasks};
+    case cpu::Isa::kAvx512Vnni: return {kMixedGemmTileRowsAvx512Vnni, avx512vnni::mixed_gemm_tasks};
+    case cpu::Isa::kAvx2: return {kMixedGemmTileRowsAvx2, avx2::mixed_gemm_tasks};
+    default: return {kMixedGemmTileRowsScalar, scalar::mixed_gemm_tasks};
   }
 }
 
@@ -39,8 +39,8 @@ Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
   check_packed_size(p, packed_weight);
   const Variant best = variant();
   const MixedGemmPlan plan = mixed_gemm_plan(p.rows, p.n, p.k_lo, p.k_hi, best.max_tile_rows);
-  torch::stable::parallel_for(0, plan.tasks(), 1,
-                              [&](int64_t begin, int64_t end) { best.run(p, begin, end); });
+  torch::stable::parallel_for(0, plan.tasks(), plan.grain,
+                              [&](int64_t begin, int64_t end) { best.run(p, plan, begin, end); });
   return call.out;
 }
 
