@@ -11,28 +11,11 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/float16.h"
 #include "core/packed_weight.h"
+#include "cpu/variants.h"
 
 namespace resq {
-
-enum class FloatType { kFloat32, kFloat16, kBFloat16 };
-
-constexpr int64_t float_bytes(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
-
-struct MixedGemmParams {
-  int64_t rows, n, k_lo, k_hi;
-  const void* q_lo;              // uint8 [rows, k_lo / 2] packed codes, or int8 [rows, k_lo]
-  bool q_lo_packed;              // which of the two
-  const int8_t* q_hi;            // [rows, k_hi]
-  const float* params;           // [rows, 4]: scale_lo, zero_lo, scale_hi, zero_hi
-  const uint8_t* packed_weight;  // [packed_weight_bytes(n, k_lo, k_hi)]
-  const float* weight_scale;     // [n, 2]: t_lo, t_hi
-  const int32_t* weight_sum;     // [n, 2]: wsum_lo, wsum_hi
-  const void* bias;              // [n] of bias_type, or nullptr
-  FloatType bias_type;
-  void* out;  // [rows, n] of out_type
-  FloatType out_type;
-};
 
 // How the work is cut. A panel is a run of activation rows that one thread unpacks into its own
 // scratch; a tile is the rows of a panel that share one pass over a weight block. A task is one
@@ -65,22 +48,27 @@ constexpr MixedGemmPlan mixed_gemm_plan(int64_t rows, int64_t n, int64_t k_lo, i
 }
 
 // Rows of the largest tile: as many as keep their sums in registers.
-inline constexpr int kMixedGemmTileRowsScalar = 2;
-inline constexpr int kMixedGemmTileRowsAvx2 = 2;
-inline constexpr int kMixedGemmTileRowsAvx512Vnni = 12;
+constexpr int mixed_gemm_tile_rows(cpu::Isa isa) { return isa == cpu::Isa::kAvx512Vnni ? 12 : 2; }
 
-// Tasks [begin, end) of a plan that was made with the tile rows of the same instruction set.
-namespace scalar {
-void mixed_gemm_tasks(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t begin,
-                      int64_t end);
-}
-namespace avx2 {
-void mixed_gemm_tasks(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t begin,
-                      int64_t end);
-}
-namespace avx512vnni {
-void mixed_gemm_tasks(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t begin,
-                      int64_t end);
-}
+struct MixedGemmParams {
+  int64_t rows, n, k_lo, k_hi;
+  const void* q_lo;              // uint8 [rows, k_lo / 2] packed codes, or int8 [rows, k_lo]
+  bool q_lo_packed;              // which of the two
+  const int8_t* q_hi;            // [rows, k_hi]
+  const float* params;           // [rows, 4]: scale_lo, zero_lo, scale_hi, zero_hi
+  const uint8_t* packed_weight;  // [packed_weight_bytes(n, k_lo, k_hi)]
+  const float* weight_scale;     // [n, 2]: t_lo, t_hi
+  const int32_t* weight_sum;     // [n, 2]: wsum_lo, wsum_hi
+  const void* bias;              // [n] of bias_type, or nullptr
+  FloatType bias_type;
+  void* out;  // [rows, n] of out_type
+  FloatType out_type;
+  MixedGemmPlan plan;
+};
+
+namespace cpu {
+// Runs tasks [begin, end) of p.plan, which was made with the tile rows of the instruction set.
+RESQ_DECLARE_ROWS_KERNEL(mixed_gemm_tasks, MixedGemmParams)
+}  // namespace cpu
 
 }  // namespace resq

@@ -1,20 +1,17 @@
 // AVX2: pmaddubsw for 4-bit codes, widening to 16 bits for 8-bit codes.
-#include <immintrin.h>
-
+#if defined(__x86_64__)
+#include <algorithm>
 #include <array>
-#include <cstring>
-#include <memory>
 #include <utility>
-#include <vector>
 
-#include "core/int4.h"
-#include "cpu/float16.h"
+#include "cpu/simd_common.h"
 #include "ops/mixed_gemm/mixed_gemm.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,f16c")
+#pragma GCC target("avx2,fma,f16c")
+#include "cpu/simd_avx2.h"
 
-namespace resq::avx2 {
+namespace resq::cpu::avx2 {
 namespace {
 
 template <int kRows>
@@ -79,22 +76,14 @@ class Tile {
 };
 
 struct Simd {
-  static constexpr int kTileRows = kMixedGemmTileRowsAvx2;
+  static constexpr int kTileRows = mixed_gemm_tile_rows(Isa::kAvx2);
   template <int kRows>
-  using Tile = avx2::Tile<kRows>;
-
-  static void to_float16(const float* values, uint16_t* out) {
-    for (int i = 0; i < 16; i += 8) {
-      const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), half);
-    }
-  }
+  using Tile = cpu::avx2::Tile<kRows>;
 };
 
 }  // namespace
 
 #include "ops/mixed_gemm/mixed_gemm_body.h"
-
-}  // namespace resq::avx2
-
+}  // namespace resq::cpu::avx2
 #pragma GCC pop_options
+#endif

@@ -1,21 +1,18 @@
 // AVX-512 VNNI: vpdpbusd multiplies four unsigned weight codes by four signed activation codes and
 // adds them to an int32 without saturation.
-#include <immintrin.h>
-
+#if defined(__x86_64__)
+#include <algorithm>
 #include <array>
-#include <cstring>
-#include <memory>
 #include <utility>
-#include <vector>
 
-#include "core/int4.h"
-#include "cpu/float16.h"
+#include "cpu/simd_common.h"
 #include "ops/mixed_gemm/mixed_gemm.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#include "cpu/simd_avx512vnni.h"
 
-namespace resq::avx512vnni {
+namespace resq::cpu::avx512vnni {
 namespace {
 
 // Every loop over sums is unrolled by pragma: g++ 12 otherwise decides too late that the array can
@@ -87,22 +84,14 @@ class Tile {
 struct Simd {
   // 12 rows x 2 vectors of sums, 2 vectors as loaded, 2 of codes, the nibble mask and a word: 30 of
   // the 32 registers.
-  static constexpr int kTileRows = kMixedGemmTileRowsAvx512Vnni;
+  static constexpr int kTileRows = mixed_gemm_tile_rows(Isa::kAvx512Vnni);
   template <int kRows>
-  using Tile = avx512vnni::Tile<kRows>;
-
-  static void to_float16(const float* values, uint16_t* out) {
-    // The masked form: g++ 12 warns about its own header in the plain one.
-    const __m256i half =
-        _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(values), _MM_FROUND_TO_NEAREST_INT);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), half);
-  }
+  using Tile = cpu::avx512vnni::Tile<kRows>;
 };
 
 }  // namespace
 
 #include "ops/mixed_gemm/mixed_gemm_body.h"
-
-}  // namespace resq::avx512vnni
-
+}  // namespace resq::cpu::avx512vnni
 #pragma GCC pop_options
+#endif

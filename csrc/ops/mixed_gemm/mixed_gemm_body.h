@@ -9,7 +9,7 @@
 //                                       layout (128 bytes, or 256 of the high part), `words` the
 //                                       activation codes in the order [2][kRows][4]
 //     store(uint32_t[kRows][32])
-//   to_float16(float[16], uint16_t[16])
+// and cpu/simd_*.h gives load and store of floats in every output type.
 
 namespace {
 
@@ -36,11 +36,21 @@ struct Columns {
 // Activations of a panel: for each tile of R rows, words of 4 codes in the order [K / 4][R], so
 // that a tile reads one stream whatever R is. The low parts of all tiles come first.
 struct Panel {
-  int64_t index, first_row, rows, tiles;
+  int64_t index = -1, first_row = 0, rows = 0, tiles = 0;
+  Row* row;
   int8_t* lo;
   int8_t* hi;
   int8_t* row_codes;  // one row in its natural order, before its words are spread
-  Row* row;
+
+  Panel(int64_t max_rows, int64_t lo_columns, int64_t hi_columns) {
+    constexpr int64_t kRowFloats = sizeof(Row) / sizeof(float);
+    const int64_t bytes = max_rows * (lo_columns + hi_columns) + std::max(lo_columns, hi_columns);
+    float* scratch = thread_row_buffer().floats(max_rows * kRowFloats + ceil_div(bytes, 4));
+    row = reinterpret_cast<Row*>(scratch);
+    lo = reinterpret_cast<int8_t*>(scratch + max_rows * kRowFloats);
+    hi = lo + max_rows * lo_columns;
+    row_codes = hi + max_rows * hi_columns;
+  }
 
   int64_t tile_begin(int64_t tile) const { return tile * rows / tiles; }
 };
@@ -64,11 +74,11 @@ int32_t spread_words(int8_t* codes, int64_t k, int64_t tile_rows, int8_t* words)
   return sum;
 }
 
-void fill_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t index, Panel& panel) {
+void fill_panel(const MixedGemmParams& p, int64_t index, Panel& panel) {
   panel.index = index;
-  panel.first_row = index * p.rows / plan.panels;
-  panel.rows = (index + 1) * p.rows / plan.panels - panel.first_row;
-  panel.tiles = ceil_div(panel.rows, plan.max_tile_rows);
+  panel.first_row = index * p.rows / p.plan.panels;
+  panel.rows = (index + 1) * p.rows / p.plan.panels - panel.first_row;
+  panel.tiles = ceil_div(panel.rows, p.plan.max_tile_rows);
   for (int64_t tile = 0; tile < panel.tiles; ++tile) {
     const int64_t begin = panel.tile_begin(tile), end = panel.tile_begin(tile + 1);
     for (int64_t i = begin; i < end; ++i) {
@@ -97,10 +107,9 @@ void fill_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t ind
 }
 
 float load_float(const void* data, FloatType type, int64_t i) {
-  if (type == FloatType::kFloat32) return static_cast<const float*>(data)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
-  return type == FloatType::kFloat16 ? cpu::float_from_float16(bits)
-                                     : cpu::float_from_bfloat16(bits);
+  if (type == FloatType::kFloat16) return to_float(static_cast<const Half*>(data)[i]);
+  if (type == FloatType::kBFloat16) return to_float(static_cast<const BFloat16*>(data)[i]);
+  return static_cast<const float*>(data)[i];
 }
 
 void load_columns(const MixedGemmParams& p, int64_t block, Columns& c) {
@@ -140,18 +149,20 @@ void scale_sums(const uint32_t* sums, const RowPart& row, const uint32_t* weight
   }
 }
 
+template <class T>
+void store_row(const float* y, T* out, int64_t count) {
+  T rounded[kBlock];
+  for (int64_t j = 0; j < kBlock; j += Vec::kLanes) store(rounded + j, load(y + j));
+  std::memcpy(out, rounded, static_cast<size_t>(count) * sizeof(T));
+}
+
 void store_row(const float* y, const MixedGemmParams& p, int64_t m, const Columns& c) {
-  const void* source = y;
-  uint16_t narrow[kBlock];
-  if (p.out_type == FloatType::kFloat16) {
-    for (int64_t j = 0; j < kBlock; j += 16) Simd::to_float16(y + j, narrow + j);
-    source = narrow;
-  } else if (p.out_type == FloatType::kBFloat16) {
-    for (int64_t j = 0; j < kBlock; ++j) narrow[j] = cpu::bfloat16_from_float(y[j]);
-    source = narrow;
+  const int64_t at = m * p.n + c.first;
+  switch (p.out_type) {
+    case FloatType::kFloat32: return store_row(y, static_cast<float*>(p.out) + at, c.count);
+    case FloatType::kFloat16: return store_row(y, static_cast<Half*>(p.out) + at, c.count);
+    case FloatType::kBFloat16: return store_row(y, static_cast<BFloat16*>(p.out) + at, c.count);
   }
-  const int64_t bytes = float_bytes(p.out_type);
-  std::memcpy(static_cast<char*>(p.out) + (m * p.n + c.first) * bytes, source, c.count * bytes);
 }
 
 template <int kRows>
@@ -189,24 +200,14 @@ constexpr std::array<TileKernel, sizeof...(kRowsMinusOne)> tile_kernels(
 
 }  // namespace
 
-void mixed_gemm_tasks(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t begin,
-                      int64_t end) {
+void mixed_gemm_tasks(const MixedGemmParams& p, int64_t begin, int64_t end) {
   static constexpr auto kTiles = tile_kernels(std::make_integer_sequence<int, Simd::kTileRows>());
-  const int64_t lo_bytes = packed_columns(p.k_lo), hi_bytes = packed_columns(p.k_hi);
-  const int64_t row_bytes = std::max(lo_bytes, hi_bytes);
-  const auto codes = std::make_unique_for_overwrite<int8_t[]>(
-      plan.max_panel_rows * (lo_bytes + hi_bytes) + row_bytes);
-  std::vector<Row> rows(plan.max_panel_rows);
-  Panel panel{};
-  panel.index = -1;
-  panel.lo = codes.get();
-  panel.hi = panel.lo + plan.max_panel_rows * lo_bytes;
-  panel.row_codes = panel.hi + plan.max_panel_rows * hi_bytes;
-  panel.row = rows.data();
+  const MixedGemmPlan& plan = p.plan;
+  Panel panel(plan.max_panel_rows, packed_columns(p.k_lo), packed_columns(p.k_hi));
   Columns columns;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t block = task % plan.blocks;
-    if (task / plan.blocks != panel.index) fill_panel(p, plan, task / plan.blocks, panel);
+    if (task / plan.blocks != panel.index) fill_panel(p, task / plan.blocks, panel);
     load_columns(p, block, columns);
     const uint8_t* weight = p.packed_weight + block * packed_block_bytes(p.k_lo, p.k_hi);
     for (int64_t tile = 0; tile < panel.tiles; ++tile) {

@@ -1,24 +1,9 @@
-// mixed_gemm on CPUs: picks the instruction set, cuts the work, registers the op.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/isa.h"
 #include "ops/mixed_gemm/mixed_gemm_args.h"
 
 namespace resq {
 namespace {
-
-struct Variant {
-  int64_t max_tile_rows;
-  void (*run)(const MixedGemmParams&, const MixedGemmPlan&, int64_t begin, int64_t end);
-};
-
-Variant variant() {
-  switch (cpu::current_isa()) {
-    case cpu::Isa::kAvx512Vnni: return {kMixedGemmTileRowsAvx512Vnni, avx512vnni::mixed_gemm_tasks};
-    case cpu::Isa::kAvx2: return {kMixedGemmTileRowsAvx2, avx2::mixed_gemm_tasks};
-    default: return {kMixedGemmTileRowsScalar, scalar::mixed_gemm_tasks};
-  }
-}
 
 void check_packed_size(const MixedGemmParams& p, const Tensor& packed_weight) {
   const int64_t bytes = packed_weight_bytes(p.n, p.k_lo, p.k_hi);
@@ -33,14 +18,15 @@ void check_packed_size(const MixedGemmParams& p, const Tensor& packed_weight) {
 Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
                   const Tensor& packed_weight, const Tensor& weight_scale, const Tensor& weight_sum,
                   const std::optional<Tensor>& bias, ScalarType out_dtype) {
-  const MixedGemmCall call =
+  MixedGemmCall call =
       mixed_gemm_call(q_lo, q_hi, params, packed_weight, weight_scale, weight_sum, bias, out_dtype);
-  const MixedGemmParams& p = call.params;
+  MixedGemmParams& p = call.params;
   check_packed_size(p, packed_weight);
-  const Variant best = variant();
-  const MixedGemmPlan plan = mixed_gemm_plan(p.rows, p.n, p.k_lo, p.k_hi, best.max_tile_rows);
-  torch::stable::parallel_for(0, plan.tasks(), plan.grain,
-                              [&](int64_t begin, int64_t end) { best.run(p, plan, begin, end); });
+  const int tile_rows = mixed_gemm_tile_rows(cpu::current_isa());
+  p.plan = mixed_gemm_plan(p.rows, p.n, p.k_lo, p.k_hi, tile_rows);
+  const auto kernel = RESQ_ROWS_KERNEL(mixed_gemm_tasks);
+  torch::stable::parallel_for(0, p.plan.tasks(), p.plan.grain,
+                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return call.out;
 }
 

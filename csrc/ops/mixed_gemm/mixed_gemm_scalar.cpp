@@ -1,15 +1,12 @@
 // Portable C++: what a machine without AVX2 runs, and the plainest statement of the two dots.
+#include <algorithm>
 #include <array>
-#include <cstring>
-#include <memory>
 #include <utility>
-#include <vector>
 
-#include "core/int4.h"
-#include "cpu/float16.h"
+#include "cpu/simd_scalar.h"
 #include "ops/mixed_gemm/mixed_gemm.h"
 
-namespace resq::scalar {
+namespace resq::cpu::scalar {
 namespace {
 
 template <int kRows>
@@ -40,17 +37,12 @@ class Tile {
 };
 
 struct Simd {
-  static constexpr int kTileRows = kMixedGemmTileRowsScalar;
+  static constexpr int kTileRows = mixed_gemm_tile_rows(Isa::kScalar);
   template <int kRows>
-  using Tile = scalar::Tile<kRows>;
-
-  static void to_float16(const float* values, uint16_t* out) {
-    for (int i = 0; i < 16; ++i) out[i] = cpu::float16_from_float(values[i]);
-  }
+  using Tile = cpu::scalar::Tile<kRows>;
 };
 
 }  // namespace
 
 #include "ops/mixed_gemm/mixed_gemm_body.h"
-
-}  // namespace resq::scalar
+}  // namespace resq::cpu::scalar
