@@ -31,8 +31,8 @@ def _prime_power(q: int) -> tuple[int, int] | None:
 def _quadratic_character(p: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """chi [q] int64 and the differences a - b [q, q] of GF(p^k), elements as base-p digits."""
     q = p**k
-    digits = torch.tensor([[a // p**i % p for i in range(k)] for a in range(q)])
     weights = torch.tensor([p**i for i in range(k)])
+    digits = torch.arange(q)[:, None] // weights % p
     differences = ((digits[:, None] - digits[None, :]) % p * weights).sum(-1)
     # x^k = -poly(x): the first monic polynomial of degree k <= 3 without a root is irreducible.
     poly = next(
@@ -40,16 +40,15 @@ def _quadratic_character(p: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         for c in itertools.product(range(p), repeat=k)
         if k == 1 or all((x**k + sum(c[i] * x**i for i in range(k))) % p for x in range(p))
     )
+    squares = torch.zeros(q, 2 * k - 1, dtype=torch.int64)  # of all elements, as polynomials
+    for i, j in itertools.product(range(k), repeat=2):
+        squares[:, i + j] += digits[:, i] * digits[:, j]
+    for i in range(2 * k - 2, k - 1, -1):
+        for j in range(k):
+            squares[:, i - k + j] -= squares[:, i] * poly[j]
     chi = torch.full((q,), -1)
+    chi[(squares[:, :k] % p * weights).sum(-1)] = 1
     chi[0] = 0
-    for a in range(1, q):
-        product = [0] * (2 * k - 1)
-        for i, j in itertools.product(range(k), repeat=2):
-            product[i + j] += int(digits[a, i] * digits[a, j])
-        for i in range(2 * k - 2, k - 1, -1):
-            for j in range(k):
-                product[i - k + j] -= product[i] * poly[j]
-        chi[sum(product[i] % p * p**i for i in range(k))] = 1
     return chi, differences
 
 

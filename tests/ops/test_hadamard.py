@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -93,6 +94,16 @@ def test_hadamard_of_not_finite_rows() -> None:
     y = hadamard(x)
     assert y[1].isnan().all()
     assert torch.isfinite(y[[0, 2]]).all()
+
+
+def test_hadamard_plans_are_built_once_by_any_thread() -> None:
+    sizes = [12 * 20 * 2, 12 * 20 * 4, 20 * 20, 20 * 36, 36 * 36, 12 * 36]  # not used elsewhere
+    inputs = [torch.randn(2, n) for n in sizes] * 4
+    with ThreadPoolExecutor(8) as pool:
+        outputs = list(pool.map(hadamard, inputs))
+    for x, y in zip(inputs, outputs, strict=True):
+        assert bits_equal(y, hadamard(x))
+        assert ((y.double() - matrices.transform(x.double())).abs() <= error_bound(x)).all()
 
 
 @pytest.mark.parametrize(

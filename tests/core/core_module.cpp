@@ -1,0 +1,87 @@
+// csrc/core and the vector verbs as a Python module, for the exhaustive tests only.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "core/float16.h"
+#include "core/hadamard.h"
+#include "core/int4.h"
+#include "core/quantize.h"
+#include "verbs.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+template <class To, class From>
+Array<To> apply(void (*map)(const From*, To*, int64_t), const Array<From>& x) {
+  if (x.size() % 16 != 0) throw std::invalid_argument("expected a multiple of 16 elements");
+  Array<To> y(x.size());
+  map(x.data(), y.mutable_data(), x.size());
+  return y;
+}
+
+resq::cpu::Verbs verbs(const std::string& isa) {
+#if defined(__x86_64__)
+  if (isa == "avx2") return resq::cpu::avx2::verbs();
+  if (isa == "avx512vnni") return resq::cpu::avx512vnni::verbs();
+#endif
+  if (isa == "scalar") return resq::cpu::scalar::verbs();
+  throw std::invalid_argument("no such instruction set: " + isa);
+}
+
+// The plan of n as (power, [(order, table_offsets)]).
+py::tuple plan(int64_t n) {
+  const resq::HadamardPlan* found = resq::hadamard_plan(n);
+  if (found == nullptr) throw std::invalid_argument("no plan");
+  py::list factors;
+  for (const auto& factor : found->paley) {
+    factors.append(py::make_tuple(factor->order, py::cast(factor->table_offsets)));
+  }
+  return py::make_tuple(found->power, factors);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(resq_core, m) {
+  using resq::cpu::Verbs;
+  m.def("pack_int4", py::vectorize(resq::pack_int4));
+  m.def("unpack_int4_even", py::vectorize(resq::unpack_int4_even));
+  m.def("unpack_int4_odd", py::vectorize(resq::unpack_int4_odd));
+  m.def("quantize_code", py::vectorize(resq::quantize_code));
+  m.def("asymmetric_scale", [](float lo, float hi, int bits) {
+    const resq::ScaleZero q = resq::asymmetric_scale(lo, hi, bits);
+    return py::make_tuple(q.scale, q.zero);
+  });
+  m.def("symmetric_scale", [](float lo, float hi, int bits) {
+    const resq::ScaleZero q = resq::symmetric_scale(lo, hi, bits);
+    return py::make_tuple(q.scale, q.zero);
+  });
+  m.def("paley_kind", resq::paley_kind);
+  m.def("paley_matrix", [](int64_t order) {
+    const std::vector<int8_t> signs = resq::paley_matrix(order);
+    return Array<int8_t>(std::vector<int64_t>{order, order}, signs.data());
+  });
+  m.def("hadamard_factors", resq::hadamard_factors);
+  m.def("hadamard_plan", plan);
+  m.attr("PALEY_TILE") = resq::kPaleyTile;
+  m.attr("PALEY_GROUPS") = resq::kPaleyGroups;
+  m.def("verbs", verbs);
+  py::class_<Verbs>(m, "Verbs")
+      .def_readonly("lanes", &Verbs::lanes)
+      .def("exp", [](const Verbs& v, Array<float> x) { return apply(v.exp, x); })
+      .def("silu", [](const Verbs& v, Array<float> x) { return apply(v.silu, x); })
+      .def("round", [](const Verbs& v, Array<float> x) { return apply(v.round, x); })
+      .def("to_float16", [](const Verbs& v, Array<float> x) { return apply(v.to_float16, x); })
+      .def("to_bfloat16", [](const Verbs& v, Array<float> x) { return apply(v.to_bfloat16, x); })
+      .def("from_float16",
+           [](const Verbs& v, Array<uint16_t> x) { return apply(v.from_float16, x); })
+      .def("from_bfloat16",
+           [](const Verbs& v, Array<uint16_t> x) { return apply(v.from_bfloat16, x); });
+}
