@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also measure the mean KL divergence from this model, usually the 16-bit one",
     )
     parser.add_argument(
+        "--fake-quant",
+        action="store_true",
+        help="compute a quantized model in plain torch from dequantized values instead of the "
+        "kernels; slow, to check them",
+    )
+    parser.add_argument(
         "--tasks",
         type=_names,
         metavar="A,B,...",
@@ -69,6 +76,9 @@ def run(args: argparse.Namespace) -> None:
     """
     output.check_json_target(args.json)
     config = loading.load_config(args.model)
+    stored = loading.quantization(config)
+    if args.fake_quant and (stored is None or stored.get("quant_method") != "resq"):
+        raise CommandError(f"--fake-quant: expected a model quantized by resq, got {args.model}")
     harness = _harness() if args.tasks else None
     wants_perplexity = bool(args.text or args.dataset or not args.tasks)
     if args.reference and not wants_perplexity:
@@ -84,28 +94,43 @@ def run(args: argparse.Namespace) -> None:
 
         cut_windows(tokens, seqlen)  # a short text is refused before a large model is loaded
         figures["text"] = source
+    reference = None
     model = loading.load_model(args.model, args.dtype, args.device)
-    if tokens is not None:
-        from resq_kernels.evaluate import perplexity
+    if args.reference:
+        reference = loading.load_model(args.reference, args.dtype, args.device)
+    figures["fake_quant"] = args.fake_quant
+    with _path(model, args.fake_quant):
+        if tokens is not None:
+            from resq_kernels.evaluate import perplexity
 
-        reference = args.reference and loading.load_model(args.reference, args.dtype, args.device)
-        evaluation = perplexity(
-            model,
-            tokens,
-            seqlen=seqlen,
-            max_windows=args.max_windows,
-            reference=reference or None,
-            progress="eval",
-        )
-        figures |= dataclasses.asdict(evaluation)
-    if harness is not None:
-        figures["tasks"] = _run_tasks(harness, model, tokenizer, args.tasks)
+            evaluation = perplexity(
+                model,
+                tokens,
+                seqlen=seqlen,
+                max_windows=args.max_windows,
+                reference=reference,
+                progress="eval",
+            )
+            figures |= dataclasses.asdict(evaluation)
+        if harness is not None:
+            figures["tasks"] = _run_tasks(harness, model, tokenizer, args.tasks)
     _print(figures)
     output.write_json(args.json, figures)
 
 
+def _path(model: PreTrainedModel, fake_quant: bool) -> contextlib.AbstractContextManager[object]:
+    """A context in which the model runs the path that was asked for."""
+    if not fake_quant:
+        return contextlib.nullcontext()
+    from resq_kernels.testing.fake_quant import fake_quantized
+
+    return fake_quantized(model)
+
+
 def _print(figures: dict[str, object]) -> None:
     rows = [("model", str(figures["model"]))]
+    if figures["fake_quant"]:
+        rows.append(("path", "reference (fake quantization in plain torch)"))
     if "perplexity" in figures:
         rows.append(("perplexity", f"{figures['perplexity']:.4f}"))
         if figures["kl_to_reference"] is not None:

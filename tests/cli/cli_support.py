@@ -5,41 +5,27 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from resq_kernels.testing.tiny_models import make_model, make_tokenizer
 
 POSITIONS = 64
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte; id 0 is the end of text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|end|>": 0} | {symbol: i + 1 for i, symbol in enumerate(alphabet)}
-    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<|end|>", eos_token="<|end|>", add_bos_token=True
+    """One token a byte; puts `<|endoftext|>` in front as Llama's does its BOS."""
+    tokenizer = make_tokenizer()
+    mark = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{mark} $A", special_tokens=[(mark, tokenizer.eos_token_id)]
     )
+    return tokenizer
 
 
 def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
-    """A random Llama: 2 layers, hidden 128, 2 heads of 64 over 1 kv head, 257 words."""
-    torch.manual_seed(seed)
-    options = {
-        "vocab_size": 257,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": POSITIONS,
-        "initializer_range": 0.1,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
-    return LlamaForCausalLM(LlamaConfig(**options | changes)).eval()
+    """`make_model` with few positions: 2 layers, hidden 128, 4 heads of 64 over 2 kv heads."""
+    return make_model("llama", seed=seed, **{"max_position_embeddings": POSITIONS} | changes)
 
 
 def save(model: LlamaForCausalLM, folder: Path) -> Path:

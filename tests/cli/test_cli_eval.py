@@ -17,6 +17,7 @@ from resq_kernels.evaluate import cut_windows, perplexity
 KEYS = {
     "model",
     "text",
+    "fake_quant",
     "perplexity",
     "tokens",
     "seqlen",
@@ -96,10 +97,10 @@ def test_model_that_answers_nan_is_refused_with_its_window() -> None:
 
 
 def test_foreign_vocabulary_is_refused() -> None:
-    tokens = torch.full((64,), 257)
-    with pytest.raises(ValueError, match="token 257 is outside the model's vocabulary of 257"):
+    tokens = torch.full((64,), 320)
+    with pytest.raises(ValueError, match="token 320 is outside the model's vocabulary of 320"):
         perplexity(tiny_llama(), tokens, seqlen=32)
-    with pytest.raises(ValueError, match="expected a vocabulary of 257 words, got 300"):
+    with pytest.raises(ValueError, match="expected a vocabulary of 320 words, got 300"):
         perplexity(tiny_llama(), tokens - 1, seqlen=32, reference=tiny_llama(vocab_size=300))
 
 

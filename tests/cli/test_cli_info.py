@@ -52,9 +52,9 @@ def test_info_of_a_model_counts_every_byte(tmp_path: Path, resq: Callable[..., R
     assert set(model["bytes"]) == {*PARTS, "total"}
     assert model["bytes"]["total"] == sum(t.nbytes for t in tensors.values())
     assert model["bytes"]["total"] == sum(model["bytes"][part] for part in PARTS)
-    # q, o: 128 x 128; k, v: 64 x 128; gate, up, down: 256 x 128; two layers of float32.
-    assert model["bytes"]["linears"] == 2 * 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)
-    assert model["bytes"]["embedding"] == model["bytes"]["head"] == 4 * 257 * 128
+    # q, o: 256 x 128; k, v: 128 x 128; gate, up, down: 192 x 128; two layers of float32.
+    assert model["bytes"]["linears"] == 2 * 4 * (2 * 256 * 128 + 2 * 128 * 128 + 3 * 192 * 128)
+    assert model["bytes"]["embedding"] == model["bytes"]["head"] == 4 * 320 * 128
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,22 @@ def test_signals_end_with_their_code_and_without_files(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_interrupt_that_native_code_disguises_is_still_an_interrupt(
+    resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disguised(args: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("error in a callback") from None
+
+    monkeypatch.setattr(COMMANDS["info"], "run", disguised)
+    before = signal.getsignal(signal.SIGINT)
+    result = resq("info")
+    assert (result.code, result.err) == (130, "\nresq: interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_closed_pipe_is_silent() -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "resq_kernels", "info"],

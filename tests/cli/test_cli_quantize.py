@@ -37,10 +37,10 @@ def test_quantize_writes_a_whole_folder_and_the_documented_keys(
     expected = ResQConfig(samples=4, seqlen=48, seed=3)
     assert figures["config"] == expected.to_dict()
     sizes = part_sizes(out)
-    # q, k, v, gate, up have 112 | 16 columns, o_proj 2 heads of 56 | 8, down_proj 256 | 0.
-    mixed_rows = 128 + 64 + 64 + 128 + 256 + 256
-    assert sizes["linears"] == 2 * (mixed_rows * (112 // 2 + 16) + 128 * 256 // 2)
-    assert sizes["linear_scales"] == 2 * (mixed_rows + 128) * 2 * 4
+    # Bytes of a row: q, k, v, gate, up 112 | 16 columns, o 224 | 32, down 192 in 4 bits.
+    rows = {112 // 2 + 16: 256 + 128 + 128 + 192 + 192, 224 // 2 + 32: 128, 192 // 2: 128}
+    assert sizes["linears"] == 2 * sum(width * count for width, count in rows.items())
+    assert sizes["linear_scales"] == 2 * sum(rows.values()) * 2 * 4
     assert sizes["key_rotations"] == 2 * 64 * 64 * 2
     assert f"{out}" in result.out and "14 linears" in result.out
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
@@ -132,7 +132,7 @@ def test_interrupted_run_is_resumed_to_the_same_bytes(
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     errors = process.communicate()[1]
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert "resq: interrupted" in errors and f"{partial} (--resume)" in errors
     assert partial.is_dir() and not out.exists()
