@@ -1,6 +1,8 @@
 """Typed wrappers of torch.ops.resq.*: one module per operator, named after it."""
 
 from resq_kernels.ops.hadamard import hadamard
+from resq_kernels.ops.kv_append import kv_append
+from resq_kernels.ops.kv_attention import kv_attention
 from resq_kernels.ops.mixed_gemm import mixed_gemm
 from resq_kernels.ops.mixed_quantize import mixed_quantize
 from resq_kernels.ops.pack_weight import pack_weight
@@ -10,6 +12,8 @@ from resq_kernels.ops.unpack_weight import unpack_weight
 
 __all__ = [
     "hadamard",
+    "kv_append",
+    "kv_attention",
     "mixed_gemm",
     "mixed_quantize",
     "pack_weight",

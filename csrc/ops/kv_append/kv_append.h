@@ -1,0 +1,48 @@
+// kv_append: RoPE and rotation of k, quantization of k and v per token and head, write into pages.
+//
+//   k' = (k cos + rotate_half(k) sin) U[head]        float32, sums over d in order
+//   per row of k' and of v: offset, scale, codes     kv_range, kv_code of core/kv_page.h
+//
+// The same row gives the same bytes whatever the batch, the thread count and the instruction set.
+#pragma once
+
+#include "core/kv_page.h"
+
+namespace resq {
+
+struct KvAppendParams {
+  const void* k;                // [tokens, n_kv, head_dim] of `type`
+  const void* v;                // [tokens, n_kv, head_dim] of `type`
+  const float* cos;             // [tokens, head_dim] or null
+  const float* sin;             // [tokens, head_dim] or null
+  const float* rotation;        // [1 or n_kv, head_dim, head_dim] or null
+  const int64_t* slot_mapping;  // [tokens], page * page_size + position or negative
+  uint8_t* cache;               // [pages, n_kv, page_size * token_bytes]
+  FloatType type;
+  int64_t tokens, n_kv, head_dim, page_size;
+  bool shared_rotation;  // one rotation for all heads
+  bool uniform;          // hi_bits = 4: one 4-bit range per row
+};
+
+// A row is one head of one token; rows of a group share a rotation, and the order of the rows of a
+// group does not matter to the result.
+struct KvAppendGroups {
+  int64_t groups, rows;  // rows of each group
+
+  explicit KvAppendGroups(const KvAppendParams& p)
+      : groups(p.shared_rotation ? 1 : p.n_kv),
+        rows(p.shared_rotation ? p.tokens * p.n_kv : p.tokens) {}
+};
+
+// Appends rows [begin, end) of group `group`.
+namespace scalar {
+void kv_append_rows(const KvAppendParams&, int64_t group, int64_t begin, int64_t end);
+}
+namespace avx2 {
+void kv_append_rows(const KvAppendParams&, int64_t group, int64_t begin, int64_t end);
+}
+namespace avx512vnni {
+void kv_append_rows(const KvAppendParams&, int64_t group, int64_t begin, int64_t end);
+}
+
+}  // namespace resq

@@ -1,0 +1,22 @@
+// kv_append for AVX2.
+#include <immintrin.h>
+
+#include <bit>
+
+#include "ops/kv_append/kv_append.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+
+namespace resq::avx2 {
+namespace {
+
+#include "cpu/lanes_avx2.h"
+
+}  // namespace
+
+#include "ops/kv_append/kv_append_body.h"
+
+}  // namespace resq::avx2
+
+#pragma GCC pop_options

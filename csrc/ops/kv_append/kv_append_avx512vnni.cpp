@@ -1,0 +1,22 @@
+// kv_append for AVX-512.
+#include <immintrin.h>
+
+#include <bit>
+
+#include "ops/kv_append/kv_append.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")
+
+namespace resq::avx512vnni {
+namespace {
+
+#include "cpu/lanes_avx512.h"
+
+}  // namespace
+
+#include "ops/kv_append/kv_append_body.h"
+
+}  // namespace resq::avx512vnni
+
+#pragma GCC pop_options

@@ -1,0 +1,167 @@
+// The body of kv_append; included inside the namespace of an instruction set (see cpu/lanes.h).
+
+namespace {
+
+// The bytes that a token owns in a K or V tile, and the dims whose codes each of them holds: `high`
+// is the dim of the high nibble, or kWide where the byte is one 8-bit code.
+inline constexpr uint8_t kWide = 255;
+struct OwnedByte {
+  uint16_t byte;
+  uint8_t low, high;
+};
+template <int kHeadDim>
+struct OwnedBytes {
+  using Layout = KvLayout<kHeadDim>;
+  OwnedByte k[Layout::kTileTokens][Layout::kRowBytes] = {};
+  OwnedByte v[Layout::kTileTokens][Layout::kRowBytes] = {};
+
+  constexpr OwnedBytes() {
+    for (int token = 0; token < Layout::kTileTokens; ++token) {
+      fill(k[token], [=](int dim) { return kv_k_place<kHeadDim>(token, dim); });
+      fill(v[token], [=](int dim) { return kv_v_place<kHeadDim>(token, dim); });
+    }
+  }
+
+  template <class Place>
+  static constexpr void fill(OwnedByte* owned, Place place) {
+    int16_t index[kKvTileBytes] = {};  // 1 + the position in `owned`
+    int count = 0;
+    for (int dim = 0; dim < kHeadDim; ++dim) {
+      const KvPlace p = place(dim);
+      if (index[p.byte] == 0) {
+        owned[count] = {static_cast<uint16_t>(p.byte), 0, p.wide ? kWide : uint8_t{0}};
+        index[p.byte] = static_cast<int16_t>(++count);
+      }
+      OwnedByte& entry = owned[index[p.byte] - 1];
+      (p.shift == 0 ? entry.low : entry.high) = static_cast<uint8_t>(dim);
+    }
+  }
+};
+template <int kHeadDim>
+inline constexpr OwnedBytes<kHeadDim> kOwnedBytes{};
+
+// Extremes of kCount numbers; `finite` is cleared if one is NaN or infinite.
+template <int kCount>
+inline KvRange row_range(const float* x, int levels) {
+  constexpr int kWidth = kCount % kLanes == 0 ? kLanes : 8;  // 56 and 8 are multiples of 8 only
+  float lo[kWidth], hi[kWidth];
+  int32_t magnitude[kWidth] = {};
+  for (int j = 0; j < kWidth; ++j) lo[j] = hi[j] = x[j];
+  for (int first = 0; first < kCount; first += kWidth) {
+    for (int j = 0; j < kWidth; ++j) {
+      const float value = x[first + j];
+      const int32_t bits = std::bit_cast<int32_t>(value) & 0x7fffffff;
+      lo[j] = value < lo[j] ? value : lo[j];
+      hi[j] = value > hi[j] ? value : hi[j];
+      magnitude[j] = bits > magnitude[j] ? bits : magnitude[j];
+    }
+  }
+  for (int j = 1; j < kWidth; ++j) {
+    lo[0] = lo[j] < lo[0] ? lo[j] : lo[0];
+    hi[0] = hi[j] > hi[0] ? hi[j] : hi[0];
+    magnitude[0] = magnitude[j] > magnitude[0] ? magnitude[j] : magnitude[0];
+  }
+  return magnitude[0] >= 0x7f800000 ? kKvNanRange : kv_range(lo[0], hi[0], levels);
+}
+
+// kv_code of kCount numbers. A part with NaN has inv_scale 0 and answers 0 for finite numbers; NaN
+// compares false and answers 0 too.
+template <int kCount>
+inline void row_codes(const float* x, const KvRange& range, int levels, uint8_t* codes) {
+  const float top = static_cast<float>(levels);
+  for (int j = 0; j < kCount; ++j) {
+    float code = (x[j] - range.offset) * range.inv_scale;
+    code = code < top ? code : (code >= top ? top : 0.0f);
+    code = code > 0.0f ? code : 0.0f;
+    const int32_t bits = std::bit_cast<int32_t>(code + kRoundMagic);
+    codes[j] = static_cast<uint8_t>(bits - std::bit_cast<int32_t>(kRoundMagic));
+  }
+}
+
+// Quantizes one row and stores its bytes; returns the stored ranges of its two parts.
+struct StoredRanges {
+  Half low_scale, low_offset, high_scale, high_offset;
+};
+template <int kHeadDim>
+inline StoredRanges store_row_codes(const float* x, bool uniform, const OwnedByte* owned,
+                                    uint8_t* tile) {
+  using Layout = KvLayout<kHeadDim>;
+  alignas(64) uint8_t codes[kHeadDim];
+  KvRange low, high;
+  if (uniform) {
+    low = high = row_range<kHeadDim>(x, kKvLowLevels);
+    row_codes<kHeadDim>(x, low, kKvLowLevels, codes);
+  } else {
+    low = row_range<Layout::kLowDims>(x, kKvLowLevels);
+    high = row_range<Layout::kHighDims>(x + Layout::kLowDims, kKvHighLevels);
+    row_codes<Layout::kLowDims>(x, low, kKvLowLevels, codes);
+    row_codes<Layout::kHighDims>(x + Layout::kLowDims, high, kKvHighLevels,
+                                 codes + Layout::kLowDims);
+  }
+  for (int i = 0; i < Layout::kRowBytes; ++i) {
+    const OwnedByte entry = owned[i];
+    const int nibble = entry.high == kWide ? 0 : codes[entry.high] << 4;
+    tile[entry.byte] = static_cast<uint8_t>(codes[entry.low] | nibble);
+  }
+  return {low.stored_scale, low.stored_offset, high.stored_scale, high.stored_offset};
+}
+
+template <int kHeadDim>
+inline void append_row(const KvAppendParams& p, int64_t token, int64_t head, const float* k,
+                       const float* v) {
+  using Layout = KvLayout<kHeadDim>;
+  const int64_t slot = p.slot_mapping[token];
+  const int64_t page = slot / p.page_size, position = slot % p.page_size;
+  uint8_t* chunk = p.cache + (page * p.n_kv + head) * p.page_size * Layout::kTokenBytes;
+  const auto& owned = kOwnedBytes<kHeadDim>;
+  const int64_t in_tile = position % Layout::kTileTokens;
+  const StoredRanges ranges[2] = {
+      store_row_codes<kHeadDim>(k, p.uniform, owned.k[in_tile],
+                                chunk + kv_k_tile_byte<kHeadDim>(position)),
+      store_row_codes<kHeadDim>(v, p.uniform, owned.v[in_tile],
+                                chunk + kv_v_tile_byte<kHeadDim>(p.page_size, position))};
+  static_assert(sizeof(ranges) == kKvMetadataBytes);
+  __builtin_memcpy(chunk + kv_metadata_byte<kHeadDim>(p.page_size, position), ranges,
+                   sizeof(ranges));
+}
+
+template <int kHeadDim>
+inline void append_rows(const KvAppendParams& p, int64_t group, int64_t begin, int64_t end) {
+  struct Row {
+    int64_t token, head;
+  };
+  const auto row_at = [&](int64_t i) {
+    return p.shared_rotation ? Row{i / p.n_kv, i % p.n_kv} : Row{i, group};
+  };
+  const float* rotation = p.rotation;
+  if (rotation && !p.shared_rotation) rotation += group * kHeadDim * kHeadDim;
+  alignas(64) float k[kRotatedRows * kHeadDim], v[kHeadDim];
+  while (begin < end) {
+    Row rows[kRotatedRows];
+    int count = 0;
+    for (; begin < end && count < kRotatedRows; ++begin) {
+      const Row row = row_at(begin);
+      if (p.slot_mapping[row.token] < 0) continue;
+      rows[count] = row;
+      float* out = k + count++ * kHeadDim;
+      load_row(p.k, p.type, (row.token * p.n_kv + row.head) * kHeadDim, kHeadDim, out);
+      if (p.cos) rope<kHeadDim>(out, p.cos + row.token * kHeadDim, p.sin + row.token * kHeadDim);
+    }
+    if (count == 0) return;
+    if (rotation) rotate<kHeadDim>(k, count, rotation);
+    for (int r = 0; r < count; ++r) {
+      load_row(p.v, p.type, (rows[r].token * p.n_kv + rows[r].head) * kHeadDim, kHeadDim, v);
+      append_row<kHeadDim>(p, rows[r].token, rows[r].head, k + r * kHeadDim, v);
+    }
+  }
+}
+
+}  // namespace
+
+void kv_append_rows(const KvAppendParams& p, int64_t group, int64_t begin, int64_t end) {
+  if (p.head_dim == 128) {
+    append_rows<128>(p, group, begin, end);
+  } else {
+    append_rows<64>(p, group, begin, end);
+  }
+}

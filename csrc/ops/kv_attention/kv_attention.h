@@ -1,0 +1,75 @@
+// kv_attention: causal GQA attention over the pages of the 4-bit KV cache.
+//
+//   q' = (q cos + rotate_half(q) sin) U[kv head] * scale * log2(e)         float32
+//   q' ~ s_p * integer, 16 bits, per row and part p (low and high dims)
+//   score[t] = sum over p of k_scale_p[t] * s_p * (integers . codes) + k_offset_p[t] * sum(q'_p)
+//   out = sum_t softmax(score)[t] V[t], in blocks of 64 tokens: per block the products
+//         exp2(score - max) * v_scale_p become 16-bit integers, and meet the codes of V exactly.
+//
+// Dot products of integers have no order, the float32 steps have a fixed one: blocks of kKeyBlock
+// tokens merge in order inside splits of kSplitTokens, and splits in order. A query's result is
+// the same bits for every batch, chunking of the prompt, page size, thread count and instruction
+// set.
+#pragma once
+
+#include "core/kv_page.h"
+
+namespace resq {
+
+inline constexpr int kKeyBlock = 64;
+inline constexpr int kSplitTokens = 1024;
+inline constexpr int kTaskRows = 64;  // rows (query, head) that share the unpacking of a block
+
+struct KvAttentionParams {
+  const void* q;               // [tokens, n_q, head_dim] of `type`
+  void* out;                   // [tokens, n_q, head_dim] of `type`
+  const uint8_t* cache;        // [pages, n_kv, page_size * token_bytes]
+  const int32_t* block_table;  // [sequences, max_pages]
+  const float* cos;            // [tokens, head_dim] or null
+  const float* sin;            // [tokens, head_dim] or null
+  const float* rotation;       // [1 or n_kv, head_dim, head_dim] or null
+  FloatType type;
+  int64_t n_q, n_kv, head_dim, page_size, max_pages;
+  float scale;  // of the scores, times log2(e)
+  bool shared_rotation;
+
+  int64_t group() const { return n_q / n_kv; }
+};
+
+// Some queries of one sequence with the heads of one group. Row r is query r / group, head
+// r % group; query i sees the first `visible + i` tokens (none if that is not positive).
+struct KvAttentionTask {
+  int64_t sequence, kv_head;
+  int64_t first_query, queries;  // rows of q
+  int64_t visible;
+
+  int64_t last_visible() const { return visible + queries - 1; }
+  int64_t splits() const { return last_visible() > 0 ? ceil_div(last_visible(), kSplitTokens) : 0; }
+};
+
+// The running softmax of a row: head_dim weighted sums, then the maximum and the sum of weights.
+constexpr int64_t kv_state_floats(int64_t head_dim) { return head_dim + 16; }
+
+// Floats of scratch for a task of `rows` rows, 64-byte aligned.
+constexpr int64_t kv_workspace_floats(int64_t head_dim, int64_t rows) {
+  const int64_t block = kKeyBlock * (head_dim + 8);
+  const int64_t row = head_dim / 2 + 16 + 2 * kv_state_floats(head_dim);
+  return block + rows * row;
+}
+
+// attend: all splits of a task, writes `out`. attend_split: one split into `states`
+// [rows, kv_state_floats]. merge_splits: states [splits, rows, ...] in order, writes `out`.
+#define RESQ_KV_ATTENTION_VARIANT(isa)                                                     \
+  namespace isa {                                                                          \
+  void attend(const KvAttentionParams&, const KvAttentionTask&, float* workspace);         \
+  void attend_split(const KvAttentionParams&, const KvAttentionTask&, int64_t split,       \
+                    float* states, float* workspace);                                      \
+  void merge_splits(const KvAttentionParams&, const KvAttentionTask&, const float* states, \
+                    float* workspace);                                                     \
+  }
+RESQ_KV_ATTENTION_VARIANT(scalar)
+RESQ_KV_ATTENTION_VARIANT(avx2)
+RESQ_KV_ATTENTION_VARIANT(avx512vnni)
+#undef RESQ_KV_ATTENTION_VARIANT
+
+}  // namespace resq

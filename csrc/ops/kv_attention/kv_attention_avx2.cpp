@@ -1,0 +1,25 @@
+// kv_attention for AVX2.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <bit>
+#include <limits>
+
+#include "ops/kv_attention/kv_attention.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+
+namespace resq::avx2 {
+namespace {
+
+#include "cpu/lanes_avx2.h"
+#include "ops/kv_attention/unpack_avx2.h"
+
+}  // namespace
+
+#include "ops/kv_attention/kv_attention_body.h"
+
+}  // namespace resq::avx2
+
+#pragma GCC pop_options

@@ -1,0 +1,25 @@
+// kv_attention for AVX-512 VNNI.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <bit>
+#include <limits>
+
+#include "ops/kv_attention/kv_attention.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")
+
+namespace resq::avx512vnni {
+namespace {
+
+#include "cpu/lanes_avx512.h"
+#include "ops/kv_attention/unpack_avx2.h"
+
+}  // namespace
+
+#include "ops/kv_attention/kv_attention_body.h"
+
+}  // namespace resq::avx512vnni
+
+#pragma GCC pop_options

@@ -1,0 +1,77 @@
+// Tensors that kv_append and kv_attention share: the cache, cos and sin, the key rotation.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+
+#include "core/kv_page.h"
+#include "torch/mixed_rows.h"
+
+namespace resq {
+
+inline std::initializer_list<ScalarType> float_dtypes() {
+  static constexpr std::initializer_list<ScalarType> kDtypes = {ScalarType::Float, ScalarType::Half,
+                                                                ScalarType::BFloat16};
+  return kDtypes;
+}
+
+// x float [tokens, heads, 64 or 128].
+inline void check_heads(const char* op, const char* argument, const Tensor& x) {
+  check_tensor(op, argument, x, float_dtypes(), {kAnySize, kAnySize, kAnySize});
+  if (x.size(2) != 64 && x.size(2) != 128) {
+    fail(op, argument, "a head dimension (the last) of 64 or 128", describe(x));
+  }
+}
+
+// uint8 [pages, n_kv, page_size * token_bytes]; answers page_size.
+inline int64_t check_cache(const char* op, const Tensor& cache, int64_t n_kv, int64_t head_dim) {
+  check_tensor(op, "cache", cache, {ScalarType::Byte}, {kAnySize, n_kv, kAnySize});
+  const int64_t token_bytes =
+      head_dim == 128 ? KvLayout<128>::kTokenBytes : KvLayout<64>::kTokenBytes;
+  const int64_t tile = head_dim == 128 ? KvLayout<128>::kTileTokens : KvLayout<64>::kTileTokens;
+  if (cache.size(2) == 0 || cache.size(2) % (tile * token_bytes) != 0) {
+    std::ostringstream expected;
+    expected << "pages of a multiple of " << tile << " tokens of " << token_bytes << " bytes";
+    fail(op, "cache", expected.str(), describe(cache));
+  }
+  return cache.size(2) / token_bytes;
+}
+
+// float32 copies (or the tensors themselves) of the optional arguments; they own what the
+// parameters of a kernel point at.
+struct RopeRotation {
+  std::optional<Tensor> cos, sin, rotation;
+
+  RopeRotation(const char* op, const std::optional<Tensor>& cos_in,
+               const std::optional<Tensor>& sin_in, const std::optional<Tensor>& rotation_in,
+               int64_t tokens, int64_t n_kv, int64_t head_dim) {
+    if (cos_in.has_value() != sin_in.has_value()) {
+      fail(op, cos_in ? "sin" : "cos", "a tensor, because the other of cos and sin is given",
+           "None");
+    }
+    if (cos_in) {
+      check_tensor(op, "cos", *cos_in, float_dtypes(), {tokens, head_dim});
+      check_tensor(op, "sin", *sin_in, float_dtypes(), {tokens, head_dim});
+      cos = torch::stable::to(*cos_in, ScalarType::Float);
+      sin = torch::stable::to(*sin_in, ScalarType::Float);
+    }
+    if (rotation_in) {
+      check_tensor(op, "key_rotation", *rotation_in, float_dtypes(),
+                   {kAnySize, head_dim, head_dim});
+      if (rotation_in->size(0) != 1 && rotation_in->size(0) != n_kv) {
+        std::ostringstream expected;
+        expected << "1 or " << n_kv << " (the kv heads) matrices";
+        fail(op, "key_rotation", expected.str(), describe(*rotation_in));
+      }
+      rotation = torch::stable::to(*rotation_in, ScalarType::Float);
+    }
+  }
+
+  static const float* data(const std::optional<Tensor>& tensor) {
+    return tensor ? tensor->const_data_ptr<float>() : nullptr;
+  }
+  bool shared_rotation() const { return !rotation || rotation->size(0) == 1; }
+};
+
+}  // namespace resq

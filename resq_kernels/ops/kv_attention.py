@@ -1,0 +1,70 @@
+"""kv_attention: causal attention over the pages of the 4-bit cache."""
+
+from __future__ import annotations
+
+import torch
+
+from resq_kernels import _library  # noqa: F401  registers torch.ops.resq.*
+
+
+def kv_attention(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_starts: torch.Tensor,
+    scale: float,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    key_rotation: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal grouped-query attention of all sequences over 4-bit pages: prefill, chunked prefill
+    and decode.
+
+    Formula: q' = (q cos + rotate_half(q) sin) U[kv head] in float32, to 16-bit integers per part
+    of the row; out = softmax(scale q' K^T) V over the visible tokens, with K and V as dequantized,
+    exact integer dot products and a float32 softmax. Query i of a sequence with n queries sees the
+    first seq_len - n + i + 1 tokens (bottom-right aligned). Blocks of keys have a fixed size and
+    order, so that the result of a query does not depend on the batch, on chunking, on the page
+    size, on the thread count or on the instruction set.
+
+    Args:
+        q: float32, float16 or bfloat16 [T, n_q_heads, D], the queries of all sequences, one after
+            the other; n_q_heads is a multiple of the cache's heads; D = 64 or 128.
+        cache: uint8 [num_pages, n_kv_heads, page_size * token_bytes], holding the new tokens too.
+        block_table: int32 [S, max_pages]; entries beyond a sequence's length are not read.
+        seq_lens: int32 [S], tokens of each sequence including the new ones.
+        query_starts: int32 [S + 1], first query of each sequence, and the end of the last one;
+            rows of q beyond it answer zeros.
+        scale: factor on the scores, usually D ** -0.5.
+        cos, sin: float [T, D] for RoPE on q, or both None.
+        key_rotation: float [1 or n_kv_heads, D, D], the one that `kv_append` got, or None.
+
+    Returns:
+        [T, n_q_heads, D] in q's dtype; zeros for queries that see no token; NaN where a visible
+        row or the query holds NaN.
+
+    Raises:
+        RuntimeError: a shape, dtype, length or page is not as above; nothing is computed.
+
+    Source: arXiv 2412.14363, section 4; docs/formats.md section 5.
+    """
+    return torch.ops.resq.kv_attention(
+        q, cache, block_table, seq_lens, query_starts, scale, cos, sin, key_rotation
+    )
+
+
+@torch.library.register_fake("resq::kv_attention")
+def _fake(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_starts: torch.Tensor,
+    scale: float,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    key_rotation: torch.Tensor | None = None,
+) -> torch.Tensor:
+    torch._check(q.dim() == 3, lambda: f"kv_attention: q: expected 3 dimensions, got {q.dim()}")
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

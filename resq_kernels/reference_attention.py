@@ -1,0 +1,105 @@
+"""The specification of the KV cache's operators in plain torch (imported by reference.py)."""
+
+from __future__ import annotations
+
+import torch
+
+from resq_kernels import kv_pages
+
+
+def rope(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
+    """x cos + rotate_half(x) sin in float32; x [T, heads, D], cos and sin [T, D] or None."""
+    x = x.float()
+    if cos is None or sin is None:
+        return x
+    first, second = x.chunk(2, dim=-1)
+    rotated = torch.cat([-second, first], dim=-1)
+    return x * cos.float()[:, None] + rotated * sin.float()[:, None]
+
+
+def kv_fake_quantize(x: torch.Tensor, hi_bits: int = 8) -> torch.Tensor:
+    """Rows [..., D] -> the float32 values that a page would hold of them.
+
+    Formula: scale * code + offset with the codes of `kv_pages.quantize_rows`.
+    """
+    return kv_pages.quantize_rows(x, hi_bits).dequantize()
+
+
+def kv_append(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    key_rotation: torch.Tensor | None,
+    cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    hi_bits: int = 8,
+) -> None:
+    """RoPE and rotation of k, quantization of k and v per token and head, write into the pages.
+
+    Formula: k' = rope(k) U[head]; rows of k' and v by `kv_pages.quantize_rows`; tokens whose slot
+    is negative are skipped.
+    """
+    k = rope(k, cos, sin)
+    if key_rotation is not None:
+        k = torch.einsum("thd,hde->the", k, key_rotation.float().expand(k.shape[1], -1, -1))
+    kept = slot_mapping >= 0
+    k_rows = kv_pages.quantize_rows(k[kept], hi_bits)
+    v_rows = kv_pages.quantize_rows(v[kept], hi_bits)
+    kv_pages.write_tokens(cache, slot_mapping[kept], k_rows, v_rows)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal GQA attention of one sequence, bottom-right aligned, in the dtype of the inputs.
+
+    Args:
+        q: [n, n_q, D], the last n tokens of the sequence.
+        k, v: [length, n_kv, D].
+
+    Returns:
+        [n, n_q, D]; zeros for queries that see no token.
+    """
+    n, length = q.shape[0], k.shape[0]
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    visible = torch.arange(length) < length - n + 1 + torch.arange(n)[:, None]  # [n, length]
+    scores = torch.einsum("nhd,lhd->hnl", q, k) * scale
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    weights = torch.where(visible.any(-1)[:, None], weights, 0.0)
+    # A masked token may hold NaN, which 0 times NaN would let through.
+    out = torch.einsum("hnl,lhd->nhd", weights, torch.nan_to_num(v))
+    nan_mass = torch.einsum("nl,lhd->nhd", visible.to(v.dtype), torch.isnan(v).to(v.dtype))
+    return out.masked_fill(nan_mass > 0, torch.nan)
+
+
+def kv_attention(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_starts: torch.Tensor,
+    scale: float,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    key_rotation: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal GQA attention over the pages; arguments as in `ops.kv_attention`.
+
+    Formula: q' = rope(q) U[kv head]; per sequence softmax(scale q' K^T + causal mask) V with the
+    dequantized K and V, in float32.
+    """
+    head_dim, page_size = q.shape[-1], kv_pages.page_size_of(cache, q.shape[-1])
+    rotated = rope(q, cos, sin)
+    if key_rotation is not None:
+        group = q.shape[1] // cache.shape[1]
+        rotation = key_rotation.float().expand(cache.shape[1], -1, -1)
+        rotation = rotation.repeat_interleave(group, dim=0)
+        rotated = torch.einsum("thd,hde->the", rotated, rotation)
+    out = torch.zeros_like(rotated)
+    for i, length in enumerate(seq_lens.tolist()):
+        begin, end = query_starts[i : i + 2].tolist()
+        position = torch.arange(length)
+        slots = block_table[i].long()[position // page_size] * page_size + position % page_size
+        k, v = (rows.dequantize() for rows in kv_pages.read_tokens(cache, slots, head_dim))
+        out[begin:end] = attend(rotated[begin:end], k, v, scale)
+    return out.to(q.dtype)

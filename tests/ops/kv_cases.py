@@ -1,0 +1,89 @@
+"""Sequences in pages, for the tests of kv_append and kv_attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import torch
+
+from resq_kernels import kv_pages, ops
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HEAD_DIMS = [64, 128]
+ISAS = ["scalar", "avx2", "avx512vnni"]
+
+
+def rotations(count: int, head_dim: int) -> torch.Tensor:
+    """Random orthogonal matrices [count, D, D]."""
+    return torch.linalg.qr(torch.randn(count, head_dim, head_dim))[0].contiguous()
+
+
+def cos_sin(tokens: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [tokens, D] of random angles, both halves equal as in Hugging Face."""
+    angles = (torch.rand(tokens, head_dim // 2) * 6.3).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def page_slots(pages: torch.Tensor, page_size: int, length: int) -> torch.Tensor:
+    """Slots of the tokens 0..length-1 of a sequence with the pages given, int64 [length]."""
+    position = torch.arange(length)
+    return pages.long()[position // page_size] * page_size + position % page_size
+
+
+@dataclasses.dataclass
+class Pages:
+    """A cache with sequences in scattered pages; what no token owns is 0xFF (NaN bits)."""
+
+    cache: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    head_dim: int
+
+    @property
+    def page_size(self) -> int:
+        return kv_pages.page_size_of(self.cache, self.head_dim)
+
+    def rows(self, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dequantized K and V of a sequence, float64 [length, n_kv, D]."""
+        length = int(self.seq_lens[sequence])
+        slots = page_slots(self.block_table[sequence], self.page_size, length)
+        k, v = kv_pages.read_tokens(self.cache, slots, self.head_dim)
+        return k.dequantize().double(), v.dequantize().double()
+
+
+def fill_pages(
+    k: list[torch.Tensor],
+    v: list[torch.Tensor],
+    page_size: int,
+    hi_bits: int = 8,
+    garbage: int = 255,
+) -> Pages:
+    """Appends sequences, k and v [length, n_kv, D] each, to pages in random order."""
+    n_kv, head_dim = k[0].shape[1:]
+    lengths = [len(rows) for rows in k]
+    counts = [-(-length // page_size) for length in lengths]
+    shape = kv_pages.cache_shape(sum(counts) + 2, n_kv, page_size, head_dim)
+    cache = torch.full(shape, garbage, dtype=torch.uint8)
+    order = torch.randperm(shape[0]).int()
+    # Unused entries of the block table are never read: they hold pages that do not exist.
+    table = torch.full((len(k), max(counts) + 1), 1 << 30, dtype=torch.int32)
+    for i, count in enumerate(counts):
+        table[i, :count] = order[sum(counts[:i]) : sum(counts[:i]) + count]
+        slots = page_slots(table[i], page_size, lengths[i])
+        ops.kv_append(k[i], v[i], None, None, None, cache, slots, hi_bits)
+    return Pages(cache, table, torch.tensor(lengths, dtype=torch.int32), head_dim)
+
+
+def run_with_isa(file: str, isa: str) -> str:
+    """What `file` prints as a script with the instruction set forced."""
+    result = subprocess.run(
+        [sys.executable, file],
+        env={**os.environ, "RESQ_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
