@@ -1,0 +1,46 @@
+"""ResQMLP: the SwiGLU MLP whose hidden state is rotated online and quantized to 4 bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from resq_kernels import ops
+from resq_kernels.formats import MixedTensor
+from resq_kernels.nn.linear import ResQLinear
+
+
+class ResQMLP(nn.Module):
+    """down(quantize(H(silu(gate(x)) * up(x)))): SwiGLU, online Hadamard and quantization in one op.
+
+    Args:
+        gate_proj, up_proj: [I, K] linears that read the same rows.
+        down_proj: [K, I] linear without a high part.
+        hadamard: whether down_proj's columns were rotated by the Hadamard transform.
+
+    Source: arXiv 2412.14363, section 4.2 (U_D).
+    """
+
+    def __init__(
+        self, gate_proj: ResQLinear, up_proj: ResQLinear, down_proj: ResQLinear, *, hadamard: bool
+    ) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+        self.hadamard = hadamard
+
+    def forward(self, x: torch.Tensor | MixedTensor) -> torch.Tensor:
+        """[..., K] -> [..., K], in x's dtype, or the compute dtype for a `MixedTensor`."""
+        gate_up = torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1)
+        down = self.down_proj
+        hidden = ops.silu_mul_hadamard_quantize(
+            gate_up,
+            self.hadamard,
+            down.high_columns,
+            down.lo_bits,
+            symmetric=down.symmetric,
+            clip=down.clip,
+        )
+        return down(hidden)
+
+    def extra_repr(self) -> str:
+        return f"hadamard={self.hadamard}"

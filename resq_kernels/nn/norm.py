@@ -1,0 +1,61 @@
+"""ResQRMSNorm: normalizes and quantizes in one pass, once for all linears that read the result."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from resq_kernels import ops
+from resq_kernels.formats import MixedTensor
+
+
+class ResQRMSNorm(nn.Module):
+    """mixed_quantize(x / sqrt(mean(x^2) + eps) * weight): what q, k, v (gate, up) share.
+
+    Args:
+        hidden_size: K.
+        eps: added to the mean square.
+        high_columns: K_hi, the last columns, quantized to 8 bits.
+        lo_bits, symmetric, clip: as in `mixed_quantize`.
+        dtype, device: of the weight.
+
+    Attributes:
+        weight: [K] gain; ones after a rotation, which folds the gain into the next linears.
+
+    Source: arXiv 2412.14363, section 4; the gain's folding as in SliceGPT and QuaRot.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float,
+        *,
+        high_columns: int,
+        lo_bits: int = 4,
+        symmetric: bool = False,
+        clip: float = 1.0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps, self.high_columns = eps, high_columns
+        self.lo_bits, self.symmetric, self.clip = lo_bits, symmetric, clip
+        weight = torch.ones(hidden_size, dtype=dtype, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> MixedTensor:
+        """x [..., K] -> codes and scales of the normalized rows."""
+        quantized, _ = ops.rms_norm_quantize(
+            x,
+            None,
+            self.weight,
+            self.eps,
+            self.high_columns,
+            self.lo_bits,
+            symmetric=self.symmetric,
+            clip=self.clip,
+        )
+        return quantized
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}, high_columns={self.high_columns}"
