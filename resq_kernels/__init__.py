@@ -1,7 +1,34 @@
 """ResQ: Llama and Qwen2.5 models in 4 bits (weights, activations, KV cache) with real kernels."""
 
-from resq_kernels import _library  # noqa: F401  registers torch.ops.resq.*
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from resq_kernels import _library, integrations  # noqa: F401  the first registers torch.ops.resq.*
+from resq_kernels import ops as ops
 from resq_kernels.config import ResQConfig
 
+if TYPE_CHECKING:
+    from resq_kernels.api import from_pretrained, quantize
+    from resq_kernels.nn.kv_cache import ResQCache
+    from resq_kernels.nn.linear import ResQLinear
+
 __version__ = "0.1.0"
-__all__ = ["ResQConfig", "__version__"]
+__all__ = ["ResQCache", "ResQConfig", "ResQLinear", "from_pretrained", "quantize"]
+
+# Loaded when asked for: what is behind them imports transformers.
+_LAZY = {
+    "ResQCache": "resq_kernels.nn.kv_cache",
+    "ResQLinear": "resq_kernels.nn.linear",
+    "from_pretrained": "resq_kernels.api",
+    "quantize": "resq_kernels.api",
+}
+
+integrations.register()
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'resq_kernels' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

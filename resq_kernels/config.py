@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 METHODS = ("resq", "quarot", "rtn")
 WEIGHT_METHODS = ("gptq", "rtn")
@@ -29,6 +30,9 @@ class ResQConfig:
     Raises:
         ValueError: a value is outside its range; the message names the field.
     """
+
+    # What transformers reads of a `quantization_config`; our quantizer then says what to do.
+    quant_method: ClassVar[str] = "resq"
 
     method: str = "resq"
     weights: str = "gptq"

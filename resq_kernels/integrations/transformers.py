@@ -1,0 +1,147 @@
+"""Registers "resq" with transformers: `AutoModelForCausalLM.from_pretrained` loads our folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from resq_kernels import checkpoint
+from resq_kernels.config import ResQConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from transformers import PreTrainedModel
+
+ATTENTION = "resq"
+
+
+@register_quantization_config(checkpoint.QUANT_METHOD)
+class ResQQuantizationConfig(QuantizationConfigMixin):
+    """`quantization_config` of a config.json, kept as it is stored (docs/formats.md section 6)."""
+
+    def __init__(self, **entry: Any) -> None:
+        self.quant_method = checkpoint.QUANT_METHOD
+        self.__dict__.update(entry)
+
+
+@register_quantizer(checkpoint.QUANT_METHOD)
+class ResQQuantizer(HfQuantizer):
+    """Builds the quantized modules before transformers loads the tensors, and packs them after.
+
+    Raises:
+        ValueError: the model is a float model: it must be quantized with calibration data first.
+        CheckpointError: the folder is damaged, incomplete or of a newer format.
+    """
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
+        if not kwargs.get("pre_quantized", True):
+            raise ValueError(
+                "ResQ: expected a folder that `resq quantize` made, got a model that is not "
+                "quantized: run `resq quantize MODEL OUT` (or resq_kernels.quantize) and load OUT"
+            )
+        super().__init__(quantization_config, **kwargs)
+        self.config = checkpoint.parse_quantization_config(quantization_config.to_dict())
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        if checkpoint_files:
+            checkpoint.validate(Path(checkpoint_files[0]).parent)
+        prepare(model, self.config)
+        return model
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        from resq_kernels.nn.convert import pack
+
+        pack(model)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether `save_pretrained` works: it writes the canonical tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the weights can be trained."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `torch.compile` takes a forward pass."""
+        return True
+
+
+def prepare(model: PreTrainedModel, config: ResQConfig) -> None:
+    """Swaps the modules of a model (`nn.convert`) and has transformers pass what they need.
+
+    Raises:
+        ValueError: another architecture, or a model split over devices by tensor parallelism.
+    """
+    from resq_kernels.nn.convert import convert
+
+    if getattr(model.config, "distributed_config", None) is not None:
+        raise ValueError(
+            "ResQ: distributed_config: expected None, tensor parallelism is not supported in "
+            f"transformers; got {model.config.distributed_config}"
+        )
+    convert(model, config)
+    register_attention()
+    model.config._attn_implementation = ATTENTION if config.kv_bits == 4 else "sdpa"
+
+
+def register_attention() -> None:
+    """Makes "resq" a name of an attention whose mask is the padding, [B, columns] or None."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, padding_mask)
+
+
+def padding_mask(
+    *,
+    kv_length: int,
+    mask_function: Callable | None = None,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """What `ResQAttention` gets as `attention_mask`: true where a token is, None if everywhere.
+
+    Args:
+        kv_length: columns, those in the cache included.
+        mask_function: how transformers would compose the mask of a dense attention.
+        attention_mask: bool [B, columns] as the caller of the model gave it.
+
+    Raises:
+        ValueError: something besides causality and padding is asked for (packed sequences).
+    """
+    from transformers.masking_utils import causal_mask_function
+
+    # A compiled graph cannot ask values: transformers always composes a mask of packed sequences
+    # there, and the padding cannot be dropped.
+    if torch.compiler.is_compiling():
+        return attention_mask
+    if mask_function not in (None, causal_mask_function):
+        raise ValueError(
+            "ResQAttention: expected a causal mask with padding, got another mask function "
+            "(position_ids that restart within a row, as in packed sequences, are not supported)"
+        )
+    if attention_mask is None:
+        return None
+    attention_mask = attention_mask[:, -kv_length:]
+    return None if attention_mask.all() else attention_mask
+
+
+def _attention(*args: Any, **kwargs: Any) -> NoReturn:
+    raise RuntimeError(
+        'attn_implementation "resq": expected a quantized model, got one with float attention'
+    )

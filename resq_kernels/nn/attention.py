@@ -1,0 +1,172 @@
+"""ResQAttention: grouped-query attention over keys and values that live in 4-bit pages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from resq_kernels.formats import MixedTensor
+from resq_kernels.nn.linear import ResQLinear, keep_dtype
+from resq_kernels.nn.paged import PagedKeysValues, Sequences
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers.cache_utils import Cache
+
+
+class ResQAttention(nn.Module):
+    """RoPE, key rotation, 4-bit keys and values, attention: with a cache and without one.
+
+    Keys and values are quantized here, so every pass computes with what a cache would hold;
+    without a cache the pages live as long as the pass.
+
+    Args:
+        q_proj, k_proj, v_proj: [n_q D, K], [n_kv D, K], [n_kv D, K] linears.
+        o_proj: [K, n_q D] linear whose columns are ordered as in docs/formats.md section 6.
+        head_dim: D, 64 or 128.
+        layer_idx: which layer of the cache is this module's.
+        kv_bits: 4, or 16 for keys and values that are not quantized.
+        hi_bits: bits of the last eighth of a head: 8, or 4 for the uniform methods.
+        rotated: whether keys are rotated, by `key_rotation`.
+
+    Attributes:
+        key_rotation: float16 [1, D, D], or None; no `.to(dtype)` casts it.
+
+    Source: arXiv 2412.14363, section 4.2 (U_B, U_C) and 4.3 (KV cache).
+    """
+
+    def __init__(
+        self,
+        q_proj: ResQLinear,
+        k_proj: ResQLinear,
+        v_proj: ResQLinear,
+        o_proj: ResQLinear,
+        *,
+        head_dim: int,
+        layer_idx: int,
+        kv_bits: int = 4,
+        hi_bits: int = 8,
+        rotated: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = q_proj, k_proj, v_proj, o_proj
+        self.head_dim, self.layer_idx = head_dim, layer_idx
+        self.kv_bits, self.hi_bits = kv_bits, hi_bits
+        self.scaling = head_dim**-0.5
+        self.heads = q_proj.out_features // head_dim
+        self.kv_heads = k_proj.out_features // head_dim
+        # Every head keeps the same share of its dims in the high part of o_proj's input.
+        self.head_high = o_proj.high_columns // self.heads
+        self.key_rotation = None
+        if rotated:
+            eye = torch.eye(head_dim, dtype=torch.float16, device=device)
+            self.key_rotation = nn.Parameter(eye[None], requires_grad=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor | MixedTensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: object,
+    ) -> tuple[torch.Tensor, None]:
+        """[B, L, K] -> ([B, L, K], None): called as the attention of a transformers decoder layer.
+
+        Args:
+            hidden_states: [B, L, K], or the `MixedTensor` of `ResQRMSNorm`.
+            position_embeddings: (cos, sin), each [B or 1, L, D].
+            attention_mask: [B, columns], true where a token is, or None. With kv_bits 16: what
+                `scaled_dot_product_attention` takes.
+            past_key_values: a `ResQCache`, an empty `DynamicCache`, or None.
+
+        Raises:
+            ValueError: a mask of another shape, or a cache of another kind.
+        """
+        q, k, v = (proj(hidden_states) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        shape = (*q.shape[:2], -1, self.head_dim)
+        q, k, v = q.view(shape), k.view(shape), v.view(shape)
+        attend = self._attend_pages if self.kv_bits == 4 else self._attend_float
+        out = attend(q, k, v, *position_embeddings, attention_mask, past_key_values)
+        if self.head_high:
+            low, high = out.split([self.head_dim - self.head_high, self.head_high], dim=-1)
+            return self.o_proj(torch.cat([low.flatten(-2), high.flatten(-2)], dim=-1)), None
+        return self.o_proj(out.flatten(-2)), None
+
+    def _attend_pages(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> torch.Tensor:
+        """[B, L, n_q, D]; keys and values go through the pages of the cache or of this pass."""
+        batch, new = q.shape[:2]
+        if cache is None:
+            _, step = Sequences().append(batch, new, mask, q.device)
+            paged = PagedKeysValues()
+        else:
+            from resq_kernels.nn.kv_cache import paged_layer
+
+            layer = paged_layer(cache, self.layer_idx)
+            layer.sequences, step = layer.sequences.append(batch, new, mask, q.device)
+            paged = layer.paged
+        flat = (batch * new, -1, self.head_dim)
+        cos, sin = (
+            t.expand(batch, new, -1).reshape(batch * new, -1).contiguous() for t in (cos, sin)
+        )
+        paged.append(
+            step, k.reshape(flat), v.reshape(flat), cos, sin, self.key_rotation, self.hi_bits
+        )
+        out = paged.attend(step, q.reshape(flat), self.scaling, cos, sin, self.key_rotation)
+        return out.view(q.shape)
+
+    def _attend_float(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> torch.Tensor:
+        """[B, L, n_q, D] with 16-bit keys and values; the key rotation cancels and is left out."""
+        q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)
+        v = v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        causal = mask is None and q.shape[2] > 1
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, scale=self.scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return (
+            f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, "
+            f"kv_bits={self.kv_bits}, hi_bits={self.hi_bits}"
+        )
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> ResQAttention:
+        if recurse:
+            for module in self.children():
+                module._apply(fn)
+        kept = () if self.key_rotation is None else (self.key_rotation,)
+        return super()._apply(keep_dtype(fn, *kept), False)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE: x cos + rotate_half(x) sin of x [B, L, n, D] with cos, sin [B or 1, L, D]."""
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return x * cos.unsqueeze(2) + turned * sin.unsqueeze(2)

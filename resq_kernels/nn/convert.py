@@ -1,0 +1,84 @@
+"""Swaps the modules of a transformers Llama or Qwen2 model for the quantized ones."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from resq_kernels import architecture
+from resq_kernels.architecture import ModelShape
+from resq_kernels.config import ResQConfig
+from resq_kernels.nn.attention import ResQAttention
+from resq_kernels.nn.linear import ResQLinear
+from resq_kernels.nn.mlp import ResQMLP
+from resq_kernels.nn.norm import ResQRMSNorm
+
+
+def convert(model: nn.Module, config: ResQConfig) -> None:
+    """Replaces, in place, norms, attention and MLP of every decoder layer; the last norm stays.
+
+    The new parameters have the names, shapes and dtypes of a checkpoint (docs/formats.md section
+    6), on the device and in the dtype of the ones they replace, and no values yet: load them, then
+    `pack`.
+
+    Args:
+        model: `LlamaForCausalLM`, `Qwen2ForCausalLM` or another head on the same decoder.
+        config: how the checkpoint was quantized.
+
+    Raises:
+        ValueError: another architecture, or columns that do not split as `high_fraction` demands.
+    """
+    shape = ModelShape.from_config(model.config.to_dict())
+    decoder = getattr(model, model.base_model_prefix, model)
+    for index, layer in enumerate(decoder.layers):
+        _convert_layer(layer, index, shape, config)
+
+
+def pack(model: nn.Module) -> None:
+    """Packs every `ResQLinear` for the kernel of its device; no parameter is left trainable."""
+    for module in model.modules():
+        if isinstance(module, ResQLinear):
+            module.pack()
+    model.requires_grad_(False)
+
+
+def _convert_layer(layer: nn.Module, index: int, shape: ModelShape, config: ResQConfig) -> None:
+    like = layer.self_attn.q_proj.weight
+    place = {"dtype": like.dtype, "device": like.device}
+    options = {
+        "lo_bits": config.lo_bits,
+        "symmetric": config.symmetric,
+        "clip": config.activation_clip,
+    }
+
+    def linear(name: str) -> ResQLinear:
+        rows, columns = shape.linear(name)
+        return ResQLinear(
+            columns,
+            rows,
+            shape.qkv_bias and name in architecture.QKV,
+            high_columns=shape.high_columns(name, config.high_fraction),
+            **options,
+            **place,
+        )
+
+    def norm(first_reader: str) -> ResQRMSNorm:
+        high_columns = shape.high_columns(first_reader, config.high_fraction)
+        return ResQRMSNorm(
+            shape.hidden, shape.norm_eps, high_columns=high_columns, **options, **place
+        )
+
+    layer.input_layernorm = norm(architecture.QKV[0])
+    layer.post_attention_layernorm = norm(architecture.GATE_UP[0])
+    layer.self_attn = ResQAttention(
+        *(linear(name) for name in (*architecture.QKV, architecture.O_PROJ)),
+        head_dim=shape.head_dim,
+        layer_idx=index,
+        kv_bits=config.kv_bits,
+        hi_bits=8 if config.method == "resq" else 4,
+        rotated=config.rotates,
+        device=like.device,
+    )
+    layer.mlp = ResQMLP(
+        *(linear(name) for name in (*architecture.GATE_UP, architecture.DOWN_PROJ)),
+        hadamard=config.rotates,
+    )

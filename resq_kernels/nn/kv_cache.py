@@ -1,0 +1,152 @@
+"""ResQCache: the 4-bit paged KV cache as a transformers cache."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from resq_kernels.kv_pages import DEFAULT_PAGE_SIZE
+from resq_kernels.nn.paged import PagedKeysValues, Sequences
+
+
+class ResQCacheLayer(CacheLayerMixin):
+    """One layer of a `ResQCache`: pages, filled by `ResQAttention`.
+
+    `keys`, `values` and `is_initialized` of the base class stay None and False: there are no float
+    tensors to offload or to zero.
+
+    Attributes:
+        sequences: what the batch has seen; shared by the layers of a cache.
+        paged: the pages of this layer.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(
+        self, page_size: int = DEFAULT_PAGE_SIZE, sequences: Sequences | None = None
+    ) -> None:
+        super().__init__()
+        self.sequences = Sequences() if sequences is None else sequences
+        self.paged = PagedKeysValues(page_size)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to prepare: the first append reserves the pages."""
+
+    def update(self, *args: object, **kwargs: object) -> NoReturn:
+        """Refuses: float keys and values do not enter a paged cache.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "ResQCache: update: expected a model with 4-bit keys and values, whose attention fills "
+            "the pages itself; other models need another cache, such as DynamicCache"
+        )
+
+    def get_seq_length(self) -> int:
+        """Columns seen, padding included."""
+        return self.sequences.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(columns that the mask of a pass with `query_length` new ones covers, the first one)."""
+        return self.sequences.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: there is no maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.23
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last columns; the count is negative, as in transformers >= 5.17.
+
+        Raises:
+            ValueError: the count is positive, which once meant the length to keep.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                "ResQCache: crop: expected the negative number of tokens to remove, "
+                f"got {tokens_to_remove}"
+            )
+        self.sequences = self.sequences.crop(-tokens_to_remove)
+        self.paged.crop(self.sequences.length)
+
+    def reset(self) -> None:
+        """Forgets everything and gives the pages back."""
+        self.sequences = self.sequences.restart()
+        self.paged.reset()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Sequence b becomes a copy of sequence beam_idx[b] (beam search)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the sequences `indices` int64 [B'], in that order."""
+        self.sequences = self.sequences.select(indices)
+        self.paged.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every sequence `repeats` times in a row."""
+        self.sequences = self.sequences.repeat_interleave(repeats)
+        self.paged.repeat_interleave(repeats)
+
+
+class ResQCache(Cache):
+    """A KV cache of 160 bytes per token and kv head (88 at head_dim 64) instead of 512 (256).
+
+    A quantized model makes one by itself whenever it is asked to use a cache, so it is only needed
+    to keep a cache between calls: `model.generate(..., past_key_values=cache)`.
+
+    Args:
+        config: the model's configuration, for the number of layers.
+        page_size: tokens a page, a multiple of 16 (32 at head_dim 64).
+
+    Source: docs/formats.md, section 5.
+    """
+
+    def __init__(self, config: PreTrainedConfig, page_size: int = DEFAULT_PAGE_SIZE) -> None:
+        start = Sequences()
+        count = config.get_text_config(decoder=True).num_hidden_layers
+        super().__init__(layers=[ResQCacheLayer(page_size, start) for _ in range(count)])
+
+    def memory_bytes(self, reserved: bool = False) -> int:
+        """Bytes of the pages that hold tokens; with `reserved`, of those kept for growth too."""
+        return sum(layer.paged.memory_bytes(reserved) for layer in self.layers)
+
+
+def paged_layer(cache: Cache, index: int) -> ResQCacheLayer:
+    """The paged layer `index` of a cache; turns an empty `DynamicCache` into a paged one.
+
+    `generate` and a forward pass with `use_cache` make a `DynamicCache` before the model is asked.
+    Its empty float layers are replaced on first use, so that no caller has to know about pages.
+
+    Raises:
+        ValueError: another kind of cache, or one that holds float keys and values.
+    """
+    if index < len(cache.layers) and isinstance(cache.layers[index], ResQCacheLayer):
+        return cache.layers[index]
+    start = Sequences()
+    for at, layer in enumerate(cache.layers):
+        if isinstance(layer, ResQCacheLayer):
+            continue
+        if type(layer) is not DynamicLayer or layer.is_initialized or cache.offloading:
+            state = "filled" if layer.is_initialized else "empty"
+            where = ", offloaded" if cache.offloading else ""
+            raise ValueError(
+                "ResQAttention: past_key_values: expected a ResQCache or an empty DynamicCache, "
+                f"got a {type(cache).__name__} with a {state} {type(layer).__name__}{where}; "
+                "leave past_key_values and cache_implementation out to get a 4-bit cache"
+            )
+        cache.layers[at] = ResQCacheLayer(sequences=start)
+    if cache.layer_class_to_replicate is DynamicLayer:
+        # Made without a configuration, it grows layer by layer, and each keeps its own account.
+        cache.layer_class_to_replicate = ResQCacheLayer
+    while len(cache.layers) <= index:
+        cache.layers.append(cache.layer_class_to_replicate())
+    return cache.layers[index]

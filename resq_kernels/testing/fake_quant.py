@@ -1,0 +1,123 @@
+"""The fake-quantized path: a loaded model computed in float32 from dequantized values.
+
+Independent of the kernels: no integer product, no pages. The real path must agree with it, to
+float rounding in one layer and to 0.1 % in perplexity over a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from resq_kernels import reference
+from resq_kernels.formats import MixedTensor
+from resq_kernels.nn.attention import ResQAttention
+from resq_kernels.nn.linear import ResQLinear
+from resq_kernels.nn.mlp import ResQMLP
+from resq_kernels.nn.norm import ResQRMSNorm
+
+
+@contextlib.contextmanager
+def fake_quantized(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the block, `model` computes in float32 with fake-quantized values.
+
+    Activations: `reference.mixed_quantize`, dequantized. Linears: `F.linear` with
+    `layer.dequantize()`. Keys and values: quantized and dequantized per token and head, then dense
+    attention. A `DynamicCache` then holds these keys and values as floats.
+    """
+    faked = [module for module in model.modules() if type(module) in _FAKES]
+    for module in faked:
+        module.forward = functools.partial(_FAKES[type(module)], module)
+    try:
+        yield model
+    finally:
+        for module in faked:
+            del module.forward
+
+
+def _options(module: ResQLinear | ResQRMSNorm) -> dict[str, Any]:
+    return {"lo_bits": module.lo_bits, "symmetric": module.symmetric, "clip": module.clip}
+
+
+def _linear(layer: ResQLinear, x: torch.Tensor | MixedTensor) -> torch.Tensor:
+    dtype = layer.dtype if isinstance(x, MixedTensor) else x.dtype
+    if not isinstance(x, MixedTensor):
+        x = reference.mixed_quantize(x, layer.high_columns, **_options(layer))
+    bias = None if layer.bias is None else layer.bias.float()
+    return F.linear(x.dequantize(), layer.dequantize(), bias).to(dtype)
+
+
+def _norm(norm: ResQRMSNorm, x: torch.Tensor) -> MixedTensor:
+    options = _options(norm)
+    return reference.rms_norm_quantize(
+        x, None, norm.weight, norm.eps, norm.high_columns, **options
+    )[0]
+
+
+def _mlp(mlp: ResQMLP, x: torch.Tensor | MixedTensor) -> torch.Tensor:
+    gate_up = torch.cat([mlp.gate_proj(x), mlp.up_proj(x)], dim=-1)
+    down = mlp.down_proj
+    return down(
+        reference.silu_mul_hadamard_quantize(
+            gate_up, mlp.hadamard, down.high_columns, **_options(down)
+        )
+    )
+
+
+def _attention(
+    attention: ResQAttention,
+    hidden_states: torch.Tensor | MixedTensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    if attention.kv_bits == 16:
+        return ResQAttention.forward(
+            attention, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+        )
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    q, k, v = (projection(hidden_states) for projection in projections)
+    dtype, (batch, new) = q.dtype, q.shape[:2]
+    q, k, v = (x.float().view(batch, new, -1, attention.head_dim) for x in (q, k, v))
+    cos, sin = (t.float().unsqueeze(2) for t in position_embeddings)
+    q, k = (x * cos + _turn(x) * sin for x in (q, k))
+    if attention.key_rotation is not None:
+        q, k = q @ attention.key_rotation.float(), k @ attention.key_rotation.float()
+    k = reference.kv_fake_quantize(k, attention.hi_bits).transpose(1, 2)
+    v = reference.kv_fake_quantize(v, attention.hi_bits).transpose(1, 2)
+    if past_key_values is not None:
+        k, v = past_key_values.update(k, v, attention.layer_idx)
+    length = k.shape[2]
+    visible = torch.ones(new, length, dtype=torch.bool, device=k.device).tril(length - new)
+    if attention_mask is not None:
+        # A padded query sees itself, so that its row is finite; nobody reads it.
+        own = torch.eye(length, dtype=torch.bool, device=k.device)[-new:]
+        visible = (visible & attention_mask[:, None, None].bool()) | own
+    scale = attention.scaling
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, visible, scale=scale, enable_gqa=True
+    ).transpose(1, 2)
+    low = attention.head_dim - attention.head_high
+    out = torch.cat([out[..., :low].flatten(-2), out[..., low:].flatten(-2)], dim=-1)
+    return attention.o_proj(out.to(dtype)), None
+
+
+def _turn(x: torch.Tensor) -> torch.Tensor:
+    """rotate_half of RoPE."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+_FAKES = {
+    ResQLinear: _linear,
+    ResQRMSNorm: _norm,
+    ResQMLP: _mlp,
+    ResQAttention: _attention,
+}

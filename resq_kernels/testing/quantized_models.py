@@ -1,0 +1,63 @@
+"""Small quantized models with random codes, for tests of everything after `resq quantize`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from resq_kernels import checkpoint
+from resq_kernels.config import ResQConfig
+from resq_kernels.integrations.transformers import ResQQuantizationConfig, ResQQuantizer, prepare
+from resq_kernels.nn.attention import ResQAttention
+from resq_kernels.nn.convert import pack
+from resq_kernels.nn.linear import ResQLinear
+from resq_kernels.testing.tiny_models import make_model
+
+# Standard deviation of codes drawn uniformly from all 16, and from all 256.
+_CODE_DEVIATION = torch.tensor([4.61, 73.9])
+
+
+@torch.no_grad()
+def random_quantized(
+    model_type: str = "llama", options: ResQConfig | None = None, *, seed: int = 0, **sizes: Any
+) -> Any:
+    """A model as `from_pretrained` would answer it, with random codes, scales, biases, rotations.
+
+    Everything is random, so that a path that forgets a scale, a bias, a gain or a rotation gives
+    other numbers.
+
+    Args:
+        model_type: "llama" or "qwen2".
+        options: how it is quantized; default `ResQConfig()`.
+        seed: seed of all values.
+        sizes: fields of the transformers configuration, as in `tiny_models.make_model`.
+    """
+    options = options or ResQConfig()
+    model = make_model(model_type, seed=seed, **sizes)
+    prepare(model, options)
+    torch.manual_seed(seed)
+    rotations = []
+    for module in model.modules():
+        if isinstance(module, ResQLinear):
+            module.weight_lo.random_(0, 256)
+            module.weight_hi.random_(-128, 128)
+            spread = 0.5 + torch.rand(module.out_features, 2)
+            module.weight_scale.copy_(spread * module.in_features**-0.5 / _CODE_DEVIATION)
+            if module.bias is not None:
+                module.bias.normal_(std=0.3)
+        elif isinstance(module, ResQAttention) and module.key_rotation is not None:
+            orthogonal = torch.linalg.qr(torch.randn(module.head_dim, module.head_dim))[0]
+            module.key_rotation.copy_(orthogonal)
+            rotations.append(module.key_rotation)
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.uniform_(0.5, 1.5)
+        layer.post_attention_layernorm.weight.uniform_(0.5, 1.5)
+    pack(model)
+    entry = checkpoint.quantization_config(
+        options, checkpoint.tensors_hash(()), checkpoint.tensors_hash(rotations)
+    )
+    model.config.quantization_config = ResQQuantizationConfig(**entry)
+    model.hf_quantizer = ResQQuantizer(model.config.quantization_config, pre_quantized=True)
+    model.is_quantized = True
+    return model

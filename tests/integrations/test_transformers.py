@@ -1,0 +1,195 @@
+"""Saving and loading through transformers, and what it must refuse."""
+
+import filecmp
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+import resq_kernels
+from resq_kernels import ResQConfig
+from resq_kernels.checkpoint import CheckpointError, validate
+from resq_kernels.integrations.transformers import ResQQuantizationConfig, padding_mask
+from resq_kernels.nn.linear import ResQLinear
+from resq_kernels.testing.quantized_models import random_quantized
+from resq_kernels.testing.tiny_models import make_model, make_tokenizer, save_tiny_model
+
+LOADERS = [AutoModelForCausalLM.from_pretrained, resq_kernels.from_pretrained]
+IDS = torch.randint(3, 250, (2, 14), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(IDS).logits
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    random_quantized("qwen2").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("options", [{}, {"method": "rtn"}, {"kv_bits": 16}], ids=str)
+def test_round_trip(tmp_path: Path, model_type: str, options: dict[str, Any]) -> None:
+    model = random_quantized(model_type, ResQConfig(**options))
+    model.save_pretrained(tmp_path / "once")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "once", output_loading_info=True)
+    assert not any(info.values())
+    assert validate(tmp_path / "once").kv_bits == options.get("kv_bits", 4)
+    assert torch.equal(logits(loaded), logits(model))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    loaded.save_pretrained(tmp_path / "twice")
+    for name in ("model.safetensors", "config.json"):
+        assert filecmp.cmp(tmp_path / "once" / name, tmp_path / "twice" / name, shallow=False)
+
+
+def test_sharded(tmp_path: Path) -> None:
+    model = random_quantized("llama")
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loading_in_another_dtype(folder: Path, dtype: torch.dtype) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert logits(model).dtype == dtype
+    stored = load_file(folder / "model.safetensors")
+    for name, tensor in model.state_dict().items():
+        exact = name.endswith(("weight_lo", "weight_hi", "weight_scale", "key_rotation"))
+        assert tensor.dtype == (stored[name].dtype if exact else dtype), name
+        assert not exact or torch.equal(tensor, stored[name]), name
+
+
+def test_model_without_a_head(folder: Path) -> None:
+    model = AutoModel.from_pretrained(folder)
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).last_hidden_state, whole.model(IDS).last_hidden_state)
+
+
+def test_codes_are_not_kept_twice(folder: Path) -> None:
+    model = resq_kernels.from_pretrained(folder)
+    linears = [module for module in model.modules() if isinstance(module, ResQLinear)]
+    assert len(linears) == 14
+    assert all(m.is_packed and m.weight_lo is None and m.weight_hi is None for m in linears)
+
+
+def test_quantize_from_python(tmp_path: Path) -> None:
+    texts = ["The quick brown fox jumps over the lazy dog. " * 100]
+    source = make_model("llama").to(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    config = ResQConfig(weights="rtn", samples=4, seqlen=64)
+    quantized = resq_kernels.quantize(source, make_tokenizer(), texts, config, progress=False)
+    assert type(quantized) is type(source) and quantized.dtype == torch.bfloat16
+    assert all(torch.equal(before[name], tensor) for name, tensor in source.state_dict().items())
+    error = (logits(quantized) - logits(source)).norm() / logits(source).norm()
+    assert 0.01 < error < 0.4
+    quantized.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(quantized))
+    with pytest.raises(ValueError, match="expected a float model, got a quantized one"):
+        resq_kernels.quantize(quantized, make_tokenizer(), texts, config)
+    with pytest.raises(ValueError, match="expected at least 64 tokens"):
+        resq_kernels.quantize(source, make_tokenizer(), ["short"], config)
+
+
+def test_a_float_model_must_be_quantized_first(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    for config in (ResQConfig(), ResQQuantizationConfig(), {"quant_method": "resq"}):
+        with pytest.raises(ValueError, match="run `resq quantize MODEL OUT`"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    with pytest.raises(
+        ValueError, match="expected a model quantized with ResQ, got quant_method None"
+    ):
+        resq_kernels.from_pretrained(tmp_path)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    entry = config["quantization_config"]
+    for key, value in changes.items():
+        (entry if key in entry else config)[key] = value
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format_version": 2}, "format_version: expected 1 to 1, got 2; a newer resq_kernels"),
+        ({"rotation_hash": "sha256:0"}, "key_rotation: expected the hash sha256:0"),
+        ({"kv_bits": 5}, "kv_bits: expected one of 4, 16, got 5"),
+        ({"high_fraction": 0.25}, "expected uint8"),
+        ({"use_sliding_window": True}, "use_sliding_window: expected False, got True"),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",
+)
+def test_a_changed_config_is_refused(
+    folder: Path, load: Any, changes: dict[str, Any], words: str
+) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=words):
+        load(folder)
+
+
+def test_damaged_tensors_are_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight_lo"
+    missing = {key: tensor for key, tensor in tensors.items() if key != name}
+    cast = {**tensors, name: tensors[name].to(torch.int8)}
+    for broken, words in ((missing, "expected a tensor, found nothing"), (cast, "expected uint8")):
+        save_file(broken, path, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"{name}: {words}"):
+            AutoModelForCausalLM.from_pretrained(folder)
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.write_bytes(path.read_bytes()[:-100])
+    for load in LOADERS:
+        with pytest.raises(CheckpointError, match="truncated: expected .* bytes up to the end of"):
+            load(folder)
+
+
+def test_another_architecture_is_refused(folder: Path) -> None:
+    edit_config(folder, model_type="qwen3", architectures=["Qwen3ForCausalLM"])
+    with pytest.raises(ValueError, match="expected one of llama, qwen2, got 'qwen3'"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_another_attention_is_refused(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder))
+    assert torch.equal(logits(model), expected)  # the module decides, whatever the request
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"attention_mask: expected \[2, 14\]"):
+        logits(model)
+
+
+def test_a_float_model_cannot_ask_for_our_attention(folder: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(folder)
+    model = make_model("llama")
+    model.set_attn_implementation("resq")
+    with pytest.raises(RuntimeError, match="expected a quantized model"):
+        logits(model)
+
+
+def test_padding_mask() -> None:
+    full = torch.ones(2, 5, dtype=torch.bool)
+    assert padding_mask(kv_length=5) is None
+    assert padding_mask(kv_length=5, attention_mask=full) is None
+    full[1, 0] = False
+    assert torch.equal(padding_mask(kv_length=5, attention_mask=full), full)
+
+
+def test_loading_says_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert "resq" not in capfd.readouterr().err.lower()

@@ -1,0 +1,262 @@
+"""The drop-in decoder on the kernels against the fake-quantized float32 path."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from resq_kernels import ResQConfig
+from resq_kernels.formats import MixedTensor
+from resq_kernels.nn.attention import ResQAttention
+from resq_kernels.nn.linear import ResQLinear
+from resq_kernels.nn.mlp import ResQMLP
+from resq_kernels.nn.norm import ResQRMSNorm
+from resq_kernels.testing.fake_quant import fake_quantized
+from resq_kernels.testing.quantized_models import random_quantized
+
+# A model's two paths quantize the same floats up to rounding, so almost all codes agree; a value on
+# the edge of two codes may go the other way, and all after it see that. So every module is compared
+# on the same input, attention before o_proj quantizes: there most rows differ by rounding only, in
+# float32 or, inside kv_attention, float16 (2^-11 = 5e-4).
+ROUNDING = {"ResQRMSNorm": 1e-6, "ResQMLP": 1e-5, "ResQAttention": 3e-4}
+FLIPPED_CODE = 0.1
+
+
+def relative(a: torch.Tensor, b: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """|a - b| / |b| over a dimension or over everything."""
+    a, b = a.float(), b.float()
+    return torch.linalg.vector_norm(a - b, dim=dim) / torch.linalg.vector_norm(b, dim=dim)
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return model(ids, use_cache=False, **kwargs).logits
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(3, 250, shape, generator=torch.Generator().manual_seed(1))
+
+
+def values(module: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """What a module computes; for attention, what it passes to o_proj."""
+    if not isinstance(module, ResQAttention):
+        out = module(*args, **kwargs)
+        return out.dequantize() if isinstance(out, MixedTensor) else out
+    seen = []
+    hook = module.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    module(*args, **kwargs)
+    hook.remove()
+    return seen[0]
+
+
+@torch.no_grad()
+def row_errors(model: Any, ids: torch.Tensor, other: Any = None) -> dict[str, torch.Tensor]:
+    """Relative error of every row of every module's output: `model` on the kernels against the
+    float path of `other` (default: of `model`) on the same input."""
+    kinds = (ResQRMSNorm, ResQAttention, ResQMLP)
+    calls = []
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: calls.append((name, args, kwargs)),
+            with_kwargs=True,
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+    ]
+    logits(model, ids)
+    for hook in hooks:
+        hook.remove()
+    errors: dict[str, list[torch.Tensor]] = {}
+    for name, args, kwargs in calls:
+        got = values(model.get_submodule(name), args, kwargs)
+        with fake_quantized((other or model).get_submodule(name)) as module:
+            expected = values(module, args, kwargs)
+        rows = relative(got, expected, dim=-1).flatten()
+        errors.setdefault(type(module).__name__, []).append(rows)
+    return {name: torch.cat(rows) for name, rows in errors.items()}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"method": "quarot"},
+        {"method": "rtn"},
+        {"lo_bits": 8, "activation_clip": 0.9},
+        {"symmetric": True, "high_fraction": 0.25},
+        {"kv_bits": 16},
+    ],
+    ids=str,
+)
+def test_kernels_agree_with_the_float_path(model_type: str, options: dict[str, Any]) -> None:
+    model = random_quantized(model_type, ResQConfig(**options))
+    ids = tokens(2, 40)
+    errors = row_errors(model, ids)
+    assert set(errors) == set(ROUNDING)
+    for name, rows in errors.items():
+        assert rows.median() < ROUNDING[name], name
+        assert rows.max() < FLIPPED_CODE, name
+    got = logits(model, ids)
+    with fake_quantized(model):
+        expected = logits(model, ids)
+    assert relative(got, expected) < 0.15  # two layers of flipped codes on top of each other
+
+
+def test_the_comparison_tells_a_slightly_wrong_layer() -> None:
+    model = random_quantized("llama")
+    other = copy.deepcopy(model)
+    for layer in other.model.layers:
+        layer.mlp.up_proj.weight_scale.data[5] *= 1.1
+        layer.self_attn.v_proj.weight_scale.data[5] *= 1.1
+        layer.input_layernorm.weight.data[-8:] *= 1.01
+        layer.post_attention_layernorm.weight.data[-8:] *= 1.01
+    for name, rows in row_errors(model, tokens(2, 40), other).items():
+        assert rows.median() > 5 * ROUNDING[name], name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(dtype: torch.dtype) -> None:
+    model = random_quantized("qwen2", dtype=dtype).to(dtype)
+    ids = tokens(2, 24)
+    got = logits(model, ids)
+    assert got.dtype == dtype
+    with fake_quantized(model):
+        assert relative(got, logits(model, ids)) < 0.1
+
+
+def test_head_dim_128_and_grouped_queries() -> None:
+    model = random_quantized(
+        hidden_size=192, head_dim=128, num_attention_heads=6, num_key_value_heads=2
+    )
+    ids = tokens(1, 70)
+    errors = row_errors(model, ids)["ResQAttention"]
+    assert errors.median() < ROUNDING["ResQAttention"] and errors.max() < FLIPPED_CODE
+
+
+def test_every_parameter_matters() -> None:
+    model = random_quantized("qwen2")
+    ids = tokens(1, 16)
+    before = logits(model, ids)
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    norm = model.model.layers[1].post_attention_layernorm
+    parameters = [attention.k_proj.bias, norm.weight, mlp.down_proj.weight_scale]
+    parameters.append(attention.key_rotation)
+    with torch.no_grad():
+        for parameter in parameters:
+            kept = parameter.clone()
+            parameter.copy_(parameter.flip(-1) * 1.5)
+            assert relative(logits(model, ids), before) > 0.01
+            parameter.copy_(kept)
+    assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kv_bits", [4, 16])
+def test_a_padded_row_equals_the_row_alone(side: str, kv_bits: int) -> None:
+    model = random_quantized("llama", ResQConfig(kv_bits=kv_bits))
+    lengths, width = [19, 32, 7], 32
+    ids = tokens(3, width)
+    columns = torch.arange(width)
+    mask = torch.stack([columns < n if side == "right" else columns >= width - n for n in lengths])
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    got = logits(model, ids, attention_mask=mask.long(), position_ids=positions)
+    assert torch.isfinite(got).all()
+    for row in range(3):
+        alone = logits(model, ids[row : row + 1, mask[row]])
+        assert relative(got[row, mask[row]], alone[0]) < 1e-5
+
+
+def test_a_row_does_not_depend_on_the_batch() -> None:
+    model = random_quantized("llama")
+    ids = tokens(4, 33)
+    hidden = model.model(ids, use_cache=False).last_hidden_state
+    for row in range(4):
+        alone = model.model(ids[row : row + 1], use_cache=False).last_hidden_state
+        assert torch.equal(alone[0], hidden[row])
+
+
+def test_masks_that_cannot_be_computed_are_refused() -> None:
+    model = random_quantized("llama")
+    ids = tokens(1, 8)
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    with pytest.raises(ValueError, match="packed sequences, are not supported"):
+        logits(model, ids, position_ids=packed)
+    dense = torch.zeros(1, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"attention_mask: expected \[1, 8\]"):
+        logits(model, ids, attention_mask=dense)
+
+
+def test_casting_a_model_leaves_scales_and_rotations() -> None:
+    model = random_quantized("qwen2")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.to(torch.bfloat16)
+    for name, tensor in model.state_dict().items():
+        exact = name.endswith(("weight_lo", "weight_hi", "weight_scale", "key_rotation"))
+        assert tensor.dtype == (before[name].dtype if exact else torch.bfloat16), name
+        assert not exact or torch.equal(tensor, before[name]), name
+    assert logits(model, tokens(1, 4)).dtype == torch.bfloat16
+
+
+def test_copies_are_independent() -> None:
+    model = random_quantized("llama")
+    ids = tokens(1, 9)
+    other = copy.deepcopy(model)
+    assert torch.equal(logits(other, ids), logits(model, ids))
+    other.model.layers[0].mlp.gate_proj.weight_scale.data.mul_(2)
+    assert not torch.equal(logits(other, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        (
+            "llama",  # Llama-3.2-1B
+            {
+                "hidden_size": 2048,
+                "intermediate_size": 8192,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "head_dim": 64,
+                "rms_norm_eps": 1e-5,
+                "max_position_embeddings": 131072,
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 500000.0,
+                    "factor": 32.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192,
+                },
+            },
+        ),
+        (
+            "qwen2",  # Qwen2.5-0.5B
+            {
+                "hidden_size": 896,
+                "intermediate_size": 4864,
+                "num_attention_heads": 14,
+                "num_key_value_heads": 2,
+                "rms_norm_eps": 1e-6,
+                "max_position_embeddings": 32768,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            },
+        ),
+    ],
+)
+def test_real_widths(model_type: str, sizes: dict[str, Any]) -> None:
+    model = random_quantized(model_type, num_hidden_layers=1, **sizes)
+    for name, rows in row_errors(model, tokens(1, 24)).items():
+        assert rows.median() < ROUNDING[name] and rows.max() < FLIPPED_CODE, name
+    linears = [module for module in model.modules() if isinstance(module, ResQLinear)]
+    assert [m.bias is not None for m in linears] == 3 * [model_type == "qwen2"] + 4 * [False]
+    assert isinstance(model.model.layers[0].self_attn, ResQAttention)
+
+
+def test_compiles_to_one_graph() -> None:
+    torch._dynamo.reset()
+    model = random_quantized("qwen2", num_hidden_layers=1)
+    ids = tokens(1, 12)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(logits(compiled, ids), logits(model, ids))

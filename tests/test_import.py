@@ -1,0 +1,74 @@
+"""`import resq_kernels` is light, and registers with transformers in whatever order they come."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import resq_kernels
+from resq_kernels.testing.quantized_models import random_quantized
+
+
+def run(code: str) -> Any:
+    """What a fresh interpreter prints as JSON."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_import_loads_neither_transformers_nor_cuda() -> None:
+    found = run(
+        "import json, sys, torch, resq_kernels\n"
+        "heavy = ('transformers', 'vllm', 'safetensors', 'matplotlib', 'resq_kernels.nn',\n"
+        "         'resq_kernels.ptq')\n"
+        "print(json.dumps({'loaded': [name for name in heavy if name in sys.modules],\n"
+        "                  'cuda': torch.cuda.is_initialized(),\n"
+        "                  'ops': hasattr(torch.ops.resq, 'mixed_gemm')}))\n"
+    )
+    assert found == {"loaded": [], "cuda": False, "ops": True}
+
+
+def test_the_linear_layer_needs_no_transformers() -> None:
+    found = run(
+        "import json, sys, torch, resq_kernels as resq\n"
+        "layer = resq.ResQLinear.from_linear(torch.nn.Linear(64, 8), high_columns=16)\n"
+        "y = layer(torch.ones(2, 64))\n"
+        "print(json.dumps([list(y.shape), 'transformers' in sys.modules]))\n"
+    )
+    assert found == [[2, 8], False]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    random_quantized("llama", num_hidden_layers=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import resq_kernels; from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM; import resq_kernels",
+        "import transformers, resq_kernels; from transformers import AutoModelForCausalLM",
+    ],
+)
+def test_a_folder_loads_in_any_order_of_imports(imports: str, folder: Path) -> None:
+    found = run(
+        f"{imports}\n"
+        "import json\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
+        "print(json.dumps({'type': type(model.model.layers[0].self_attn).__name__}))\n"
+    )
+    assert found == {"type": "ResQAttention"}
+
+
+def test_public_names() -> None:
+    for name in resq_kernels.__all__:
+        assert getattr(resq_kernels, name).__module__.startswith("resq_kernels.")
+    assert set(resq_kernels.__all__) <= set(dir(resq_kernels)) | set(resq_kernels._LAZY)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        resq_kernels.nonsense  # noqa: B018
