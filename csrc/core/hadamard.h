@@ -9,6 +9,8 @@
 #include <mutex>
 #include <vector>
 
+#include "core/host_device.h"
+
 namespace resq {
 
 inline constexpr int64_t kMaxPaleyOrder = 1024;
@@ -91,11 +93,16 @@ class GaloisField {
   int64_t poly_[3] = {};
 };
 
-// A Hadamard matrix of a Paley order, int8 +-1, row major [order, order]; `order` must have a
-// paley_kind. Formula: with Q[a, b] = chi(a - b) over GF(q), construction I (q = order - 1) is
-// I + [[0, 1], [-1, Q]], construction II (q = order / 2 - 1) is
-// [[0, 1], [1, Q]] (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]].
-inline std::vector<int8_t> paley_matrix(int64_t order) {
+// Row-major square matrix of signs.
+struct SignMatrix {
+  int64_t size;
+  std::vector<int8_t> at;  // [size, size], +1, -1 or 0
+};
+
+// The core of Paley's construction of `order`: with Q[a, b] = chi(a - b) over GF(q), construction I
+// (q = order - 1) [[0, 1], [-1, Q]], construction II (q = order / 2 - 1) [[0, 1], [1, Q]]. Its
+// diagonal is 0. `order` must have a paley_kind.
+inline SignMatrix paley_core(int64_t order) {
   const int kind = paley_kind(order);
   const PrimePower power = prime_power(kind == 1 ? order - 1 : order / 2 - 1);
   const GaloisField field(power.p, power.k);
@@ -103,24 +110,35 @@ inline std::vector<int8_t> paley_matrix(int64_t order) {
   std::vector<int8_t> chi(q, -1);
   chi[0] = 0;
   for (int64_t a = 1; a < q; ++a) chi[field.square(a)] = 1;
-  std::vector<int8_t> core(size * size, 0);
+  SignMatrix core{size, std::vector<int8_t>(size * size, 0)};
   for (int64_t i = 0; i < q; ++i) {
-    core[i + 1] = 1;
-    core[(i + 1) * size] = kind == 1 ? -1 : 1;
+    core.at[i + 1] = 1;
+    core.at[(i + 1) * size] = kind == 1 ? -1 : 1;
     for (int64_t j = 0; j < q; ++j) {
-      core[(i + 1) * size + j + 1] = chi[field.subtract(i, j)];
+      core.at[(i + 1) * size + j + 1] = chi[field.subtract(i, j)];
     }
   }
-  if (kind == 1) {
-    for (int64_t i = 0; i < size; ++i) core[i * size + i] = 1;
-    return core;
-  }
-  std::vector<int8_t> matrix(order * order);
+  return core;
+}
+
+// core + I: all of a construction I; for construction II see PaleyFactor.
+inline SignMatrix paley_core_plus_identity(int64_t order) {
+  SignMatrix matrix = paley_core(order);
+  for (int64_t i = 0; i < matrix.size; ++i) matrix.at[i * matrix.size + i] = 1;
+  return matrix;
+}
+
+// The Hadamard matrix of a Paley order: core + I, or for construction II
+// core (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]].
+inline SignMatrix paley_matrix(int64_t order) {
+  if (paley_kind(order) == 1) return paley_core_plus_identity(order);
+  const SignMatrix core = paley_core(order);
+  SignMatrix matrix{order, std::vector<int8_t>(order * order)};
   for (int64_t i = 0; i < order; ++i) {
     for (int64_t j = 0; j < order; ++j) {
-      const int8_t c = core[(i / 2) * size + j / 2];
+      const int8_t c = core.at[(i / 2) * core.size + j / 2];
       const bool both_odd = i % 2 == 1 && j % 2 == 1;
-      matrix[i * order + j] = c != 0 ? (both_odd ? -c : c) : (i % 2 + j % 2 == 0 ? 1 : -1);
+      matrix.at[i * order + j] = c != 0 ? (both_odd ? -c : c) : (i % 2 + j % 2 == 0 ? 1 : -1);
     }
   }
   return matrix;
@@ -158,29 +176,42 @@ inline std::vector<int64_t> hadamard_factors(int64_t n) {
   return search.best;
 }
 
-// The kernels apply a Paley factor to tiles of kPaleyTile columns, four inputs at a time: for each
-// group of four they tabulate the 16 sums +-x0 +-x1 +-x2 +-x3, of which every output row then adds
-// one. That is order / 4 additions per output instead of order, and every group's table is reused
-// by all rows.
+// How the kernels multiply by a Paley factor: on tiles of kPaleyTile columns, with S = core + I.
+//   Construction I, one stream: y = S x.
+//   Construction II, two streams of half the size: with a_i = x_2i and b_i = x_2i+1,
+//     y_2i = (S (a + b))_i - 2 b_i,   y_2i+1 = (S (a - b))_i - 2 a_i.
+// S is applied to four inputs at a time: for each group of four the 16 sums +-u0 +-u1 +-u2 +-u3 are
+// tabulated, of which every row of S then adds one. That is rows / 4 additions per output instead
+// of rows, and every table is reused by all rows.
 inline constexpr int64_t kPaleyTile = 16;    // columns: one cache line of float32
-inline constexpr int64_t kPaleyGroups = 16;  // groups tabulated at once: 16 KB, half of an L1 cache
+inline constexpr int64_t kPaleyTables = 16;  // held at once: 16 KB, half of a first-level cache
 
 struct PaleyFactor {
   int64_t order;
-  // [order, order / 4]: offset of row i's sum of group g in the table of floats
-  // [min(groups, kPaleyGroups), 16, kPaleyTile]; bit t of the entry's number: x_t is subtracted.
+  int64_t streams;  // 1 or 2: the construction
+  int64_t rows;     // of S: order / streams
+  int64_t groups;   // of four inputs, the last one filled up with zeros
+  // [rows, groups]: where the row's sum of the group starts in the floats
+  // [kPaleyTables / streams groups, streams, 16 entries, kPaleyTile], for the first stream.
+  // Bit t of the entry's number: u_t is subtracted.
   std::vector<uint16_t> table_offsets;
+
+  int64_t groups_at_once() const { return kPaleyTables / streams; }
 };
 
 inline PaleyFactor paley_factor(int64_t order) {
-  const std::vector<int8_t> signs = paley_matrix(order);
-  PaleyFactor factor{order, std::vector<uint16_t>(order * order / 4)};
-  for (int64_t i = 0; i < order; ++i) {
-    for (int64_t g = 0; g < order / 4; ++g) {
+  const SignMatrix signs = paley_core_plus_identity(order);
+  PaleyFactor factor{order, order / signs.size, signs.size, ceil_div(signs.size, 4), {}};
+  factor.table_offsets.resize(factor.rows * factor.groups);
+  for (int64_t i = 0; i < factor.rows; ++i) {
+    for (int64_t g = 0; g < factor.groups; ++g) {
       int64_t entry = 0;
-      for (int t = 0; t < 4; ++t) entry |= (signs[i * order + 4 * g + t] < 0 ? 1 : 0) << t;
-      factor.table_offsets[i * (order / 4) + g] =
-          static_cast<uint16_t>((g % kPaleyGroups * 16 + entry) * kPaleyTile);
+      for (int64_t j = 4 * g; j < 4 * g + 4 && j < factor.rows; ++j) {
+        entry |= (signs.at[i * factor.rows + j] < 0 ? 1 : 0) << (j % 4);
+      }
+      const int64_t table = g % factor.groups_at_once() * factor.streams;
+      factor.table_offsets[i * factor.groups + g] =
+          static_cast<uint16_t>((table * 16 + entry) * kPaleyTile);
     }
   }
   return factor;

@@ -36,13 +36,15 @@ resq::cpu::Verbs verbs(const std::string& isa) {
   throw std::invalid_argument("no such instruction set: " + isa);
 }
 
-// The plan of n as (power, [(order, table_offsets)]).
+// The plan of n as (power, [(order, streams, table_offsets [rows, groups])]).
 py::tuple plan(int64_t n) {
   const resq::HadamardPlan* found = resq::hadamard_plan(n);
   if (found == nullptr) throw std::invalid_argument("no plan");
   py::list factors;
   for (const auto& factor : found->paley) {
-    factors.append(py::make_tuple(factor->order, py::cast(factor->table_offsets)));
+    const Array<uint16_t> offsets(std::vector<int64_t>{factor->rows, factor->groups},
+                                  factor->table_offsets.data());
+    factors.append(py::make_tuple(factor->order, factor->streams, offsets));
   }
   return py::make_tuple(found->power, factors);
 }
@@ -65,13 +67,13 @@ PYBIND11_MODULE(resq_core, m) {
   });
   m.def("paley_kind", resq::paley_kind);
   m.def("paley_matrix", [](int64_t order) {
-    const std::vector<int8_t> signs = resq::paley_matrix(order);
-    return Array<int8_t>(std::vector<int64_t>{order, order}, signs.data());
+    const resq::SignMatrix matrix = resq::paley_matrix(order);
+    return Array<int8_t>(std::vector<int64_t>{order, order}, matrix.at.data());
   });
   m.def("hadamard_factors", resq::hadamard_factors);
   m.def("hadamard_plan", plan);
   m.attr("PALEY_TILE") = resq::kPaleyTile;
-  m.attr("PALEY_GROUPS") = resq::kPaleyGroups;
+  m.attr("PALEY_TABLES") = resq::kPaleyTables;
   m.def("verbs", verbs);
   py::class_<Verbs>(m, "Verbs")
       .def_readonly("lanes", &Verbs::lanes)

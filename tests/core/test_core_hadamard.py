@@ -59,15 +59,21 @@ def test_matrices_agree(core: ModuleType) -> None:
 def test_plan_holds_the_matrices(core: ModuleType, n: int) -> None:
     """The kernels' table offsets, read back as signs."""
     power, paley = core.hadamard_plan(n)
-    assert (*(order for order, _ in paley), power) == hadamard.factors(n)
-    for order, offsets in paley:
-        offsets = np.array(offsets).reshape(order, order // 4)
-        group, rest = np.divmod(offsets, 16 * core.PALEY_TILE)
-        entry, column = np.divmod(rest, core.PALEY_TILE)
-        assert not column.any()
-        assert (group == np.arange(order // 4) % core.PALEY_GROUPS).all()
-        signs = 1 - 2 * (entry[..., None] >> np.arange(4) & 1)
-        assert (signs.reshape(order, order) == hadamard.paley(order).numpy()).all()
+    assert (*(order for order, _, _ in paley), power) == hadamard.factors(n)
+    for order, streams, offsets in paley:
+        rows = order // streams
+        assert streams == hadamard.paley_kind(order) and offsets.shape == (rows, (rows + 3) // 4)
+        line, column = np.divmod(offsets, core.PALEY_TILE)
+        table, entry = np.divmod(line, 16)
+        held = core.PALEY_TABLES // streams
+        assert (table == np.arange(offsets.shape[1]) % held * streams).all() and not column.any()
+        signs = 1 - 2 * (entry[..., None] >> np.arange(4) & 1).reshape(rows, -1)
+        assert (signs[:, rows:] == 1).all()
+        s = torch.from_numpy(signs[:, :rows].astype(np.int64))
+        if streams == 2:  # y_2i = (s (a + b))_i - 2 b_i, y_2i+1 = (s (a - b))_i - 2 a_i
+            butterfly, swap = torch.tensor([[1, 1], [1, -1]]), torch.tensor([[0, 1], [1, 0]])
+            s = torch.kron(s, butterfly) - 2 * torch.kron(torch.eye(rows, dtype=torch.int64), swap)
+        assert torch.equal(s, hadamard.paley(order))
 
 
 def test_plan_refuses_other_sizes(core: ModuleType) -> None:
