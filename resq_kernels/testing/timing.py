@@ -1,0 +1,115 @@
+"""Timing that can be compared: alternating candidates, the machine's stamp and measured limits."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Times of single calls, in microseconds.
+
+    Attributes:
+        median_us: the figure to quote.
+        best_us: the fastest call; far below the median, the machine was busy with something else.
+        calls: how many were timed.
+    """
+
+    median_us: float
+    best_us: float
+    calls: int
+
+
+def machine() -> dict[str, object]:
+    """What a figure depends on: processor, threads, instruction set, load, versions."""
+    return {
+        "processor": _processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": torch.ops.resq.cpu_isa(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _processor_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def alternate(
+    candidates: Mapping[str, Callable[[int], object]],
+    rounds: int = 7,
+    burst_seconds: float = 0.01,
+    max_calls: int = 32,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Times every candidate in turn, round after round, so that a slow spell hits all of them.
+
+    Args:
+        candidates: name -> call; its argument counts calls from 0, so that a call can choose
+            another copy of its data each time (cold caches).
+        rounds: how often each candidate has its turn.
+        burst_seconds: a turn repeats the call for about this long; one more call before it is
+            not counted, because the other candidates own the caches then.
+        max_calls: and at most this often.
+        clock: seconds. `time.thread_time` leaves out what other processes take from the core, but
+            sees only the calling thread: use it with one thread alone.
+
+    Raises:
+        ValueError: there is nothing to time.
+    """
+    if not candidates or rounds < 1:
+        raise ValueError(f"alternate: expected candidates and rounds >= 1, got {rounds} rounds")
+    bursts = {}
+    for name, call in candidates.items():
+        call(0)
+        seconds = _timed(call, 1, clock)
+        bursts[name] = min(max(int(burst_seconds / max(seconds, 1e-7)), 1), max_calls)
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    index = 0
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            call(index)
+            for _ in range(bursts[name]):
+                index += 1
+                samples[name].append(_timed(call, index, clock))
+    return {
+        name: Timing(
+            median_us=statistics.median(times) * 1e6,
+            best_us=min(times) * 1e6,
+            calls=len(times),
+        )
+        for name, times in samples.items()
+    }
+
+
+def _timed(call: Callable[[int], object], index: int, clock: Callable[[], float]) -> float:
+    start = clock()
+    call(index)
+    return clock() - start
+
+
+def read_bandwidth(
+    megabytes: int = 512, repeats: int = 20, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Bytes per second at which all threads together read memory: the best sum of a large tensor.
+
+    `megabytes` must be several times the last cache; the best of `repeats` is the limit.
+    """
+    data = torch.ones(megabytes * 2**20 // 4)
+    times = (_timed(lambda _: data.sum(), 0, clock) for _ in range(repeats))
+    return data.numel() * data.element_size() / min(times)
