@@ -74,7 +74,21 @@ int32_t spread_words(int8_t* codes, int64_t k, int64_t tile_rows, int8_t* words)
   return sum;
 }
 
+// The low codes of one row, one a byte.
+void unpack_row(const MixedGemmParams& p, int64_t m, int8_t* codes) {
+  if (!p.q_lo_packed) {
+    std::copy_n(static_cast<const int8_t*>(p.q_lo) + m * p.k_lo, p.k_lo, codes);
+    return;
+  }
+  const auto* bytes = static_cast<const uint8_t*>(p.q_lo) + m * (p.k_lo / 2);
+  for (int64_t k = 0; k < p.k_lo / 2; ++k) {
+    codes[2 * k] = unpack_int4_even(bytes[k]);
+    codes[2 * k + 1] = unpack_int4_odd(bytes[k]);
+  }
+}
+
 void fill_panel(const MixedGemmParams& p, int64_t index, Panel& panel) {
+  const int64_t lo_columns = packed_columns(p.k_lo), hi_columns = packed_columns(p.k_hi);
   panel.index = index;
   panel.first_row = index * p.rows / p.plan.panels;
   panel.rows = (index + 1) * p.rows / p.plan.panels - panel.first_row;
@@ -82,26 +96,16 @@ void fill_panel(const MixedGemmParams& p, int64_t index, Panel& panel) {
   for (int64_t tile = 0; tile < panel.tiles; ++tile) {
     const int64_t begin = panel.tile_begin(tile), end = panel.tile_begin(tile + 1);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t m = panel.first_row + i;
-      const int64_t word = (i - begin) * kPackedWordBytes;
-      if (p.q_lo_packed) {
-        const auto* bytes = static_cast<const uint8_t*>(p.q_lo) + m * (p.k_lo / 2);
-        for (int64_t k = 0; k < p.k_lo / 2; ++k) {
-          panel.row_codes[2 * k] = unpack_int4_even(bytes[k]);
-          panel.row_codes[2 * k + 1] = unpack_int4_odd(bytes[k]);
-        }
-      } else {
-        std::copy_n(static_cast<const int8_t*>(p.q_lo) + m * p.k_lo, p.k_lo, panel.row_codes);
-      }
-      const int32_t sum_lo = spread_words(panel.row_codes, p.k_lo, end - begin,
-                                          panel.lo + begin * packed_columns(p.k_lo) + word);
+      const int64_t m = panel.first_row + i, word = (i - begin) * kPackedWordBytes;
+      unpack_row(p, m, panel.row_codes);
+      const auto sum_lo = static_cast<uint32_t>(
+          spread_words(panel.row_codes, p.k_lo, end - begin, panel.lo + begin * lo_columns + word));
       std::copy_n(p.q_hi + m * p.k_hi, p.k_hi, panel.row_codes);
-      const int32_t sum_hi = spread_words(panel.row_codes, p.k_hi, end - begin,
-                                          panel.hi + begin * packed_columns(p.k_hi) + word);
+      const auto sum_hi = static_cast<uint32_t>(
+          spread_words(panel.row_codes, p.k_hi, end - begin, panel.hi + begin * hi_columns + word));
       const float* params = p.params + 4 * m;
-      panel.row[i] = {
-          {params[0], exact_integer(params[1]), static_cast<uint32_t>(sum_lo) * kPackedOffsetLo},
-          {params[2], exact_integer(params[3]), static_cast<uint32_t>(sum_hi) * kPackedOffsetHi}};
+      panel.row[i] = {{params[0], exact_integer(params[1]), sum_lo * kPackedOffsetLo},
+                      {params[2], exact_integer(params[3]), sum_hi * kPackedOffsetHi}};
     }
   }
 }
@@ -126,13 +130,20 @@ void load_columns(const MixedGemmParams& p, int64_t block, Columns& c) {
   }
 }
 
-// Sums of kRows activation rows x 32 columns over one part of K: [kRows][kBlock].
+// Sums of kRows activation rows x 32 columns over one part of K: [kRows][kBlock]. Each step asks
+// for half as many bytes of `ahead` as it uses of `weight`, if not null.
 template <int kRows, bool kHigh>
-void accumulate(const uint8_t* weight, const int8_t* words, int64_t k, uint32_t* out) {
+inline void accumulate(const uint8_t* weight, const int8_t* words, int64_t k, const uint8_t* ahead,
+                       uint32_t* out) {
   typename Simd::template Tile<kRows> tile;
   constexpr int64_t kGroupBytes = kPackedGroupColumns * kBlock / (kHigh ? 1 : 2);
   const int64_t groups = packed_columns(k) / kPackedGroupColumns;
   for (int64_t group = 0; group < groups; ++group) {
+    if (ahead) {
+      for (int64_t line = 0; line < kGroupBytes / 2; line += 64) {
+        __builtin_prefetch(ahead + group * kGroupBytes / 2 + line, 0, 2);
+      }
+    }
     tile.template add_group<kHigh>(weight, words);
     weight += kGroupBytes;
     words += kPackedGroupColumns * kRows;
@@ -167,11 +178,13 @@ void store_row(const float* y, const MixedGemmParams& p, int64_t m, const Column
 
 template <int kRows>
 void run_tile(const MixedGemmParams& p, const Panel& panel, int64_t first, const uint8_t* weight,
-              const Columns& c) {
+              const uint8_t* ahead, const Columns& c) {
   alignas(64) uint32_t sums_lo[kRows][kBlock], sums_hi[kRows][kBlock];
-  accumulate<kRows, false>(weight, panel.lo + first * packed_columns(p.k_lo), p.k_lo, sums_lo[0]);
+  accumulate<kRows, false>(weight, panel.lo + first * packed_columns(p.k_lo), p.k_lo, ahead,
+                           sums_lo[0]);
   accumulate<kRows, true>(weight + packed_block_lo_bytes(p.k_lo),
-                          panel.hi + first * packed_columns(p.k_hi), p.k_hi, sums_hi[0]);
+                          panel.hi + first * packed_columns(p.k_hi), p.k_hi,
+                          ahead ? ahead + packed_block_lo_bytes(p.k_lo) / 2 : nullptr, sums_hi[0]);
   for (int r = 0; r < kRows; ++r) {
     const Row& row = panel.row[first + r];
     alignas(64) float y[kBlock] = {}, y_hi[kBlock];
@@ -190,7 +203,7 @@ void run_tile(const MixedGemmParams& p, const Panel& panel, int64_t first, const
 }
 
 using TileKernel = void (*)(const MixedGemmParams&, const Panel&, int64_t, const uint8_t*,
-                            const Columns&);
+                            const uint8_t*, const Columns&);
 
 template <int... kRowsMinusOne>
 constexpr std::array<TileKernel, sizeof...(kRowsMinusOne)> tile_kernels(
@@ -209,10 +222,17 @@ void mixed_gemm_tasks(const MixedGemmParams& p, int64_t begin, int64_t end) {
     const int64_t block = task % plan.blocks;
     if (task / plan.blocks != panel.index) fill_panel(p, task / plan.blocks, panel);
     load_columns(p, block, columns);
-    const uint8_t* weight = p.packed_weight + block * packed_block_bytes(p.k_lo, p.k_hi);
+    const int64_t block_bytes = packed_block_bytes(p.k_lo, p.k_hi);
+    const uint8_t* weight = p.packed_weight + block * block_bytes;
     for (int64_t tile = 0; tile < panel.tiles; ++tile) {
+      // With more than one tile the memory would idle while the others read the block from the
+      // cache: the first two fetch half of the next block each (M = 16: 10 % faster). A single tile
+      // streams at the speed of the hardware prefetcher, and no distance of software prefetch
+      // from 512 bytes to 16 KB improved on that.
+      const bool fetches = panel.tiles > 1 && tile < 2 && block + 1 < plan.blocks;
+      const uint8_t* ahead = fetches ? weight + block_bytes + tile * block_bytes / 2 : nullptr;
       const int64_t first = panel.tile_begin(tile);
-      kTiles[panel.tile_begin(tile + 1) - first - 1](p, panel, first, weight, columns);
+      kTiles[panel.tile_begin(tile + 1) - first - 1](p, panel, first, weight, ahead, columns);
     }
   }
 }
