@@ -15,7 +15,8 @@ from resq_kernels import ops, reference
 from resq_kernels.formats import pack_int4, weight_sums
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# (N, K_lo, K_hi): one row, padding everywhere, real splits, a part without columns.
+# (N, K_lo, K_hi): one row, padding everywhere, real splits, a part without columns, and an input so
+# wide that 33 rows fill more than one panel.
 WEIGHTS = [
     (1, 2, 0),
     (17, 56, 8),
@@ -24,6 +25,7 @@ WEIGHTS = [
     (70, 3136, 448),
     (48, 0, 24),
     (40, 96, 0),
+    (35, 25872, 3696),
 ]
 BATCHES = [0, 1, 2, 7, 16, 33, 130]
 ISAS = ["scalar", "avx2", "avx512vnni"]
