@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import torch
 
@@ -13,7 +10,6 @@ from resq_kernels import kv_pages, ops
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEAD_DIMS = [64, 128]
-ISAS = ["scalar", "avx2", "avx512vnni"]
 
 
 def rotations(count: int, head_dim: int) -> torch.Tensor:
@@ -75,15 +71,3 @@ def fill_pages(
         slots = page_slots(table[i], page_size, lengths[i])
         ops.kv_append(k[i], v[i], None, None, None, cache, slots, hi_bits)
     return Pages(cache, table, torch.tensor(lengths, dtype=torch.int32), head_dim)
-
-
-def run_with_isa(file: str, isa: str) -> str:
-    """What `file` prints as a script with the instruction set forced."""
-    result = subprocess.run(
-        [sys.executable, file],
-        env={**os.environ, "RESQ_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()

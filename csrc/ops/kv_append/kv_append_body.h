@@ -40,26 +40,38 @@ struct OwnedBytes {
 template <int kHeadDim>
 inline constexpr OwnedBytes<kHeadDim> kOwnedBytes{};
 
-// Extremes of kCount numbers; `finite` is cleared if one is NaN or infinite.
+// Vectors of kWidth numbers, for parts that are narrower than a register (8 high dims of 64).
+template <int kWidth>
+struct Vectors {
+  typedef float Floats __attribute__((vector_size(kWidth * sizeof(float))));
+  typedef int32_t Ints __attribute__((vector_size(kWidth * sizeof(float))));
+};
+
+// What kv_range makes of the extremes of kCount numbers; NaN if one is NaN or infinite.
 template <int kCount>
 inline KvRange row_range(const float* x, int levels) {
-  constexpr int kWidth = kCount % kLanes == 0 ? kLanes : 8;  // 56 and 8 are multiples of 8 only
-  float lo[kWidth], hi[kWidth];
-  int32_t magnitude[kWidth] = {};
-  for (int j = 0; j < kWidth; ++j) lo[j] = hi[j] = x[j];
+  constexpr int kWidth = kCount < kLanes ? kCount : kLanes;
+  using Wide = typename Vectors<kWidth>::Floats;
+  using WideInts = typename Vectors<kWidth>::Ints;
+  Wide lo = load<Wide>(x), hi = lo;
+  WideInts magnitude{};
   for (int first = 0; first < kCount; first += kWidth) {
-    for (int j = 0; j < kWidth; ++j) {
-      const float value = x[first + j];
-      const int32_t bits = std::bit_cast<int32_t>(value) & 0x7fffffff;
-      lo[j] = value < lo[j] ? value : lo[j];
-      hi[j] = value > hi[j] ? value : hi[j];
-      magnitude[j] = bits > magnitude[j] ? bits : magnitude[j];
-    }
+    // The last vector of 56 numbers overlaps the one before it: extremes do not mind.
+    const Wide value = load<Wide>(x + (first + kWidth <= kCount ? first : kCount - kWidth));
+    const WideInts bits = __builtin_bit_cast(WideInts, value) & 0x7fffffff;
+    lo = value < lo ? value : lo;
+    hi = value > hi ? value : hi;
+    magnitude = bits > magnitude ? bits : magnitude;
   }
-  for (int j = 1; j < kWidth; ++j) {
-    lo[0] = lo[j] < lo[0] ? lo[j] : lo[0];
-    hi[0] = hi[j] > hi[0] ? hi[j] : hi[0];
-    magnitude[0] = magnitude[j] > magnitude[0] ? magnitude[j] : magnitude[0];
+  WideInts lane{};
+  for (int j = 0; j < kWidth; ++j) lane[j] = j;
+  for (int distance = kWidth / 2; distance >= 1; distance /= 2) {
+    const Wide other_lo = __builtin_shuffle(lo, lane ^ distance);
+    const Wide other_hi = __builtin_shuffle(hi, lane ^ distance);
+    const WideInts other = __builtin_shuffle(magnitude, lane ^ distance);
+    lo = other_lo < lo ? other_lo : lo;
+    hi = other_hi > hi ? other_hi : hi;
+    magnitude = other > magnitude ? other : magnitude;
   }
   return magnitude[0] >= 0x7f800000 ? kKvNanRange : kv_range(lo[0], hi[0], levels);
 }

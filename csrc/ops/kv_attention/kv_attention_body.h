@@ -133,23 +133,46 @@ inline void prepare_queries(const KvAttentionParams& p, const KvAttentionTask& t
   }
 }
 
+// Where the tile that starts with token `token` of the sequence lies.
+struct Tile {
+  const uint8_t *keys, *values, *metadata;
+};
+template <int kHeadDim>
+inline Tile tile_at(const KvAttentionParams& p, const KvAttentionTask& task, int64_t token) {
+  const int64_t page = p.block_table[task.sequence * p.max_pages + token / p.page_size];
+  const int64_t position = token % p.page_size;
+  const uint8_t* chunk =
+      p.cache + (page * p.n_kv + task.kv_head) * p.page_size * KvLayout<kHeadDim>::kTokenBytes;
+  return {chunk + kv_k_tile_byte<kHeadDim>(position),
+          chunk + kv_v_tile_byte<kHeadDim>(p.page_size, position),
+          chunk + kv_metadata_byte<kHeadDim>(p.page_size, position)};
+}
+
+inline void prefetch(const uint8_t* bytes, int count) {
+  for (int i = 0; i < count; i += 64) __builtin_prefetch(bytes + i, 0, 2);
+}
+
 // Unpacks tokens [first, end) of the sequence, at most kKeyBlock of them. Tokens from `end` on get
-// scales and offsets 0: what a page's tail holds has no effect.
+// scales and offsets 0: what a page's tail holds has no effect. The next block is prefetched, which
+// the hardware does not do across the three streams of a page (8 x 4096 tokens, ns a token: 45
+// without, 40 into L1, 30 into L2).
 template <int kHeadDim>
 inline void load_block(const KvAttentionParams& p, const KvAttentionTask& task, int64_t first,
                        int64_t end, Block<kHeadDim>* block) {
-  using Layout = KvLayout<kHeadDim>;
-  const int32_t* pages = p.block_table + task.sequence * p.max_pages;
-  for (int64_t token = first; token < end; token += Layout::kTileTokens) {
-    const int64_t position = token % p.page_size, at = token - first;
-    const uint8_t* chunk = p.cache + (pages[token / p.page_size] * p.n_kv + task.kv_head) *
-                                         p.page_size * Layout::kTokenBytes;
-    unpack_keys<kHeadDim>(chunk + kv_k_tile_byte<kHeadDim>(position), &block->keys[0][at]);
-    unpack_values<kHeadDim>(chunk + kv_v_tile_byte<kHeadDim>(p.page_size, position),
-                            block->values[at / 2]);
-    const uint8_t* metadata = chunk + kv_metadata_byte<kHeadDim>(p.page_size, position);
-    for (int t = 0; t < Layout::kTileTokens; t += 8) {
-      load_metadata(metadata + t * kKvMetadataBytes, &block->metadata[0][at + t]);
+  constexpr int kTokens = KvLayout<kHeadDim>::kTileTokens;
+  for (int64_t token = first; token < end; token += kTokens) {
+    if (token + kKeyBlock < task.last_visible()) {
+      const Tile next = tile_at<kHeadDim>(p, task, token + kKeyBlock);
+      prefetch(next.keys, kKvTileBytes);
+      prefetch(next.values, kKvTileBytes);
+      prefetch(next.metadata, kTokens * kKvMetadataBytes);
+    }
+    const Tile tile = tile_at<kHeadDim>(p, task, token);
+    const int64_t at = token - first;
+    unpack_keys<kHeadDim>(tile.keys, &block->keys[0][at]);
+    unpack_values<kHeadDim>(tile.values, block->values[at / 2]);
+    for (int t = 0; t < kTokens; t += 8) {
+      load_metadata(tile.metadata + t * kKvMetadataBytes, &block->metadata[0][at + t]);
     }
   }
   for (int field = 0; field < 8; ++field) {

