@@ -75,7 +75,8 @@ class NinjaBuild(build_ext):
     def build_extensions(self) -> None:
         import ninja
 
-        build = Path(self.build_temp).resolve()
+        # Not build_temp: pip gives every editable install a new one, and ninja would start over.
+        build = ROOT / "build" / ("ninja" + os.environ.get("RESQ_SANITIZE", ""))
         build.mkdir(parents=True, exist_ok=True)
         for extension in self.extensions:
             output = Path(self.get_ext_fullpath(extension.name)).resolve()
