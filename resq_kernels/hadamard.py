@@ -155,5 +155,5 @@ def transform(x: torch.Tensor) -> torch.Tensor:
                 y = torch.stack([a + b, a - b], dim=-2).reshape(y.shape)
                 half *= 2
         else:
-            y = torch.tensordot(y, dense.to(y.dtype), dims=([axis], [1])).movedim(-1, axis)
+            y = torch.tensordot(y, dense.to(y), dims=([axis], [1])).movedim(-1, axis)
     return (y * x.shape[-1] ** -0.5).reshape(x.shape)

@@ -26,13 +26,19 @@ class Covariances:
     Attributes:
         hidden: [hidden, hidden]: normalised inputs of the linears that read the residual stream,
             mean over layers of the average of attention's and the MLP's.
-        values: [layers, kv_heads, head_dim, head_dim]: outputs of v_proj per head.
-        keys: [layers, head_dim, head_dim]: keys after RoPE, summed over kv heads.
+        attended: [layers, kv_heads, head_dim, head_dim]: outputs of attention, mean over the query
+            heads of a kv head.
+        keys: same shape: keys after RoPE.
+        queries: same shape: queries after RoPE, mean over the query heads of a kv head.
+        inner: [layers, intermediate]: mean squares of down_proj's inputs before the Hadamard
+            transform.
     """
 
     hidden: torch.Tensor
-    values: torch.Tensor
+    attended: torch.Tensor
     keys: torch.Tensor
+    queries: torch.Tensor
+    inner: torch.Tensor
 
 
 def windows(
@@ -113,6 +119,13 @@ def gram(x: torch.Tensor) -> torch.Tensor:
     return x.T @ x
 
 
+def gram_per_head(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """x^T x per kv head, mean over its query heads, of [windows, heads, seqlen, head_dim]."""
+    heads = x.double().transpose(0, 1).flatten(1, 2)
+    grams = (heads.mT @ heads).unflatten(0, (kv_heads, -1))
+    return grams.mean(1)
+
+
 @torch.no_grad()
 def calibrate(
     model: SourceModel,
@@ -126,7 +139,7 @@ def calibrate(
 
     Gains of norms are folded into the linears first, so the inputs are those of the rotated model
     before its rotation. Memory: one layer and `BATCH_TOKENS` tokens of activations; hidden states
-    live in the work folder.
+    live in the work folder, in one piece per layer, so that a killed run continues.
 
     Raises:
         ValueError: a weight or a moment is not finite.
@@ -134,44 +147,67 @@ def calibrate(
     shape = model.shape
     size = (*tokens.shape, shape.hidden)
     for index in layer_bar(range(shape.layers), "calibrate", progress):
-        piece = f"calibrate-{index:05d}"
-        if work.has(piece):
+        if work.has(f"moments-{index:05d}"):
             continue
         states = work.hidden(f"float-{index:05d}", size)
         if index == 0:
             states.begin().copy_(model.embed(tokens))
             states.finish()
         after = work.hidden(f"float-{index + 1:05d}", size)
-        source, target = states.read(), after.begin()
         step = DecoderLayer(shape, model.layer(index, fold_norms=True).to(device), rope)
-        hidden = torch.zeros(shape.hidden, shape.hidden, dtype=torch.float64, device=device)
-        head = (shape.kv_heads, shape.head_dim, shape.head_dim)
-        values = torch.zeros(head, dtype=torch.float64, device=device)
-        keys = torch.zeros(head[1:], dtype=torch.float64, device=device)
-        for part in batches(*tokens.shape):
-            x = source[part].to(device)
-            qkv_input = step.qkv_input(x)
-            key, value = step.keys_values(qkv_input)
-            middle = step.middle(x, step.o_input(qkv_input))
-            gate_up_input = step.gate_up_input(middle)
-            hidden += (gram(qkv_input) + gram(gate_up_input)) / 2
-            keys += gram(key)
-            values += torch.stack([gram(v) for v in value.unbind(1)])
-            target[part] = step.output(middle, step.down_input(gate_up_input)).cpu()
+        moments = _run_layer(step, states.read(), after.begin(), device)
         after.finish()
-        moments = {"hidden": hidden, "values": values, "keys": keys}
         for name, moment in moments.items():
             if not torch.isfinite(moment).all():
                 raise ValueError(
-                    f"calibration: layer {index}: expected a finite covariance of {name}, got NaN "
-                    "or infinity; the model overflows on these tokens"
+                    f"calibration: layer {index}: expected a finite second moment ({name}), got "
+                    "NaN or infinity; the model overflows on these tokens"
                 )
-        work.save(piece, {name: (m / tokens.numel()).cpu() for name, m in moments.items()})
+        # The largest moment is kept as a running sum: one file, whatever the number of layers.
+        hidden = moments.pop("hidden")
+        if index > 0:
+            hidden += work.load(f"hidden-moment-{index - 1:05d}")["hidden"]
+        work.save(f"hidden-moment-{index:05d}", {"hidden": hidden})
+        work.save(f"moments-{index:05d}", moments)
+        work.delete(f"hidden-moment-{index - 1:05d}")
         states.delete()
     work.hidden(f"float-{shape.layers:05d}", size).delete()
-    pieces = [work.load(f"calibrate-{index:05d}") for index in range(shape.layers)]
-    return Covariances(
-        hidden=sum(piece["hidden"] for piece in pieces) / shape.layers,
-        values=torch.stack([piece["values"] for piece in pieces]),
-        keys=torch.stack([piece["keys"] for piece in pieces]),
-    )
+    pieces = [work.load(f"moments-{index:05d}") for index in range(shape.layers)]
+    hidden = work.load(f"hidden-moment-{shape.layers - 1:05d}")["hidden"] / shape.layers
+    stacked = {name: torch.stack([piece[name] for piece in pieces]) for name in pieces[0]}
+    return Covariances(hidden=hidden, **stacked)
+
+
+def _run_layer(
+    step: DecoderLayer, states: torch.Tensor, after: torch.Tensor, device: str
+) -> dict[str, torch.Tensor]:
+    """Fills `after` with the layer's output and answers the moments of one layer."""
+    shape = step.shape
+    moments = _zero_moments(shape, device)
+    for part in batches(*states.shape[:2]):
+        x = states[part].to(device)
+        qkv_input = step.qkv_input(x)
+        queries, keys, values = step.heads(qkv_input)
+        attended = step.attend(queries, keys, values)
+        middle = step.middle(x, attended)
+        gate_up_input = step.gate_up_input(middle)
+        down_input = step.down_input(gate_up_input)
+        after[part] = step.output(middle, down_input).cpu()
+        moments["hidden"] += (gram(qkv_input) + gram(gate_up_input)) / 2
+        moments["attended"] += gram_per_head(step.split_heads(attended), shape.kv_heads)
+        moments["keys"] += gram_per_head(keys, shape.kv_heads)
+        moments["queries"] += gram_per_head(queries, shape.kv_heads)
+        moments["inner"] += down_input.double().square().sum((0, 1))
+    return {name: (m / states.shape[:2].numel()).cpu() for name, m in moments.items()}
+
+
+def _zero_moments(shape: ModelShape, device: str) -> dict[str, torch.Tensor]:
+    head = (shape.kv_heads, shape.head_dim, shape.head_dim)
+    sizes = {
+        "hidden": (shape.hidden, shape.hidden),
+        "attended": head,
+        "keys": head,
+        "queries": head,
+        "inner": (shape.intermediate,),
+    }
+    return {k: torch.zeros(v, dtype=torch.float64, device=device) for k, v in sizes.items()}

@@ -26,7 +26,6 @@ from resq_kernels.architecture import (
     ModelShape,
 )
 from resq_kernels.config import ResQConfig
-from resq_kernels.ptq.rounding import round_cache
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -83,8 +82,8 @@ def rope_tables(config: Mapping[str, Any], folder: Path, seqlen: int) -> Rope:
 
 
 def apply_rope(x: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """x cos + rotate_half(x) sin over [..., seqlen, head_dim]."""
-    cos, sin = (table.to(x.device) for table in rope)
+    """x cos + rotate_half(x) sin over [..., seqlen, head_dim]; the tables may be longer."""
+    cos, sin = (table[: x.shape[-2]].to(x.device) for table in rope)
     half = x.shape[-1] // 2
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
 
@@ -112,20 +111,22 @@ class DecoderLayer:
         normed = reference.rms_norm(x, self.layer.norms.get(ATTENTION_NORM), self.shape.norm_eps)
         return self._input(normed, QKV[0])
 
-    def keys_values(self, qkv_input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys after RoPE and values, [windows, kv_heads, seqlen, head_dim], not rounded."""
-        keys = apply_rope(self._heads(qkv_input, QKV[1]), self.rope)
-        return keys, self._heads(qkv_input, QKV[2])
+    def heads(self, qkv_input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys after RoPE, and values, [windows, heads, seqlen, head_dim], exact."""
+        queries, keys, values = (self.split_heads(self._linear(qkv_input, n)) for n in QKV)
+        return apply_rope(queries, self.rope), apply_rope(keys, self.rope), values
 
-    def o_input(self, qkv_input: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
         """What o_proj reads: causal attention, its columns in o_proj's order."""
-        queries = apply_rope(self._heads(qkv_input, QKV[0]), self.rope)
-        keys, values = self.keys_values(qkv_input)
         if self.layer.key_rotation is not None:
             rotation = self.layer.key_rotation[0].float()
             queries, keys = queries @ rotation, keys @ rotation
         if self.rounding is not None and self.rounding.kv_bits == 4:
-            keys, values = round_cache(keys, self.rounding), round_cache(values, self.rounding)
+            hi_bits = 8 if self.rounding.method == "resq" else 4
+            keys = reference.kv_fake_quantize(keys, hi_bits)
+            values = reference.kv_fake_quantize(values, hi_bits)
         groups = self.shape.heads // self.shape.kv_heads
         keys, values = (t.repeat_interleave(groups, dim=1) for t in (keys, values))
         attended = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
@@ -133,6 +134,10 @@ class DecoderLayer:
         if self.layer.o_order is not None:
             attended = attended[..., self.layer.o_order]
         return self._input(attended, O_PROJ)
+
+    def o_input(self, qkv_input: torch.Tensor) -> torch.Tensor:
+        """What o_proj reads, from what q, k and v read."""
+        return self.attend(*self.heads(qkv_input))
 
     def middle(self, x: torch.Tensor, o_input: torch.Tensor) -> torch.Tensor:
         """The residual stream between attention and MLP."""
@@ -172,6 +177,6 @@ class DecoderLayer:
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return functional.linear(x, self.layer.weights[name], self.layer.biases.get(name))
 
-    def _heads(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        heads = self._linear(x, name).unflatten(-1, (-1, self.shape.head_dim))
-        return heads.transpose(1, 2)
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """[windows, seqlen, heads * head_dim] -> [windows, heads, seqlen, head_dim]."""
+        return x.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)

@@ -14,6 +14,9 @@ from resq_kernels.ptq.source import SourceModel
 VOCAB_ROWS = 8192
 """Rows of the embedding or head that are rotated in float64 at once."""
 
+Q_PROJ, K_PROJ, V_PROJ = QKV
+UP_PROJ = GATE_UP[1]
+
 
 def o_column_order(shape: ModelShape, high_fraction: float) -> torch.Tensor:
     """o_proj's columns: the low dims of every head, then the high dims of every head."""
@@ -23,45 +26,57 @@ def o_column_order(shape: ModelShape, high_fraction: float) -> torch.Tensor:
 
 
 def fuse_layer(
-    model: SourceModel, index: int, rotation: Rotation | None, high_fraction: float
+    model: SourceModel,
+    index: int,
+    rotation: Rotation | None,
+    high_fraction: float,
+    device: str = "cpu",
 ) -> Layer:
     """A decoder layer of the rotated model, float32; products are computed in float64.
 
-    Formula, with U_A, U_B (of the kv head), H and the norms' gains g:
-    q, k: W diag(g) U_A; v: U_B^T W diag(g) U_A, bias b U_B; gate, up: W diag(g) U_A;
-    o: U_A^T W U_B per head, then columns low | high; down: U_A^T W H^T.
+    Formula, with U_A, U_B (of the kv head), H, the norms' gains g, key factors k (of the pair) and
+    inner factors f: q: diag(1/k) W diag(g) U_A; k: diag(k) W diag(g) U_A; v: U_B^T W diag(g) U_A;
+    gate: W diag(g) U_A; up: diag(f) W diag(g) U_A; o: U_A^T W U_B^-T per head, then columns
+    low | high; down: U_A^T W diag(1/f) H^T. Biases of q, k and v as the rows of their weights.
 
     Args:
         model: the source.
         index: which layer.
         rotation: the matrices, or None for method "rtn", which keeps the gains and rotates nothing.
         high_fraction: decides o_proj's column order.
+        device: where the products are computed and the layer stays.
     """
-    layer = model.layer(index, fold_norms=rotation is not None)
+    layer = model.layer(index, fold_norms=rotation is not None).to(device)
     if rotation is None:
         return layer
     shape = model.shape
-    u_a, u_b = rotation.hidden, rotation.values[index]
+    u_a, u_b = rotation.hidden.to(device), rotation.values[index].to(device)
+    group = shape.heads // shape.kv_heads
+    inverse = rotation.values_inverse[index].to(device).repeat_interleave(group, dim=0)
+    key_rows = rotation.key_factors[index].to(device).repeat(1, 2)
+    inner = rotation.inner_factors[index].to(device)
+
     weights = {name: weight.double() for name, weight in layer.weights.items()}
+    biases = {name: bias.double()[:, None] for name, bias in layer.biases.items()}
+    for rows in (weights, biases):
+        if V_PROJ in rows:
+            rows[Q_PROJ] = rows[Q_PROJ] / key_rows.repeat_interleave(group, dim=0).view(-1, 1)
+            rows[K_PROJ] = rows[K_PROJ] * key_rows.view(-1, 1)
+            heads = rows[V_PROJ].unflatten(0, (shape.kv_heads, shape.head_dim))
+            rows[V_PROJ] = (u_b.mT @ heads).flatten(0, 1)
+    weights[UP_PROJ] = weights[UP_PROJ] * inner[:, None]
     for name in (*QKV, *GATE_UP):
         weights[name] = weights[name] @ u_a
-    value_heads = weights[QKV[2]].unflatten(0, (shape.kv_heads, shape.head_dim))
-    weights[QKV[2]] = (u_b.mT @ value_heads).flatten(0, 1)
-    if QKV[2] in layer.biases:
-        bias_heads = layer.biases[QKV[2]].double().unflatten(0, (shape.kv_heads, 1, -1))
-        layer.biases[QKV[2]] = (bias_heads @ u_b).flatten().float()
-    per_head = u_b.repeat_interleave(shape.heads // shape.kv_heads, dim=0)
+    order = o_column_order(shape, high_fraction).to(device)
     o_heads = weights[O_PROJ].unflatten(1, (shape.heads, shape.head_dim)).transpose(0, 1)
-    order = o_column_order(shape, high_fraction)
-    weights[O_PROJ] = u_a.T @ (o_heads @ per_head).transpose(0, 1).flatten(1)[:, order]
-    weights[DOWN_PROJ] = hadamard.transform(u_a.T @ weights[DOWN_PROJ])
+    weights[O_PROJ] = u_a.T @ (o_heads @ inverse.mT).transpose(0, 1).flatten(1)[:, order]
+    weights[DOWN_PROJ] = hadamard.transform(u_a.T @ (weights[DOWN_PROJ] / inner))
     return Layer(
-        {name: weight.float() for name, weight in weights.items()},
-        layer.biases,
-        {},
-        rotation.keys[index][None],
-        order,
-        True,
+        weights={name: weight.float() for name, weight in weights.items()},
+        biases={name: bias.flatten().float() for name, bias in biases.items()},
+        key_rotation=rotation.keys[index][None].to(device),
+        o_order=order,
+        hadamard=True,
     )
 
 
@@ -82,8 +97,7 @@ def _rotate_rows(
     matrix = model.reader.load(name)
     for start in range(0, len(matrix), VOCAB_ROWS):
         rows = matrix[start : start + VOCAB_ROWS].double()
-        if not torch.isfinite(rows).all():
-            raise ValueError(f"{model.reader.folder}: {name}: expected finite values, got others")
+        model.check_finite(name, rows)
         if gain is not None:
             rows = rows * gain
         if rotation is not None:

@@ -7,18 +7,17 @@ from pathlib import Path
 
 import torch
 
-from resq_kernels.checkpoint import write_json
 from resq_kernels.config import ResQConfig
-from resq_kernels.ptq.basis import pca
+from resq_kernels.ptq.basis import Basis, find_basis
 from resq_kernels.ptq.calibrate import calibrate, check_tokens
+from resq_kernels.ptq.check import check_disk, check_shape, work_bytes
 from resq_kernels.ptq.decoder import rope_tables
 from resq_kernels.ptq.quantize import quantize
-from resq_kernels.ptq.rotate import rotate
-from resq_kernels.ptq.save import layer_errors, publish, save
+from resq_kernels.ptq.report import layer_errors, spectra, write_report
+from resq_kernels.ptq.rotate import Rotation, rotate
+from resq_kernels.ptq.save import finished_report, publish, save
 from resq_kernels.ptq.source import SourceModel
 from resq_kernels.ptq.workspace import Workspace, fingerprint
-
-REPORT_FILE = "quantization_report.json"
 
 
 def quantize_folder(
@@ -33,6 +32,9 @@ def quantize_folder(
 ) -> dict[str, object]:
     """Quantizes a Llama or Qwen2 folder into a folder that `from_pretrained` loads.
 
+    The same inputs give the same bytes of weights and configuration on the same machine, torch
+    and number of threads (which decide the order of sums inside matrix products).
+
     Args:
         source: Hugging Face folder with 16-bit or float32 weights.
         out: folder that must not exist; it appears complete, by a rename. Until then everything
@@ -40,7 +42,8 @@ def quantize_folder(
         calibration: token windows int64 [windows, seqlen], e.g. of `calibrate.windows`.
         config: the options; default `ResQConfig()`. Its `samples` and `seqlen` are not used here.
         device: where the layers are computed.
-        resume: continue an interrupted run of the same inputs; the result has the same bits.
+        resume: continue an interrupted run of the same inputs, or begin; weights and configuration
+            get the same bytes as without the interruption.
         progress: bars on stderr.
 
     Returns:
@@ -49,30 +52,46 @@ def quantize_folder(
     Raises:
         ValueError: model, tokens and options do not fit each other; the message names what.
         FileExistsError: `out` exists, or an interrupted run does and `resume` is off.
+        OSError: not enough disk.
     """
     config = config or ResQConfig()
     source, out = Path(source), Path(out)
     began = time.perf_counter()
     model = SourceModel(source)
+    check_shape(model.shape, config)
     check_tokens(calibration, model.shape)
     inputs = fingerprint([source / "config.json", *model.reader.files], calibration, config)
+    if resume and (report := finished_report(out, inputs)):
+        return report
+    check_disk(out, work_bytes(model.shape, *calibration.shape, model.item_bytes))
     work = Workspace.open(out, inputs, resume)
     rope = rope_tables(model.reader.config, source, calibration.shape[1])
 
     basis = rotation = None
     if config.method == "resq":
-        basis = pca(calibrate(model, calibration, rope, work, device, progress))
+        basis = work.stage(
+            "basis",
+            Basis,
+            lambda: find_basis(model, calibrate(model, calibration, rope, work, device, progress)),
+        )
     if config.rotates:
-        rotation = rotate(basis, model.shape, config)
+        rotation = work.stage("rotation", Rotation, lambda: rotate(basis, model.shape, config))
     quantize(model, rotation, calibration, rope, config, work, device, progress)
     folder = save(model, basis, rotation, config, work)
-    report = {
+
+    report: dict[str, object] = {
+        "model": source.name,
         "layers": layer_errors(model, work),
         "bytes_before": sum(path.stat().st_size for path in model.reader.files),
         "bytes_after": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "seconds": round(time.perf_counter() - began, 3),
+        "windows": calibration.shape[0],
+        "seqlen": calibration.shape[1],
         "config": config.to_dict(),
+        "inputs": inputs,
     }
-    write_json(folder / REPORT_FILE, report)
+    if basis is not None:
+        report["spectra"] = spectra(basis)
+    write_report(folder, report)
     publish(folder, out, work)
     return report

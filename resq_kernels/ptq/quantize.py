@@ -62,9 +62,9 @@ def quantize(
             states.finish()
             del embedding
         after = work.hidden(f"rounded-{index + 1:05d}", size)
-        layer = fuse_layer(model, index, rotation, config.high_fraction).to(device)
+        layer = fuse_layer(model, index, rotation, config.high_fraction, device)
         step = DecoderLayer(model.shape, layer, rope, config)
-        tensors = _quantize_layer(step, states.read(), after.begin(), work, config, device)
+        tensors = _quantize_layer(step, states.read(), after.begin(), config, device)
         after.finish()
         prefix = layer_prefix(index)
         piece = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
@@ -86,7 +86,6 @@ def _quantize_layer(
     step: DecoderLayer,
     states: torch.Tensor,
     after: torch.Tensor,
-    work: Workspace,
     config: ResQConfig,
     device: str,
 ) -> dict[str, torch.Tensor]:

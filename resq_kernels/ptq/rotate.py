@@ -19,17 +19,21 @@ CACHE_HIGH_FRACTION = 0.125
 
 @dataclass(frozen=True)
 class Rotation:
-    """Orthogonal matrices U, applied as x U to activations and W U to the weights that read them.
+    """What is multiplied into the weights (`fuse`); orthogonal up to the balancing of `Basis`.
 
     Attributes:
-        hidden: U_A, float64 [hidden, hidden].
-        values: U_B, float64 [layers, kv_heads, head_dim, head_dim].
+        hidden: U_A, float64 [hidden, hidden]: the residual stream x becomes x U_A.
+        values, values_inverse: U_B and its inverse, float64 [layers, kv_heads, head_dim, head_dim].
         keys: U_C as stored, float16 [layers, head_dim, head_dim].
+        key_factors, inner_factors: as in `Basis`.
     """
 
     hidden: torch.Tensor
     values: torch.Tensor
+    values_inverse: torch.Tensor
     keys: torch.Tensor
+    key_factors: torch.Tensor
+    inner_factors: torch.Tensor
 
 
 def rotate(basis: Basis | None, shape: ModelShape, config: ResQConfig) -> Rotation:
@@ -40,7 +44,7 @@ def rotate(basis: Basis | None, shape: ModelShape, config: ResQConfig) -> Rotati
     (method "quarot"): U = diag(random signs) H.
 
     Args:
-        basis: principal components, or None for a method without.
+        basis: the bases, or None for a method without.
         shape: sizes of the model.
         config: `high_fraction` and `seed`.
 
@@ -49,27 +53,30 @@ def rotate(basis: Basis | None, shape: ModelShape, config: ResQConfig) -> Rotati
     head = shape.head_dim
     if basis is None:
         values = _random_hadamard(head, config.seed, "values")
+        values = values.repeat(shape.layers, shape.kv_heads, 1, 1)
         keys = _random_hadamard(head, config.seed, "keys")
-        hidden = _random_hadamard(shape.hidden, config.seed, "hidden")
-        per_layer = (shape.layers, 1, 1)
         return Rotation(
-            hidden,
-            values.repeat(shape.layers, shape.kv_heads, 1, 1),
-            keys.repeat(*per_layer).half(),
+            hidden=_random_hadamard(shape.hidden, config.seed, "hidden"),
+            values=values,
+            values_inverse=values.mT.contiguous(),
+            keys=keys.repeat(shape.layers, 1, 1).half(),
+            key_factors=torch.ones(shape.layers, shape.kv_heads, head // 2, dtype=torch.float64),
+            inner_factors=torch.ones(shape.layers, shape.intermediate, dtype=torch.float64),
         )
     hidden_split = split_columns(shape.hidden, config.high_fraction)[0]
     head_split = split_columns(head, config.high_fraction)[0]
     cache_split = split_columns(head, CACHE_HIGH_FRACTION)[0]
+    hidden = _blocks(shape.hidden, {hidden_split}, config.seed, "hidden")
     # Values are split twice, in the cache and at o_proj; no rotation may cross either border.
-    inside = {
-        "hidden": _blocks(shape.hidden, {hidden_split}, config.seed, "hidden"),
-        "values": _blocks(head, {head_split, cache_split}, config.seed, "values"),
-        "keys": _blocks(head, {cache_split}, config.seed, "keys"),
-    }
+    values = _blocks(head, {head_split, cache_split}, config.seed, "values")
+    keys = _blocks(head, {cache_split}, config.seed, "keys")
     return Rotation(
-        basis.hidden @ inside["hidden"],
-        basis.values @ inside["values"],
-        (basis.keys @ inside["keys"]).half(),
+        hidden=basis.hidden @ hidden,
+        values=basis.values @ values,
+        values_inverse=values.mT @ basis.values_inverse,
+        keys=(basis.keys @ keys).half(),
+        key_factors=basis.key_factors,
+        inner_factors=basis.inner_factors,
     )
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from resq_kernels import architecture
-from resq_kernels.architecture import layer_prefix
 from resq_kernels.checkpoint import (
     ShardWriter,
     quantization_config,
+    read_json,
     tensors_hash,
     validate,
     write_json,
@@ -21,6 +22,7 @@ from resq_kernels.config import ResQConfig
 from resq_kernels.ptq.basis import Basis
 from resq_kernels.ptq.fuse import fuse_embedding, fuse_head
 from resq_kernels.ptq.quantize import ERROR_SUFFIX, piece_name
+from resq_kernels.ptq.report import JSON_FILE
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.source import SourceModel
 from resq_kernels.ptq.workspace import Workspace
@@ -70,7 +72,7 @@ def save(
     settings["tie_word_embeddings"] = False
     settings["quantization_config"] = quantization_config(
         config,
-        basis_hash=tensors_hash(() if basis is None else basis.tensors()),
+        basis_hash=tensors_hash(() if basis is None else basis.matrices()),
         rotation_hash=tensors_hash(rotations),
     )
     for pattern in COPIED:
@@ -88,14 +90,16 @@ def publish(folder: Path, out: Path, work: Workspace) -> None:
     work.remove()
 
 
-def layer_errors(model: SourceModel, work: Workspace) -> list[dict[str, object]]:
-    """Name, rows, columns and relative output error of every quantized linear, in order."""
-    rows = []
-    for index in range(model.shape.layers):
-        piece = work.load(piece_name(index))
-        for name in architecture.LINEARS:
-            stem = layer_prefix(index) + name
-            n, k = model.shape.linear(name)
-            error = float(piece[stem + ERROR_SUFFIX])
-            rows.append({"name": stem, "rows": n, "columns": k, "error": error})
-    return rows
+def finished_report(out: Path, inputs: Mapping[str, str]) -> dict[str, object] | None:
+    """The report of a finished folder made from these inputs; removes a work folder left behind.
+
+    None where there is no such folder.
+    """
+    path = out / JSON_FILE
+    if not path.exists():
+        return None
+    report = read_json(path)
+    if report.get("inputs") != dict(inputs):
+        return None
+    shutil.rmtree(out.with_name(f"{out.name}.partial"), ignore_errors=True)
+    return report

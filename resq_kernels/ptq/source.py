@@ -49,6 +49,11 @@ class SourceModel:
         """The stored tensor that the head multiplies with: the embedding's where tied."""
         return architecture.EMBEDDING if self.shape.tied else architecture.HEAD
 
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of an element of the embedding."""
+        return self.reader.info(architecture.EMBEDDING).dtype.itemsize
+
     def load(self, name: str) -> torch.Tensor:
         """A tensor as float32.
 
@@ -56,13 +61,21 @@ class SourceModel:
             ValueError: it holds NaN or an infinity.
         """
         tensor = self.reader.load(name).float()
-        if not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
-            raise ValueError(
-                f"{self.reader.folder}: {name}: expected finite values, got {count} that are "
-                "NaN or infinite"
-            )
+        self.check_finite(name, tensor)
         return tensor
+
+    def check_finite(self, name: str, values: torch.Tensor) -> None:
+        """Refuses values of a tensor that are NaN or infinite.
+
+        Raises:
+            ValueError: there are some.
+        """
+        bad = int((~torch.isfinite(values)).sum())
+        if bad:
+            raise ValueError(
+                f"{self.reader.folder}: {name}: expected finite values, got {bad} that are NaN or "
+                "infinite"
+            )
 
     def layer(self, index: int, fold_norms: bool) -> Layer:
         """A decoder layer; with `fold_norms`, gains of norms multiply the columns that follow."""

@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -20,6 +21,8 @@ from safetensors.torch import load_file
 import resq_kernels
 from resq_kernels.checkpoint import read_json, save_tensors, write_json
 from resq_kernels.config import ResQConfig
+
+Piece = TypeVar("Piece")
 
 FINGERPRINT_FILE = "fingerprint.json"
 # Files up to 64 MiB are hashed whole, of larger ones 64 blocks spread over the file: 140 GB of
@@ -113,6 +116,16 @@ class Workspace:
     def save(self, piece: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Finishes a piece."""
         save_tensors(self._path(piece), tensors)
+
+    def delete(self, piece: str) -> None:
+        """Frees a piece that nothing needs any more."""
+        self._path(piece).unlink(missing_ok=True)
+
+    def stage(self, piece: str, kind: type[Piece], compute: Callable[[], Piece]) -> Piece:
+        """A finished stage's dataclass of tensors, or what `compute` answers, then finished."""
+        if not self.has(piece):
+            self.save(piece, vars(compute()))
+        return kind(**self.load(piece))
 
     def hidden(self, piece: str, shape: tuple[int, int, int]) -> HiddenStates:
         """The hidden states named `piece`, [windows, seqlen, hidden]."""

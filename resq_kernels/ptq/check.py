@@ -1,0 +1,69 @@
+"""What can be known before any work: model and options fit, and the disk holds the result."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+
+from resq_kernels import hadamard, kv_pages
+from resq_kernels.architecture import DOWN_PROJ, LINEARS, ModelShape
+from resq_kernels.config import ResQConfig
+
+
+def check_shape(shape: ModelShape, config: ResQConfig) -> None:
+    """Refuses a model whose sizes the options cannot split or transform.
+
+    Raises:
+        ValueError: names the linear or dimension, and what it must be.
+    """
+    for name in LINEARS:
+        shape.high_columns(name, config.high_fraction)
+    sizes = {}
+    if config.rotates:
+        sizes[f"{DOWN_PROJ}: intermediate_size"] = shape.intermediate
+    if config.method == "quarot":
+        sizes |= {"hidden_size": shape.hidden, "head_dim": shape.head_dim}
+    for name, size in sizes.items():
+        try:
+            hadamard.factors(size)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    if config.kv_bits == 4:
+        kv_pages.low_dims(shape.head_dim)
+
+
+def work_bytes(shape: ModelShape, windows: int, seqlen: int, item_bytes: int) -> int:
+    """Disk space of the work folder when it is fullest, the result included, within a few percent.
+
+    Args:
+        shape: sizes of the model.
+        windows, seqlen: calibration tokens.
+        item_bytes: size of an element of the embedding.
+    """
+    linears = sum(shape.linear(name)[0] * (shape.linear(name)[1] + 8) for name in LINEARS)
+    quantized = shape.layers * linears * 9 // 16
+    head = shape.kv_heads * shape.head_dim**2
+    moments = 8 * (3 * shape.hidden**2 + shape.layers * (6 * head + 3 * shape.intermediate))
+    states = 4 * 4 * windows * seqlen * shape.hidden
+    # Layers are there twice when they are joined; hidden states are gone by then.
+    joined = 2 * quantized + 2 * shape.vocab * shape.hidden * item_bytes
+    return moments + max(states + quantized, joined)
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """Refuses to begin where the disk is too small; what the work folder holds counts as free.
+
+    Raises:
+        OSError: ENOSPC, with both sizes.
+    """
+    work = out.with_name(f"{out.name}.partial")
+    parent = next(path for path in out.absolute().parents if path.exists())
+    used = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    free = shutil.disk_usage(parent).free + used
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{out}: expected {needed / 1e9:.1f} GB of free disk for the work folder and the "
+            f"result, got {free / 1e9:.1f} GB",
+        )

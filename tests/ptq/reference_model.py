@@ -1,0 +1,66 @@
+"""A quantized folder run through `reference` alone, in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from resq_kernels import architecture, reference
+from resq_kernels.architecture import KEY_ROTATION, LINEARS, NORMS, ModelShape, layer_prefix
+from resq_kernels.checkpoint import CheckpointReader, validate
+from resq_kernels.formats import unpack_int4
+from resq_kernels.ptq.decoder import DecoderLayer, Layer, rope_tables
+from resq_kernels.ptq.fuse import o_column_order
+
+
+class ReferenceModel:
+    """A quantized Llama or Qwen2 in plain float32 torch, with the kernels' rounding.
+
+    Weights are dequantized; inputs of linears, keys and values are quantized and dequantized.
+    The residual stream is float32, so that differences from a bfloat16 run are its rounding.
+
+    Args:
+        folder: a quantized folder.
+        seqlen: longest sequence.
+    """
+
+    def __init__(self, folder: Path | str, seqlen: int) -> None:
+        self.config = validate(folder)
+        reader = CheckpointReader(folder)
+        self.shape = ModelShape.from_config(reader.config)
+        rope = rope_tables(reader.config, reader.folder, seqlen)
+        self.embedding = reader.load(architecture.EMBEDDING).float()
+        self.norm = reader.load(architecture.FINAL_NORM).float()
+        self.head = reader.load(architecture.HEAD).float()
+        self.layers = [
+            DecoderLayer(self.shape, self._layer(reader, index), rope, self.config)
+            for index in range(self.shape.layers)
+        ]
+
+    def _layer(self, reader: CheckpointReader, index: int) -> Layer:
+        prefix = layer_prefix(index)
+        weights, biases = {}, {}
+        for name in LINEARS:
+            stem = prefix + name
+            scale = reader.load(f"{stem}.weight_scale")
+            low, high = unpack_int4(reader.load(f"{stem}.weight_lo")), f"{stem}.weight_hi"
+            weights[name] = torch.cat([low * scale[:, :1], reader.load(high) * scale[:, 1:]], dim=1)
+            if f"{stem}.bias" in reader:
+                biases[name] = reader.load(f"{stem}.bias").float()
+        return Layer(
+            weights,
+            biases,
+            {name: reader.load(f"{prefix}{name}.weight").float() for name in NORMS},
+            reader.load(prefix + KEY_ROTATION) if self.config.rotates else None,
+            o_column_order(self.shape, self.config.high_fraction),
+            self.config.rotates,
+        )
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """float32 [windows, seqlen, vocab] of token ids int64 [windows, seqlen]."""
+        x = self.embedding[tokens]
+        for layer in self.layers:
+            x = layer.forward(x)
+        return reference.rms_norm(x, self.norm, self.shape.norm_eps) @ self.head.T

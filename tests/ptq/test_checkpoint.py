@@ -1,0 +1,201 @@
+"""Reading, writing and refusing folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from resq_kernels.checkpoint import (
+    INDEX_FILE,
+    CheckpointError,
+    CheckpointReader,
+    ShardWriter,
+    tensors_hash,
+    validate,
+)
+from resq_kernels.config import ResQConfig
+from resq_kernels.ptq.pipeline import quantize_folder
+
+WEIGHTS = "model.safetensors"
+SCALE = "model.layers.1.mlp.up_proj.weight_scale"
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
+    folder = tmp_path_factory.mktemp("quantized") / "out"
+    tokens = torch.randint(0, 256, (2, 32))
+    quantize_folder(llama, folder, tokens, ResQConfig(weights="rtn"), progress=False)
+    return folder
+
+
+@pytest.fixture
+def copy(quantized: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(quantized, tmp_path / "copy")
+
+
+def edit_config(folder: Path, change: Callable[[dict], None]) -> None:
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict], None]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as error:
+        validate(folder)
+    message = str(error.value)
+    assert "\n" not in message and str(folder) in message or "quantization_config" in message
+    return message
+
+
+def test_a_good_folder_passes(quantized: Path) -> None:
+    assert validate(quantized) == ResQConfig(weights="rtn")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 5000, -1])
+def test_truncated_file(copy: Path, keep: int) -> None:
+    content = (copy / WEIGHTS).read_bytes()
+    (copy / WEIGHTS).write_bytes(content[:keep])
+    message = refusal(copy)
+    assert "truncated" in message and WEIGHTS in message
+    size = len(content[:keep])
+    assert f"got {size}" in message or f"a file of {size}" in message
+
+
+def test_file_with_a_tail(copy: Path) -> None:
+    with (copy / WEIGHTS).open("ab") as stream:
+        stream.write(b"x")
+    assert "damaged" in refusal(copy)
+
+
+def test_header_that_is_not_json(copy: Path) -> None:
+    content = bytearray((copy / WEIGHTS).read_bytes())
+    content[8:16] = b"\xff" * 8
+    (copy / WEIGHTS).write_bytes(content)
+    assert "expected a safetensors header" in refusal(copy)
+
+
+def test_missing_tensor(copy: Path) -> None:
+    edit_tensors(copy, lambda tensors: tensors.pop(SCALE))
+    assert refusal(copy).endswith(f"{SCALE}: expected a tensor, found nothing")
+
+
+def test_unexpected_tensor(copy: Path) -> None:
+    edit_tensors(copy, lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(1)}))
+    assert "model.layers.0.mlp.up_proj.weight: expected no such tensor" in refusal(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda scale: scale[:-1].clone(), "got float32 [191, 2]"),
+        (lambda scale: scale.half(), "got float16 [192, 2]"),
+        (lambda scale: scale[:, :1].clone(), "got float32 [192, 1]"),
+    ],
+)
+def test_wrong_shape_or_dtype(
+    copy: Path, change: Callable[[torch.Tensor], torch.Tensor], got: str
+) -> None:
+    edit_tensors(copy, lambda tensors: tensors.update({SCALE: change(tensors[SCALE])}))
+    assert refusal(copy).endswith(f"{SCALE}: expected float32 [192, 2], {got}")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_scale_that_is_not_one(copy: Path, value: float) -> None:
+    edit_tensors(copy, lambda tensors: tensors[SCALE].__setitem__((3, 0), value))
+    message = refusal(copy)
+    assert f"{SCALE}: expected finite scales" in message and message.endswith(str(value))
+
+
+def test_key_rotation_of_another_model(copy: Path) -> None:
+    def turn(tensors: dict) -> None:
+        tensors["model.layers.1.self_attn.key_rotation"][0, 0, 0] += 0.25
+
+    edit_tensors(copy, turn)
+    assert "key_rotation: expected the hash sha256:" in refusal(copy)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("format_version", 2, "format_version: expected 1 to 1, got 2; a newer resq_kernels"),
+        ("format_version", "1", "format_version: expected 1 to 1, got '1'"),
+        ("quant_method", "gptq", "quant_method: expected 'resq', got 'gptq'"),
+        ("lo_bits", 3, "lo_bits: expected one of 4, 8, got 3"),
+        ("hadamard", False, "hadamard: expected True, got False"),
+        ("weight_bits", [4], "weight_bits: expected [4, 8], got [4]"),
+        ("high_fraction", 0.3, "high_fraction 0.3 of"),
+        ("seed", None, None),
+    ],
+)
+def test_wrong_quantization_config(copy: Path, key: str, value: object, words: str | None) -> None:
+    def change(content: dict) -> None:
+        if words is None:
+            del content["quantization_config"][key]
+        else:
+            content["quantization_config"][key] = value
+
+    edit_config(copy, change)
+    assert (words or f"{key}: expected a value, got nothing") in refusal(copy)
+
+
+def test_other_architecture_and_tied_head(copy: Path) -> None:
+    edit_config(copy, lambda content: content.update(tie_word_embeddings=True))
+    assert "tie_word_embeddings: expected false, got true" in refusal(copy)
+    edit_config(copy, lambda content: content.update(model_type="mamba"))
+    assert "model_type: expected one of llama, qwen2, got 'mamba'" in refusal(copy)
+
+
+def test_files_that_are_not_there(copy: Path, tmp_path: Path) -> None:
+    (copy / WEIGHTS).rename(copy / "other.safetensors")
+    assert f"expected {WEIGHTS} or {INDEX_FILE}, found neither" in refusal(copy)
+    (copy / INDEX_FILE).write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    assert "gone.safetensors: expected a safetensors file, found nothing" in refusal(copy)
+    (copy / "config.json").write_text("{")
+    assert "config.json: expected JSON" in refusal(copy)
+    with pytest.raises(CheckpointError, match="expected a model folder, found no folder"):
+        CheckpointReader(tmp_path / "nowhere")
+
+
+def test_shards_round_trip(tmp_path: Path) -> None:
+    tensors = {
+        f"t{i}": torch.randn(size, 7).to(dtype)
+        for i, (size, dtype) in enumerate(
+            [(3, torch.float32), (0, torch.bfloat16), (40, torch.float16), (1, torch.float64)]
+        )
+    }
+    (tmp_path / "config.json").write_text("{}")
+    writer = ShardWriter(tmp_path, max_bytes=200)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    assert not list(tmp_path.glob("*.safetensors"))
+    total = writer.finish()
+    assert total == sum(t.numel() * t.element_size() for t in tensors.values())
+    names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert names == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    reader = CheckpointReader(tmp_path)
+    assert set(reader.tensors) == set(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(reader.load(name), tensor) and reader.load(name).dtype == tensor.dtype
+    assert torch.equal(reader.load_rows("t2", 5, 9), tensors["t2"][5:9])
+
+
+def test_hash_sees_every_bit_and_the_order() -> None:
+    a, b = torch.randn(3, 5, dtype=torch.float64), torch.randn(4).half()
+    assert tensors_hash([a, b]) != tensors_hash([b, a])
+    changed = a.clone()
+    changed[2, 4] = torch.nextafter(changed[2, 4], torch.tensor(9.0, dtype=torch.float64))
+    assert tensors_hash([a]) != tensors_hash([changed])
+    assert tensors_hash([]) == tensors_hash([torch.empty(0)])
