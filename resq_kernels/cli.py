@@ -125,8 +125,8 @@ def _sentence(error: BaseException) -> str:
 def _signals_unwind(stopped: list[int]) -> Iterator[None]:
     """Makes SIGINT and SIGTERM raise while a command runs, so that temporary files are removed.
 
-    `stopped` tells main which came: native code turns the KeyboardInterrupt that reaches it into
-    exceptions of its own (seen once in 20 interrupted quantizations).
+    `stopped` tells main which came. The exception itself does not: an interrupted quantization was
+    seen to end with another type, as libraries catch what is raised inside their calls.
     """
 
     def stop(signum: int, frame: FrameType | None) -> None:

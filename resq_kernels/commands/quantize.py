@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
     """
     output.check_json_target(args.json)
     out = Path(args.out)
-    _check_out(out)
+    _check_out(out, args.resume)
     loading.check_device(args.device)
     model_config = loading.load_config(args.model)
     seqlen = loading.choose_seqlen(args.seqlen, model_config, ResQConfig().seqlen)
@@ -177,9 +177,9 @@ def _config(args: argparse.Namespace, seqlen: int) -> ResQConfig:
     )
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, resume: bool) -> None:
     """Refuses an output folder that exists or cannot be made, before any work is done."""
-    if out.exists():
+    if out.exists() and not resume:
         raise CommandError(f"{out}: exists already; remove it or choose another name")
     parent = out.absolute().parent
     while not parent.exists():
@@ -194,7 +194,8 @@ def _check_out(out: Path) -> None:
 
 def _check_model(model: str, model_config: PretrainedConfig, config: ResQConfig) -> None:
     """Refuses a model that is quantized already, of another architecture, or cannot be split."""
-    from resq_kernels.architecture import LINEARS, ModelShape
+    from resq_kernels.architecture import ModelShape
+    from resq_kernels.ptq.check import check_shape
 
     stored = loading.quantization(model_config)
     if stored is not None:
@@ -204,9 +205,7 @@ def _check_model(model: str, model_config: PretrainedConfig, config: ResQConfig)
             f"{model}: expected a 16-bit model, got one that is already quantized ({method})"
         )
     try:
-        shape = ModelShape.from_config(model_config.to_dict())
-        for name in LINEARS:
-            shape.high_columns(name, config.high_fraction)
+        check_shape(ModelShape.from_config(model_config.to_dict()), config)
     except ValueError as error:
         raise CommandError(f"{model}: {error}") from error
 
@@ -232,6 +231,6 @@ def _print(model: str, out: Path, report: dict[str, object]) -> None:
         ("relative error", f"mean {mean:.4f}, worst {worst['error']:.4f} ({worst['name']})"),
         ("size", f"{output.size(before)} -> {output.size(after)} ({before / after:.2f}x smaller)"),
         ("written to", str(out)),
-        ("report", str(out / "quantization_report.json")),
+        ("report", str(out / "quantization_report.html")),
     ]
     print(output.table(rows))

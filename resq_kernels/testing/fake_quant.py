@@ -24,16 +24,21 @@ from resq_kernels.nn.norm import ResQRMSNorm
 
 
 @contextlib.contextmanager
-def fake_quantized(model: nn.Module) -> Iterator[nn.Module]:
+def fake_quantized(model: nn.Module, rounding: Any = reference) -> Iterator[nn.Module]:
     """Inside the block, `model` computes in float32 with fake-quantized values.
 
     Activations: `reference.mixed_quantize`, dequantized. Linears: `F.linear` with
     `layer.dequantize()`. Keys and values: quantized and dequantized per token and head, then dense
     attention. A `DynamicCache` then holds these keys and values as floats.
+
+    Args:
+        model: a quantized model, or one of its modules.
+        rounding: what supplies `mixed_quantize`, `rms_norm_quantize`, `silu_mul_hadamard_quantize`
+            and `kv_fake_quantize`; `lockstep` puts something else in the reference's place.
     """
     faked = [module for module in model.modules() if type(module) in _FAKES]
     for module in faked:
-        module.forward = functools.partial(_FAKES[type(module)], module)
+        module.forward = functools.partial(_FAKES[type(module)], rounding, module)
     try:
         yield model
     finally:
@@ -45,32 +50,33 @@ def _options(module: ResQLinear | ResQRMSNorm) -> dict[str, Any]:
     return {"lo_bits": module.lo_bits, "symmetric": module.symmetric, "clip": module.clip}
 
 
-def _linear(layer: ResQLinear, x: torch.Tensor | MixedTensor) -> torch.Tensor:
+def _linear(rounding: Any, layer: ResQLinear, x: torch.Tensor | MixedTensor) -> torch.Tensor:
     dtype = layer.dtype if isinstance(x, MixedTensor) else x.dtype
     if not isinstance(x, MixedTensor):
-        x = reference.mixed_quantize(x, layer.high_columns, **_options(layer))
+        x = rounding.mixed_quantize(x, layer.high_columns, **_options(layer))
     bias = None if layer.bias is None else layer.bias.float()
     return F.linear(x.dequantize(), layer.dequantize(), bias).to(dtype)
 
 
-def _norm(norm: ResQRMSNorm, x: torch.Tensor) -> MixedTensor:
+def _norm(rounding: Any, norm: ResQRMSNorm, x: torch.Tensor) -> MixedTensor:
     options = _options(norm)
-    return reference.rms_norm_quantize(
-        x, None, norm.weight, norm.eps, norm.high_columns, **options
-    )[0]
+    return rounding.rms_norm_quantize(x, None, norm.weight, norm.eps, norm.high_columns, **options)[
+        0
+    ]
 
 
-def _mlp(mlp: ResQMLP, x: torch.Tensor | MixedTensor) -> torch.Tensor:
+def _mlp(rounding: Any, mlp: ResQMLP, x: torch.Tensor | MixedTensor) -> torch.Tensor:
     gate_up = torch.cat([mlp.gate_proj(x), mlp.up_proj(x)], dim=-1)
     down = mlp.down_proj
     return down(
-        reference.silu_mul_hadamard_quantize(
+        rounding.silu_mul_hadamard_quantize(
             gate_up, mlp.hadamard, down.high_columns, **_options(down)
         )
     )
 
 
 def _attention(
+    rounding: Any,
     attention: ResQAttention,
     hidden_states: torch.Tensor | MixedTensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
@@ -90,8 +96,8 @@ def _attention(
     q, k = (x * cos + _turn(x) * sin for x in (q, k))
     if attention.key_rotation is not None:
         q, k = q @ attention.key_rotation.float(), k @ attention.key_rotation.float()
-    k = reference.kv_fake_quantize(k, attention.hi_bits).transpose(1, 2)
-    v = reference.kv_fake_quantize(v, attention.hi_bits).transpose(1, 2)
+    k = rounding.kv_fake_quantize(k, attention.hi_bits).transpose(1, 2)
+    v = rounding.kv_fake_quantize(v, attention.hi_bits).transpose(1, 2)
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, attention.layer_idx)
     length = k.shape[2]

@@ -1,0 +1,167 @@
+"""Kernels and reference path side by side without the chaos of rounding.
+
+Two paths that differ by float rounding alone do not stay together in a 4-bit model: a value on the
+edge of two codes goes the other way in one of them, everything after it sees a different number,
+and after some tens of tokens the paths are as far apart as two draws of the quantization noise. A
+perplexity over 16k tokens then differs by 0.2 % whichever path is right, and hides errors below
+that. So the reference path takes over a row of the kernels' codes where they represent the
+reference's own values as well as its own codes do, up to `edge_share` of the range; anywhere else
+it keeps its own. What is left is the error of the kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from resq_kernels import hadamard as _hadamard
+from resq_kernels import kv_pages, reference
+from resq_kernels.formats import MixedTensor, unpack_int4
+from resq_kernels.testing.fake_quant import fake_quantized
+
+def edge_share(dtype: torch.dtype) -> float:
+    """How much worse than its own the reference lets the kernels' codes be, as a share of the range.
+
+    Formula: half of max(eps(dtype), 2^-10), the largest relative error of one rounding: 1/256 for
+    bfloat16 (0.06 of a 4-bit step), 1/2048 otherwise, as kv_attention computes in float16 inside.
+    """
+    return max(torch.finfo(dtype).eps, 2.0**-10) / 2
+
+
+@dataclasses.dataclass
+class Agreement:
+    """What the reference path saw of the kernels' codes.
+
+    Attributes:
+        rows: quantized rows (a token at one place, a head of a key or value).
+        refused: rows that did not represent the reference's values.
+        flipped: values whose code differs from the reference's own, on an edge of two codes.
+        values: all quantized values.
+    """
+
+    rows: int = 0
+    refused: int = 0
+    flipped: int = 0
+    values: int = 0
+
+
+@contextlib.contextmanager
+def lockstep(model: nn.Module, run: Callable[[], Any]) -> Iterator[tuple[Any, Agreement]]:
+    """Runs the kernels, then makes the block the reference path along their codes.
+
+    Args:
+        model: a quantized model.
+        run: one pass of the model, without a cache; the block must do the same pass once.
+
+    Yields:
+        What `run` returned, and the counts, which are complete when the block ends.
+
+    Raises:
+        RuntimeError: the block quantized more or fewer tensors than `run`.
+    """
+    recorder = _Recorder()
+    with recorder:
+        answer = run()
+    follower = _Follower(recorder.codes, edge_share(next(model.parameters()).dtype))
+    with fake_quantized(model, follower):
+        yield answer, follower.agreement
+    if follower.codes:
+        raise RuntimeError(
+            f"lockstep: expected the same pass in the block, {len(follower.codes)} tensors of the "
+            "kernels were not reached"
+        )
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps what every quantizing operator answered, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes: deque[MixedTensor | torch.Tensor] = deque()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        answer = func(*args, **(kwargs or {}))
+        name = str(func)
+        if name.startswith("resq.kv_append"):
+            k, cache, slots = args[0], args[5], args[6]
+            rows = kv_pages.read_tokens(cache, slots, k.shape[-1])
+            self.codes.extend(part.dequantize() for part in rows)
+        elif name.startswith("resq.") and "quantize" in name:
+            q_lo, q_hi, params = answer[:3]
+            q_lo = unpack_int4(q_lo) if q_lo.dtype == torch.uint8 else q_lo
+            self.codes.append(MixedTensor(q_lo, q_hi, params))
+        return answer
+
+
+class _Follower:
+    """The reference's rounding functions, which take over the kernels' codes where they fit."""
+
+    def __init__(self, codes: deque[MixedTensor | torch.Tensor], share: float) -> None:
+        self.codes, self.share, self.agreement = codes, share, Agreement()
+
+    def mixed_quantize(self, x: torch.Tensor, n_hi: int, **options: Any) -> MixedTensor:
+        x = x.float()
+        own, theirs = reference.mixed_quantize(x, n_hi, **options), self._next()
+        levels = torch.tensor([2.0 ** options["lo_bits"] - 1, 255.0])
+        ranges = own.params[..., 0::2] * levels
+        sizes = torch.tensor([x.shape[-1] - n_hi, n_hi])
+        edge = self.share * torch.repeat_interleave(ranges, sizes, dim=-1)
+        taken = self._fits(x, own.dequantize(), theirs.dequantize(), edge)
+        return MixedTensor(*(torch.where(taken, b, a) for a, b in zip(own, theirs, strict=True)))
+
+    def rms_norm_quantize(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        eps: float,
+        n_hi: int,
+        **options: Any,
+    ) -> tuple[MixedTensor, torch.Tensor]:
+        new_residual = x if residual is None else x + residual
+        normed = reference.rms_norm(new_residual, weight, eps)
+        return self.mixed_quantize(normed, n_hi, **options), new_residual
+
+    def silu_mul_hadamard_quantize(
+        self, gate_up: torch.Tensor, hadamard: bool, n_hi: int, **options: Any
+    ) -> MixedTensor:
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        product = F.silu(gate) * up
+        if hadamard:
+            product = _hadamard.transform(product)
+        return self.mixed_quantize(product, n_hi, **options)
+
+    def kv_fake_quantize(self, x: torch.Tensor, hi_bits: int = 8) -> torch.Tensor:
+        own, theirs = reference.kv_fake_quantize(x, hi_bits), self._next().view_as(x)
+        low = kv_pages.low_dims(x.shape[-1]) if hi_bits == 8 else x.shape[-1]
+        parts = [part for part in (x[..., :low], x[..., low:]) if part.shape[-1]]
+        ranges = [(part.amax(-1) - part.amin(-1))[..., None].expand_as(part) for part in parts]
+        taken = self._fits(x, own, theirs, self.share * torch.cat(ranges, dim=-1))
+        return torch.where(taken, theirs, own)
+
+    def _next(self) -> Any:
+        if not self.codes:
+            raise RuntimeError("lockstep: the block quantizes more tensors than the kernels did")
+        return self.codes.popleft()
+
+    def _fits(
+        self, x: torch.Tensor, own: torch.Tensor, theirs: torch.Tensor, edge: torch.Tensor
+    ) -> torch.Tensor:
+        """bool [..., 1]: which rows of the kernels represent x as well as the own ones."""
+        fits = ((x - theirs).abs() <= (x - own).abs() + edge).all(-1, keepdim=True)
+        self.agreement.rows += fits.numel()
+        self.agreement.refused += int((~fits).sum())
+        self.agreement.values += x.numel()
+        # A code that differs moves the value by a whole step, at least 1 / 255 of the range.
+        self.agreement.flipped += int((fits & ((own - theirs).abs() > edge / 2)).sum())
+        return fits
