@@ -150,7 +150,7 @@ def calibrate(
         if work.has(f"moments-{index:05d}"):
             continue
         states = work.hidden(f"float-{index:05d}", size)
-        if index == 0:
+        if index == 0 and not states.exists:
             states.begin().copy_(model.embed(tokens))
             states.finish()
         after = work.hidden(f"float-{index + 1:05d}", size)

@@ -56,7 +56,7 @@ def quantize(
         if work.has(piece_name(index)):
             continue
         states = work.hidden(f"rounded-{index:05d}", size)
-        if index == 0:
+        if index == 0 and not states.exists:
             embedding = fuse_embedding(model, rotation)
             states.begin().copy_(embedding[tokens].float())
             states.finish()

@@ -25,8 +25,8 @@ from resq_kernels.config import ResQConfig
 Piece = TypeVar("Piece")
 
 FINGERPRINT_FILE = "fingerprint.json"
-# Files up to 64 MiB are hashed whole, of larger ones 64 blocks spread over the file: 140 GB of
-# weights are told apart in a second, and a different model differs everywhere.
+# Files up to 64 MiB are hashed whole, of larger ones 64 blocks from the first byte to the last:
+# 140 GB of weights are told apart in a second, and a different model differs everywhere.
 HASH_BLOCKS = 64
 HASH_BLOCK_BYTES = 1 << 20
 
@@ -48,9 +48,10 @@ def fingerprint(
     for path in files:
         size = path.stat().st_size
         model.update(f"{path.name} {size}\n".encode())
-        step = max(HASH_BLOCK_BYTES, size // HASH_BLOCKS)
+        last = max(0, size - HASH_BLOCK_BYTES)
+        starts = {last * i // (HASH_BLOCKS - 1) for i in range(HASH_BLOCKS)}
         with path.open("rb") as stream:
-            for start in range(0, size, step):
+            for start in sorted(starts):
                 stream.seek(start)
                 model.update(stream.read(HASH_BLOCK_BYTES))
     tokens = calibration.contiguous().numpy()
@@ -150,6 +151,11 @@ class HiddenStates:
     def _map(self, path: Path) -> torch.Tensor:
         size = self.shape[0] * self.shape[1] * self.shape[2]
         return torch.from_file(str(path), shared=True, size=size).view(self.shape)
+
+    @property
+    def exists(self) -> bool:
+        """Whether they are finished."""
+        return self.path.exists()
 
     def read(self) -> torch.Tensor:
         """The finished states, mapped."""

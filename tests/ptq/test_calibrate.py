@@ -1,0 +1,160 @@
+"""Windows of tokens, and second moments against hooks on the source model."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from resq_kernels.ptq import calibrate as stage
+from resq_kernels.ptq.calibrate import calibrate, check_tokens, windows
+from resq_kernels.ptq.decoder import rope_tables
+from resq_kernels.ptq.source import SourceModel
+from resq_kernels.ptq.workspace import Workspace
+from resq_kernels.testing.tiny_models import make_tokenizer
+
+
+def moments_by_hooks(folder: Path, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """E[x x^T] of what the linears of the float64 source model read."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    inputs: dict[str, torch.Tensor] = {}
+
+    def hook(name: str):  # noqa: ANN202  a closure for one module
+        return lambda _, args: inputs.__setitem__(name, args[0].flatten(0, -2))
+
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.q_proj.register_forward_pre_hook(hook(f"qkv{index}"))
+        layer.mlp.gate_proj.register_forward_pre_hook(hook(f"gate{index}"))
+        layer.self_attn.o_proj.register_forward_pre_hook(hook(f"o{index}"))
+        layer.mlp.down_proj.register_forward_pre_hook(hook(f"down{index}"))
+    with torch.no_grad():
+        model(tokens)
+    config, count = model.config, tokens.numel()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    hidden, attended, inner = 0, [], []
+    for index, layer in enumerate(model.model.layers):
+        for name, norm in (
+            (f"qkv{index}", layer.input_layernorm),
+            (f"gate{index}", layer.post_attention_layernorm),
+        ):
+            x = inputs[name] / norm.weight
+            hidden = hidden + x.T @ x / count / 2 / config.num_hidden_layers
+        heads = inputs[f"o{index}"].unflatten(1, (config.num_key_value_heads, -1, head_dim))
+        group = heads.shape[2]
+        attended.append(torch.einsum("tkgi,tkgj->kij", heads, heads) / count / group)
+        inner.append(inputs[f"down{index}"].square().mean(0))
+    return {
+        "hidden": hidden.detach(),
+        "attended": torch.stack(attended).detach(),
+        "inner": torch.stack(inner).detach(),
+    }
+
+
+def test_moments_are_those_of_the_source_model(
+    any_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "BATCH_TOKENS", 80)  # two windows and one: several batches
+    tokens = torch.randint(0, 256, (3, 40))
+    model = SourceModel(any_model)
+    rope = rope_tables(model.reader.config, any_model, 40)
+    moments = calibrate(model, tokens, rope, Workspace(tmp_path), progress=False)
+    for name, expected in moments_by_hooks(any_model, tokens).items():
+        got = getattr(moments, name)
+        # The layers run in float32: 2^-24 per operation, a few hundred of them in a row.
+        assert (got - expected).norm() < 2e-5 * expected.norm(), name
+        assert (got * 1.001 - expected).norm() > 2e-5 * expected.norm(), name
+    for name in ("keys", "queries"):
+        moment = getattr(moments, name)
+        assert moment.dtype == torch.float64 and (moment - moment.mT).abs().max() < 1e-9
+        assert (torch.linalg.eigvalsh(moment) > -1e-9).all()
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [
+        "hidden-moment-00001.safetensors",
+        "moments-00000.safetensors",
+        "moments-00001.safetensors",
+    ]
+
+
+def test_keys_are_measured_after_rope(llama: Path, tmp_path: Path) -> None:
+    """One token per window: position 0 leaves keys as they are, so the moment is k_proj's."""
+    tokens = torch.arange(6).view(6, 1)
+    model = SourceModel(llama)
+    rope = rope_tables(model.reader.config, llama, 1)
+    moments = calibrate(model, tokens, rope, Workspace(tmp_path), progress=False)
+    layer = model.layer(0, fold_norms=True)
+    x = model.embed(tokens[:, 0])
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + model.shape.norm_eps)
+    keys = (x @ layer.weights["self_attn.k_proj"].T).double().unflatten(1, (2, 64))
+    expected = torch.einsum("tki,tkj->kij", keys, keys) / 6
+    assert (moments.keys[0] - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_windows_come_from_the_text_once() -> None:
+    tokenizer = make_tokenizer()
+    text = "".join(chr(ord("a") + i % 26) for i in range(1000))
+    cut = windows(tokenizer, [text[:500], text[500:]], 10, 32, seed=1)
+    assert cut.shape == (10, 32) and cut.dtype == torch.int64
+    assert torch.equal(cut, windows(tokenizer, text, 10, 32, seed=1))
+    assert not torch.equal(cut, windows(tokenizer, text, 10, 32, seed=2))
+    pieces = [tokenizer.decode(row) for row in cut]
+    assert all(piece in text for piece in pieces)
+    everything = windows(tokenizer, text, 31, 32)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    starts = {tuple(ids[i : i + 32]) for i in range(len(ids))}
+    assert everything.shape == (31, 32) and all(tuple(r.tolist()) in starts for r in everything)
+
+
+def test_short_text() -> None:
+    tokenizer = make_tokenizer()
+    with pytest.warns(UserWarning, match="100 tokens give 3 windows of 32 instead of 8"):
+        assert windows(tokenizer, "x" * 100, 8, 32).shape == (3, 32)
+    for text, count in (("", 0), (["ab", "c"], 3)):
+        with pytest.raises(ValueError, match=rf"at least 32 tokens \(one window\), got {count}"):
+            windows(tokenizer, text, 8, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert windows(tokenizer, "x" * 32, 1, 32).shape == (1, 32)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (torch.zeros(2, 8, dtype=torch.int32), r"int64 \[windows, seqlen\], got int32 \[2, 8\]"),
+        (torch.zeros(8, dtype=torch.int64), r"got int64 \[8\]"),
+        (torch.zeros(0, 8, dtype=torch.int64), r"got int64 \[0, 8\]"),
+        (torch.full((1, 8), 320), "from 0 to 319 .*, got 320; is this the model's tokenizer"),
+        (torch.full((1, 8), -1), "got -1"),
+    ],
+)
+def test_tokens_that_the_model_cannot_read(llama: Path, tokens: torch.Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        check_tokens(tokens, SourceModel(llama).shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", float("nan"), "up_proj.weight: expected finite"),
+        ("model.embed_tokens.weight", float("inf"), "embed_tokens.weight: expected finite"),
+        ("model.layers.0.mlp.up_proj.weight", 1e38, "layer 0: expected a finite second moment"),
+    ],
+)
+def test_numbers_that_are_not_finite(
+    llama: Path, tmp_path: Path, tokens: torch.Tensor, name: str, value: float, words: str
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((llama / "config.json").read_bytes())
+    tensors = load_file(llama / "model.safetensors")
+    tensors[name][3] = value
+    save_file(tensors, folder / "model.safetensors")
+    model = SourceModel(folder)
+    rope = rope_tables(model.reader.config, folder, tokens.shape[1])
+    work = Workspace(tmp_path / "work")
+    work.root.mkdir()
+    with pytest.raises(ValueError, match=words):
+        calibrate(model, tokens, rope, work, progress=False)
