@@ -27,8 +27,9 @@ from resq_kernels import kv_pages, reference
 from resq_kernels.formats import MixedTensor, unpack_int4
 from resq_kernels.testing.fake_quant import fake_quantized
 
+
 def edge_share(dtype: torch.dtype) -> float:
-    """How much worse than its own the reference lets the kernels' codes be, as a share of the range.
+    """How much worse than its own codes the kernels' may be, as a share of the range.
 
     Formula: half of max(eps(dtype), 2^-10), the largest relative error of one rounding: 1/256 for
     bfloat16 (0.06 of a 4-bit step), 1/2048 otherwise, as kv_attention computes in float16 inside.

@@ -1,4 +1,4 @@
-"""The demo: its promises can fail, and a reduced run keeps them, writes a report and exits with 0."""
+"""The demo: its promises can fail; a reduced run keeps them and writes a report."""
 
 from __future__ import annotations
 

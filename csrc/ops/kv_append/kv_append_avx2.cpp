@@ -1,8 +1,8 @@
 // kv_append for AVX2.
-#include <immintrin.h>
-
+#if defined(__x86_64__)
 #include <bit>
 
+#include "cpu/simd_common.h"
 #include "ops/kv_append/kv_append.h"
 
 #pragma GCC push_options
@@ -20,3 +20,4 @@ namespace {
 }  // namespace resq::avx2
 
 #pragma GCC pop_options
+#endif

@@ -11,8 +11,10 @@ namespace {
 
 auto variant() {
   switch (cpu::current_isa()) {
+#if defined(__x86_64__)
     case cpu::Isa::kAvx512Vnni: return avx512vnni::kv_append_rows;
     case cpu::Isa::kAvx2: return avx2::kv_append_rows;
+#endif
     default: return scalar::kv_append_rows;
   }
 }

@@ -1,10 +1,10 @@
 // kv_attention for AVX-512 VNNI.
-#include <immintrin.h>
-
+#if defined(__x86_64__)
 #include <algorithm>
 #include <bit>
 #include <limits>
 
+#include "cpu/simd_common.h"
 #include "ops/kv_attention/kv_attention.h"
 
 #pragma GCC push_options
@@ -23,3 +23,4 @@ namespace {
 }  // namespace resq::avx512vnni
 
 #pragma GCC pop_options
+#endif

@@ -20,9 +20,11 @@ struct Variant {
 
 Variant variant() {
   switch (cpu::current_isa()) {
+#if defined(__x86_64__)
     case cpu::Isa::kAvx512Vnni:
       return {avx512vnni::attend, avx512vnni::attend_split, avx512vnni::merge_splits};
     case cpu::Isa::kAvx2: return {avx2::attend, avx2::attend_split, avx2::merge_splits};
+#endif
     default: return {scalar::attend, scalar::attend_split, scalar::merge_splits};
   }
 }
