@@ -154,9 +154,9 @@ def say(text: str) -> None:
 _START = time.perf_counter()
 
 
-def load(folder: Path) -> PreTrainedModel:
+def load(folder: Path, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """The model of a folder, 16-bit or quantized, the way a user loads it."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def plant(source: Path, out: Path, ids: torch.Tensor) -> dict[str, dict[str, float]]:
@@ -252,7 +252,7 @@ def compare(
             )
         )
     say(f"{label}: kernels against the reference path")
-    agreement = reference_check(label, models[RESQ_GPTQ], heldout, settings)
+    agreement = reference_check(label, folders[RESQ_GPTQ], heldout, settings)
     checks = [*promises(label, {row.name: row for row in rows}), agreement]
     results = {
         "name": label,
@@ -265,11 +265,12 @@ def compare(
     return results, checks
 
 
-def reference_check(
-    label: str, model: PreTrainedModel, heldout: torch.Tensor, settings: Settings
-) -> Check:
-    """Perplexity through the kernels against the plain torch path along the same codes."""
-    seqlen = settings.seqlen
+def reference_check(label: str, folder: Path, heldout: torch.Tensor, settings: Settings) -> Check:
+    """Perplexity through the kernels against the plain torch path along the same codes.
+
+    In float32 outside the kernels, so that a disagreement is theirs and not bfloat16's.
+    """
+    model, seqlen = load(folder, torch.float32), settings.seqlen
     logs, flipped, values = torch.zeros(2), 0, 0
     cut = heldout[: settings.check_windows * seqlen].split(seqlen)
     for window in tqdm(cut, desc="reference", unit="window", delay=2, leave=False):
