@@ -2,8 +2,8 @@
 
 python walk_of_kills.py SOURCE OUT TOKENS MODE. Every attempt is a forked process with resume=True
 that ends by SIGKILL: right after or right before it gives a file its name, the 1st, 2nd, ... 9th
-of an attempt in turn (modes "after" and "before"), or when the parent's patience of 0.15 n seconds
-is over ("timer"). Prints the number of attempts that died.
+of an attempt in turn (modes "after" and "before"), or when the parent's patience is over, which
+grows by the factor 1.6 from 0.2 seconds ("timer"). Prints the number of attempts that died.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
             attempt(Path(source), Path(out), windows, mode, died % 9 + 1)
             os._exit(0)
         if mode == "timer":
-            time.sleep((died + 1) * 0.15)
+            time.sleep(0.2 * 1.6**died)
             os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
         if not os.WIFSIGNALED(status):
