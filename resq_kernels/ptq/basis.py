@@ -56,7 +56,7 @@ def find_basis(model: SourceModel, covariances: Covariances) -> Basis:
 
     Source: arXiv 2412.14363, section 4, where U_B is orthogonal and there are no factors. On the
     small Llama of examples/ with planted outliers, the divergence from the 16-bit model falls by
-    16 % (RTN) and 13 % (GPTQ); each of the three changes contributes.
+    16 % (RTN) and 13 % (GPTQ): docs/notes/0004-quantizer.md.
     """
     shape = model.shape
     value_grams, down_powers = [], []

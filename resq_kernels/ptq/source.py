@@ -94,4 +94,6 @@ class SourceModel:
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding, float32 [..., hidden]."""
-        return self.load(architecture.EMBEDDING)[tokens]
+        matrix = self.reader.load(architecture.EMBEDDING)
+        self.check_finite(architecture.EMBEDDING, matrix)
+        return matrix[tokens].float()
