@@ -28,7 +28,7 @@ $(VENV)/.dependencies: pyproject.toml
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
-	@echo "building the CPU library (about 30 s the first time)"
+	@echo "building the CPU library (one to two minutes the first time)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
