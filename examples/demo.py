@@ -392,8 +392,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     text = calibration_text(12 * settings.samples * settings.seqlen)
     calibration = windows(tokenizer, text, settings.samples, settings.seqlen)
-    shutil.rmtree(args.out, ignore_errors=True)
     work = args.out / "models"
+    shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     say("plant outlier channels into a copy of the model, same function")
     planted_folder = work / "outliers-16-bit"

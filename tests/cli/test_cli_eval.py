@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -202,16 +204,50 @@ def test_eval_without_wikitext_says_how_to_get_it(
     llama: Path, resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RESQ_WIKITEXT2", raising=False)
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     result = resq("eval", llama)
     assert result.code == 1
     assert "RESQ_WIKITEXT2" in result.sentence and "pip install datasets" in result.sentence
 
 
+def test_eval_tasks_answers_the_harness_numbers(
+    llama: Path, tmp_path: Path, resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = {"alias": "arc_easy", "acc,none": 0.25, "acc_stderr,none": 0.1, "samples": 4}
+    asked = {}
+
+    def simple_evaluate(**options: object) -> dict[str, object]:
+        asked.update(options)
+        return {"results": {"arc_easy": answer}}
+
+    class HFLM:
+        def __init__(self, pretrained: object, tokenizer: object) -> None:
+            self.words = (pretrained.config.vocab_size, len(tokenizer))
+
+    names = ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface")
+    harness, models, huggingface = (types.ModuleType(name) for name in names)
+    harness.models, models.huggingface = models, huggingface
+    huggingface.HFLM, harness.simple_evaluate = HFLM, simple_evaluate
+    for name, module in zip(names, (harness, models, huggingface), strict=True):
+        monkeypatch.setitem(sys.modules, name, module)
+    target = tmp_path / "tasks.json"
+    result = resq("eval", llama, "--tasks", "arc_easy,piqa", "--json", target)
+    assert result.code == 0, result.err
+    assert asked["tasks"] == ["arc_easy", "piqa"]
+    assert asked["model"].words == (320, 257)
+    figures = json.loads(target.read_text())
+    assert figures["tasks"] == {"arc_easy": {"acc": 0.25, "samples": 4.0}}
+    assert "perplexity" not in figures
+    assert "acc 0.2500" in result.out
+    result = resq("eval", llama, "--tasks", "arc_easy", "--reference", llama)
+    assert result.code == 1
+    assert result.sentence.startswith("--reference: needs a text")
+
+
 def test_eval_tasks_without_lm_eval_say_what_to_install(
     llama: Path, resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     result = resq("eval", llama, "--tasks", "arc_easy")
     assert result.code == 1
     assert "pip install 'resq_kernels[tasks]'" in result.sentence

@@ -92,6 +92,22 @@ def test_models_that_are_none_are_refused_in_a_sentence(
         assert sentence in result.sentence
 
 
+def test_hub_name_that_cannot_be_had_is_a_sentence(
+    resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(name: str) -> None:
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", offline)
+    result = resq("info", "nobody/nothing")
+    assert result.code == 1
+    assert "looking for it on the Hugging Face hub" in result.err
+    assert result.sentence == (
+        "nobody/nothing: neither a folder nor a model that the hub gives "
+        "(We couldn't connect to the hub)"
+    )
+
+
 def test_debug_shows_the_traceback(tmp_path: Path, resq: Callable[..., Result]) -> None:
     result = resq("info", tmp_path, "--debug")
     assert result.code == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,25 @@ def test_wikitext_never_takes_another_split(
         texts.wikitext2("train")
     with pytest.raises(ValueError, match="split: expected one of train, valid, test, got 'dev'"):
         texts.wikitext2("dev")
+
+
+def test_wikitext_through_the_datasets_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*names: str, split: str) -> dict[str, list[str]]:
+        asked.append((*names, split))
+        if split == "test":
+            raise ConnectionError("no route")
+        return {"text": ["", " = T = \n", " words \n"]}
+
+    datasets = types.ModuleType("datasets")
+    datasets.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    monkeypatch.delenv("RESQ_WIKITEXT2", raising=False)
+    assert texts.wikitext2("valid") == "\n\n = T = \n\n\n words \n"
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "validation")]
+    with pytest.raises(ValueError, match=r"download failed \(no route\); put wiki\.test\.raw"):
+        texts.wikitext2("test")
 
 
 def test_read_text_drops_the_byte_order_mark(tmp_path: Path) -> None:
