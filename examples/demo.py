@@ -271,7 +271,7 @@ def reference_check(label: str, folder: Path, heldout: torch.Tensor, settings: S
     In float32 outside the kernels, so that a disagreement is theirs and not bfloat16's.
     """
     model, seqlen = load(folder, torch.float32), settings.seqlen
-    logs, flipped, values = torch.zeros(2), 0, 0
+    logs, flipped, values = torch.zeros(2, dtype=torch.float64), 0, 0
     cut = heldout[: settings.check_windows * seqlen].split(seqlen)
     for window in tqdm(cut, desc="reference", unit="window", delay=2, leave=False):
 
@@ -279,14 +279,14 @@ def reference_check(label: str, folder: Path, heldout: torch.Tensor, settings: S
             return math.log(perplexity(model, window, seqlen=seqlen).perplexity)
 
         with lockstep(model, run) as (kernels, agreement):
-            logs += torch.tensor([kernels, run()]) / len(cut)
+            logs += torch.tensor([kernels, run()], dtype=torch.float64) / len(cut)
         flipped, values = flipped + agreement.flipped, values + agreement.values
     kernels, reference = logs.exp().tolist()
     difference = abs(kernels / reference - 1)
     return Check(
         model=label,
         promise="kernels and reference path agree to 0.1 % in perplexity",
-        measured=f"{kernels:.4f} and {reference:.4f}, {difference:.4%} apart; {flipped} of "
+        measured=f"{kernels:.4f} and {reference:.4f}, {difference:.0e} apart; {flipped} of "
         f"{values / 1e6:.1f} million codes on an edge went the other way",
         ok=difference < 1e-3,
     )
