@@ -13,21 +13,58 @@ inline Vector load(const void* p) {
   return v;
 }
 template <class Vector>
-inline void store(void* p, Vector v) {
+inline void store(void* p, const Vector& v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 inline Floats broadcast(float x) { return Floats{} + x; }
 inline Ints broadcast(int32_t x) { return Ints{} + x; }
 
-// The second operand where either is NaN.
-inline Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
-inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+// Vectors of any power of two of numbers: parts of a row narrower than a register, and folds.
+template <int kWidth>
+struct Vectors {
+  typedef float Floats __attribute__((vector_size(kWidth * sizeof(float))));
+  typedef int32_t Ints __attribute__((vector_size(kWidth * sizeof(float))));
+};
 
-// Half to even, for |x| < 2^22: adding 1.5 x 2^23 leaves the integer in the low mantissa bits.
-inline constexpr float kRoundMagic = 0x1.8p23f;
-inline Ints round_to_int(Floats x) {
-  return __builtin_bit_cast(Ints, x + kRoundMagic) - std::bit_cast<int32_t>(kRoundMagic);
+// maximum is the second operand where either is NaN. Structs and not lambdas: g++ 12 compiles a
+// lambda for the baseline instruction set, whatever the pragma around it says.
+struct Sum {
+  template <class Vector>
+  Vector operator()(Vector a, Vector b) const {
+    return a + b;
+  }
+};
+struct Maximum {
+  template <class Vector>
+  Vector operator()(Vector a, Vector b) const {
+    return a > b ? a : b;
+  }
+  Floats operator()(Floats a, Floats b) const { return maximum(a, b); }
+};
+
+// Lanes j and j + kWidth / 2 meet, then the halves of what is left: 16 lanes fold in the same order
+// whatever the width of the registers that hold them.
+template <class Op, int kWidth>
+inline float fold_lanes(typename Vectors<kWidth>::Floats v) {
+  if constexpr (kWidth == 1) {
+    return v[0];
+  } else {
+    typename Vectors<kWidth / 2>::Floats low, high;
+    __builtin_memcpy(&low, &v, sizeof(low));
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+    return fold_lanes<Op, kWidth / 2>(Op()(low, high));
+  }
 }
+template <class Op>
+inline float fold(Floats (&v)[16 / kLanes]) {
+  for (int n = 16 / kLanes / 2; n >= 1; n /= 2) {
+    for (int j = 0; j < n; ++j) v[j] = Op()(v[j], v[j + n]);
+  }
+  return fold_lanes<Op, kLanes>(v[0]);
+}
+
+// x + kRoundMagic rounds |x| < 2^22 half to even and leaves the integer in the low mantissa bits.
+inline constexpr float kRoundMagic = 0x1.8p23f;
 
 // Numbers to and from float32. `count` is a multiple of kLanes.
 inline void load_row(const void* row, FloatType type, int64_t first, int count, float* out) {

@@ -17,4 +17,10 @@ inline Ints dot_pairs(Ints sums, Ints a, Ints b) {
   return sums + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 }
 
+// a > b ? a : b, the second operand where either is NaN.
+inline Floats maximum(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+
+// Half to even, for |x| < 2^22.
+inline Ints round_to_int(Floats x) { return (Ints)_mm256_cvtps_epi32((__m256)x); }
+
 #include "cpu/lanes.h"

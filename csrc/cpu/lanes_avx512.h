@@ -17,4 +17,10 @@ inline Ints dot_pairs(Ints sums, Ints a, Ints b) {
   return (Ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
 }
 
+// a > b ? a : b, the second operand where either is NaN.
+inline Floats maximum(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+
+// Half to even, for |x| < 2^22.
+inline Ints round_to_int(Floats x) { return (Ints)_mm512_cvtps_epi32((__m512)x); }
+
 #include "cpu/lanes.h"

@@ -17,4 +17,12 @@ inline Ints dot_pairs(Ints sums, Ints a, Ints b) {
   return sums + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
 }
 
+// a > b ? a : b, the second operand where either is NaN.
+inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+
+// Half to even, for |x| < 2^22.
+inline Ints round_to_int(Floats x) {
+  return __builtin_bit_cast(Ints, x + 0x1.8p23f) - std::bit_cast<int32_t>(0x1.8p23f);
+}
+
 #include "cpu/lanes.h"

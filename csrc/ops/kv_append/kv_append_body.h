@@ -40,13 +40,6 @@ struct OwnedBytes {
 template <int kHeadDim>
 inline constexpr OwnedBytes<kHeadDim> kOwnedBytes{};
 
-// Vectors of kWidth numbers, for parts that are narrower than a register (8 high dims of 64).
-template <int kWidth>
-struct Vectors {
-  typedef float Floats __attribute__((vector_size(kWidth * sizeof(float))));
-  typedef int32_t Ints __attribute__((vector_size(kWidth * sizeof(float))));
-};
-
 // What kv_range makes of the extremes of kCount numbers; NaN if one is NaN or infinite.
 template <int kCount>
 inline KvRange row_range(const float* x, int levels) {

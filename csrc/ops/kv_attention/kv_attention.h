@@ -50,11 +50,10 @@ struct KvAttentionTask {
 // The running softmax of a row: head_dim weighted sums, then the maximum and the sum of weights.
 constexpr int64_t kv_state_floats(int64_t head_dim) { return head_dim + 16; }
 
-// Floats of scratch for a task of `rows` rows, 64-byte aligned.
+// Floats of scratch for a task of `rows` rows: at most head_dim + 8 for every token of a block; per
+// row two states, the query's integers, and its scales and sums (4).
 constexpr int64_t kv_workspace_floats(int64_t head_dim, int64_t rows) {
-  const int64_t block = kKeyBlock * (head_dim + 8);
-  const int64_t row = head_dim / 2 + 16 + 2 * kv_state_floats(head_dim);
-  return block + rows * row;
+  return kKeyBlock * (head_dim + 8) + rows * (2 * kv_state_floats(head_dim) + head_dim / 2 + 4);
 }
 
 // attend: all splits of a task, writes `out`. attend_split: one split into `states`

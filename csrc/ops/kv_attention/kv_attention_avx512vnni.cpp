@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <limits>
+#include <utility>
 
 #include "cpu/simd_common.h"
 #include "ops/kv_attention/kv_attention.h"
@@ -14,7 +15,8 @@ namespace resq::avx512vnni {
 namespace {
 
 #include "cpu/lanes_avx512.h"
-#include "ops/kv_attention/unpack_avx2.h"
+#include "ops/kv_attention/block_words_avx512.h"
+#include "ops/kv_attention/kv_attention_block.h"
 
 }  // namespace
 

@@ -1,18 +1,9 @@
 // The body of kv_attention; included inside the namespace of an instruction set that has defined
-// the vectors of cpu/lanes.h, dot_pairs, unpack_keys, unpack_values and load_metadata.
+// the vectors of cpu/lanes.h, after kv_attention_block.h.
 
 namespace {
 
 using Shorts = int16_t __attribute__((vector_size(sizeof(Ints) / 2)));
-
-// Blocks as the integer products want them: a 32-bit word holds two 16-bit codes, of dims
-// (2 j, 2 j + 1) of a token for K, of tokens (2 j, 2 j + 1) of a dim for V.
-template <int kHeadDim>
-struct Block {
-  int32_t keys[kHeadDim / 2][kKeyBlock];
-  int32_t values[kKeyBlock / 2][kHeadDim];
-  float metadata[8][kKeyBlock];  // (scale, offset) of K low, K high, V low, V high
-};
 
 // A query row: q' ~ scale * integer per part, and the sums of q' as quantized.
 struct QueryRow {
@@ -27,20 +18,25 @@ struct BlockSoftmax {
 template <int kHeadDim>
 struct Workspace {
   Block<kHeadDim>* block;
-  int16_t* integers;  // [rows, head_dim]
+  int16_t* integers;  // [rows, head_dim] in the order of kPairOrder
   QueryRow* queries;  // [rows]
   float* split;       // [rows, kv_state_floats]
   float* total;       // [rows, kv_state_floats]
 
   Workspace(float* memory, int64_t rows) {
-    static_assert(sizeof(Block<kHeadDim>) == sizeof(float) * kKeyBlock * (kHeadDim + 8));
-    block = reinterpret_cast<Block<kHeadDim>*>(memory);
-    memory += sizeof(Block<kHeadDim>) / sizeof(float);
-    split = memory;
-    total = split + rows * kv_state_floats(kHeadDim);
-    memory = total + rows * kv_state_floats(kHeadDim);
-    integers = reinterpret_cast<int16_t*>(memory);
-    queries = reinterpret_cast<QueryRow*>(memory + rows * kHeadDim / 2);
+    const auto take = [&](int64_t bytes) {
+      float* taken = memory;
+      memory += bytes / sizeof(float);
+      return taken;
+    };
+    block = reinterpret_cast<Block<kHeadDim>*>(take(sizeof(Block<kHeadDim>)));
+    split = take(rows * kv_state_floats(kHeadDim) * sizeof(float));
+    total = take(rows * kv_state_floats(kHeadDim) * sizeof(float));
+    integers = reinterpret_cast<int16_t*>(take(rows * kHeadDim * sizeof(int16_t)));
+    queries = reinterpret_cast<QueryRow*>(take(rows * sizeof(QueryRow)));
+    static_assert(sizeof(Block<kHeadDim>) + kHeadDim * sizeof(int16_t) + sizeof(QueryRow) +
+                      2 * kv_state_floats(kHeadDim) * sizeof(float) <=
+                  kv_workspace_floats(kHeadDim, 1) * sizeof(float));
   }
 };
 
@@ -50,24 +46,10 @@ inline Ints lane_index() {
   return index;
 }
 
-// Folds 16 virtual lanes, held in 16 / kLanes vectors, in the same order for every kLanes.
-inline Floats add(Floats a, Floats b) { return a + b; }
-template <Floats (*op)(Floats, Floats)>
-inline float fold(Floats (&v)[16 / kLanes]) {
-  for (int n = 16 / kLanes / 2; n >= 1; n /= 2) {
-    for (int j = 0; j < n; ++j) v[j] = op(v[j], v[j + n]);
-  }
-  Floats x = v[0];
-  for (int distance = kLanes / 2; distance >= 1; distance /= 2) {
-    x = op(x, __builtin_shuffle(x, lane_index() ^ distance));
-  }
-  return x[0];
-}
-
 // 2^x for x <= 0, 0 below -127, NaN for NaN. The polynomial is a degree-6 minimax fit on
 // [-0.5, 0.5]: relative error 1e-8 before and 9e-8 after rounding.
 inline Floats exp2(Floats x) {
-  x = x < -127.0f ? broadcast(-127.0f) : x;
+  x = maximum(broadcast(-127.0f), x);
   const Floats shifted = x + kRoundMagic;
   const Floats f = x - (shifted - kRoundMagic);
   const Ints n = __builtin_bit_cast(Ints, shifted) - std::bit_cast<int32_t>(kRoundMagic);
@@ -85,19 +67,20 @@ inline float exp2(float x) { return exp2(broadcast(x))[0]; }
 // that scale and the sum of the multiples. NaN and infinities answer NaN for both.
 template <int kCount>
 inline void quantize_query(const float* x, int16_t* integers, float* scale, float* sum) {
-  float largest = 0.0f;
-  bool finite = true;
+  int32_t largest_bits = 0;
   for (int j = 0; j < kCount; ++j) {
-    const float magnitude = x[j] < 0.0f ? -x[j] : x[j];
-    finite &= magnitude <= std::numeric_limits<float>::max();
-    largest = magnitude > largest ? magnitude : largest;
+    const int32_t bits = std::bit_cast<int32_t>(x[j]) & 0x7fffffff;
+    largest_bits = bits > largest_bits ? bits : largest_bits;
   }
+  const bool finite = largest_bits < 0x7f800000;
+  const float largest = std::bit_cast<float>(largest_bits);
   const float inverse = largest > 0x1p-100f && finite ? 32767.0f / largest : 0.0f;
   int32_t total = 0;
   for (int j = 0; j < kCount; ++j) {
-    const float rounded = (finite ? x[j] : 0.0f) * inverse + kRoundMagic;
-    const int32_t integer = std::bit_cast<int32_t>(rounded) - std::bit_cast<int32_t>(kRoundMagic);
-    integers[j] = static_cast<int16_t>(integer);
+    // NaN and infinities leave garbage here, which their scale, NaN, keeps from being seen.
+    const int32_t bits = std::bit_cast<int32_t>(x[j] * inverse + kRoundMagic);
+    const auto integer = static_cast<int16_t>(bits - std::bit_cast<int32_t>(kRoundMagic));
+    integers[j] = integer;
     total += integer;
   }
   *scale = finite ? largest * (1.0f / 32767.0f) : std::numeric_limits<float>::quiet_NaN();
@@ -125,10 +108,14 @@ inline void prepare_queries(const KvAttentionParams& p, const KvAttentionTask& t
     for (int j = 0; j < count * kHeadDim; ++j) x[j] *= p.scale;
     for (int r = 0; r < count; ++r) {
       const float* row = x + r * kHeadDim;
-      int16_t* integers = w.integers + (first + r) * kHeadDim;
+      alignas(64) int16_t integers[kHeadDim];
       QueryRow& query = w.queries[first + r];
       quantize_query<kLow>(row, integers, &query.scale_lo, &query.sum_lo);
       quantize_query<kHeadDim - kLow>(row + kLow, integers + kLow, &query.scale_hi, &query.sum_hi);
+      int16_t* ordered = w.integers + (first + r) * kHeadDim;
+      for (int n = 0; n < kHeadDim / 2; ++n) {
+        store(ordered + 2 * n, load<int32_t>(integers + 2 * kPairOrder<kHeadDim>.pair[n]));
+      }
     }
   }
 }
@@ -152,10 +139,10 @@ inline void prefetch(const uint8_t* bytes, int count) {
   for (int i = 0; i < count; i += 64) __builtin_prefetch(bytes + i, 0, 2);
 }
 
-// Unpacks tokens [first, end) of the sequence, at most kKeyBlock of them. Tokens from `end` on get
+// Loads tokens [first, end) of the sequence, at most kKeyBlock of them. Tokens from `end` on get
 // scales and offsets 0: what a page's tail holds has no effect. The next block is prefetched, which
-// the hardware does not do across the three streams of a page (8 x 4096 tokens, ns a token: 45
-// without, 40 into L1, 30 into L2).
+// the hardware does not do across the streams of a page (8 x 4096 tokens, ns a token: 45 without,
+// 40 into the first-level cache, 30 into the second).
 template <int kHeadDim>
 inline void load_block(const KvAttentionParams& p, const KvAttentionTask& task, int64_t first,
                        int64_t end, Block<kHeadDim>* block) {
@@ -169,8 +156,8 @@ inline void load_block(const KvAttentionParams& p, const KvAttentionTask& task, 
     }
     const Tile tile = tile_at<kHeadDim>(p, task, token);
     const int64_t at = token - first;
-    unpack_keys<kHeadDim>(tile.keys, &block->keys[0][at]);
-    unpack_values<kHeadDim>(tile.values, block->values[at / 2]);
+    load_key_tile<kHeadDim>(tile.keys, at, block);
+    load_value_tile<kHeadDim>(tile.values, at, block);
     for (int t = 0; t < kTokens; t += 8) {
       load_metadata(tile.metadata + t * kKvMetadataBytes, &block->metadata[0][at + t]);
     }
@@ -182,41 +169,7 @@ inline void load_block(const KvAttentionParams& p, const KvAttentionTask& task, 
   }
 }
 
-// c[r][column] = sum over j of a[r][2 j] b[j][column].low + a[r][2 j + 1] b[j][column].high.
-template <int kRows, int kVectors>
-inline void pair_tile(const int16_t* a, int64_t a_stride, const int32_t* b, int64_t b_stride,
-                      int pairs, int32_t* c, int64_t c_stride) {
-  Ints sums[kRows][kVectors] = {};
-  for (int j = 0; j < pairs; ++j) {
-    Ints codes[kVectors];
-    for (int v = 0; v < kVectors; ++v) codes[v] = load<Ints>(b + j * b_stride + v * kLanes);
-    for (int r = 0; r < kRows; ++r) {
-      const Ints x = broadcast(load<int32_t>(a + r * a_stride + 2 * j));
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = dot_pairs(sums[r][v], x, codes[v]);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) store(c + r * c_stride + v * kLanes, sums[r][v]);
-  }
-}
-
-template <int kRows, int kColumns>
-inline void pair_product(const int16_t* a, int64_t a_stride, const int32_t* b, int64_t b_stride,
-                         int pairs, int32_t* c, int64_t c_stride) {
-  constexpr int kWide = (kLanes == 16 ? 4 : 2) * kLanes;
-  constexpr int kRest = kColumns % kWide / kLanes;
-  for (int column = 0; column + kWide <= kColumns; column += kWide) {
-    pair_tile<kRows, kWide / kLanes>(a, a_stride, b + column, b_stride, pairs, c + column,
-                                     c_stride);
-  }
-  if constexpr (kRest > 0) {
-    constexpr int kColumn = kColumns - kRest * kLanes;
-    pair_tile<kRows, kRest>(a, a_stride, b + kColumn, b_stride, pairs, c + kColumn, c_stride);
-  }
-}
-
-// Vector `v` of a row's 64 numbers. Functions and not lambdas: g++ 12 compiles a lambda for the
-// baseline instruction set, whatever the pragma around it says.
+// Vector `v` of a row's 64 numbers.
 inline Floats numbers(const int32_t* sums, int v) {
   return __builtin_convertvector(load<Ints>(sums + v * kLanes), Floats);
 }
@@ -249,7 +202,7 @@ inline BlockSoftmax block_softmax(const int32_t* sums_lo, const int32_t* sums_hi
     largest[v % kVirtual] = maximum(scores[v], largest[v % kVirtual]);
   }
   BlockSoftmax out;
-  out.max = fold<maximum>(largest);
+  out.max = fold<Maximum>(largest);
 
   Floats lo[kVectors], hi[kVectors];
   Floats sum[kVirtual] = {}, offset_lo[kVirtual] = {}, offset_hi[kVirtual] = {};
@@ -265,10 +218,10 @@ inline BlockSoftmax block_softmax(const int32_t* sums_lo, const int32_t* sums_hi
     top_lo[lane] = maximum(lo[v], top_lo[lane]);
     top_hi[lane] = maximum(hi[v], top_hi[lane]);
   }
-  out.sum = fold<add>(sum);
-  out.offset_lo = fold<add>(offset_lo);
-  out.offset_hi = fold<add>(offset_hi);
-  const float largest_lo = fold<maximum>(top_lo), largest_hi = fold<maximum>(top_hi);
+  out.sum = fold<Sum>(sum);
+  out.offset_lo = fold<Sum>(offset_lo);
+  out.offset_hi = fold<Sum>(offset_hi);
+  const float largest_lo = fold<Maximum>(top_lo), largest_hi = fold<Maximum>(top_hi);
   const float inverse_lo = largest_lo > 0x1p-100f ? 32767.0f / largest_lo : 0.0f;
   const float inverse_hi = largest_hi > 0x1p-100f ? 32767.0f / largest_hi : 0.0f;
   out.factor_lo = largest_lo * (1.0f / 32767.0f);
@@ -282,16 +235,16 @@ inline BlockSoftmax block_softmax(const int32_t* sums_lo, const int32_t* sums_hi
   return out;
 }
 
-// state := state and (max, sum, part(d)) under a common maximum.
-template <int kHeadDim, class Part>
-inline void merge(float* state, float max, float sum, Part part) {
+// state := state and (max, sum, part [head_dim]) under a common maximum.
+template <int kHeadDim>
+inline void merge(float* state, float max, float sum, const float* part) {
   float& state_max = state[kHeadDim];
   float& state_sum = state[kHeadDim + 1];
   const float common = max > state_max ? max : state_max;
   const float old_factor = exp2(state_max - common), factor = exp2(max - common);
   state_max = common;
   state_sum = state_sum * old_factor + sum * factor;
-  for (int d = 0; d < kHeadDim; ++d) state[d] = state[d] * old_factor + part(d) * factor;
+  for (int d = 0; d < kHeadDim; ++d) state[d] = state[d] * old_factor + part[d] * factor;
 }
 
 template <int kHeadDim>
@@ -303,31 +256,28 @@ inline void clear_state(float* state) {
 
 // Rows [first, first + kRows) against one block.
 template <int kHeadDim, int kRows>
-inline void attend_rows(const KvAttentionParams& p, const KvAttentionTask& task,
-                        int64_t first_token, int64_t first, const Workspace<kHeadDim>& w) {
+void attend_rows(const KvAttentionParams& p, const KvAttentionTask& task, int64_t first_token,
+                 int64_t first, const Workspace<kHeadDim>& w) {
   constexpr int kLow = KvLayout<kHeadDim>::kLowDims;
   constexpr int kLowColumns = (kLow + 15) / 16 * 16;  // head dim 64: 8 columns more than needed
-  alignas(64) int32_t score_lo[kRows][kKeyBlock], score_hi[kRows][kKeyBlock];
-  alignas(64) int16_t weights_lo[kRows][kKeyBlock], weights_hi[kRows][kKeyBlock];
-  alignas(64) int32_t out_lo[kRows][kLowColumns], out_hi[kRows][16];
-  BlockSoftmax softmax[kRows];
   const Block<kHeadDim>& block = *w.block;
+  alignas(64) int32_t score_lo[kRows][kKeyBlock], score_hi[kRows][kKeyBlock];
+  key_products<kHeadDim, kRows>(w.integers + first * kHeadDim, block, score_lo[0], score_hi[0]);
 
-  const int16_t* q = w.integers + first * kHeadDim;
-  pair_product<kRows, kKeyBlock>(q, kHeadDim, block.keys[0], kKeyBlock, kLow / 2, score_lo[0],
-                                 kKeyBlock);
-  pair_product<kRows, kKeyBlock>(q + kLow, kHeadDim, block.keys[kLow / 2], kKeyBlock,
-                                 (kHeadDim - kLow) / 2, score_hi[0], kKeyBlock);
+  alignas(64) int16_t weights_lo[kRows][kKeyBlock], weights_hi[kRows][kKeyBlock];
+  BlockSoftmax softmax[kRows];
   for (int r = 0; r < kRows; ++r) {
     const int64_t visible = task.visible + (first + r) / p.group() - first_token;
     const auto run = visible >= kKeyBlock ? block_softmax<true> : block_softmax<false>;
     softmax[r] = run(score_lo[r], score_hi[r], w.queries[first + r], block.metadata,
                      static_cast<int>(visible), weights_lo[r], weights_hi[r]);
   }
-  pair_product<kRows, kLowColumns>(weights_lo[0], kKeyBlock, block.values[0], kHeadDim,
-                                   kKeyBlock / 2, out_lo[0], kLowColumns);
-  pair_product<kRows, 16>(weights_hi[0], kKeyBlock, block.values[0] + kHeadDim - 16, kHeadDim,
-                          kKeyBlock / 2, out_hi[0], 16);
+
+  alignas(64) int32_t out_lo[kRows][kLowColumns], out_hi[kRows][16];
+  value_products<kHeadDim, kRows, 0, kLowColumns / kLanes>(weights_lo[0], kKeyBlock, block,
+                                                           out_lo[0], kLowColumns);
+  value_products<kHeadDim, kRows, (kHeadDim - 16) / kLanes, kHeadDim / kLanes>(
+      weights_hi[0], kKeyBlock, block, out_hi[0], 16);
   for (int r = 0; r < kRows; ++r) {
     alignas(64) float part[kHeadDim];
     const BlockSoftmax& s = softmax[r];
@@ -337,14 +287,16 @@ inline void attend_rows(const KvAttentionParams& p, const KvAttentionTask& task,
     for (int d = kLow; d < kHeadDim; ++d) {
       part[d] = static_cast<float>(out_hi[r][d - (kHeadDim - 16)]) * s.factor_hi + s.offset_hi;
     }
-    merge<kHeadDim>(w.split + (first + r) * kv_state_floats(kHeadDim), s.max, s.sum,
-                    [&](int d) { return part[d]; });
+    merge<kHeadDim>(w.split + (first + r) * kv_state_floats(kHeadDim), s.max, s.sum, part);
   }
 }
 
 template <int kHeadDim>
 inline void split_states(const KvAttentionParams& p, const KvAttentionTask& task, int64_t split,
                          const Workspace<kHeadDim>& w) {
+  static constexpr decltype(&attend_rows<kHeadDim, 1>) kAttendRows[] = {
+      attend_rows<kHeadDim, 1>, attend_rows<kHeadDim, 2>, attend_rows<kHeadDim, 3>,
+      attend_rows<kHeadDim, 4>};
   const int64_t group = p.group(), rows = task.queries * group;
   const int64_t end = std::min<int64_t>(task.last_visible(), (split + 1) * kSplitTokens);
   for (int64_t r = 0; r < rows; ++r) clear_state<kHeadDim>(w.split + r * kv_state_floats(kHeadDim));
@@ -352,12 +304,8 @@ inline void split_states(const KvAttentionParams& p, const KvAttentionTask& task
     load_block<kHeadDim>(p, task, token, std::min<int64_t>(end, token + kKeyBlock), w.block);
     // The first query that sees a token of this block: visible + i > token.
     int64_t row = std::max<int64_t>(0, token - task.visible + 1) * group;
-    for (; row + 4 <= rows; row += 4) attend_rows<kHeadDim, 4>(p, task, token, row, w);
-    switch (rows - row) {
-      case 3: attend_rows<kHeadDim, 3>(p, task, token, row, w); break;
-      case 2: attend_rows<kHeadDim, 2>(p, task, token, row, w); break;
-      case 1: attend_rows<kHeadDim, 1>(p, task, token, row, w); break;
-      default: break;
+    for (; row < rows; row += 4) {
+      kAttendRows[std::min<int64_t>(4, rows - row) - 1](p, task, token, row, w);
     }
   }
 }
@@ -371,8 +319,7 @@ inline void merge_split(const KvAttentionParams& p, const KvAttentionTask& task,
     if (split == 0) clear_state<kHeadDim>(w.total + r * kFloats);
     if (task.visible + r / p.group() <= split * kSplitTokens) continue;
     const float* part = states + r * kFloats;
-    merge<kHeadDim>(w.total + r * kFloats, part[kHeadDim], part[kHeadDim + 1],
-                    [&](int d) { return part[d]; });
+    merge<kHeadDim>(w.total + r * kFloats, part[kHeadDim], part[kHeadDim + 1], part);
   }
 }
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 #include <limits>
+#include <utility>
 
 #include "ops/kv_attention/kv_attention.h"
 
@@ -9,7 +10,8 @@ namespace resq::scalar {
 namespace {
 
 #include "cpu/lanes_scalar.h"
-#include "ops/kv_attention/unpack_scalar.h"
+#include "ops/kv_attention/block_words_scalar.h"
+#include "ops/kv_attention/kv_attention_block.h"
 
 }  // namespace
 
