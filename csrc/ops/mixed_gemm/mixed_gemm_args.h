@@ -1,5 +1,5 @@
 // Tensors of mixed_gemm -> checked MixedGemmParams; the output is allocated here. The packed
-// weight's size is checked, and the plan made, by the device that owns the layout.
+// weight's size is checked by the device that owns the layout.
 #pragma once
 
 #include <optional>
@@ -14,6 +14,17 @@ struct MixedGemmCall {
   MixedGemmParams params;
   Tensor out;
 };
+
+// `bytes` is what the device's layout needs for p's shape.
+inline void check_packed_bytes(const MixedGemmParams& p, const Tensor& packed_weight,
+                               int64_t bytes) {
+  if (packed_weight.size(0) == bytes) return;
+  std::ostringstream expected, got;
+  expected << bytes << " bytes for " << p.n << " rows (weight_scale) x (" << p.k_lo << " | "
+           << p.k_hi << ") columns (q_lo | q_hi)";
+  got << packed_weight.size(0) << " bytes";
+  fail("mixed_gemm", "packed_weight", expected.str(), got.str());
+}
 
 inline MixedGemmCall mixed_gemm_call(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
                                      const Tensor& packed_weight, const Tensor& weight_scale,
@@ -62,8 +73,7 @@ inline MixedGemmCall mixed_gemm_call(const Tensor& q_lo, const Tensor& q_hi, con
            .bias = bias ? bias->const_data_ptr() : nullptr,
            .bias_type = bias ? float_type(op, "bias", *bias) : FloatType::kFloat32,
            .out = out.mutable_data_ptr(),
-           .out_type = float_type(op, "out", out),
-           .plan = {}},
+           .out_type = float_type(op, "out", out)},
           out};
 }
 

@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "cpu/simd_common.h"
-#include "ops/mixed_gemm/mixed_gemm.h"
+#include "ops/mixed_gemm/mixed_gemm_plan.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")

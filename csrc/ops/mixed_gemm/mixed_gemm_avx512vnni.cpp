@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "cpu/simd_common.h"
-#include "ops/mixed_gemm/mixed_gemm.h"
+#include "ops/mixed_gemm/mixed_gemm_plan.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")

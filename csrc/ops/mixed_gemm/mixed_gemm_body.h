@@ -87,12 +87,12 @@ void unpack_row(const MixedGemmParams& p, int64_t m, int8_t* codes) {
   }
 }
 
-void fill_panel(const MixedGemmParams& p, int64_t index, Panel& panel) {
+void fill_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t index, Panel& panel) {
   const int64_t lo_columns = packed_columns(p.k_lo), hi_columns = packed_columns(p.k_hi);
   panel.index = index;
-  panel.first_row = index * p.rows / p.plan.panels;
-  panel.rows = (index + 1) * p.rows / p.plan.panels - panel.first_row;
-  panel.tiles = ceil_div(panel.rows, p.plan.max_tile_rows);
+  panel.first_row = index * p.rows / plan.panels;
+  panel.rows = (index + 1) * p.rows / plan.panels - panel.first_row;
+  panel.tiles = ceil_div(panel.rows, plan.max_tile_rows);
   for (int64_t tile = 0; tile < panel.tiles; ++tile) {
     const int64_t begin = panel.tile_begin(tile), end = panel.tile_begin(tile + 1);
     for (int64_t i = begin; i < end; ++i) {
@@ -213,14 +213,15 @@ constexpr std::array<TileKernel, sizeof...(kRowsMinusOne)> tile_kernels(
 
 }  // namespace
 
-void mixed_gemm_tasks(const MixedGemmParams& p, int64_t begin, int64_t end) {
+void mixed_gemm_tasks(const MixedGemmTasks& tasks, int64_t begin, int64_t end) {
   static constexpr auto kTiles = tile_kernels(std::make_integer_sequence<int, Simd::kTileRows>());
-  const MixedGemmPlan& plan = p.plan;
+  const MixedGemmParams& p = tasks.gemm;
+  const MixedGemmPlan& plan = tasks.plan;
   Panel panel(plan.max_panel_rows, packed_columns(p.k_lo), packed_columns(p.k_hi));
   Columns columns;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t block = task % plan.blocks;
-    if (task / plan.blocks != panel.index) fill_panel(p, task / plan.blocks, panel);
+    if (task / plan.blocks != panel.index) fill_panel(p, plan, task / plan.blocks, panel);
     load_columns(p, block, columns);
     const int64_t block_bytes = packed_block_bytes(p.k_lo, p.k_hi);
     const uint8_t* weight = p.packed_weight + block * block_bytes;

@@ -1,32 +1,23 @@
 #include <torch/csrc/stable/library.h>
 
 #include "ops/mixed_gemm/mixed_gemm_args.h"
+#include "ops/mixed_gemm/mixed_gemm_plan.h"
 
 namespace resq {
 namespace {
-
-void check_packed_size(const MixedGemmParams& p, const Tensor& packed_weight) {
-  const int64_t bytes = packed_weight_bytes(p.n, p.k_lo, p.k_hi);
-  if (packed_weight.size(0) == bytes) return;
-  std::ostringstream expected, got;
-  expected << bytes << " bytes for " << p.n << " rows (weight_scale) x (" << p.k_lo << " | "
-           << p.k_hi << ") columns (q_lo | q_hi)";
-  got << packed_weight.size(0) << " bytes";
-  fail("mixed_gemm", "packed_weight", expected.str(), got.str());
-}
 
 Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
                   const Tensor& packed_weight, const Tensor& weight_scale, const Tensor& weight_sum,
                   const std::optional<Tensor>& bias, ScalarType out_dtype) {
   MixedGemmCall call =
       mixed_gemm_call(q_lo, q_hi, params, packed_weight, weight_scale, weight_sum, bias, out_dtype);
-  MixedGemmParams& p = call.params;
-  check_packed_size(p, packed_weight);
+  const MixedGemmParams& p = call.params;
+  check_packed_bytes(p, packed_weight, packed_weight_bytes(p.n, p.k_lo, p.k_hi));
   const int tile_rows = mixed_gemm_tile_rows(cpu::current_isa());
-  p.plan = mixed_gemm_plan(p.rows, p.n, p.k_lo, p.k_hi, tile_rows);
+  const MixedGemmTasks tasks{p, mixed_gemm_plan(p.rows, p.n, p.k_lo, p.k_hi, tile_rows)};
   const auto kernel = RESQ_ROWS_KERNEL(mixed_gemm_tasks);
-  torch::stable::parallel_for(0, p.plan.tasks(), p.plan.grain,
-                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  torch::stable::parallel_for(0, tasks.plan.tasks(), tasks.plan.grain,
+                              [&](int64_t begin, int64_t end) { kernel(tasks, begin, end); });
   return call.out;
 }
 

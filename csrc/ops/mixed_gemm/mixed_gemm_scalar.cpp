@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "cpu/simd_scalar.h"
-#include "ops/mixed_gemm/mixed_gemm.h"
+#include "ops/mixed_gemm/mixed_gemm_plan.h"
 
 namespace resq::cpu::scalar {
 namespace {
