@@ -4,7 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
-SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := setup.py pyproject.toml tools/compile_cuda.py $(shell find csrc -name '*.c*' -o -name '*.h')
+
+CXX_FILES = $(shell find csrc tests resq_kernels -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
 .PHONY: help demo test lint bench format wheel-check clean
 
@@ -25,10 +27,13 @@ $(VENV)/.dependencies: pyproject.toml
 	@$(BIN)/python -c 'import tomllib' 2>/dev/null || $(BIN)/pip install --quiet tomli
 	@$(BIN)/python tools/requirements.py dev > $(VENV)/requirements.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
+# The CUDA library needs CUTLASS's headers; its Python package is asked for only where nvcc is.
+	@if command -v nvcc >/dev/null || test -n "$$CUDA_HOME"; then \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --no-deps nvidia-cutlass==4.2.0.0; fi
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
-	@echo "building the CPU library (one to two minutes the first time)"
+	@echo "building the libraries (CPU: one to two minutes the first time; CUDA, where nvcc is: more)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
@@ -44,12 +49,12 @@ bench: $(VENV)/.built
 lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/.dependencies
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 wheel-check: $(VENV)/.dependencies
 	$(BIN)/python tools/wheel_check.py "$(TORCH)"

@@ -1,14 +1,19 @@
 """Builds the shared libraries with ninja against torch's stable ABI.
 
-One CPU library for every torch >= 2.11 and every Python >= 3.10: it exports no Python symbol and
-is opened by torch.ops.load_library, so the wheel is tagged py3-none. torch's headers are found
-without importing torch. Knobs: CXX, MAX_JOBS, RESQ_SANITIZE=address,undefined (test builds).
+_C_cpu.so always; _C_cuda.so where a CUDA toolkit is found. Each is one file for every torch >= 2.11
+and every Python >= 3.10: it exports no Python symbol and is opened by torch.ops.load_library, so
+the wheel is tagged py3-none. torch's headers are found without importing torch, and no GPU is asked
+for.
+
+Knobs: CXX, MAX_JOBS, RESQ_SANITIZE=address,undefined (CPU test builds); RESQ_CUDA=auto|0|1,
+CUDA_HOME, CUTLASS_PATH, RESQ_CUDA_ARCHS (default "80;86;89;90a;ptx").
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,27 +24,83 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11, our floor
+DEFAULT_ARCHS = "80;86;89;90a;ptx"
 NO_TORCH = """resq_kernels: PyTorch >= 2.11 must be installed before this package is built:
   pip install torch            # or torch==2.13.0, or a CUDA build
   pip install --no-build-isolation ."""
+NO_CUTLASS = """resq_kernels: the CUDA library needs the CUTLASS 4.2 headers; either of
+  git submodule update --init third_party/cutlass
+  pip install --no-deps nvidia-cutlass==4.2.0.0
+or set CUTLASS_PATH to a CUTLASS folder, or RESQ_CUDA=0 to leave the CUDA library out"""
+
+
+def package_root(name: str) -> Path | None:
+    """The folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).parent if spec and spec.origin else None
 
 
 def torch_root() -> Path:
-    """The folder of the installed torch, found without importing it."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        sys.exit(NO_TORCH)
-    return Path(spec.origin).parent
+    """The folder of the installed torch."""
+    return package_root("torch") or sys.exit(NO_TORCH)
 
 
-def cpu_sources() -> list[str]:
-    """Every .cpp of csrc except the CUDA registrations and the test-only module."""
-    sources = (path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cpp"))
-    return sorted(s for s in sources if not s.endswith("_cuda.cpp"))
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME or PATH; None if the CUDA library is not to be built."""
+    wish = os.environ.get("RESQ_CUDA", "auto")
+    if wish not in ("auto", "0", "1"):
+        sys.exit(f"resq_kernels: RESQ_CUDA: expected auto, 0 or 1, got {wish}")
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if wish == "1" and nvcc is None:
+        sys.exit(f"resq_kernels: RESQ_CUDA=1: expected nvcc in {home or 'PATH'}, found none")
+    return nvcc if wish != "0" and not os.environ.get("RESQ_SANITIZE") else None
 
 
-def ninja_file(sources: list[str], output: Path, build: Path) -> str:
-    """The text of build.ninja: one object per source, one shared library."""
+def cutlass_include() -> Path:
+    """CUTLASS's headers: $CUTLASS_PATH, the submodule, or the Python package nvidia-cutlass."""
+    package = package_root("cutlass_library")
+    places = [
+        Path(os.environ["CUTLASS_PATH"]) if "CUTLASS_PATH" in os.environ else None,
+        ROOT / "third_party/cutlass",
+        package / "source" if package else None,
+    ]
+    for place in places:
+        if place and (place / "include/cutlass/version.h").exists():
+            return place / "include"
+    sys.exit(NO_CUTLASS)
+
+
+def sources(cuda: bool) -> list[str]:
+    """The .cpp of one library; csrc/cuda, *_cuda.cpp and all .cu are the CUDA library's."""
+    paths = [path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.c*")]
+    cpp = {path for path in paths if path.endswith(".cpp")}
+    ours = {path for path in cpp if path.endswith("_cuda.cpp") or path.startswith("csrc/cuda/")}
+    if cuda:
+        return sorted(ours) + sorted(path for path in paths if path.endswith(".cu"))
+    return sorted(cpp - ours)
+
+
+def gencode(source: str) -> str:
+    """nvcc's architectures for a file: those its name ends with, or all and PTX for newer ones."""
+    archs = [a for a in os.environ.get("RESQ_CUDA_ARCHS", DEFAULT_ARCHS).split(";") if a]
+    unknown = [arch for arch in archs if not arch.rstrip("a").isdigit() and arch != "ptx"]
+    if unknown:
+        sys.exit(f"resq_kernels: RESQ_CUDA_ARCHS: expected like {DEFAULT_ARCHS}, got {unknown[0]}")
+    real = [arch for arch in archs if arch != "ptx"]
+    if source.endswith("_sm80.cu"):
+        flags = [f"arch=compute_{a},code=sm_{a}" for a in real if a.startswith("8")]
+        flags = flags or ["arch=compute_80,code=compute_80"]  # the launcher must link
+    elif source.endswith("_sm90.cu"):
+        flags = ["arch=compute_90a,code=sm_90a"]
+    else:
+        flags = [f"arch=compute_{a},code=sm_{a}" for a in (arch.rstrip("a") for arch in real)]
+        flags += ["arch=compute_80,code=compute_80"] if "ptx" in archs else []
+    return " ".join(f"-gencode {flag}" for flag in flags)
+
+
+def ninja_file(extensions: list[tuple[list[str], Path]], build: Path, nvcc: str | None) -> str:
+    """The text of build.ninja: one object per source, one shared library per extension."""
     torch = torch_root()
     sanitize = os.environ.get("RESQ_SANITIZE", "")
     extra = f"-fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
@@ -58,11 +119,36 @@ def ninja_file(sources: list[str], output: Path, build: Path) -> str:
         "rule link",
         f"  command = $cxx -shared $in -o $out -L{torch}/lib -Wl,--no-as-needed -ltorch {extra}",
     ]
-    objects = []
-    for source in sources:
-        objects.append(f"{build}/{source.replace('/', '_')}.o")
-        lines.append(f"build {objects[-1]}: compile {ROOT / source}")
-    lines.append(f"build {output}: link {' '.join(objects)}")
+    if nvcc:
+        # Without -DNDEBUG CUTLASS's asserts are calls, and ptxas serializes every wgmma near one.
+        # The static runtime serves torch builds of any CUDA version.
+        lines += [
+            f"nvcc = {nvcc}",
+            "nvccflags = -std=c++20 -O3 -DNDEBUG --expt-relaxed-constexpr -Xptxas -v "
+            "-Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden "
+            f"-I{ROOT}/csrc -isystem {cutlass_include()}",
+            "rule compile_cuda",
+            f"  command = {sys.executable} {ROOT}/tools/compile_cuda.py $out "
+            "$nvcc -MD -MF $out.d $nvccflags $gencode -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link_cuda",
+            "  command = $nvcc -shared -cudart static $in -o $out "
+            f"-L{torch}/lib -Xlinker --no-as-needed -ltorch",
+        ]
+    for files, output in extensions:
+        objects = []
+        for source in files:
+            objects.append(f"{build}/{source.replace('/', '_')}.o")
+            if source.endswith(".cu"):
+                lines.append(f"build {objects[-1]}: compile_cuda {ROOT / source}")
+                lines.append(f"  gencode = {gencode(source)}")
+            else:
+                lines.append(f"build {objects[-1]}: compile {ROOT / source}")
+                if source in CUDA_SOURCES:
+                    lines.append("  cxxflags = $cxxflags -DUSE_CUDA")
+        link = "link_cuda" if any(source.endswith(".cu") for source in files) else "link"
+        lines.append(f"build {output}: {link} {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
@@ -78,12 +164,15 @@ class NinjaBuild(build_ext):
         # Not build_temp: pip gives every editable install a new one, and ninja would start over.
         build = ROOT / "build" / ("ninja" + os.environ.get("RESQ_SANITIZE", ""))
         build.mkdir(parents=True, exist_ok=True)
+        extensions = []
         for extension in self.extensions:
             output = Path(self.get_ext_fullpath(extension.name)).resolve()
             output.parent.mkdir(parents=True, exist_ok=True)
-            (build / "build.ninja").write_text(ninja_file(extension.sources, output, build))
-            jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-            subprocess.check_call([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build), *jobs])
+            extensions.append((extension.sources, output))
+        (build / "build.ninja").write_text(ninja_file(extensions, build, NVCC))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        subprocess.check_call([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build), *jobs])
+        print(f"resq_kernels: built {', '.join(output.name for _, output in extensions)}")
 
 
 class PlatformWheel(bdist_wheel):
@@ -97,7 +186,13 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+NVCC = find_nvcc()
+CUDA_SOURCES = sources(cuda=True)
+EXTENSIONS = [Extension("resq_kernels._C_cpu", sources(cuda=False))]
+if NVCC:
+    EXTENSIONS.append(Extension("resq_kernels._C_cuda", CUDA_SOURCES))
+
 setup(
-    ext_modules=[Extension("resq_kernels._C_cpu", cpu_sources())],
+    ext_modules=EXTENSIONS,
     cmdclass={"build_ext": NinjaBuild, "bdist_wheel": PlatformWheel},
 )

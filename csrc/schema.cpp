@@ -2,7 +2,12 @@
 // and dtypes stand in each op's header (csrc/ops/<op>/<op>.h) and in docs/ops.md.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(resq, m) {
+#ifndef RESQ_NAMESPACE  // tests build the CUDA operators for an emulator under other names
+#define RESQ_NAMESPACE resq
+#endif
+#define RESQ_LIBRARY_EXPANDED(ns, m) STABLE_TORCH_LIBRARY(ns, m)
+
+RESQ_LIBRARY_EXPANDED(RESQ_NAMESPACE, m) {
   m.def(
       "mixed_quantize(Tensor x, SymInt n_hi, int lo_bits=4, bool? packed=None, "
       "bool symmetric=False, float clip=1.0) -> (Tensor q_lo, Tensor q_hi, Tensor params)");
@@ -30,4 +35,6 @@ STABLE_TORCH_LIBRARY(resq, m) {
       "Tensor query_starts, float scale, Tensor? cos=None, Tensor? sin=None, "
       "Tensor? key_rotation=None) -> Tensor");
   m.def("cpu_isa() -> str");
+  m.def("cuda_family(int device) -> str");
+  m.def("mixed_gemm_kernel(int rows, int n, int k_lo, int k_hi, bool packed, int device) -> str");
 }

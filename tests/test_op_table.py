@@ -13,7 +13,11 @@ from resq_kernels import ops, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = (ROOT / "csrc/schema.cpp").read_text()
-QUERIES = {"cpu_isa"}  # answer a fact about the library; no tensors, no kernel
+QUERIES = {
+    "cpu_isa",
+    "cuda_family",
+    "mixed_gemm_kernel",
+}  # answer a fact about the library; no tensors, no kernel
 OPS = sorted(set(re.findall(r'm\.def\(\s*"(\w+)\(', SCHEMA)) - QUERIES)
 # The reference works on canonical codes, so packing has no counterpart there.
 LAYOUT_ONLY = {"pack_weight", "unpack_weight"}

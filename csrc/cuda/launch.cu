@@ -1,11 +1,9 @@
-#include "cuda/launch.h"
-
 #include <cuda_runtime.h>
 
-#include <map>
-#include <mutex>
 #include <stdexcept>
 #include <string>
+
+#include "cuda/launch.h"
 
 namespace resq::cuda {
 namespace {
@@ -24,17 +22,19 @@ int attribute(int index, cudaDeviceAttr name) {
 
 }  // namespace
 
-const Device& device(int index) {
-  static std::mutex mutex;
-  static std::map<int, Device> devices;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = devices.find(index);
-  if (found != devices.end()) return found->second;
-  const Device device{attribute(index, cudaDevAttrComputeCapabilityMajor),
-                      attribute(index, cudaDevAttrComputeCapabilityMinor),
-                      attribute(index, cudaDevAttrMultiProcessorCount),
-                      attribute(index, cudaDevAttrMaxSharedMemoryPerBlockOptin)};
-  return devices.emplace(index, device).first->second;
+Device device(int index) {
+  int driver = 0;
+  check("device", "cudaDriverGetVersion", cudaDriverGetVersion(&driver));
+  if (driver < CUDART_VERSION / 1000 * 1000) {
+    throw std::runtime_error("resq: driver: expected one for CUDA " +
+                             std::to_string(CUDART_VERSION / 1000) + " or newer, got CUDA " +
+                             std::to_string(driver / 1000) + "." +
+                             std::to_string(driver % 1000 / 10));
+  }
+  return {attribute(index, cudaDevAttrComputeCapabilityMajor),
+          attribute(index, cudaDevAttrComputeCapabilityMinor),
+          attribute(index, cudaDevAttrMultiProcessorCount),
+          attribute(index, cudaDevAttrMaxSharedMemoryPerBlockOptin)};
 }
 
 void check_launch(const char* op) { check(op, "launch", cudaGetLastError()); }

@@ -3,6 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+
+#include "cuda/arch.h"
 
 namespace resq::cuda {
 
@@ -14,8 +17,15 @@ struct Device {
   int shared_bytes;  // that a block may opt in to
 };
 
-// Properties of a device, read once.
-const Device& device(int index);
+// Properties of a device; throws if the driver is older than the CUDA runtime in this library.
+Device device(int index);
+
+const char* family_name(Family family);
+
+// The family that a device runs: its own, or the one that the environment variable RESQ_CUDA_ARCH
+// forces (sm80, sm90, portable), which throws where the device cannot run it.
+Family select_family(const std::string& forced, int major, int minor);
+Family current_family(const Device& device);
 
 // Throws std::runtime_error "op: launch: expected ..., got <CUDA's words>" after a failed call.
 void check_launch(const char* op);

@@ -1,14 +1,12 @@
 // Tensors <-> MixedRows: the checks and the outputs that every quantizing op shares.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <optional>
 #include <vector>
 
 #include "core/float16.h"
 #include "core/quantize.h"
-#include "torch/check.h"
+#include "torch/allocate.h"
 
 namespace resq {
 
@@ -91,10 +89,10 @@ inline MixedOutput make_mixed_output(const Tensor& like, int64_t columns,
   const int64_t k_lo = columns - options.n_hi;
   const bool packed =
       options.packed.value_or(packed_default && options.lo_bits == 4 && k_lo % 2 == 0);
-  MixedOutput out{torch::stable::new_empty(like, with_last(like, packed ? k_lo / 2 : k_lo),
-                                           packed ? ScalarType::Byte : ScalarType::Char),
-                  torch::stable::new_empty(like, with_last(like, options.n_hi), ScalarType::Char),
-                  torch::stable::new_empty(like, with_last(like, 4), ScalarType::Float),
+  MixedOutput out{allocate(like, with_last(like, packed ? k_lo / 2 : k_lo),
+                           packed ? ScalarType::Byte : ScalarType::Char),
+                  allocate(like, with_last(like, options.n_hi), ScalarType::Char),
+                  allocate(like, with_last(like, 4), ScalarType::Float),
                   {}};
   out.rows = {.q_lo = out.q_lo.mutable_data_ptr(),
               .q_hi = static_cast<int8_t*>(out.q_hi.mutable_data_ptr()),

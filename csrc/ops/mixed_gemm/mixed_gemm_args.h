@@ -58,7 +58,7 @@ inline MixedGemmCall mixed_gemm_call(const Tensor& q_lo, const Tensor& q_hi, con
     fail(op, "out_dtype", "float32, float16 or bfloat16", dtype_name(out_dtype));
   }
 
-  Tensor out = torch::stable::new_empty(q_lo, with_last(q_lo, n), out_dtype);
+  Tensor out = allocate(q_lo, with_last(q_lo, n), out_dtype);
   return {{.rows = row_count(q_lo),
            .n = n,
            .k_lo = k_lo,

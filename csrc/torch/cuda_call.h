@@ -1,0 +1,72 @@
+// The torch side of every CUDA operator: its registration, and the device, stream and alignment of
+// a call.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/launch.h"
+#include "torch/allocate.h"
+
+#ifndef RESQ_EMULATED
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#endif
+
+// RESQ_CUDA_IMPL(m) { m.impl("op", TORCH_BOX(&resq::op)); } registers the CUDA kernels of
+// torch.ops.resq. Tests compile the same file for an emulator (RESQ_EMULATED), where it registers
+// CPU kernels of another namespace (RESQ_NAMESPACE, see schema.cpp).
+#define RESQ_IMPL_EXPANDED(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
+#ifdef RESQ_EMULATED
+#define RESQ_CUDA_IMPL(m) RESQ_IMPL_EXPANDED(RESQ_NAMESPACE, CPU, m)
+#else
+#define RESQ_NAMESPACE resq
+#define RESQ_CUDA_IMPL(m) RESQ_IMPL_EXPANDED(RESQ_NAMESPACE, CUDA, m)
+#endif
+
+namespace resq::cuda {
+
+#ifdef RESQ_EMULATED
+inline int device_index(const Tensor&) { return 0; }
+inline Stream current_stream(int) { return nullptr; }
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
+};
+#else
+inline int device_index(const Tensor& tensor) { return tensor.get_device_index(); }
+inline Stream current_stream(int index) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  return stream;
+}
+using torch::stable::accelerator::DeviceGuard;
+#endif
+
+// Makes the tensor's device current for as long as it lives. Make it before the outputs.
+class Call {
+ public:
+  explicit Call(const Tensor& tensor)
+      : index_(device_index(tensor)),
+        guard_(index_),
+        device_(::resq::cuda::device(index_)),
+        family_(current_family(device_)) {}
+
+  const Device& device() const { return device_; }
+  Family family() const { return family_; }
+  Stream stream() const { return current_stream(index_); }
+
+ private:
+  int index_;
+  DeviceGuard guard_;
+  Device device_;
+  Family family_;
+};
+
+// Kernels read with 16-byte loads. torch's allocations are aligned to 512; slices may not be.
+inline void check_aligned(const char* op, const char* argument, const Tensor& tensor) {
+  const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  if (tensor.numel() == 0 || address % 16 == 0) return;
+  fail(op, argument, "memory aligned to 16 bytes (clone() a slice that is not)",
+       "an address " + std::to_string(address % 16) + " bytes past");
+}
+
+}  // namespace resq::cuda

@@ -1,0 +1,105 @@
+"""The CUDA operators on the CPU: builds csrc's CUDA library for an emulator and calls it.
+
+The emulator is a package `cuda_emu` in the folder that the environment variable CUDA_EMU names. It
+compiles the same .cu and *_cuda.cpp files; their operators appear as torch.ops.resq_emulated.* on
+CPU tensors. Every access is checked for bounds, races, missing waits and uninitialised memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+NAMESPACE = "resq_emulated"
+
+
+def load_setup() -> ModuleType:
+    """setup.py's functions: the lists of sources and the place of CUTLASS."""
+    spec = importlib.util.spec_from_file_location("resq_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    arguments, sys.argv = sys.argv, ["setup.py", "--name"]
+    try:
+        with contextlib.redirect_stdout(None):
+            spec.loader.exec_module(module)
+    finally:
+        sys.argv = arguments
+    return module
+
+
+def emulator() -> ModuleType | None:
+    """The package cuda_emu, or None where CUDA_EMU is not set."""
+    folder = os.environ.get("CUDA_EMU")
+    if not folder:
+        return None
+    os.environ.setdefault("CUDA_EMU_CACHE", str(ROOT / "build/cuda_emu"))
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    import cuda_emu
+
+    return cuda_emu
+
+
+def build() -> Path:
+    """Compiles the library; unchanged files come from the emulator's cache."""
+    cuda_emu, project = emulator(), load_setup()
+    torch_root = Path(torch.__file__).parent
+    common = ["-std=c++20", "-fvisibility=hidden", "-fno-gnu-unique", "-ffp-contract=off"]
+    return cuda_emu.build(
+        [ROOT / source for source in ["csrc/schema.cpp", *project.sources(cuda=True)]],
+        ROOT / "build/cuda_emu/resq_emulated.so",
+        arch="sm_90a",  # one library for both families; PTX of sm_80's instructions is the same
+        include_dirs=[ROOT / "csrc", project.cutlass_include(), torch_root / "include"],
+        defines=[
+            "RESQ_EMULATED",
+            f"RESQ_NAMESPACE={NAMESPACE}",
+            "NDEBUG",
+            f"TORCH_TARGET_VERSION={project.TORCH_TARGET}",
+        ],
+        nvcc_flags=["-std=c++20", "-O3", "--expt-relaxed-constexpr"],
+        cxx_flags=["-O1", *common],
+        link_flags=[f"-L{torch_root}/lib", "-Wl,--no-as-needed", "-ltorch"],
+    )
+
+
+class Emulated:
+    """torch.ops.resq_emulated on a device of compute capability `arch` / 10."""
+
+    def __init__(self, arch: int, **options: Any) -> None:
+        self.arch, self.options = arch, {"check": "all", **options}
+
+    def __getattr__(self, op: str) -> Any:
+        return lambda *args, **kwargs: self.call(op, *args, **kwargs)
+
+    def call(self, op: str, *args: Any, **kwargs: Any) -> Any:
+        """Runs an operator; raises KernelError with the report of a kernel that failed."""
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        cuda_emu = emulator()
+        with registered(tensors), cuda_emu.options(arch=self.arch, **self.options):
+            result = getattr(getattr(torch.ops, NAMESPACE), op)(*args, **kwargs)
+            cuda_emu.check()
+        return result
+
+
+@contextlib.contextmanager
+def registered(tensors: list[torch.Tensor]) -> Iterator[None]:
+    """Lets kernels touch exactly the storage of these tensors, beside what they allocate."""
+    runtime = emulator().runtime()
+    ranges = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    ranges = {pointer: size for pointer, size in ranges.items() if size}
+    for pointer, size in ranges.items():
+        runtime.cuda_emu_register_range(ctypes.c_void_p(pointer), size, b"tensor")
+    try:
+        yield
+    finally:
+        for pointer in ranges:
+            runtime.cuda_emu_unregister_range(ctypes.c_void_p(pointer))
