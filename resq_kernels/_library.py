@@ -1,4 +1,4 @@
-"""Loads the compiled library that registers torch.ops.resq.*"""
+"""Loads the compiled libraries that register torch.ops.resq.*"""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 _CPU_LIBRARY = Path(__file__).with_name("_C_cpu.so")
+CUDA_LIBRARY = Path(__file__).with_name("_C_cuda.so")
 MINIMUM_TORCH = (2, 11)
 
 
 def load() -> None:
-    """Registers torch.ops.resq.*; safe to call again.
+    """Registers torch.ops.resq.* on the CPU; safe to call again.
 
     Raises:
         ImportError: torch is older than 2.11, or the library is missing or does not load; the
@@ -26,16 +27,40 @@ def load() -> None:
             f"resq_kernels: {_CPU_LIBRARY.name} is not built; run "
             "`pip install --no-build-isolation -e .` in the source folder"
         )
+    _load(_CPU_LIBRARY)
+
+
+def load_cuda() -> str:
+    """Registers the CUDA kernels where they can run; safe to call again, and asks for no GPU.
+
+    Returns:
+        "" if they are registered, else the sentence that says why not.
+
+    Raises:
+        ImportError: torch and the library both have CUDA, and the library does not load.
+    """
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if not CUDA_LIBRARY.exists():
+        return (
+            f"{CUDA_LIBRARY.name} is not built: install the CUDA toolkit (nvcc) and run "
+            "`RESQ_CUDA=1 pip install --no-build-isolation -e .` in the source folder"
+        )
+    _load(CUDA_LIBRARY)
+    return ""
+
+
+def _load(library: Path) -> None:
     try:
-        torch.ops.load_library(str(_CPU_LIBRARY))
+        torch.ops.load_library(str(library))
     except OSError:
         # torch hides the loader's message; ctypes gives it.
         try:
-            ctypes.CDLL(str(_CPU_LIBRARY))
+            ctypes.CDLL(str(library))
         except OSError as cause:
-            name = _CPU_LIBRARY.name
-            raise ImportError(f"resq_kernels: {name} does not load: {cause}") from cause
+            raise ImportError(f"resq_kernels: {library.name} does not load: {cause}") from cause
         raise
 
 
 load()
+CUDA_MISSING = load_cuda()

@@ -76,8 +76,9 @@ def weight_sums(codes_lo: torch.Tensor, codes_hi: torch.Tensor) -> torch.Tensor:
     )
 
 
-def packed_weight_bytes(n: int, k_lo: int, k_hi: int) -> int:
-    """Size of a packed weight on the CPU: docs/formats.md section 3.2."""
-    padded_n = (n + 31) // 32 * 32
-    padded_lo, padded_hi = (k_lo + 7) // 8 * 8, (k_hi + 7) // 8 * 8
+def packed_weight_bytes(n: int, k_lo: int, k_hi: int, device_type: str = "cpu") -> int:
+    """Size of a packed weight: docs/formats.md section 3.2 (CPU) or 3.3 ("cuda")."""
+    rows, columns = (64, 64) if device_type == "cuda" else (32, 8)
+    padded_n = (n + rows - 1) // rows * rows
+    padded_lo, padded_hi = ((k + columns - 1) // columns * columns for k in (k_lo, k_hi))
     return padded_n * (padded_lo // 2 + padded_hi)

@@ -106,25 +106,36 @@ def built_cpu_variants(architecture: str) -> tuple[str, ...]:
 
 def cuda() -> dict[str, object]:
     """Whether CUDA kernels run, the devices, and if they do not, why."""
-    library = Path(_library.__file__).with_name("_C_cuda.so")
     devices = []
-    if torch.version.cuda is None:
-        reason = f"torch {torch.__version__} is a build without CUDA"
-    elif not torch.cuda.is_available():
-        reason = "torch sees no CUDA device (driver missing, or hidden by CUDA_VISIBLE_DEVICES)"
-    else:
+    reason = _library.CUDA_MISSING or None
+    if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
-            name = torch.cuda.get_device_name(index)
-            devices.append({"name": name, "capability": f"sm_{major}{minor}"})
-        reason = None if library.exists() else "resq_kernels was built without CUDA kernels"
+            device = {
+                "name": torch.cuda.get_device_name(index),
+                "capability": f"sm_{major}{minor}",
+                "kernels": None,
+            }
+            if reason is None:
+                device["kernels"] = _cuda_family(index)
+            devices.append(device)
+    elif reason is None:
+        reason = "torch sees no CUDA device (driver missing, or hidden by CUDA_VISIBLE_DEVICES)"
     return {
         "used": reason is None,
         "why_not": reason,
         "torch_cuda": torch.version.cuda,
-        "kernels_built": library.exists(),
+        "kernels_built": _library.CUDA_LIBRARY.exists(),
         "devices": devices,
     }
+
+
+def _cuda_family(index: int) -> str:
+    """The family of kernels that a device runs, or why it runs none."""
+    try:
+        return torch.ops.resq.cuda_family(index)
+    except RuntimeError as error:
+        return f"none: {str(error).splitlines()[0]}"
 
 
 def model_figures(model: str) -> dict[str, object]:
@@ -167,7 +178,9 @@ def _model_rows(figures: dict[str, object]) -> list[tuple[str, str]]:
 def _cuda_line(figures: dict[str, object]) -> str:
     if not figures["used"]:
         return f"not used: {figures['why_not']}"
-    return ", ".join(f"{d['name']} ({d['capability']})" for d in figures["devices"])
+    return ", ".join(
+        f"{d['name']} ({d['capability']}, {d['kernels']} kernels)" for d in figures["devices"]
+    )
 
 
 def _cpu_name() -> str:

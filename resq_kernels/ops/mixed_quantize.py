@@ -44,12 +44,22 @@ def mixed_quantize(
     return MixedTensor(*torch.ops.resq.mixed_quantize(x, n_hi, lo_bits, packed, symmetric, clip))
 
 
+def packs_activations(device: torch.device) -> bool:
+    """What `packed=None` means: nibbles on devices with INT4 tensor cores (sm_80 to 89)."""
+    if device.type != "cuda":
+        return False
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return torch.ops.resq.cuda_family(index) == "sm80"
+
+
 def mixed_outputs(
-    like: torch.Tensor, columns: int, n_hi: int, packed: bool | None
+    like: torch.Tensor, columns: int, n_hi: int, lo_bits: int, packed: bool | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Empty (q_lo, q_hi, params) for rows of `columns` columns batched as `like`, for the fakes."""
     batch = like.shape[:-1]
     k_lo = columns - n_hi
+    if packed is None:
+        packed = lo_bits == 4 and k_lo % 2 == 0 and packs_activations(like.device)
     return (
         like.new_empty([*batch, k_lo // 2], dtype=torch.uint8)
         if packed
@@ -68,4 +78,4 @@ def _(
     symmetric: bool = False,
     clip: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return mixed_outputs(x, x.shape[-1], n_hi, packed)
+    return mixed_outputs(x, x.shape[-1], n_hi, lo_bits, packed)

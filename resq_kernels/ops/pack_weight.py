@@ -8,15 +8,17 @@ from resq_kernels.formats import packed_weight_bytes
 
 
 def pack_weight(codes_lo: torch.Tensor, codes_hi: torch.Tensor) -> torch.Tensor:
-    """Canonical codes in the order that `mixed_gemm` streams (docs/formats.md section 3.2).
+    """Canonical codes in the order that `mixed_gemm` streams (docs/formats.md sections 3.2, 3.3).
 
     Args:
         codes_lo: uint8 [N, K_lo / 2], packed signed 4-bit codes, even column in the low nibble.
         codes_hi: int8 [N, K_hi].
 
     Returns:
-        uint8, one dimension of `formats.packed_weight_bytes(N, K_lo, K_hi)` bytes; N is padded to
-        a multiple of 32, K_lo and K_hi to multiples of 8, with code 0.
+        uint8, one dimension of `formats.packed_weight_bytes(N, K_lo, K_hi, device type)` bytes; N,
+        K_lo and K_hi are padded with code 0 (to multiples of 32, 8, 8 on the CPU, of 64 on CUDA).
+        The order is that of the device: codes move to another kind of device through
+        `unpack_weight`.
 
     Raises:
         RuntimeError: a dtype or shape differs, or a tensor is not contiguous.
@@ -27,4 +29,5 @@ def pack_weight(codes_lo: torch.Tensor, codes_hi: torch.Tensor) -> torch.Tensor:
 @torch.library.register_fake("resq::pack_weight")
 def _fake(codes_lo: torch.Tensor, codes_hi: torch.Tensor) -> torch.Tensor:
     n, pairs = codes_lo.shape
-    return codes_lo.new_empty(packed_weight_bytes(n, 2 * pairs, codes_hi.shape[1]))
+    device = codes_lo.device.type
+    return codes_lo.new_empty(packed_weight_bytes(n, 2 * pairs, codes_hi.shape[1], device))

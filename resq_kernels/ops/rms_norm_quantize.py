@@ -58,4 +58,4 @@ def _(
     clip: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     new_residual = x.new_empty([0] if residual is None else x.shape)
-    return (*mixed_outputs(x, x.shape[-1], n_hi, packed), new_residual)
+    return (*mixed_outputs(x, x.shape[-1], n_hi, lo_bits, packed), new_residual)

@@ -52,4 +52,4 @@ def _(
     symmetric: bool = False,
     clip: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return mixed_outputs(gate_up, gate_up.shape[-1] // 2, n_hi, packed)
+    return mixed_outputs(gate_up, gate_up.shape[-1] // 2, n_hi, lo_bits, packed)

@@ -11,7 +11,8 @@ def unpack_weight(
     """The exact inverse of `pack_weight` (docs/formats.md section 3.2).
 
     Args:
-        packed_weight: uint8, one dimension of `formats.packed_weight_bytes(n, k_lo, k_hi)` bytes.
+        packed_weight: uint8, one dimension, as `pack_weight` returned it for n, k_lo and k_hi on
+            this kind of device.
         n: output rows.
         k_lo: 4-bit columns, even.
         k_hi: 8-bit columns.
