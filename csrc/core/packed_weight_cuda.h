@@ -77,4 +77,24 @@ RESQ_HOST_DEVICE constexpr int64_t cuda_hi_byte(int64_t k_lo, int64_t row, int64
          16 * lane + 4 * word + c % 4;
 }
 
+// The inverse, inside a fragment: the code in a nibble (0..31) or byte (0..15) of a lane's 16
+// bytes.
+struct FragmentCode {
+  int64_t row, column;  // 0..15, and 0..63 (low) or 0..31 (high)
+};
+
+RESQ_HOST_DEVICE constexpr FragmentCode cuda_lo_code(CudaLayout layout, int64_t lane,
+                                                     int64_t nibble) {
+  const int64_t word = nibble / 8;
+  if (layout == CudaLayout::kMma) {
+    return {lane / 4 + 8 * (word % 2), 32 * (word / 2) + 8 * (lane % 4) + nibble % 8};
+  }
+  return {lane / 4 + (nibble % 2 == 1 ? 0 : 8), 16 * word + 4 * (lane % 4) + nibble % 8 / 2};
+}
+
+RESQ_HOST_DEVICE constexpr FragmentCode cuda_hi_code(int64_t lane, int64_t byte) {
+  const int64_t word = byte / 4;
+  return {lane / 4 + 8 * (word % 2), 16 * (word / 2) + 4 * (lane % 4) + byte % 4};
+}
+
 }  // namespace resq

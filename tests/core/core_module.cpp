@@ -9,6 +9,7 @@
 #include "core/float16.h"
 #include "core/hadamard.h"
 #include "core/int4.h"
+#include "core/packed_weight_cuda.h"
 #include "core/quantize.h"
 #include "verbs.h"
 
@@ -49,6 +50,30 @@ py::tuple plan(int64_t n) {
   return py::make_tuple(found->power, factors);
 }
 
+// The CUDA layouts of a packed weight: of every code of a block, (byte, in the high nibble) and the
+// byte; of every nibble and byte of a fragment, [lane][index] -> (row, column).
+void define_packed_weight_cuda(py::module_& m) {
+  using resq::CudaLayout;
+  py::enum_<CudaLayout>(m, "CudaLayout")
+      .value("MMA", CudaLayout::kMma)
+      .value("WGMMA", CudaLayout::kWgmma);
+  m.def("cuda_packed_weight_bytes", resq::cuda_packed_weight_bytes);
+  m.def("cuda_block_bytes", resq::cuda_block_bytes);
+  m.def("cuda_lo_place", [](CudaLayout layout, int64_t row, int64_t column) {
+    const resq::NibblePlace place = resq::cuda_lo_place(layout, row, column);
+    return py::make_tuple(place.byte, place.high);
+  });
+  m.def("cuda_hi_byte", resq::cuda_hi_byte);
+  m.def("cuda_lo_code", [](CudaLayout layout, int64_t lane, int64_t nibble) {
+    const resq::FragmentCode code = resq::cuda_lo_code(layout, lane, nibble);
+    return py::make_tuple(code.row, code.column);
+  });
+  m.def("cuda_hi_code", [](int64_t lane, int64_t byte) {
+    const resq::FragmentCode code = resq::cuda_hi_code(lane, byte);
+    return py::make_tuple(code.row, code.column);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(resq_core, m) {
@@ -65,6 +90,7 @@ PYBIND11_MODULE(resq_core, m) {
     const resq::ScaleZero q = resq::symmetric_scale(lo, hi, bits);
     return py::make_tuple(q.scale, q.zero);
   });
+  define_packed_weight_cuda(m);
   m.def("paley_kind", resq::paley_kind);
   m.def("paley_matrix", [](int64_t order) {
     const resq::SignMatrix matrix = resq::paley_matrix(order);
