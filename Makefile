@@ -27,9 +27,10 @@ $(VENV)/.dependencies: pyproject.toml
 	@$(BIN)/python -c 'import tomllib' 2>/dev/null || $(BIN)/pip install --quiet tomli
 	@$(BIN)/python tools/requirements.py dev > $(VENV)/requirements.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
-# The CUDA library needs CUTLASS's headers; its Python package is asked for only where nvcc is.
+# The CUDA library needs CUTLASS's headers, its tests a disassembler; asked for only where nvcc is.
 	@if command -v nvcc >/dev/null || test -n "$$CUDA_HOME"; then \
-	  $(BIN)/pip install --quiet --disable-pip-version-check --no-deps nvidia-cutlass==4.2.0.0; fi
+	  $(BIN)/pip install --quiet --disable-pip-version-check --no-deps nvidia-cutlass==4.2.0.0 \
+	    nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37; fi
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)

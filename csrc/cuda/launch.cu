@@ -25,11 +25,13 @@ int attribute(int index, cudaDeviceAttr name) {
 Device device(int index) {
   int driver = 0;
   check("device", "cudaDriverGetVersion", cudaDriverGetVersion(&driver));
-  if (driver < CUDART_VERSION / 1000 * 1000) {
+  constexpr int kOldest = CUDART_VERSION / 1000 * 1000;  // minor versions are compatible
+  if (driver < kOldest) {
+    const std::string got =
+        "CUDA " + std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10);
     throw std::runtime_error("resq: driver: expected one for CUDA " +
-                             std::to_string(CUDART_VERSION / 1000) + " or newer, got CUDA " +
-                             std::to_string(driver / 1000) + "." +
-                             std::to_string(driver % 1000 / 10));
+                             std::to_string(kOldest / 1000) + " or newer, got " +
+                             (driver == 0 ? "no driver" : "one for " + got));
   }
   return {attribute(index, cudaDevAttrComputeCapabilityMajor),
           attribute(index, cudaDevAttrComputeCapabilityMinor),

@@ -1,0 +1,95 @@
+"""The compiled kernels: instructions they are made for, registers within the committed table."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def load_tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("kernel_table", ROOT / "tools/kernel_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool()
+
+# kernel's first word -> architecture -> key instructions that it must hold.
+REQUIRED = {
+    "mixed_gemm_sm80": {"sm_80": ["IMMA.16832.S8.S8", "LDGSTS.128", "LDSM"]},
+    "mixed_gemm_sm90": {"sm_90a": ["IGMMA", "UTMALDG.2D", "UBLKCP", "LDS.128"]},
+    "mixed_gemm_small_batch": {"sm_80": ["IMMA.16832.S8.S8", "LDG.128"]},
+    "mixed_quantize": {"sm_80": ["LDG.128"]},
+    "rms_norm_quantize": {"sm_80": ["LDG.128"]},
+}
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, dict[str, tool.Kernel]]:
+    if not tool.LIBRARY.exists():
+        pytest.skip("the CUDA library is not built (no nvcc)")
+    if tool.find_cuobjdump() is None:
+        pytest.skip("no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    return tool.kernels()
+
+
+def test_table_lists_every_kernel_and_no_other(built: dict) -> None:
+    listed = {name: sorted(per_arch) for name, per_arch in tool.committed().items()}
+    assert {name: sorted(per_arch) for name, per_arch in built.items()} == listed, (
+        "run `python tools/kernel_table.py --write` and look at the difference"
+    )
+
+
+def test_registers_are_within_the_table_and_no_kernel_uses_local_memory(built: dict) -> None:
+    for name, per_arch in tool.committed().items():
+        for arch, allowed in per_arch.items():
+            kernel = built[name][arch]
+            assert kernel["registers"] <= allowed["registers"], (name, arch)
+            assert kernel["shared"] <= allowed["shared"], (name, arch)
+            assert kernel["stack"] == kernel["local"] == 0, (name, arch)
+            assert not kernel["key"].keys() & {"LDL", "STL"}, (name, arch)
+
+
+def test_hopper_code_does_not_emulate_int4(built: dict) -> None:
+    """mma.s4 compiles for sm_90, to a slow call: no kernel may hold one."""
+    for name, per_arch in built.items():
+        for arch, kernel in per_arch.items():
+            if arch.startswith("sm_90"):
+                assert not [key for key in kernel["key"] if ".S4" in key or ".U4" in key], name
+                assert "CALL" not in kernel["key"], (name, arch)
+
+
+@pytest.mark.parametrize("word", sorted(REQUIRED))
+def test_kernels_hold_the_instructions_they_are_made_for(word: str, built: dict) -> None:
+    ours = {name: k for name, k in built.items() if name.split("<")[0].startswith(word)}
+    assert ours, f"no kernel is called {word}..."
+    for arch, instructions in REQUIRED[word].items():
+        for instruction in instructions:
+            holders = [
+                name
+                for name, per_arch in ours.items()
+                if any(
+                    key.startswith(instruction) for key in per_arch.get(arch, {"key": ()})["key"]
+                )
+            ]
+            assert holders, f"{word} for {arch}: no {instruction}"
+
+
+def test_int4_tensor_cores_multiply_packed_activations(built: dict) -> None:
+    names = [name for name in built if name.startswith("mixed_gemm_sm80")]
+    counts = [built[name]["sm_80"]["key"].get("IMMA.16864.S4.S4", 0) for name in names]
+    assert max(counts) > 0
+
+
+def test_key_instructions_are_recognised() -> None:
+    assert tool.key_instruction("LDG.E.128.CONSTANT R4, [R2.64]") == "LDG.128"
+    assert tool.key_instruction("IMMA.16864.S4.S4 R8, R4.ROW, R2.COL, R8") == "IMMA.16864.S4.S4"
+    assert tool.key_instruction("IGMMA.64x128x32.S8.S8 R24, R4") == "IGMMA.64x128x32.S8.S8"
+    assert tool.key_instruction("LDL R4, [R1]") == "LDL"
+    assert tool.key_instruction("LDG.E R4, [R2.64]") is None
