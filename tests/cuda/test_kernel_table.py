@@ -62,7 +62,8 @@ def test_hopper_code_does_not_emulate_int4(built: dict) -> None:
         for arch, kernel in per_arch.items():
             if arch.startswith("sm_90"):
                 assert not [key for key in kernel["key"] if ".S4" in key or ".U4" in key], name
-                assert "CALL" not in kernel["key"], (name, arch)
+                if name.startswith("mixed_gemm"):
+                    assert "CALL" not in kernel["key"], (name, arch)
 
 
 @pytest.mark.parametrize("word", sorted(REQUIRED))
