@@ -1,0 +1,28 @@
+"""Tests that need a CUDA device: skipped, with the reason, where there is none."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from resq_kernels import _library
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def why_not() -> str:
+    """Why these tests cannot run here, or ""."""
+    if _library.CUDA_MISSING:
+        return _library.CUDA_MISSING
+    return "" if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+@pytest.fixture(autouse=True)
+def cuda() -> None:
+    """Skips the test without a device; otherwise fixes the seed of its inputs."""
+    if reason := why_not():
+        pytest.skip(reason)
+    torch.manual_seed(0)
