@@ -8,12 +8,13 @@ SOURCES := setup.py pyproject.toml tools/compile_cuda.py $(shell find csrc -name
 
 CXX_FILES = $(shell find csrc tests resq_kernels -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: help demo test lint bench format wheel-check clean
+.PHONY: help demo test lint bench format wheel-check gpu-check clean
 
 help:
 	@echo "make demo         quantize the small Llama in examples/, compare, write out/demo/report.html"
 	@echo "make test         run the test suite"
 	@echo "make bench        benchmark the kernels on this machine, results under benchmarks/results/"
+	@echo "make gpu-check    on a machine with a GPU: tests, compute-sanitizer, benchmark, one report"
 	@echo "make lint         ruff, clang-format and structure checks"
 	@echo "make format       let ruff and clang-format rewrite the files"
 	@echo "make wheel-check  build the wheel, install it in an empty environment, call an operator"
@@ -46,6 +47,10 @@ test: $(VENV)/.built
 
 bench: $(VENV)/.built
 	$(BIN)/resq bench
+
+# Runs with the Python that has a CUDA build of torch, and with prebuilt libraries if there are any.
+gpu-check:
+	$(PYTHON) tools/gpu_check.py
 
 lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .

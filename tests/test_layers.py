@@ -73,6 +73,17 @@ def test_torch_headers_stay_in_the_registration_files() -> None:
         assert not torch_headers, (path.name, torch_headers)
 
 
+def test_cuda_runtime_headers_stay_in_files_for_nvcc() -> None:
+    """Host files reach a kernel through its launcher, so they compile without a toolkit."""
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix in (".cu", ".cuh") or path.is_dir():
+            continue
+        names = [n for n in includes(path) if re.match(r"cuda_|cute/|cutlass/|.*\.cuh$", n)]
+        if path.name == "allocate.h":  # the emulator's allocations, in test builds alone
+            names.remove("cuda_runtime_api.h")
+        assert not names, (path.name, names)
+
+
 def test_no_file_is_longer_than_500_lines() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
     suffixes = {".py", ".h", ".cpp", ".cu", ".cuh"}

@@ -1,0 +1,175 @@
+"""Every CUDA kernel beside cuBLAS BF16 or its floor, in one run; results are checked first.
+
+python -m resq_kernels.testing.bench_cuda --models llama-3-8b --json out.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from resq_kernels import formats, ops
+from resq_kernels.testing import cuda_timing
+from resq_kernels.testing.bench_mixed_gemm import SHAPES
+
+CHECKED_ROWS = 5  # compared with the CPU's operator; rows do not depend on the batch
+Row = dict[str, object]
+
+
+class Limits:
+    """What the device can do: bytes and 8-bit operations a second."""
+
+    def __init__(self, ceiling_source: Path | None) -> None:
+        self.bandwidth = cuda_timing.copy_bandwidth()
+        self.int8 = cuda_timing.int8_rate(ceiling_source) if ceiling_source else None
+
+    def floor_us(self, moved: float, operations: float = 0.0) -> float:
+        """The least time that moving and multiplying could take."""
+        seconds = moved / self.bandwidth
+        return 1e6 * max(seconds, operations / self.int8 if self.int8 else 0.0)
+
+
+def bench_gemm(
+    layer: str, n: int, k: int, k_hi: int, batches: list[int], limits: Limits
+) -> list[Row]:
+    """mixed_gemm beside F.linear in BF16 for one layer."""
+    k_lo = k - k_hi
+    weight_bytes = formats.packed_weight_bytes(n, k_lo, k_hi, "cuda")
+    ours, baseline = cuda_timing.copies(weight_bytes), cuda_timing.copies(2 * n * k)
+    codes_lo = torch.randint(0, 256, (n, k_lo // 2), dtype=torch.uint8)
+    codes_hi = torch.randint(-128, 128, (n, k_hi), dtype=torch.int8)
+    scale, sums = torch.rand(n, 2) * 0.01, formats.weight_sums(codes_lo, codes_hi)
+    packed_cpu = ops.pack_weight(codes_lo, codes_hi)
+    packed = ops.pack_weight(codes_lo.cuda(), codes_hi.cuda())
+    weights = [packed.clone() for _ in range(ours)]
+    scale_cuda, sums_cuda = scale.cuda(), sums.cuda()
+    linears = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(baseline)]
+    rows = []
+    for m in batches:
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        mixed = ops.mixed_quantize(x, k_hi)
+
+        def gemm(i: int, mixed: formats.MixedTensor = mixed) -> torch.Tensor:
+            weight = weights[i % ours]
+            return ops.mixed_gemm(*mixed, weight, scale_cuda, sums_cuda, None, torch.bfloat16)
+
+        picked = torch.randperm(m)[:CHECKED_ROWS]
+        sample = [part.cpu()[picked].contiguous() for part in mixed]
+        expected = ops.mixed_gemm(*sample, packed_cpu, scale, sums, None, torch.bfloat16)
+        if not torch.equal(gemm(0).cpu()[picked], expected):
+            raise RuntimeError(f"mixed_gemm {layer} M={m}: the result is not that of the CPU")
+        times = cuda_timing.alternate(
+            {"resq": gemm, "bf16": lambda i, x=x: functional.linear(x, linears[i % baseline])}
+        )
+        moved = weight_bytes + 16 * n + sum(p.numel() * p.element_size() for p in mixed) + 2 * m * n
+        packed_form = mixed.q_lo.dtype == torch.uint8
+        kernel = torch.ops.resq.mixed_gemm_kernel(m, n, k_lo, k_hi, packed_form, 0)
+        rows.append(
+            _row(
+                "mixed_gemm",
+                f"{layer} {n}x{k}",
+                m,
+                kernel,
+                times,
+                limits.floor_us(moved, 2.0 * m * n * k),
+            )
+        )
+    return rows
+
+
+def bench_quantizers(hidden: int, wide: int, batches: list[int], limits: Limits) -> list[Row]:
+    """The quantizing operators and the transform of one model; floor: bytes alone."""
+    rows, high = [], hidden // 8
+
+    def rotating(*shape: int) -> Callable[[int], torch.Tensor]:
+        count = cuda_timing.copies(2 * shape[0] * shape[1])
+        data = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+        return lambda i: data[i % count]
+
+    for m in batches:
+        x, gate_up = rotating(m, hidden), rotating(m, 2 * wide)
+
+        def norm(i: int, x: Callable = x) -> object:
+            return ops.rms_norm_quantize(x(i), x(i + 1), None, 1e-5, high)
+
+        # name, shape, call, bytes: 16-bit values read and written, a byte for each code at most
+        benches: list[tuple[str, str, Callable[[int], object], int]] = [
+            ("mixed_quantize", f"{hidden}", lambda i, x=x: ops.mixed_quantize(x(i), high), 3),
+            ("rms_norm_quantize", f"{hidden}", norm, 7),
+            ("silu_mul_hadamard_quantize", f"{wide}",
+             lambda i, x=gate_up: ops.silu_mul_hadamard_quantize(x(i)), 5),
+            ("hadamard", f"{wide}", lambda i, x=gate_up: ops.hadamard(x(i).view(-1, wide)), 8),
+        ]  # fmt: skip
+        for op, shape, call, bytes_an_element in benches:
+            times = cuda_timing.alternate({"resq": call})
+            moved = m * (hidden if shape == str(hidden) else wide) * bytes_an_element
+            rows.append(_row(op, shape, m, "", times, limits.floor_us(moved)))
+    return rows
+
+
+def _row(op: str, shape: str, m: int, kernel: str, times: dict, floor_us: float) -> Row:
+    ours = times["resq"].median_us
+    row: Row = {"op": op, "shape": shape, "M": m, "kernel": kernel, "us": round(ours, 2)}
+    row |= {"floor_us": round(floor_us, 2), "ceiling_share": round(floor_us / ours, 3)}
+    if "bf16" in times:
+        bf16 = times["bf16"].median_us
+        row |= {"bf16_us": round(bf16, 2), "ratio": round(bf16 / ours, 2)}
+    return row
+
+
+def markdown(figures: dict) -> str:
+    """The rows as a Markdown table."""
+    names = ("op", "shape", "M", "kernel", "us", "floor_us", "ceiling_share", "bf16_us", "ratio")
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += [
+        "| " + " | ".join(str(row.get(n, "")) for n in names) + " |" for row in figures["rows"]
+    ]
+    return "\n".join(lines)
+
+
+def run(models: list[str], batches: list[int], ceiling_source: Path | None) -> dict[str, object]:
+    """All rows of all models.
+
+    Raises:
+        RuntimeError: a result differs from the CPU's.
+    """
+    limits = Limits(ceiling_source)
+    figures: dict[str, object] = {
+        "device": cuda_timing.device(),
+        "copy_bytes_per_second": limits.bandwidth,
+        "int8_operations_per_second": limits.int8,
+        "checked": True,
+        "rows": [],
+    }
+    for model in models:
+        layers = {layer: (n, k, k_hi) for layer, n, k, k_hi in SHAPES[model]}
+        for layer, shape in layers.items():
+            figures["rows"] += bench_gemm(f"{model} {layer}", *shape, batches, limits)
+        hidden, wide = layers["o"][1], layers["down"][1]
+        figures["rows"] += bench_quantizers(hidden, wide, batches, limits)
+    figures["device_after"] = cuda_timing.device()
+    return figures
+
+
+def main() -> None:
+    """Prints the table and writes --json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="llama-3-8b", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--batch", default="1,16,64,128,256,2048")
+    parser.add_argument("--ceiling", type=Path, help="benchmarks/cuda/int8_ceiling.cu")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    batches = [int(m) for m in arguments.batch.split(",")]
+    figures = run(arguments.models.split(","), batches, arguments.ceiling)
+    print(markdown(figures))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Timing on a GPU: graphs of calls over rotating data, and the limits of the device, measured.
+
+A candidate is captured as one CUDA graph of many calls, each with another copy of its data, so that
+neither launch gaps nor a warm L2 cache flatter it. Times come from events around a replay.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from resq_kernels.testing.timing import Timing
+
+# Copies of the data a call rotates over hold at least this much: four times the L2 of an H100.
+COLD_BYTES = 200 * 2**20
+CALLS_A_GRAPH = 24
+
+
+def copies(bytes_a_call: int, limit: int = 64) -> int:
+    """How many copies of a call's data keep the L2 cache cold."""
+    return min(max(-(-COLD_BYTES // max(bytes_a_call, 1)), 2), limit)
+
+
+def alternate(
+    candidates: Mapping[str, Callable[[int], object]], rounds: int = 9, calls: int = CALLS_A_GRAPH
+) -> dict[str, Timing]:
+    """Times every candidate in turn, round after round; its argument counts calls, for rotation.
+
+    Raises:
+        ValueError: there is nothing to time.
+    """
+    if not candidates or rounds < 1:
+        raise ValueError(f"alternate: expected candidates and rounds >= 1, got {rounds} rounds")
+    graphs = {name: _capture(call, calls) for name, call in candidates.items()}
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for graph in graphs.values():
+        graph.replay()
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            samples[name].append(event_seconds(graph.replay) / calls)
+    return {
+        name: Timing(
+            median_us=statistics.median(times) * 1e6,
+            best_us=min(times) * 1e6,
+            calls=len(times) * calls,
+        )
+        for name, times in samples.items()
+    }
+
+
+def event_seconds(run: Callable[[], object]) -> float:
+    """Seconds between events before and after `run` on the current stream."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _capture(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
+    call(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(calls):
+            call(index)
+    return graph
+
+
+def device() -> dict[str, object]:
+    """What a figure depends on: GPU, driver, clocks, power, versions."""
+    properties = torch.cuda.get_device_properties(0)
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "power.limit", "temperature.gpu")
+    smi = shutil.which("nvidia-smi")
+    state: dict[str, object] = {}
+    if smi:
+        command = [smi, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+        answer = subprocess.run(command, capture_output=True, text=True)
+        values = [value.strip() for value in answer.stdout.split(",")]
+        state = dict(zip(fields, values, strict=False)) if answer.returncode == 0 else {}
+    return {
+        "gpu": properties.name,
+        "capability": f"sm_{properties.major}{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "kernels": torch.ops.resq.cuda_family(0),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        **state,
+    }
+
+
+def copy_bandwidth(megabytes: int = 2048, repeats: int = 10) -> float:
+    """Bytes read plus written a second by a copy of a large tensor: the best of `repeats`."""
+    source = torch.randint(0, 255, (megabytes * 2**20,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    seconds = [event_seconds(lambda: target.copy_(source)) for _ in range(repeats)]
+    return 2 * source.numel() / min(seconds[1:])
+
+
+def int8_rate(source: Path, steps: int = 4000, repeats: int = 5) -> float | None:
+    """Operations a second of 8-bit wgmma alone (benchmarks/cuda/int8_ceiling.cu).
+
+    None where there is no nvcc, or the device is not sm_90.
+    """
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or torch.cuda.get_device_capability() != (9, 0):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "int8_ceiling.so"
+        flags = ["-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a"]
+        flags += ["-shared", "-Xcompiler", "-fPIC"]
+        subprocess.run([nvcc, *flags, str(source), "-o", str(library)], check=True)
+        launch = ctypes.CDLL(str(library)).int8_ceiling_launch
+        launch.restype = ctypes.c_double
+        codes = torch.randint(0, 256, (16384,), dtype=torch.uint8, device="cuda")
+        blocks = torch.cuda.get_device_properties(0).multi_processor_count
+        out = torch.empty(blocks * 256, dtype=torch.int32, device="cuda")
+        operations = 0.0
+
+        def run() -> None:
+            nonlocal operations
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            pointers = [ctypes.c_void_p(t.data_ptr()) for t in (codes, out)]
+            operations = launch(*pointers, blocks, steps, stream)
+            if operations < 0:
+                raise RuntimeError(f"int8_ceiling: expected a launch, got CUDA error {-operations}")
+
+        seconds = [event_seconds(run) for _ in range(repeats)]
+        return operations / min(seconds[1:])
