@@ -11,6 +11,7 @@
 #include "core/int4.h"
 #include "core/packed_weight_cuda.h"
 #include "core/quantize.h"
+#include "core_cuda_choice.h"
 #include "verbs.h"
 
 namespace py = pybind11;
@@ -91,6 +92,7 @@ PYBIND11_MODULE(resq_core, m) {
     return py::make_tuple(q.scale, q.zero);
   });
   define_packed_weight_cuda(m);
+  define_cuda_choice(m);
   m.def("paley_kind", resq::paley_kind);
   m.def("paley_matrix", [](int64_t order) {
     const resq::SignMatrix matrix = resq::paley_matrix(order);

@@ -1,0 +1,83 @@
+"""The choice among the CUDA kernels, pinned without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+from types import ModuleType
+
+import pytest
+
+# Multiprocessors of an A100, an RTX 4090, an H200 and a small card.
+SMS = {"SM80": (108, 128, 16), "SM90": (132,), "PORTABLE": (148, 24)}
+SHAPES = [
+    (1, 2, 0),
+    (17, 56, 8),
+    (3072, 1792, 256),
+    (4096, 0, 512),
+    (28672, 3584, 512),
+    (4096, 14336, 0),
+]
+ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 100, 128, 200, 257, 1024, 2048, 16384)
+
+
+@pytest.mark.parametrize(
+    "capability, family",
+    [((7, 5), "UNSUPPORTED"), ((8, 0), "SM80"), ((8, 6), "SM80"), ((8, 9), "SM80"),
+     ((9, 0), "SM90"), ((10, 0), "PORTABLE"), ((10, 3), "PORTABLE"), ((12, 0), "PORTABLE")],
+)  # fmt: skip
+def test_family_of_a_compute_capability(
+    capability: tuple[int, int], family: str, core: ModuleType
+) -> None:
+    assert core.cuda_family(*capability) == getattr(core.CudaFamily, family)
+
+
+def test_layout_and_activation_form_follow_the_family(core: ModuleType) -> None:
+    family, layout = core.CudaFamily, core.CudaLayout
+    assert core.weight_layout(family.SM90) == layout.WGMMA
+    assert core.weight_layout(family.SM80) == core.weight_layout(family.PORTABLE) == layout.MMA
+    assert [core.packs_activations(f) for f in (family.SM80, family.SM90, family.PORTABLE)] == [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_small_batches_stream_the_weights_and_large_ones_use_the_family_s_kernel(
+    core: ModuleType,
+) -> None:
+    kernel, family = core.MixedGemmKernel, core.CudaFamily
+
+    def choose(rows: int, name: str) -> object:
+        return core.mixed_gemm_choice(
+            rows, 4096, 3584, 512, False, getattr(family, name), 132
+        ).kernel
+
+    for name in ("SM80", "SM90", "PORTABLE"):
+        assert choose(1, name) == choose(16, name) == kernel.SMALL_BATCH
+    assert choose(2048, "SM80") == kernel.SM80
+    assert choose(2048, "SM90") == kernel.SM90
+    assert choose(2048, "PORTABLE") == kernel.SMALL_BATCH
+
+
+@pytest.mark.parametrize("name", SMS)
+def test_every_choice_can_be_launched(name: str, core: ModuleType) -> None:
+    for (n, k_lo, k_hi), rows, packed, sms in itertools.product(
+        SHAPES, ROWS, (True, False), SMS[name]
+    ):
+        family = getattr(core.CudaFamily, name)
+        choice = core.mixed_gemm_choice(rows, n, k_lo, k_hi, packed, family, sms)
+        case = (n, k_lo, k_hi, rows, packed, sms)
+        assert choice.tile_rows % 8 == 0 and choice.tile_rows <= 256, case
+        assert choice.tile_columns % 64 == 0, case
+        steps = -(-k_lo // 64) + -(-k_hi // 32)
+        assert 1 <= choice.splits <= max(steps, 1), case
+        assert choice.workspace_bytes >= 0, case
+        if choice.splits > 1:  # a plane of int32 sums for each part and split
+            assert choice.workspace_bytes >= choice.splits * 4 * rows * n, case
+
+
+def test_decode_fills_the_multiprocessors(core: ModuleType) -> None:
+    """A 4096 x 4096 layer has 64 row blocks: splits of K occupy the rest of 132."""
+    choice = core.mixed_gemm_choice(1, 4096, 3584, 512, False, core.CudaFamily.SM90, 132)
+    blocks = 4096 // choice.tile_columns * choice.splits
+    assert blocks >= 128
