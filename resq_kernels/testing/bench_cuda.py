@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,16 +70,8 @@ def bench_gemm(
         moved = weight_bytes + 16 * n + sum(p.numel() * p.element_size() for p in mixed) + 2 * m * n
         packed_form = mixed.q_lo.dtype == torch.uint8
         kernel = torch.ops.resq.mixed_gemm_kernel(m, n, k_lo, k_hi, packed_form, 0)
-        rows.append(
-            _row(
-                "mixed_gemm",
-                f"{layer} {n}x{k}",
-                m,
-                kernel,
-                times,
-                limits.floor_us(moved, 2.0 * m * n * k),
-            )
-        )
+        floor = limits.floor_us(moved, 2.0 * m * n * k)
+        rows.append(_row("mixed_gemm", layer, [m, n, k], kernel, times, floor))
     return rows
 
 
@@ -94,37 +87,63 @@ def bench_quantizers(hidden: int, wide: int, batches: list[int], limits: Limits)
     for m in batches:
         x, gate_up = rotating(m, hidden), rotating(m, 2 * wide)
 
-        def norm(i: int, x: Callable = x) -> object:
-            return ops.rms_norm_quantize(x(i), x(i + 1), None, 1e-5, high)
-
-        # name, shape, call, bytes: 16-bit values read and written, a byte for each code at most
-        benches: list[tuple[str, str, Callable[[int], object], int]] = [
-            ("mixed_quantize", f"{hidden}", lambda i, x=x: ops.mixed_quantize(x(i), high), 3),
-            ("rms_norm_quantize", f"{hidden}", norm, 7),
-            ("silu_mul_hadamard_quantize", f"{wide}",
-             lambda i, x=gate_up: ops.silu_mul_hadamard_quantize(x(i)), 5),
-            ("hadamard", f"{wide}", lambda i, x=gate_up: ops.hadamard(x(i).view(-1, wide)), 8),
-        ]  # fmt: skip
-        for op, shape, call, bytes_an_element in benches:
-            times = cuda_timing.alternate({"resq": call})
-            moved = m * (hidden if shape == str(hidden) else wide) * bytes_an_element
-            rows.append(_row(op, shape, m, "", times, limits.floor_us(moved)))
+        # name, shape, operator, its data, bytes an element: 16-bit values read and written once, a
+        # byte for each code at most
+        benches: list[tuple[str, list[int], Callable, Callable[[int], torch.Tensor], int]] = [
+            ("mixed_quantize", [m, hidden], partial(ops.mixed_quantize, n_hi=high), x, 3),
+            ("rms_norm_quantize", [m, hidden], partial(_norm, high), x, 5),
+            ("silu_mul_hadamard_quantize", [m, wide], ops.silu_mul_hadamard_quantize, gate_up, 5),
+            ("hadamard", [2 * m, wide], partial(_transform, wide), gate_up, 4),
+        ]
+        for op, shape, operator, data, bytes_an_element in benches:
+            _check(op, operator(data(0)), operator(data(0)[:CHECKED_ROWS].cpu()))
+            times = cuda_timing.alternate({"resq": lambda i, f=operator, d=data: f(d(i))})
+            floor = limits.floor_us(shape[0] * shape[1] * bytes_an_element)
+            rows.append(_row(op, "", shape, "", times, floor))
     return rows
 
 
-def _row(op: str, shape: str, m: int, kernel: str, times: dict, floor_us: float) -> Row:
+def _norm(high: int, x: torch.Tensor) -> formats.MixedTensor:
+    return ops.rms_norm_quantize(x, x, None, 1e-5, high)[0]
+
+
+def _transform(wide: int, x: torch.Tensor) -> torch.Tensor:
+    return ops.hadamard(x.view(-1, wide))
+
+
+def _check(op: str, ours: object, expected: object) -> None:
+    """Codes of the first rows are within one of the CPU's, values within 2^-6 of their norm."""
+    if isinstance(expected, torch.Tensor):
+        got = ours.cpu()[: len(expected)].double()
+        good = (got - expected.double()).norm() <= 2**-6 * expected.double().norm()
+    else:
+        k_lo = expected.q_lo.shape[-1]
+        got = ours.q_lo.cpu()[: len(expected.q_lo)]
+        if got.dtype == torch.uint8:
+            got = formats.unpack_int4(got)
+        difference = (got.double() - expected.q_lo.double()).abs()
+        good = difference.max() <= 1 and (difference != 0).double().mean() <= 0.01
+        good &= got.shape[-1] == k_lo
+    if not good:
+        raise RuntimeError(f"{op}: the result is not that of the CPU")
+
+
+def _row(op: str, layer: str, shape: list[int], kernel: str, times: dict, floor_us: float) -> Row:
     ours = times["resq"].median_us
-    row: Row = {"op": op, "shape": shape, "M": m, "kernel": kernel, "us": round(ours, 2)}
-    row |= {"floor_us": round(floor_us, 2), "ceiling_share": round(floor_us / ours, 3)}
+    row: Row = {"op": op, "layer": layer, "shape": shape, "kernel": kernel}
+    row |= {"ours_us": round(ours, 2), "floor_us": round(floor_us, 2)}
+    row |= {"ceiling_share": round(floor_us / ours, 3), "checked": True}
     if "bf16" in times:
         bf16 = times["bf16"].median_us
-        row |= {"bf16_us": round(bf16, 2), "ratio": round(bf16 / ours, 2)}
+        row |= {"baseline": "F.linear bf16", "baseline_us": round(bf16, 2)}
+        row |= {"ratio": round(bf16 / ours, 2)}
     return row
 
 
 def markdown(figures: dict) -> str:
     """The rows as a Markdown table."""
-    names = ("op", "shape", "M", "kernel", "us", "floor_us", "ceiling_share", "bf16_us", "ratio")
+    names = ("op", "layer", "shape", "kernel", "ours_us", "floor_us", "ceiling_share")
+    names += ("baseline", "baseline_us", "ratio")
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     lines += [
         "| " + " | ".join(str(row.get(n, "")) for n in names) + " |" for row in figures["rows"]
@@ -143,7 +162,6 @@ def run(models: list[str], batches: list[int], ceiling_source: Path | None) -> d
         "device": cuda_timing.device(),
         "copy_bytes_per_second": limits.bandwidth,
         "int8_operations_per_second": limits.int8,
-        "checked": True,
         "rows": [],
     }
     for model in models:
