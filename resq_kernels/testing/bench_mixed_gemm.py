@@ -16,7 +16,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +24,6 @@ import torch
 from torch.nn import functional
 
 from resq_kernels import formats, ops, reference
-from resq_kernels.commands.arguments import at_least
 from resq_kernels.testing import timing
 
 # name -> (layer, N, K, K_hi); merged q/k/v and gate/up, down_proj is 4-bit alone.
@@ -133,7 +131,9 @@ def bench(
     if not check(ours(0), activation, weight):
         raise RuntimeError(f"mixed_gemm: {name} {m}x{n}x{k}: differs from the reference")
     others = baselines(m, n, k, cold_bytes)
-    times = timing.alternate({"ours": ours, **others}, args.rounds, clock=clock_of(args))
+    times = timing.alternate(
+        {"ours": ours, **others}, args.rounds, clock=timing.clock_of(args.cpu_time)
+    )
     moved = packed.numel() + 16 * n + m * (k + 16 + 2 * n)
     bytes_floor = moved / limits["read_bytes_per_second"] * 1e6
     rate = limits["integer_products_per_second"]
@@ -161,11 +161,6 @@ def bench(
     ]
 
 
-def clock_of(args: argparse.Namespace) -> Callable[[], float]:
-    """Wall clock, or the processor time of the calling thread."""
-    return time.thread_time if args.cpu_time else time.perf_counter
-
-
 def print_row(row: dict[str, object]) -> None:
     """One line of the table; the last ratio is that of the fastest calls."""
     m, n, k = row["shape"]
@@ -179,64 +174,22 @@ def print_row(row: dict[str, object]) -> None:
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the benchmark, besides --threads and --json."""
-    parser.add_argument(
-        "--shapes",
-        type=_list_of(_shape),
-        default=["square"],
-        metavar="A,B,...",
-        help=f"layers of these models: {', '.join(SHAPES)} (default: square, 4096 x 4096)",
-    )
-    parser.add_argument(
-        "--batch",
-        type=_list_of(at_least(1)),
-        default=[1, 4, 16, 64, 512],
-        metavar="M,...",
-        help="rows of the activations (default: 1,4,16,64,512)",
-    )
-    parser.add_argument(
-        "--rounds",
-        type=at_least(1),
-        default=7,
-        metavar="N",
-        help="turns of every candidate (default: 7)",
-    )
-    parser.add_argument(
-        "--cold-mb",
-        type=at_least(0),
-        default=128,
-        metavar="MB",
-        help="weights that a call passes before it sees the same again (default: 128)",
-    )
-    parser.add_argument(
-        "--cpu-time",
-        action="store_true",
-        help="with --threads 1: processor time, for a machine that runs other things too",
-    )
-
-
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Checks, times and prints every row.
 
     Args:
-        args: what `add_arguments` declares, and `threads` (None: torch's choice).
+        args: the options of `resq bench`.
 
     Returns:
         machine, limits and rows, as docs/cli.md lists them.
 
     Raises:
-        ValueError: --cpu-time with more than one thread.
         RuntimeError: a result differs from the reference.
     """
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.cpu_time and torch.get_num_threads() != 1:
-        raise ValueError("--cpu-time counts the calling thread alone: add --threads 1")
     torch.manual_seed(0)
     rate = integer_rate(torch.get_num_threads())
     limits = {
-        "read_bytes_per_second": timing.read_bandwidth(clock=clock_of(args)),
+        "read_bytes_per_second": timing.read_bandwidth(clock=timing.clock_of(args.cpu_time)),
         "integer_products_per_second": rate,
     }
     print(f"memory {limits['read_bytes_per_second'] / 1e9:.1f} GB/s", end=", ")
@@ -245,21 +198,10 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         "layer       M      N      K floor us  ours us  share  baseline  us, ratio, ratio of best"
     )
     rows: list[dict[str, object]] = []
-    for model in args.shapes:
+    for model in args.shapes or ["square"]:
         for layer in SHAPES[model]:
-            for m in args.batch:
+            for m in args.batch or [1, 4, 16, 64, 512]:
                 for row in bench(layer, m, limits, args):
                     rows.append({"model": model, **row})
                     print_row(row)
-    clock = "thread processor time" if args.cpu_time else "wall"
-    return {"machine": {**timing.machine(), "clock": clock}, "limits": limits, "rows": rows}
-
-
-def _list_of(convert: Callable[[str], object]) -> Callable[[str], list]:
-    return lambda text: [convert(part.strip()) for part in text.split(",")]
-
-
-def _shape(name: str) -> str:
-    if name not in SHAPES:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(SHAPES)}, got {name!r}")
-    return name
+    return {"machine": timing.machine(args.cpu_time), "limits": limits, "rows": rows}

@@ -28,8 +28,13 @@ class Timing:
     calls: int
 
 
-def machine() -> dict[str, object]:
-    """What a figure depends on: processor, threads, instruction set, load, versions."""
+def clock_of(cpu_time: bool) -> Callable[[], float]:
+    """Wall clock, or the processor time of the calling thread."""
+    return time.thread_time if cpu_time else time.perf_counter
+
+
+def machine(cpu_time: bool = False) -> dict[str, object]:
+    """What a figure depends on: processor, threads, instruction set, load, versions, clock."""
     return {
         "processor": _processor_name(),
         "cores": os.cpu_count(),
@@ -40,6 +45,7 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
+        "clock": "thread processor time" if cpu_time else "wall",
     }
 
 

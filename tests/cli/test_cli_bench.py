@@ -10,7 +10,7 @@ import pytest
 from cli_support import Result
 
 from resq_kernels import ops
-from resq_kernels.testing import bench_mixed_gemm
+from resq_kernels.testing import bench_kv_attention, bench_mixed_gemm
 
 ROW_KEYS = {
     "op",
@@ -82,6 +82,8 @@ def test_bench_refuses_a_kernel_that_is_wrong(
         (("--batch", "1,x"), 2, "at least 1, got 'x'"),
         (("--rounds", "0"), 2, "at least 1, got '0'"),
         (("--cpu-time", "--threads", "2"), 1, "add --threads 1"),
+        (("attention", "--shapes", "square"), 1, "bench attention: --shapes: expected one of"),
+        (("attention", "--context", "0"), 2, "at least 1, got '0'"),
     ],
 )
 def test_bench_refuses_wrong_options(
@@ -89,3 +91,43 @@ def test_bench_refuses_wrong_options(
 ) -> None:
     result = resq("bench", *options)
     assert (result.code, sentence in result.sentence) == (code, True), result.err
+
+
+ATTENTION_KEYS = ROW_KEYS - {"layer", "k_hi", "products_floor_us"}
+
+
+@pytest.fixture
+def small_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_kv_attention, "HEADS", {"llama-3-8b": (4, 2, 64)})
+    monkeypatch.setattr(bench_kv_attention.timing, "read_bandwidth", lambda clock: 1e10)
+
+
+ATTENTION = ("bench", "attention", "--batch", "1,2", "--context", "70", "--rounds", 1)
+
+
+@pytest.mark.usefixtures("small_heads")
+def test_bench_attention_writes_the_documented_keys(
+    tmp_path: Path, resq: Callable[..., Result]
+) -> None:
+    target = tmp_path / "bench.json"
+    result = resq(*ATTENTION, "--cold-mb", 0, "--json", target)
+    assert result.code == 0, result.err
+    rows = json.loads(target.read_text())["rows"]
+    assert len(rows) == 2 * 4  # sequences x baselines
+    for row in rows:
+        assert set(row) == ATTENTION_KEYS
+        assert row["checked"] is True
+        assert row["bytes_floor_us"] == round(row["shape"][0] * 70 * 2 * 88 / 1e4, 1)
+
+
+@pytest.mark.usefixtures("small_heads")
+def test_bench_attention_refuses_a_kernel_that_is_wrong(
+    resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = ops.kv_attention
+    monkeypatch.setattr(
+        bench_kv_attention.ops, "kv_attention", lambda *args: right(*args[:5], args[5] * 1.02)
+    )
+    result = resq(*ATTENTION)
+    assert result.code == 1
+    assert result.sentence == "kv_attention: llama-3-8b 1x70: differs from the reference"
