@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(MODULES),
         default="gemm",
         help="gemm (default): mixed_gemm beside F.linear in FP32 and BF16 and torch's int4 "
-        "weights; attention: one decode step over 4-bit pages beside torch's attention on 16-bit caches",
+        "weights; attention: one decode step over 4-bit pages beside torch's on 16-bit caches",
     )
     parser.add_argument(
         "--shapes",
