@@ -69,4 +69,9 @@ inline void check_aligned(const char* op, const char* argument, const Tensor& te
        "an address " + std::to_string(address % 16) + " bytes past");
 }
 
+// Kernels that give every row a block.
+inline void check_row_count(const char* op, const char* argument, int64_t rows) {
+  if (rows > INT32_MAX) fail(op, argument, "fewer than 2^31 rows", std::to_string(rows));
+}
+
 }  // namespace resq::cuda

@@ -5,29 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from mixed_check import FLOAT_TYPES, UNIT, assert_quantizes, assert_same_mixed, bits_equal
+from rms_norm_exact import EPS, exact_rows
 
 from resq_kernels import reference
 from resq_kernels.formats import MixedTensor, pack_int4
 from resq_kernels.ops import rms_norm_quantize
 
-EPS = 1e-5
 SIZES = [(256, 32), (64, 8), (37, 5), (10, 0), (7, 7), (1, 0), (130, 1), (4096, 512)]
-
-
-def exact_rows(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float = EPS
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normalized rows in float64, and how far float32 may be from them.
-
-    The sum of squares has 64 partial sums: K / 64 additions in each, six to join them, and the
-    squares' own rounding, all of positive terms; the root halves that. Then the division by K, the
-    sum with eps, the root, its inverse and the products with x and weight round once each.
-    """
-    h = (x if residual is None else x + residual).double()
-    y = h * (h.square().mean(-1, keepdim=True) + eps).rsqrt()
-    y = y if weight is None else y * weight.double()
-    roundings = (x.shape[-1] / 64 + 1 + 6 + 1) / 2 + 6
-    return y, roundings * UNIT * y.abs()
 
 
 @pytest.mark.parametrize("k, n_hi", SIZES)

@@ -4,18 +4,14 @@
 
 #include "core/float16.h"
 #include "core/quantize.h"
-#include "cpu/variants.h"
 
 namespace resq {
 
 struct MixedQuantizeParams {
+  int64_t rows;
   const void* x;  // [rows, k_lo + k_hi] of x_type
   FloatType x_type;
   MixedRows out;
 };
-
-namespace cpu {
-RESQ_DECLARE_ROWS_KERNEL(mixed_quantize, MixedQuantizeParams)
-}
 
 }  // namespace resq

@@ -1,14 +1,16 @@
 // rms_norm_quantize: h = x + residual rounded to x's type, and
 //   mixed_quantize(h / sqrt(mean(h^2) + eps) * weight), statistics and product in float32.
+// The sum of squares has one order on all devices (rms_norm_quantize_body.h), so they agree on
+// every bit.
 #pragma once
 
 #include "core/float16.h"
 #include "core/quantize.h"
-#include "cpu/variants.h"
 
 namespace resq {
 
 struct RmsNormQuantizeParams {
+  int64_t rows;
   const void* x;         // [rows, k] of x_type
   const void* residual;  // [rows, k] of x_type; null: none
   void* new_residual;    // [rows, k] of x_type; written only if there is a residual
@@ -18,9 +20,5 @@ struct RmsNormQuantizeParams {
   float eps;
   MixedRows out;
 };
-
-namespace cpu {
-RESQ_DECLARE_ROWS_KERNEL(rms_norm_quantize, RmsNormQuantizeParams)
-}
 
 }  // namespace resq

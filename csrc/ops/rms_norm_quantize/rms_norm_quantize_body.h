@@ -5,24 +5,27 @@
 #include "cpu/row_access.h"
 #include "cpu/row_quantize.h"
 
-// Sum of squares in 64 interleaved partial sums, added pairwise: the same additions on every
-// instruction set. The padding of x up to a multiple of kLanes must be 0.
+// Sum of squares in 1024 interleaved partial sums; runs of 256 of them are folded in half eight
+// times, then the four runs are added in pairs. The same additions on every instruction set, and
+// those of a block of four warps, each thread of which holds every 128th run of eight columns. The
+// padding of x up to a multiple of kLanes must be 0.
 inline float sum_of_squares(const float* x, int64_t k) {
-  constexpr int kPartial = 64, kVectors = kPartial / Vec::kLanes;
-  Vec sums[kVectors];
-  for (Vec& sum : sums) sum = set1(0.0f);
-  for (int64_t i = 0; i < k; i += kPartial) {
-    for (int j = 0; j < kVectors && i + j * Vec::kLanes < k; ++j) {
-      const Vec v = load(x + i + j * Vec::kLanes);
-      sums[j] = sums[j] + v * v;
+  constexpr int kPartial = 1024, kRun = 256;
+  float partial[kPartial];
+  for (int64_t i = 0; i < kPartial; i += Vec::kLanes) {
+    const Vec v = i < k ? load(x + i) : set1(0.0f);
+    store(partial + i, v * v);
+  }
+  for (int64_t i = kPartial; i < k; i += Vec::kLanes) {
+    const Vec v = load(x + i);
+    store(partial + i % kPartial, load(partial + i % kPartial) + v * v);
+  }
+  for (float* run = partial; run < partial + kPartial; run += kRun) {
+    for (int half = kRun / 2; half > 0; half /= 2) {
+      for (int j = 0; j < half; ++j) run[j] += run[j + half];
     }
   }
-  float partial[kPartial];
-  for (int j = 0; j < kVectors; ++j) store(partial + j * Vec::kLanes, sums[j]);
-  for (int half = kPartial / 2; half > 0; half /= 2) {
-    for (int j = 0; j < half; ++j) partial[j] += partial[j + half];
-  }
-  return partial[0];
+  return (partial[0] + partial[kRun]) + (partial[2 * kRun] + partial[3 * kRun]);
 }
 
 // floats = x + residual, rounded to T, which is also what new_residual gets.

@@ -1,0 +1,169 @@
+// A block of four warps works on one row: who holds which chunk, and the reductions over a row.
+#pragma once
+
+#include "cuda/chunk.cuh"
+
+namespace resq::cuda {
+
+// 128 threads: eight rows of 4096 columns and more per multiprocessor keep 64 KB of loads in
+// flight. The order of sum_of_squares is made of this number, so it is the same for every row
+// length.
+inline constexpr int kRowThreads = 128;
+inline constexpr int kRowWarps = kRowThreads / 32;
+
+// Chunks a thread can hold in 64 registers: rows up to 16384 columns of 16-bit numbers. Longer
+// rows, and rows whose chunks are not aligned, are read from memory in every pass (kHeld = 0).
+template <class T>
+inline constexpr int kMostHeldChunks = 64 * 4 / (kChunkColumns * sizeof(T));
+
+// f(slot, chunk) for the chunks of this thread, `slot` a constant below kHeld.
+template <int kHeld, class F>
+__device__ inline void for_each_chunk(int chunks, F f) {
+  if constexpr (kHeld > 0) {
+#pragma unroll
+    for (int slot = 0; slot < kHeld; ++slot) {
+      const int chunk = static_cast<int>(threadIdx.x) + slot * kRowThreads;
+      if (chunk < chunks) f(slot, chunk);
+    }
+  } else {
+    for (int chunk = threadIdx.x; chunk < chunks; chunk += kRowThreads) f(0, chunk);
+  }
+}
+
+// The chunks of this thread: in registers once set, or read again at every use.
+template <class T, int kHeld>
+class HeldChunks {
+ public:
+  template <class Read>
+  __device__ void load(int slot, int chunk, Read read) {
+    chunks_[slot] = read(chunk);
+  }
+  __device__ void set(int slot, const Chunk<T>& chunk) { chunks_[slot] = chunk; }
+  template <class Read>
+  __device__ const Chunk<T>& get(int slot, int, Read) const {
+    return chunks_[slot];
+  }
+
+ private:
+  Chunk<T> chunks_[kHeld];
+};
+template <class T>
+class HeldChunks<T, 0> {
+ public:
+  template <class Read>
+  __device__ void load(int, int, Read) {}
+  __device__ void set(int, const Chunk<T>&) {}
+  template <class Read>
+  __device__ Chunk<T> get(int, int chunk, Read read) const {
+    return read(chunk);
+  }
+};
+
+// NaN if either is.
+__device__ inline float min_nan(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+__device__ inline float max_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+// The extremes of a part of a row, widened to contain 0; hi is NaN if any number was.
+struct Range {
+  float lo = 0.0f, hi = 0.0f;
+
+  __device__ void add(float x) {
+    lo = min_nan(lo, x);
+    hi = max_nan(hi, x);
+  }
+  __device__ void merge(const Range& other) {
+    lo = min_nan(lo, other.lo);
+    hi = max_nan(hi, other.hi);
+  }
+  __device__ bool finite() const { return lo > -INFINITY && hi < INFINITY; }
+};
+
+// Integers in the order of the floats, a positive NaN above infinity; its own inverse. It lets
+// redux.sync, which knows integers only, replace five shuffles and five comparisons.
+__device__ inline int ordered_bits(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+
+struct RangeExchange {
+  int4 warps[kRowWarps];  // low part's lo and hi, high part's lo and hi, as ordered bits
+};
+
+// The block's range of both parts to every thread. `shared` may be written again after the next
+// barrier.
+__device__ inline void reduce_ranges(Range (&ranges)[2], RangeExchange& shared) {
+  int bits[4] = {__float_as_int(ranges[0].lo), __float_as_int(ranges[0].hi),
+                 __float_as_int(ranges[1].lo), __float_as_int(ranges[1].hi)};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int ordered = ordered_bits(bits[i]);
+    bits[i] = i % 2 == 0 ? __reduce_min_sync(~0u, ordered) : __reduce_max_sync(~0u, ordered);
+  }
+  if (threadIdx.x % 32 == 0) {
+    shared.warps[threadIdx.x / 32] = make_int4(bits[0], bits[1], bits[2], bits[3]);
+  }
+  __syncthreads();
+  int4 all = shared.warps[0];
+#pragma unroll
+  for (int warp = 1; warp < kRowWarps; ++warp) {
+    const int4 other = shared.warps[warp];
+    all = make_int4(min(all.x, other.x), max(all.y, other.y), min(all.z, other.z),
+                    max(all.w, other.w));
+  }
+  ranges[0] = {__int_as_float(ordered_bits(all.x)), __int_as_float(ordered_bits(all.y))};
+  ranges[1] = {__int_as_float(ordered_bits(all.z)), __int_as_float(ordered_bits(all.w))};
+}
+
+// Sum of squares in the order of csrc/cpu (rms_norm_quantize_body.h), so that both devices give the
+// same bits: 1024 interleaved partial sums, one for each of a thread's eight columns, ...
+struct SquareSums {
+  float partial[kChunkColumns] = {};
+
+  __device__ void add(int i, float x) { partial[i] = __fadd_rn(partial[i], __fmul_rn(x, x)); }
+
+  // ... of which a warp's 256 are folded in half eight times. The first three folds keep half of
+  // the columns in either half of the lanes: 12 shuffles, not 8 x 5.
+  __device__ float fold_warp() {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int kept = kChunkColumns / 2; kept > 0; kept /= 2) {
+      const int distance = 4 * kept;
+      const bool upper = lane & distance;
+#pragma unroll
+      for (int i = 0; i < kept; ++i) {
+        const float mine = upper ? partial[i + kept] : partial[i];
+        const float sent = upper ? partial[i] : partial[i + kept];
+        partial[i] = __fadd_rn(mine, __shfl_xor_sync(~0u, sent, distance));
+      }
+    }
+    float sum = partial[0];
+#pragma unroll
+    for (int distance : {2, 1, 16, 8, 4}) {
+      sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, distance));
+    }
+    return sum;
+  }
+};
+
+static_assert(kRowThreads * kChunkColumns == 1024 && kRowWarps == 4, "the order of the sum");
+
+struct SumExchange {
+  float warps[kRowWarps];
+};
+
+// A barrier is between the two: the caller may exchange more across it.
+__device__ inline void share_sum(SquareSums& sums, SumExchange& shared) {
+  const float sum = sums.fold_warp();
+  if (threadIdx.x % 32 == 0) shared.warps[threadIdx.x / 32] = sum;
+}
+__device__ inline float shared_sum(const SumExchange& shared) {
+  return __fadd_rn(__fadd_rn(shared.warps[0], shared.warps[1]),
+                   __fadd_rn(shared.warps[2], shared.warps[3]));
+}
+
+}  // namespace resq::cuda

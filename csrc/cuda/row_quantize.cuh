@@ -1,0 +1,136 @@
+// A row's ranges -> (scale, zero), and chunks of columns -> codes: docs/formats.md section 2.
+#pragma once
+
+#include "core/quantize.h"
+#include "cuda/row_block.cuh"
+
+namespace resq::cuda {
+
+// value -> code of one part. code = clamp(rint(x / scale) + zero) is computed as
+// rint(clamp(x / scale)) + zero with the limits moved by -zero, which are integers: the same codes,
+// and rint becomes the addition of 1.5 * 2^23, which leaves the integer in the low mantissa bits.
+// F2I and FRND run at a quarter of the rate of additions, and two of them an element would bound
+// the kernel.
+struct Coder {
+  float inv_scale, lowest, highest;
+  int zero;
+
+  static constexpr float kMagic = 0x1.8p23f;
+
+  // As kMagic's bits plus the integer. A product that is NaN (rows that are not finite) gives 0.
+  __device__ uint32_t rounded(float x) const {
+    const float code = fminf(fmaxf(__fmul_rn(x, inv_scale), lowest), highest);
+    return __float_as_uint(__fadd_rn(code, kMagic));
+  }
+
+  // Codes of kBits bits, 32 / kBits in a word, the first one lowest. They are added as unsigned
+  // numbers, code + 2^(kBits - 1), so that no borrow passes between them; the xor takes that off.
+  template <int kBits, class Values>
+  __device__ uint32_t word(const Values& x, int first) const {
+    constexpr uint32_t kOnes = 0xffffffffu / ((1u << kBits) - 1), kHalf = 1u << (kBits - 1);
+    uint32_t result = (zero + kHalf - 0x4b400000u) * kOnes;
+#pragma unroll
+    for (int i = 0; i < 32 / kBits; ++i) result += rounded(x[first + i]) << (kBits * i);
+    return result ^ (kHalf * kOnes);
+  }
+};
+
+struct PartCoding {
+  float scale, zero;
+  Coder coder;
+};
+
+// `columns` is the part's width: 0 gives scale 0.
+__device__ inline PartCoding part_coding(const Range& range, int columns, int bits,
+                                         const MixedRows& out) {
+  if (columns == 0) return {0.0f, 0.0f, {}};
+  if (!range.finite()) return {__int_as_float(0x7fc00000), 0.0f, {0.0f, 0.0f, 0.0f, 0}};
+  const float lo = __fmul_rn(range.lo, out.clip), hi = __fmul_rn(range.hi, out.clip);
+  const ScaleZero q =
+      out.symmetric ? symmetric_scale(lo, hi, bits) : asymmetric_scale(lo, hi, bits);
+  const float half = static_cast<float>(1 << (bits - 1));
+  return {
+      q.scale,
+      q.zero,
+      {__fdiv_rn(1.0f, q.scale), -half - q.zero, half - 1.0f - q.zero, static_cast<int>(q.zero)}};
+}
+
+// Where the codes of one row go.
+struct RowCodes {
+  int k_lo, k_hi;
+  bool packed;
+  uint8_t* q_lo;
+  int8_t* q_hi;
+  PartCoding lo, hi;
+
+  // Codes both parts of row `row` and writes its parameters.
+  __device__ RowCodes(const Range (&ranges)[2], const MixedRows& out, int64_t row)
+      : k_lo(static_cast<int>(out.k_lo)), k_hi(static_cast<int>(out.k_hi)), packed(out.packed) {
+    lo = part_coding(ranges[0], k_lo, out.lo_bits, out);
+    hi = part_coding(ranges[1], k_hi, 8, out);
+    q_lo = static_cast<uint8_t*>(out.q_lo) + row * (packed ? k_lo / 2 : k_lo);
+    q_hi = out.q_hi + row * k_hi;
+    if (threadIdx.x == 0) {
+      reinterpret_cast<float4*>(out.params)[row] =
+          make_float4(lo.scale, lo.zero, hi.scale, hi.zero);
+    }
+  }
+
+  // The codes of columns [column, column + 8). kAligned: all in one part, words at aligned places.
+  template <bool kAligned, class Values>
+  __device__ void store(int column, const Values& x) const {
+    if constexpr (kAligned) {
+      if (column < k_lo && packed) {
+        *reinterpret_cast<uint32_t*>(q_lo + column / 2) = lo.coder.word<4>(x, 0);
+        return;
+      }
+      const bool low = column < k_lo;
+      const Coder coder = low ? lo.coder : hi.coder;
+      void* to = low ? static_cast<void*>(q_lo + column) : q_hi + (column - k_lo);
+      *static_cast<uint2*>(to) = make_uint2(coder.word<8>(x, 0), coder.word<8>(x, 4));
+    } else {
+      const uint32_t nibbles = lo.coder.word<4>(x, 0);
+#pragma unroll
+      for (int i = 0; i < kChunkColumns; ++i) {
+        const bool low = column + i < k_lo;
+        if (column + i >= k_lo + k_hi) break;
+        const Coder coder = low ? lo.coder : hi.coder;
+        const uint32_t code = coder.rounded(x[i]) + coder.zero - 0x4b400000u;
+        if (!low) {
+          q_hi[column + i - k_lo] = static_cast<int8_t>(code);
+        } else if (!packed) {
+          q_lo[column + i] = static_cast<uint8_t>(code);
+        } else if (i % 2 == 0) {
+          q_lo[(column + i) / 2] = static_cast<uint8_t>(nibbles >> (4 * i));
+        }
+      }
+    }
+  }
+};
+
+// Adds columns [column, column + 8) of a row to the ranges of its parts; `columns` is the row's
+// width, and what lies beyond it is 0. kAligned: all in one part.
+template <bool kAligned, class Values>
+__device__ inline void add_to_ranges(Range (&ranges)[2], int k_lo, int column, const Values& x) {
+  if constexpr (kAligned) {
+    Range range;
+#pragma unroll
+    for (int i = 0; i < kChunkColumns; ++i) range.add(x[i]);
+    if (column < k_lo) {
+      ranges[0].merge(range);
+    } else {
+      ranges[1].merge(range);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kChunkColumns; ++i) {
+      if (column + i < k_lo) {
+        ranges[0].add(x[i]);
+      } else {
+        ranges[1].add(x[i]);
+      }
+    }
+  }
+}
+
+}  // namespace resq::cuda
