@@ -13,6 +13,36 @@ struct MixedGemmShape {
   bool packed;  // low activations as nibbles
 };
 
+// Blocks that share K leave int32 planes of this many columns (mixed_gemm_splits.cuh): splits + 1
+// of them, as at most one split works on both parts.
+RESQ_HOST_DEVICE constexpr int64_t split_plane_columns(int64_t n) {
+  return align_up(n, kCudaBlockRows);
+}
+constexpr int64_t split_bytes(const MixedGemmShape& s, int64_t splits) {
+  return splits > 1 ? (splits + 1) * s.rows * split_plane_columns(s.n) * int64_t{4} : 0;
+}
+
+// Activation rows whose columns are no multiple of these cannot be read with a kernel's aligned
+// loads; they are copied into the workspace, padded with zeros (mixed_gemm_pad_rows.cu). Every
+// model's sizes but those of 896 columns (784 | 112, in the sm_80 kernel) are.
+struct RowUnits {
+  int64_t lo, hi;
+};
+constexpr RowUnits small_batch_row_units() { return {8, 8}; }
+constexpr RowUnits sm80_row_units(bool packed) { return {packed ? 32 : 16, 16}; }  // 16 bytes
+
+constexpr int64_t padded_lo_bytes(const MixedGemmShape& s, const RowUnits& units) {
+  return s.k_lo % units.lo ? s.rows * cuda_packed_columns(s.k_lo) / (s.packed ? 2 : 1) : 0;
+}
+constexpr int64_t padded_hi_bytes(const MixedGemmShape& s, const RowUnits& units) {
+  return s.k_hi % units.hi ? s.rows * cuda_packed_columns(s.k_hi) : 0;
+}
+
+// The workspace: planes of splits, padded low rows, padded high rows.
+constexpr int64_t workspace_bytes(const MixedGemmShape& s, int64_t splits, const RowUnits& units) {
+  return split_bytes(s, splits) + padded_lo_bytes(s, units) + padded_hi_bytes(s, units);
+}
+
 // Up to here the weights' bytes decide the time, and reading them straight into registers is best.
 inline constexpr int64_t kSmallBatchRows = 64;
 
@@ -25,7 +55,7 @@ inline MixedGemmChoice small_batch_choice(const MixedGemmShape& s, int sms) {
   const int64_t splits = std::clamp<int64_t>(sms / tiles, 1, std::min<int64_t>(most, 16));
   return {MixedGemmKernel::kSmallBatch, static_cast<int>(tile_rows),
           static_cast<int>(kCudaBlockRows), static_cast<int>(splits),
-          splits > 1 ? splits * 2 * s.rows * s.n * int64_t{sizeof(int32_t)} : 0};
+          workspace_bytes(s, splits, small_batch_row_units())};
 }
 
 inline MixedGemmChoice mixed_gemm_choice(const MixedGemmShape& s, Family family, int sms) {

@@ -1,0 +1,103 @@
+"""The small-batch kernel of mixed_gemm has the bits of the reference, on every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulation import Emulated
+from gemm_cases import DTYPES, assert_exact, bits, make_case
+
+# (N, K_lo, K_hi): odd N; K that ends inside a step, inside eight codes, at a whole chunk; more
+# chunks than are in flight; parts without columns.
+WEIGHTS = [
+    (64, 512, 256),
+    (70, 784, 112),
+    (33, 6, 3),
+    (1, 66, 33),
+    (17, 0, 40),
+    (130, 96, 0),
+    (24, 2304, 320),
+]
+KERNEL = "small_batch"
+
+
+def splits(device: Emulated, rows: int, weight: tuple[int, int, int], packed: bool = True) -> int:
+    kernel = device.mixed_gemm_kernel(rows, *weight, packed, 0)
+    assert kernel.startswith(KERNEL)
+    return int(kernel.rpartition("=")[2])
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "containers"])
+@pytest.mark.parametrize("weight", WEIGHTS, ids=str)
+def test_small_batch_has_the_bits_of_the_reference(
+    device: Emulated, weight: tuple[int, int, int], packed: bool
+) -> None:
+    for index, rows in enumerate([1, 3, 8, 16, 17, 33, 64]):
+        splits(device, rows, weight, packed)
+        dtype = DTYPES[index % 3]
+        assert_exact(make_case(rows, weight, packed, dtype, dtype), device)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [None, *DTYPES], ids=str)
+def test_small_batch_takes_every_dtype(
+    sm80: Emulated, bias: torch.dtype | None, out_dtype: torch.dtype
+) -> None:
+    for n in (64, 41):  # 16-byte stores and single ones
+        assert_exact(make_case(5, (n, 128, 32), bias=bias, out_dtype=out_dtype), sm80)
+
+
+@pytest.mark.parametrize("weight", [(64, 1024, 256), (70, 784, 112), (8, 0, 512), (9, 1100, 0)])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_small_batch_splits_are_exact(
+    sm80: Emulated, arch: int, weight: tuple[int, int, int]
+) -> None:
+    whole, split = Emulated(arch, sms=1), Emulated(arch, sms=64)
+    for rows in (1, 9, 40):
+        assert splits(whole, rows, weight) == 1
+        assert splits(split, rows, weight) > 1
+        case = make_case(rows, weight, bias=torch.bfloat16, out_dtype=torch.float16)
+        assert torch.equal(assert_exact(case, split), case.run(whole))
+
+
+def test_small_batch_row_does_not_depend_on_the_batch(device: Emulated) -> None:
+    case = make_case(64, (70, 784, 112))
+    whole = assert_exact(case, device)
+    for begin, end in [(0, 1), (57, 58), (3, 12), (20, 40), (31, 64)]:
+        assert torch.equal(case.rows(begin, end).run(device), whole[begin:end])
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "containers"])
+def test_small_batch_holds_the_largest_sums(device: Emulated, packed: bool) -> None:
+    # 256 or 16 times a sum of K products of the most negative codes; 2^30 at K = 65536.
+    case = make_case(2, (16, 4096, 512), packed, extreme=True)
+    assert_exact(case, device)
+
+
+def test_small_batch_answers_nan_for_rows_of_nan_scales(device: Emulated) -> None:
+    case = make_case(9, (40, 128, 32), out_dtype=torch.bfloat16)
+    case.params[4, 0] = torch.nan
+    case.params[7, 2] = torch.inf
+    out = assert_exact(case, device)
+    assert out[4].isnan().all() and not out[3].isnan().any()
+
+
+def test_small_batch_without_any_columns_is_the_bias(sm80: Emulated) -> None:
+    assert_exact(make_case(3, (17, 0, 0)), sm80)
+    assert_exact(make_case(3, (17, 0, 0), bias=None), sm80)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "containers"])
+def test_small_batch_shows_every_wrong_code(device: Emulated, packed: bool) -> None:
+    case = make_case(4, (20, 200, 40), packed, bias=None)
+    right = assert_exact(case, device)
+    changes = [("q_lo", (2, 77), 16), ("q_hi", (1, 39), 1), ("codes_lo", (19, 99), 16)]
+    for name, at, change in changes:
+        wrong = case._replace(**{name: getattr(case, name).clone()})
+        getattr(wrong, name)[at] ^= change
+        row = slice(None) if name.startswith("codes") else at[0]
+        column = at[0] if name.startswith("codes") else slice(None)
+        differs = bits(wrong.run(device)) != bits(right)
+        assert differs[row, column].any(), name
+        differs[row, column] = False
+        assert not differs.any(), name
