@@ -14,7 +14,4 @@ namespace resq::cuda {
 [[gnu::weak]] void mixed_gemm_sm80(const MixedGemmParams&, const MixedGemmChoice&, void*, Stream) {
   RESQ_PENDING("sm80");
 }
-[[gnu::weak]] void mixed_gemm_sm90(const MixedGemmParams&, const MixedGemmChoice&, void*, Stream) {
-  RESQ_PENDING("sm90");
-}
 }  // namespace resq::cuda

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "ops/mixed_gemm/mixed_gemm_cuda.h"
+#include "ops/mixed_gemm/mixed_gemm_sm90.h"
 
 namespace resq::cuda {
 
@@ -58,10 +59,23 @@ inline MixedGemmChoice small_batch_choice(const MixedGemmShape& s, int sms) {
           workspace_bytes(s, splits, small_batch_row_units())};
 }
 
+// The tile with the least time by the model of mixed_gemm_sm90.h.
+inline MixedGemmChoice sm90_choice(const MixedGemmShape& s, int sms) {
+  const Sm90Tile* best = nullptr;
+  for (const Sm90Tile& tile : kSm90Tiles) {
+    const auto time = [&](const Sm90Tile& t) {
+      return sm90_time(t, s.rows, s.n, s.k_lo + s.k_hi, sms);
+    };
+    if (best == nullptr || time(tile) < time(*best)) best = &tile;
+  }
+  const int64_t workspace = sm90_rows(s.rows, s.k_lo, s.packed, s.k_hi).workspace_bytes;
+  return {MixedGemmKernel::kSm90, best->tokens, kSm90TileWeights, 1, workspace};
+}
+
 inline MixedGemmChoice mixed_gemm_choice(const MixedGemmShape& s, Family family, int sms) {
   if (family == Family::kPortable || s.rows <= kSmallBatchRows) return small_batch_choice(s, sms);
   if (family == Family::kSm80) return {MixedGemmKernel::kSm80, 128, 128, 1, 0};
-  return {MixedGemmKernel::kSm90, 128, 128, 1, 0};
+  return sm90_choice(s, sms);
 }
 
 }  // namespace resq::cuda

@@ -1,0 +1,116 @@
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/tensor_map.h"
+#include "ops/mixed_gemm/mixed_gemm_cuda.h"
+#include "ops/mixed_gemm/mixed_gemm_rows_sm90.cuh"
+#include "ops/mixed_gemm/mixed_gemm_sm90.cuh"
+
+namespace resq::cuda {
+namespace {
+
+constexpr const char* kOp = "mixed_gemm";
+
+template <bool kPacked>
+void launch_expand(const void* source, int64_t source_bytes, int64_t rows, uint8_t* out,
+                   int64_t stride, cudaStream_t stream) {
+  const int64_t pieces = rows * (stride / kSm90RowBytes);
+  const auto blocks = static_cast<unsigned>(ceil_div(pieces, kRowsThreads));
+  expand_rows<kPacked><<<blocks, kRowsThreads, 0, stream>>>(static_cast<const uint8_t*>(source),
+                                                            source_bytes, out, stride, pieces);
+  check_launch(kOp);
+}
+
+int current_sms() {
+  int index = 0;
+  cudaGetDevice(&index);
+  return device(index).sms;
+}
+
+template <int kTokens, class Out>
+void launch_kernel(Sm90Launch launch, const uint8_t* q_lo, const uint8_t* q_hi,
+                   const Sm90Rows& rows, cudaStream_t stream) {
+  const MixedGemmParams& p = launch.p;
+  using Cluster = ClusterTile<kTokens>;
+  constexpr int kBox = kTokens / Cluster::kWeightBlocks;  // tokens of one copy
+  if (p.k_lo > 0) launch.lo = byte_rows_map(kOp, q_lo, p.rows, p.k_lo, rows.lo_stride, kBox);
+  if (p.k_hi > 0) launch.hi = byte_rows_map(kOp, q_hi, p.rows, p.k_hi, rows.hi_stride, kBox);
+  launch.token_tiles = static_cast<int>(ceil_div(p.rows, kTokens * Cluster::kTokenBlocks));
+  launch.weight_tiles = static_cast<int>(ceil_div(p.n, kTileWeights * Cluster::kWeightBlocks));
+  launch.tiles = launch.token_tiles * launch.weight_tiles;
+
+  const auto kernel = mixed_gemm_sm90_kernel<kTokens, Out>;
+  constexpr int kShared = sizeof(SharedPlan<kTokens, Out>);
+  static_assert(kShared <= kSm90SharedBytes);
+  allow_shared_bytes(kOp, reinterpret_cast<const void*>(kernel), kShared);
+
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kClusterBlocks, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim =
+      dim3(kClusterBlocks * std::min(launch.tiles, std::max(current_sms() / kClusterBlocks, 1)));
+  config.blockDim = dim3(kSm90Threads);
+  config.dynamicSmemBytes = kShared;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, launch);
+  check_launch(kOp);
+}
+
+template <int kTokens>
+void launch_of_type(const Sm90Launch& launch, const uint8_t* q_lo, const uint8_t* q_hi,
+                    const Sm90Rows& rows, cudaStream_t stream) {
+  switch (launch.p.out_type) {
+    case FloatType::kFloat16:
+      return launch_kernel<kTokens, __half>(launch, q_lo, q_hi, rows, stream);
+    case FloatType::kBFloat16:
+      return launch_kernel<kTokens, __nv_bfloat16>(launch, q_lo, q_hi, rows, stream);
+    case FloatType::kFloat32:
+      return launch_kernel<kTokens, float>(launch, q_lo, q_hi, rows, stream);
+  }
+}
+
+}  // namespace
+
+void mixed_gemm_sm90(const MixedGemmParams& p, const MixedGemmChoice& choice, void* workspace,
+                     Stream stream_handle) {
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  const Sm90Rows rows = sm90_rows(p.rows, p.k_lo, p.q_lo_packed, p.k_hi);
+  auto* space = static_cast<uint8_t*>(workspace);
+  const auto* q_lo = static_cast<const uint8_t*>(p.q_lo);
+  const auto* q_hi = reinterpret_cast<const uint8_t*>(p.q_hi);
+  if (rows.expand_lo && p.q_lo_packed) {
+    launch_expand<true>(q_lo, p.k_lo / 2, p.rows, space, rows.lo_stride, stream);
+  } else if (rows.expand_lo) {
+    launch_expand<false>(q_lo, p.k_lo, p.rows, space, rows.lo_stride, stream);
+  }
+  if (rows.expand_lo) q_lo = space;
+  if (rows.expand_hi) {
+    launch_expand<false>(q_hi, p.k_hi, p.rows, space + rows.hi_offset, rows.hi_stride, stream);
+    q_hi = space + rows.hi_offset;
+  }
+
+  Sm90Launch launch{};
+  launch.p = p;
+  launch.lo_stages = part_stages(p.k_lo);
+  launch.hi_stages = part_stages(p.k_hi);
+  launch.block_bytes = cuda_block_bytes(p.k_lo, p.k_hi);
+  launch.block_lo_bytes = cuda_block_lo_bytes(p.k_lo);
+  launch.last_block = static_cast<int>(cuda_packed_blocks(p.n)) - 1;
+  switch (choice.tile_rows) {
+    case 32: return launch_of_type<32>(launch, q_lo, q_hi, rows, stream);
+    case 64: return launch_of_type<64>(launch, q_lo, q_hi, rows, stream);
+    case 128: return launch_of_type<128>(launch, q_lo, q_hi, rows, stream);
+    case 192: return launch_of_type<192>(launch, q_lo, q_hi, rows, stream);
+    default: break;
+  }
+  throw std::runtime_error("mixed_gemm: tile_rows: expected 32, 64, 128 or 192, got " +
+                           std::to_string(choice.tile_rows));
+}
+
+}  // namespace resq::cuda

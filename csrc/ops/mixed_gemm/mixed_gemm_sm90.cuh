@@ -1,0 +1,135 @@
+// mixed_gemm on sm_90a: D = W X^T by wgmma, weights from registers, tokens from shared memory.
+//
+// Persistent blocks of three warpgroups walk over tiles of 128 weight rows x kTokens tokens: one
+// warpgroup has a thread that copies, two multiply 64 weight rows each. Both parts' sums stay exact
+// in registers until the epilogue, as the numerics contract asks. The copying thread runs ahead
+// into the next tile during the epilogue. Two blocks form a cluster and share tokens or weights.
+#pragma once
+
+#include "cuda/launch.h"
+#include "ops/mixed_gemm/mixed_gemm_epilogue_sm90.cuh"
+#include "ops/mixed_gemm/mixed_gemm_mainloop_sm90.cuh"
+
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "mixed_gemm_sm90 needs wgmma: compile it for sm_90a"
+#endif
+
+namespace resq::cuda {
+
+inline constexpr int kSm90Threads = 128 * (1 + kConsumers);
+inline constexpr int kSm90SharedBytes = 227 * 1024;
+
+// Registers of a thread after the split: 128 x 24 + 256 x 240 <= 65536.
+inline constexpr int kProducerRegisters = 24;
+inline constexpr int kConsumerRegisters = 240;
+
+template <int kTokens, class Out>
+struct SharedPlan {
+  using Epilogues = EpilogueShared<kTokens, Out>[kConsumers];
+  static constexpr int kLeft = kSm90SharedBytes - static_cast<int>(sizeof(Epilogues));
+  static constexpr int kStages = kLeft / static_cast<int>(sizeof(Stage<kTokens>) + 32);
+  static_assert(sizeof(Stage<kTokens>) % 1024 == 0);
+
+  Ring<kTokens, kStages> ring;
+  Epilogues epilogues;
+};
+
+// The kernel's argument. What the host can compute is computed there: the copying thread has 24
+// registers.
+struct Sm90Launch {
+  MixedGemmParams p;
+  CUtensorMap lo, hi;  // of the activation rows
+  PartStages lo_stages, hi_stages;
+  int64_t block_bytes, block_lo_bytes;  // of 64 packed weight rows
+  int last_block;
+  int token_tiles, weight_tiles, tiles;  // of a cluster, as in ClusterTile
+};
+
+// A cluster's tile is two blocks' tiles.
+template <int kTokens>
+struct ClusterTile {
+  static constexpr bool kShares = sm90_shares_tokens(kTokens);
+  static constexpr int kTokenBlocks = kShares ? 1 : kClusterBlocks;
+  static constexpr int kWeightBlocks = kShares ? kClusterBlocks : 1;
+};
+
+// Order of the tiles: groups of token tiles that stay in L2, inside a group the tokens change
+// first, so that blocks that run together read few weights from memory and each of them once.
+inline constexpr int kTokenTilesOfGroup = 16;
+
+struct Tile {
+  int token, weight_block;  // first token, first block of 64 weight rows
+};
+template <int kTokens>
+__device__ inline Tile tile_at(const Sm90Launch& launch, int index, int rank) {
+  using Cluster = ClusterTile<kTokens>;
+  const int group_tiles = kTokenTilesOfGroup * launch.weight_tiles;
+  const int first = index / group_tiles * kTokenTilesOfGroup;
+  const int tokens = min(kTokenTilesOfGroup, launch.token_tiles - first);
+  const int inside = index % group_tiles;
+  const int token = first + inside % tokens, weight = inside / tokens;
+  return {(Cluster::kShares ? token : token * kClusterBlocks + rank) * kTokens,
+          (Cluster::kShares ? weight * kClusterBlocks + rank : weight) * kConsumers};
+}
+
+template <int kTokens, class Out>
+__global__ void __launch_bounds__(kSm90Threads, 1)
+    mixed_gemm_sm90_kernel(const __grid_constant__ Sm90Launch launch) {
+  using Plan = SharedPlan<kTokens, Out>;
+  constexpr int kStages = Plan::kStages;
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  Plan& shared = *reinterpret_cast<Plan*>(shared_bytes);
+  const MixedGemmParams& p = launch.p;
+  // Through a shuffle, so that the compiler knows it to be the same in a warp.
+  const uint32_t warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  const int rank = static_cast<int>(blockIdx.x) % kClusterBlocks;
+  const int clusters = static_cast<int>(gridDim.x) / kClusterBlocks;
+  const PartStages lo = launch.lo_stages, hi = launch.hi_stages;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      mbarrier_init(&shared.ring.full[i], 1);
+      mbarrier_init(&shared.ring.empty[i], kClusterBlocks * kConsumerWarps);
+    }
+    mbarrier_init_fence();
+  }
+  cluster_sync();
+
+  if (warpgroup == 0) {
+    warpgroup_registers_decrease<kProducerRegisters>();
+    if (threadIdx.x == 0) {
+      if (p.k_lo > 0) prefetch_tensor_map(&launch.lo);
+      if (p.k_hi > 0) prefetch_tensor_map(&launch.hi);
+      Producer<kTokens, kStages> producer{shared.ring, rank, {}};
+      for (int t = static_cast<int>(blockIdx.x) / kClusterBlocks; t < launch.tiles; t += clusters) {
+        const Tile tile = tile_at<kTokens>(launch, t, rank);
+        using Source = TileSource<kTokens>;
+        const int first = tile.weight_block + (sm90_shares_tokens(kTokens) ? 0 : rank);
+        Source source{{}, tile.token};
+        for (int c = 0; c < Source::kBlocks; ++c) {  // the last block again instead of none
+          const int block = min(first + c, launch.last_block);
+          source.weights[c] = p.packed_weight + block * launch.block_bytes;
+        }
+        producer.load_part(source, &launch.lo, lo, 0, kLoStageBytes);
+        producer.load_part(source, &launch.hi, hi, launch.block_lo_bytes, kHiStageBytes);
+      }
+    }
+    __syncwarp();
+  } else {
+    warpgroup_registers_increase<kConsumerRegisters>();
+    Consumer<kTokens, kStages> consumer{shared.ring, threadIdx.x - 128, {}};
+    for (int t = static_cast<int>(blockIdx.x) / kClusterBlocks; t < launch.tiles; t += clusters) {
+      const Tile tile = tile_at<kTokens>(launch, t, rank);
+      forget(consumer.thread);
+      Epilogue<kTokens, Out> epilogue{p, shared.epilogues, consumer.thread};
+      uint32_t sums_lo[kTokens / 2], sums_hi[kTokens / 2];
+      epilogue.fetch(tile.token, (tile.weight_block + consumer.thread / 128) * kBlockColumns);
+      consumer.multiply_tile(lo, hi, sums_lo, sums_hi);
+      epilogue.write(sums_lo, sums_hi);
+    }
+  }
+  // A block's shared memory must outlive what its cluster still writes and signals there.
+  cluster_sync();
+}
+
+}  // namespace resq::cuda

@@ -1,0 +1,186 @@
+"""mixed_gemm on sm_90a (wgmma) has the bits of the reference; every access is checked."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import emulation
+import pytest
+import torch
+
+from resq_kernels import reference
+from resq_kernels.formats import pack_int4, weight_sums
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Tokens of a tile -> rows and N for which a device of four multiprocessors, two clusters of two
+# blocks, chooses it.
+TILES = {
+    32: [(65, 64), (128, 1), (80, 120)],
+    64: [(130, 128), (200, 77), (400, 64)],
+    128: [(130, 200), (200, 256), (256, 140)],
+    192: [(257, 130), (384, 250), (384, 500)],
+}
+# The same with several turns of the clusters and the K of their test.
+TURNS = {32: (80, 120), 64: (400, 64), 128: (256, 500), 192: (384, 500)}
+# (K_lo, K_hi): whole stages of 128 columns, half stages, tails of both, rows that are no multiple
+# of 16 bytes, parts without columns, more stages than the ring holds.
+COLUMNS = [(256, 128), (448, 64), (200, 72), (130, 65), (0, 224), (192, 0), (1568, 224)]
+
+
+class Case(NamedTuple):
+    """Arguments of reference.mixed_gemm."""
+
+    q_lo: torch.Tensor
+    q_hi: torch.Tensor
+    params: torch.Tensor
+    codes_lo: torch.Tensor
+    codes_hi: torch.Tensor
+    weight_scale: torch.Tensor
+    bias: torch.Tensor | None
+    out_dtype: torch.dtype
+
+    def call(self, device: emulation.Emulated, tile: int | None = None) -> torch.Tensor:
+        rows, n = self.params.shape[0], self.codes_lo.shape[0]
+        packed = self.q_lo.dtype == torch.uint8
+        k_lo, k_hi = self.codes_lo.shape[1] * 2, self.codes_hi.shape[1]
+        kernel = device.mixed_gemm_kernel(rows, n, k_lo, k_hi, packed, 0)
+        assert kernel.startswith("sm90 " if tile is None else f"sm90 {tile}x128"), kernel
+        packed_weight = device.pack_weight(self.codes_lo, self.codes_hi)
+        sums = weight_sums(self.codes_lo, self.codes_hi)
+        return device.mixed_gemm(
+            *self[:3], packed_weight, self.weight_scale, sums, self.bias, self.out_dtype
+        )
+
+    def expected(self) -> torch.Tensor:
+        return reference.mixed_gemm(*self)
+
+
+def make_case(
+    rows: int,
+    n: int,
+    k_lo: int,
+    k_hi: int,
+    form: str = "containers",
+    bias: torch.dtype | None = None,
+    out_dtype: torch.dtype = torch.float16,
+) -> Case:
+    """Random codes of the whole range; `form` is nibbles, containers or bytes (8-bit codes)."""
+
+    def codes(low: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, -low, shape, dtype=torch.int8)
+
+    q_lo = codes(-128 if form == "bytes" else -8, rows, k_lo)
+    if form == "bytes":
+        q_lo = torch.where(torch.rand(q_lo.shape) < 0.1, torch.tensor(-128, dtype=torch.int8), q_lo)
+    params = torch.rand(rows, 4)
+    params[:, 1::2] = torch.randint(-128, 128, (rows, 2)).float()
+    return Case(
+        pack_int4(q_lo) if form == "nibbles" else q_lo,
+        codes(-128, rows, k_hi),
+        params,
+        pack_int4(codes(-8, n, k_lo)),
+        codes(-128, n, k_hi),
+        torch.rand(n, 2) - 0.3,
+        None if bias is None else torch.randn(n).to(bias),
+        out_dtype,
+    )
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal with the sign of zero; NaN equals NaN."""
+    view = torch.int32 if a.dtype == torch.float32 else torch.int16
+    bits = a.contiguous().view(view) == b.contiguous().view(view)
+    return a.dtype == b.dtype and bool((bits | (a.isnan() & b.isnan())).all())
+
+
+@pytest.mark.parametrize("columns", COLUMNS, ids=str)
+@pytest.mark.parametrize("tile", TILES)
+def test_equals_the_reference(
+    tile: int, columns: tuple[int, int], sm90: emulation.Emulated
+) -> None:
+    for index, (rows, n) in enumerate(TILES[tile]):
+        form = ["containers", "nibbles", "bytes"][(index + COLUMNS.index(columns)) % 3]
+        case = make_case(rows, n, *columns, form, DTYPES[index - 1], DTYPES[index])
+        assert same_bits(case.call(sm90, tile), case.expected()), (rows, n, form)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [None, *DTYPES], ids=str)
+@pytest.mark.parametrize("n", [72, 75])
+def test_equals_the_reference_in_every_dtype(
+    n: int, bias: torch.dtype | None, out_dtype: torch.dtype, sm90: emulation.Emulated
+) -> None:
+    case = make_case(65, n, 224, 32, "nibbles", bias, out_dtype)
+    assert same_bits(case.call(sm90), case.expected())
+
+
+def test_without_any_columns_is_the_bias(sm90: emulation.Emulated) -> None:
+    case = make_case(65, 72, 0, 0, bias=torch.float32, out_dtype=torch.float32)
+    case.bias[3] = -0.0
+    assert same_bits(case.call(sm90), case.expected())
+    assert same_bits(case._replace(bias=None).call(sm90), torch.zeros(65, 72))
+
+
+def test_a_part_without_columns_keeps_the_sign_of_zero(sm90: emulation.Emulated) -> None:
+    for k_lo, k_hi in [(64, 0), (0, 64)]:
+        case = make_case(65, 64, k_lo, k_hi, out_dtype=torch.float32)
+        case.params[:, 1::2] = 0
+        case.params[::2, 0::2] = 0
+        case.params[:, 2 if k_hi == 0 else 0] = torch.nan  # of the absent part: not looked at
+        expected = case.expected()
+        assert (expected.signbit() & (expected == 0)).any()
+        assert same_bits(case.call(sm90), expected)
+
+
+def test_nan_scales_reach_their_rows_and_columns_only(sm90: emulation.Emulated) -> None:
+    case = make_case(130, 140, 224, 32)
+    case.params[7, 0], case.params[129, 2], case.weight_scale[139, 1] = (torch.nan,) * 3
+    actual = case.call(sm90)
+    assert same_bits(actual, case.expected())
+    assert actual[[7, 129]].isnan().all() and actual[:, 139].isnan().all()
+    assert int(actual.isnan().sum()) == 2 * 140 + 128
+
+
+@pytest.mark.parametrize("columns", [(65536, 0), (0, 65536)], ids=str)
+def test_extreme_codes_are_exact(columns: tuple[int, int], sm90: emulation.Emulated) -> None:
+    """The largest K: 16 x the low sum reaches 2^30 in the accumulator, d_hi almost 2^31."""
+    case = make_case(65, 2, *columns, "bytes", out_dtype=torch.float32)
+    case.q_lo.fill_(-128), case.q_hi.fill_(-128)
+    case.params[:, 1::2] = 127
+    case.codes_lo.fill_(0x88), case.codes_hi.fill_(-128)
+    case.codes_lo[1], case.codes_hi[1] = 0x77, 127
+    assert same_bits(case.call(sm90), case.expected())
+
+
+def test_a_row_does_not_depend_on_the_batch_or_the_tile(sm90: emulation.Emulated) -> None:
+    case = make_case(384, 200, 448, 64, "nibbles")
+    whole = case.call(sm90, 192)
+    for begin, end, tile in [(0, 65, 64), (70, 270, 128), (319, 384, 64)]:
+        rows = (tensor[begin:end].clone() for tensor in case[:3])
+        part = Case(*rows, *case[3:]).call(sm90, tile)
+        assert same_bits(part, whole[begin:end])
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("tile", TILES)
+def test_the_order_of_warps_does_not_matter(tile: int, seed: int, sm90: emulation.Emulated) -> None:
+    case = make_case(*TURNS[tile], 960, 192)
+    shuffled = emulation.Emulated(sm90.arch, seed=seed, async_="early" if seed == 3 else "late")
+    assert same_bits(case.call(shuffled, tile), case.expected())
+
+
+@pytest.mark.parametrize("sms", [2, 6])
+def test_the_number_of_multiprocessors_does_not_matter(sms: int, sm90: emulation.Emulated) -> None:
+    """One cluster takes all tiles; three clusters have turns of unequal length."""
+    case = make_case(300, 400, 448, 64)
+    assert same_bits(case.call(emulation.Emulated(sm90.arch, sms=sms)), case.expected())
+
+
+@pytest.mark.parametrize("name", ["q_lo", "q_hi", "codes_lo", "codes_hi"])
+def test_feels_one_code(name: str, sm90: emulation.Emulated) -> None:
+    """The comparisons above would fail on a kernel that gets a single code wrong by one."""
+    case = make_case(130, 140, 448, 64, bias=None, out_dtype=torch.float32)
+    wrong = getattr(case, name).clone()
+    wrong[129, 23] ^= 1
+    changed = (case._replace(**{name: wrong}).call(sm90) != case.expected()).nonzero()
+    assert set(changed[:, 1 if name.startswith("codes") else 0].tolist()) == {129}
