@@ -81,3 +81,33 @@ def test_decode_fills_the_multiprocessors(core: ModuleType) -> None:
     choice = core.mixed_gemm_choice(1, 4096, 3584, 512, False, core.CudaFamily.SM90, 132)
     blocks = 4096 // choice.tile_columns * choice.splits
     assert blocks >= 128
+
+
+@pytest.mark.parametrize(
+    ("rows", "tiles"),
+    [(65, (64, 32, 128, 32)), (256, (128, 64, 128, 64)), (2048, (192, 192, 192, 192))],
+)
+def test_tiles_of_llama_3_8b_on_an_h200(
+    rows: int, tiles: tuple[int, ...], core: ModuleType
+) -> None:
+    """qkv, o, gate_up and down: the model of mixed_gemm_sm90.h, until a GPU measures it."""
+    layers = [(6144, 3584, 512), (4096, 3584, 512), (28672, 3584, 512), (4096, 14336, 0)]
+    for (n, k_lo, k_hi), tile in zip(layers, tiles, strict=True):
+        choice = core.mixed_gemm_choice(rows, n, k_lo, k_hi, False, core.CudaFamily.SM90, 132)
+        assert choice.kernel == core.MixedGemmKernel.SM90
+        assert (choice.tile_rows, choice.tile_columns, choice.splits) == (tile, 128, 1)
+        assert choice.workspace_bytes == 0  # int8 rows of whole 16 bytes are read where they are
+
+
+def test_sm90_workspace_holds_the_rows_that_it_rewrites(core: ModuleType) -> None:
+    """Nibbles, and rows that are no multiple of 16 bytes, become padded int8 rows."""
+
+    def workspace(k_lo: int, k_hi: int, packed: bool) -> int:
+        family = core.CudaFamily.SM90
+        return core.mixed_gemm_choice(100, 64, k_lo, k_hi, packed, family, 132).workspace_bytes
+
+    assert workspace(64, 32, True) == 100 * 64
+    assert workspace(66, 32, False) == 100 * 80
+    assert workspace(64, 33, False) == 100 * 48
+    assert workspace(66, 33, True) == 8192 + 100 * 48  # the second region is aligned to 256
+    assert workspace(0, 32, True) == workspace(0, 0, False) == 0

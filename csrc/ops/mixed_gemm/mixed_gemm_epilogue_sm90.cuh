@@ -92,7 +92,9 @@ struct Epilogue {
 
   // Each thread finishes what it fetched itself; then all may read it. A part or bias that is
   // absent becomes -0, which changes no value that it is added to, -0 included; without any part
-  // the output starts from +0.
+  // the output starts from +0. The low weight sums get the factor of the low sums of products and
+  // the low scales lose it: powers of two change no rounding of scales from 2^-122 on, and the
+  // quantizer's are at least 2^-60.
   __device__ void finish_fetch() {
     asm volatile("cp.async.wait_all;" ::: "memory");
     const bool lo = p.k_lo > 0, hi = p.k_hi > 0;
@@ -101,13 +103,13 @@ struct Epilogue {
 #pragma unroll 1
     for (uint32_t t = member; t < kTokens; t += 128) {
       const float4 v = shared.rows[t];
-      shared.rows[t] = {lo ? v.x : 0.0f, hi ? v.z : 0.0f, __uint_as_float(exact_integer(v.y)),
-                        __uint_as_float(exact_integer(v.w))};
+      shared.rows[t] = {lo ? v.x / kLoFactor : 0.0f, hi ? v.z : 0.0f,
+                        __uint_as_float(exact_integer(v.y)), __uint_as_float(exact_integer(v.w))};
     }
     if (member < kBlockColumns) {
       ColumnScales& c = shared.columns[member];
       if (!lo) c.lo = hi ? -0.0f : 0.0f;
-      if (!lo) c.sum_lo = 0;
+      c.sum_lo = lo ? c.sum_lo * kLoFactor : 0;
       if (!hi) c.hi = -0.0f;
       if (!hi) c.sum_hi = 0;
     }
@@ -121,9 +123,8 @@ struct Epilogue {
 
   static __device__ float output(uint32_t sum_lo, uint32_t sum_hi, const OutputRow& r,
                                  const OutputColumn& c) {
-    const int32_t lo = static_cast<int32_t>(sum_lo) >> kLoShift;  // exact
-    const float both =
-        __fadd_rn(output_lo(lo, r, c), output_hi(static_cast<int32_t>(sum_hi), r, c));
+    const float lo = output_lo(static_cast<int32_t>(sum_lo), r, c);
+    const float both = __fadd_rn(lo, output_hi(static_cast<int32_t>(sum_hi), r, c));
     return __fadd_rn(both, c.bias);
   }
 

@@ -4,8 +4,9 @@
 //
 // wgmma's 8-bit operands are the only ones for integers on sm_90, so 4-bit weights become bytes in
 // registers: a packed byte holds two rows' codes, and one AND leaves 16 times the code of one of
-// them. The low sums are therefore 16 x the sum of codes times codes. They fit in int32: with 8-bit
-// activations |16 sum| <= 16 * 128 * 8 * K < 2^31 up to K = 131071, and K is at most 65536.
+// them. The low sums are therefore 16 x the sums of codes times codes. With a row's zero point
+// taken off they are at most 16 * 255 * 8 * K < 2^31 for every K up to 65536, also with 8-bit
+// activations.
 #pragma once
 
 #include "core/packed_weight_cuda.h"
@@ -22,7 +23,7 @@ inline constexpr int kTileWeights = kConsumers * static_cast<int>(kCudaBlockRows
 static_assert(kTileWeights == kSm90TileWeights);
 inline constexpr int kClusterBlocks = kSm90ClusterBlocks;
 inline constexpr uint16_t kWholeCluster = (1 << kClusterBlocks) - 1;
-inline constexpr int kLoShift = 4;  // the low sums hold 2^4 x the sum
+inline constexpr int kLoFactor = 16;  // in the low sums
 
 // Makes the compiler forget what it has derived from a value, so that it does not keep that in
 // registers across a loop: at 192 tokens the sums leave 48 of them.
@@ -197,7 +198,7 @@ struct Consumer {
     position.advance();
   }
 
-  // One tile: sums of codes times codes, the low ones shifted by kLoShift.
+  // One tile: sums of codes times codes, the low ones times kLoFactor.
   __device__ void multiply_tile(PartStages lo, PartStages hi, uint32_t (&sums_lo)[kTokens / 2],
                                 uint32_t (&sums_hi)[kTokens / 2]) {
 #pragma unroll

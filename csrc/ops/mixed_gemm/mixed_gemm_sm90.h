@@ -53,8 +53,9 @@ constexpr Sm90Rows sm90_rows(int64_t rows, int64_t k_lo, bool lo_packed, int64_t
   r.expand_hi = k_hi % kSm90RowBytes != 0;
   r.lo_stride = align_up(k_lo, kSm90RowBytes);
   r.hi_stride = align_up(k_hi, kSm90RowBytes);
-  r.hi_offset = r.expand_lo ? align_up(rows * r.lo_stride, kSm90WorkspaceAlignment) : 0;
-  r.workspace_bytes = r.hi_offset + (r.expand_hi ? rows * r.hi_stride : 0);
+  const int64_t lo_bytes = r.expand_lo ? rows * r.lo_stride : 0;
+  r.hi_offset = align_up(lo_bytes, kSm90WorkspaceAlignment);
+  r.workspace_bytes = r.expand_hi ? r.hi_offset + rows * r.hi_stride : lo_bytes;
   return r;
 }
 
