@@ -47,13 +47,36 @@ constexpr int64_t workspace_bytes(const MixedGemmShape& s, int64_t splits, const
 // Up to here the weights' bytes decide the time, and reading them straight into registers is best.
 inline constexpr int64_t kSmallBatchRows = 64;
 
+inline constexpr int64_t kMaxSplits = 16;
+
+// The splits of K that should take the least time, if `slots` blocks run at once and a tile takes
+// `units` of `unit_bytes`. In units: a wave takes its blocks' share of K and four units to fill the
+// pipeline; with splits the planes are written and read, and a second launch takes eight.
+inline int64_t best_splits(const MixedGemmShape& s, int64_t tiles, int64_t slots, int64_t units,
+                           int64_t unit_bytes) {
+  constexpr int64_t kStart = 4, kSecondLaunch = 8;
+  int64_t best = 1, best_cost = -1;
+  for (int64_t splits = 1; splits <= std::min(kMaxSplits, std::max<int64_t>(units / 8, 1));
+       ++splits) {
+    const int64_t waves = ceil_div(tiles * splits, slots);
+    const int64_t planes = 2 * split_bytes(s, splits) / (slots * unit_bytes);
+    const int64_t cost =
+        waves * (ceil_div(units, splits) + kStart) + (splits > 1 ? planes + kSecondLaunch : 0);
+    if (best_cost < 0 || cost < best_cost) best = splits, best_cost = cost;
+  }
+  return best;
+}
+
+// Blocks of a tile's height that fit on a multiprocessor (registers; mixed_gemm_small_batch.cuh).
+constexpr int64_t small_batch_blocks(int64_t tile_rows) {
+  return tile_rows <= 8 ? 3 : tile_rows <= 32 ? 2 : 1;
+}
+
 inline MixedGemmChoice small_batch_choice(const MixedGemmShape& s, int sms) {
-  const int64_t rows = std::min<int64_t>(align_up(s.rows, 8), kSmallBatchRows);
-  const int64_t tile_rows = rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 32 ? 32 : 64;
+  const int64_t tile_rows = s.rows <= 8 ? 8 : s.rows <= 16 ? 16 : s.rows <= 32 ? 32 : 64;
   const int64_t tiles = ceil_div(s.rows, tile_rows) * cuda_packed_blocks(s.n);
-  // A block should keep at least eight steps of K for its warps.
-  const int64_t most = std::max<int64_t>((cuda_lo_steps(s.k_lo) + cuda_hi_steps(s.k_hi)) / 8, 1);
-  const int64_t splits = std::clamp<int64_t>(sms / tiles, 1, std::min<int64_t>(most, 16));
+  const int64_t splits = best_splits(s, tiles, sms * small_batch_blocks(tile_rows),
+                                     cuda_lo_steps(s.k_lo) + cuda_hi_steps(s.k_hi), kCudaStepBytes);
   return {MixedGemmKernel::kSmallBatch, static_cast<int>(tile_rows),
           static_cast<int>(kCudaBlockRows), static_cast<int>(splits),
           workspace_bytes(s, splits, small_batch_row_units())};
@@ -72,9 +95,23 @@ inline MixedGemmChoice sm90_choice(const MixedGemmShape& s, int sms) {
   return {MixedGemmKernel::kSm90, best->tokens, kSm90TileWeights, 1, workspace};
 }
 
+// Tiles of 128 x 128 read the least; of 64 rows, two to a multiprocessor, fill a small grid better.
+inline MixedGemmChoice sm80_choice(const MixedGemmShape& s, int sms) {
+  constexpr int64_t kTileColumns = 128;
+  const int64_t large = ceil_div(s.rows, 128) * ceil_div(s.n, kTileColumns);
+  const int64_t tile_rows = large < sms ? 64 : 128;
+  const int64_t tiles = ceil_div(s.rows, tile_rows) * ceil_div(s.n, kTileColumns);
+  const int64_t slots = sms * (tile_rows == 64 ? 2 : 1);
+  const int64_t units = (s.packed ? ceil_div(cuda_lo_steps(s.k_lo), 2) : cuda_lo_steps(s.k_lo)) +
+                        cuda_hi_steps(s.k_hi) / 2;
+  const int64_t splits = large < sms ? best_splits(s, tiles, slots, units, 6 * kCudaStepBytes) : 1;
+  return {MixedGemmKernel::kSm80, static_cast<int>(tile_rows), static_cast<int>(kTileColumns),
+          static_cast<int>(splits), workspace_bytes(s, splits, sm80_row_units(s.packed))};
+}
+
 inline MixedGemmChoice mixed_gemm_choice(const MixedGemmShape& s, Family family, int sms) {
   if (family == Family::kPortable || s.rows <= kSmallBatchRows) return small_batch_choice(s, sms);
-  if (family == Family::kSm80) return {MixedGemmKernel::kSm80, 128, 128, 1, 0};
+  if (family == Family::kSm80) return sm80_choice(s, sms);
   return sm90_choice(s, sms);
 }
 

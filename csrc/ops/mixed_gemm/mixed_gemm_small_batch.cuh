@@ -17,6 +17,8 @@
 
 #include <type_traits>
 
+#include "cuda/copy_sm80.cuh"
+#include "cuda/mma_sm80.cuh"
 #include "ops/mixed_gemm/mixed_gemm_epilogue.cuh"
 #include "ops/mixed_gemm/mixed_gemm_splits.cuh"
 
@@ -26,7 +28,6 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kGroups = 4;          // of warps, along K
 constexpr int kStrips = 2;          // of a warp
 constexpr int kSumStride = 64 + 4;  // words; = 4 modulo 16, so that fragments do not clash
-constexpr uint32_t kHighNibbles = 0xf0f0f0f0;
 constexpr int kStepVectors = kCudaStepBytes / sizeof(uint4);
 constexpr int kPieceCodes = 8;  // of a row that a thread fetches at once
 
@@ -64,38 +65,21 @@ struct Part {
   int k;                // a multiple of 8
 };
 
-__device__ __forceinline__ uint4 load_streaming(const uint4* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
-}
-
-__device__ __forceinline__ void mma_s8(int32_t (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                       uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // A low fragment times the B fragment of 64 columns: two MMAs of 32 columns. In kMma a word is
 // eight columns of a row: even ones (low nibbles), then odd ones. In kWgmma it is four columns of
 // rows g (high nibbles) and g + 8.
 template <CudaLayout kLayout>
 __device__ __forceinline__ void multiply_lo(int32_t (&d)[4], const uint4& w, const uint4& b) {
-  const uint32_t x = (w.x << 4) & kHighNibbles, y = (w.y << 4) & kHighNibbles;
-  const uint32_t z = (w.z << 4) & kHighNibbles, v = (w.w << 4) & kHighNibbles;
-  const uint32_t X = w.x & kHighNibbles, Y = w.y & kHighNibbles;
-  const uint32_t Z = w.z & kHighNibbles, V = w.w & kHighNibbles;
+  const uint32_t low[4] = {low_nibbles_x16(w.x), low_nibbles_x16(w.y), low_nibbles_x16(w.z),
+                           low_nibbles_x16(w.w)};
+  const uint32_t high[4] = {high_nibbles_x16(w.x), high_nibbles_x16(w.y), high_nibbles_x16(w.z),
+                            high_nibbles_x16(w.w)};
   if constexpr (kLayout == CudaLayout::kMma) {
-    mma_s8(d, x, y, X, Y, b.x, b.y);
-    mma_s8(d, z, v, Z, V, b.z, b.w);
+    mma_s8(d, {low[0], low[1], high[0], high[1]}, b.x, b.y);
+    mma_s8(d, {low[2], low[3], high[2], high[3]}, b.z, b.w);
   } else {
-    mma_s8(d, X, x, Y, y, b.x, b.y);
-    mma_s8(d, Z, z, V, v, b.z, b.w);
+    mma_s8(d, {high[0], low[0], high[1], low[1]}, b.x, b.y);
+    mma_s8(d, {high[2], low[2], high[3], low[3]}, b.z, b.w);
   }
 }
 
@@ -127,7 +111,7 @@ __device__ __forceinline__ uint2 fetch_piece(const uint8_t* from, int left) {
 template <class P>
 __device__ __forceinline__ uint2 decode_piece(const uint2& piece) {
   if constexpr (P::kNibbles) {
-    const uint32_t even = (piece.x << 4) & kHighNibbles, odd = piece.x & kHighNibbles;
+    const uint32_t even = low_nibbles_x16(piece.x), odd = high_nibbles_x16(piece.x);
     if constexpr (P::kEvenOdd) return {even, odd};
     return {__byte_perm(even, odd, 0x5140), __byte_perm(even, odd, 0x7362)};
   } else if constexpr (P::kEvenOdd) {
@@ -213,7 +197,7 @@ __device__ __forceinline__ void run_part(const P& part, const uint8_t* weight, i
 #pragma unroll
           for (int strip = 0; strip < kStrips; ++strip) {
             const uint4& w = from[s][strip];
-            mma_s8(acc[strip][tile], w.x, w.y, w.z, w.w, v.x, v.y);
+            mma_s8(acc[strip][tile], {w.x, w.y, w.z, w.w}, v.x, v.y);
           }
         } else {
           const uint4 v = *reinterpret_cast<const uint4*>(b);

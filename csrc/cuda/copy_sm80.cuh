@@ -1,0 +1,36 @@
+// Asynchronous 16-byte copies to shared memory (sm_80 and later), and streaming loads.
+#pragma once
+
+#include <cstdint>
+
+namespace resq::cuda {
+
+// Copies 16 bytes past the first-level cache, or writes zeros if not `inside`: then nothing is
+// read.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool inside) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+               "r"(inside ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most kPending of the thread's committed groups are on their way.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Reads bytes that are used once: they leave no line in the first-level cache.
+__device__ __forceinline__ uint4 load_streaming(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+}  // namespace resq::cuda
