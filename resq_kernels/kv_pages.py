@@ -178,7 +178,7 @@ def _quantize_part(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Te
     finite = torch.isfinite(x).all(-1, keepdim=True)
     x = torch.where(finite, x, 0.0).clamp(-LARGEST, LARGEST)
     offset = _half_below(x.amin(-1, keepdim=True) + 0.0)
-    step = (x.amax(-1, keepdim=True) - offset.float()) / levels
+    step = (x.amax(-1, keepdim=True) + 0.0 - offset.float()) / levels
     stored_scale = -_half_below(-(step * SCALE_FACTOR))
     scale = stored_scale.float() / SCALE_FACTOR
     inv_scale = torch.where(scale > 0, 1.0 / scale, 0.0)

@@ -4,7 +4,8 @@
 #pragma once
 
 #include <bit>
-#include <cstdint>
+
+#include "core/host_device.h"
 
 namespace resq {
 
@@ -17,13 +18,21 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-inline float to_float(float value) { return value; }
+// Numbers of any of the types; `data` is null for an optional argument that is not given.
+struct FloatArray {
+  const void* data;
+  FloatType type;
 
-inline float to_float(BFloat16 value) {
+  const float* floats() const { return static_cast<const float*>(data); }  // kFloat32
+};
+
+RESQ_HOST_DEVICE inline float to_float(float value) { return value; }
+
+RESQ_HOST_DEVICE inline float to_float(BFloat16 value) {
   return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
 }
 
-inline float to_float(Half value) {
+RESQ_HOST_DEVICE inline float to_float(Half value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
   const uint32_t magnitude = value.bits & 0x7fff;
   if (magnitude < 0x0400) {  // zero or subnormal: a multiple of 2^-24
@@ -37,13 +46,13 @@ inline float to_float(Half value) {
   return std::bit_cast<float>(sign | 0x7f800000 | ((magnitude & 0x03ff) << 13) | quiet);
 }
 
-inline BFloat16 to_bfloat16(float value) {
+RESQ_HOST_DEVICE inline BFloat16 to_bfloat16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   if ((bits & 0x7fffffff) > 0x7f800000) return {0x7fc0};
   return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
-inline Half to_half(float value) {
+RESQ_HOST_DEVICE inline Half to_half(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t sign = (bits >> 16) & 0x8000;
   uint32_t magnitude = bits & 0x7fffffff;

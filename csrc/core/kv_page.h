@@ -148,10 +148,11 @@ RESQ_HOST_DEVICE inline KvRange kv_range(float lo, float hi, int levels) {
   lo = lo < -kKvLargest ? -kKvLargest : lo > kKvLargest ? kKvLargest : lo;
   hi = hi < -kKvLargest ? -kKvLargest : hi > kKvLargest ? kKvLargest : hi;
   KvRange range;
-  range.stored_offset = half_below(lo + 0.0f);  // -0 becomes 0: the sign of a zero has no meaning
+  // -0 becomes 0: which of the two is the extreme of a row of zeros depends on the order.
+  range.stored_offset = half_below(lo + 0.0f);
   range.offset = to_float(range.stored_offset);
   range.stored_scale =
-      half_above((hi - range.offset) / static_cast<float>(levels) * kKvScaleFactor);
+      half_above((hi + 0.0f - range.offset) / static_cast<float>(levels) * kKvScaleFactor);
   const float scale = to_float(range.stored_scale) / kKvScaleFactor;
   range.inv_scale = scale > 0.0f ? 1.0f / scale : 0.0f;
   return range;

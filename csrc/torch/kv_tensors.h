@@ -38,38 +38,41 @@ inline int64_t check_cache(const char* op, const Tensor& cache, int64_t n_kv, in
   return cache.size(2) / token_bytes;
 }
 
-// float32 copies (or the tensors themselves) of the optional arguments; they own what the
-// parameters of a kernel point at.
+// The CPU's kernels read float32; CUDA's read what is given, because a conversion is a launch.
+enum class RopeForm { kFloat32, kAsGiven };
+
+// The optional arguments, checked; they own what the parameters of a kernel point at.
 struct RopeRotation {
   std::optional<Tensor> cos, sin, rotation;
 
   RopeRotation(const char* op, const std::optional<Tensor>& cos_in,
                const std::optional<Tensor>& sin_in, const std::optional<Tensor>& rotation_in,
-               int64_t tokens, int64_t n_kv, int64_t head_dim) {
-    if (cos_in.has_value() != sin_in.has_value()) {
-      fail(op, cos_in ? "sin" : "cos", "a tensor, because the other of cos and sin is given",
-           "None");
+               int64_t tokens, int64_t n_kv, int64_t head_dim, RopeForm form)
+      : cos(cos_in), sin(sin_in), rotation(rotation_in) {
+    if (cos.has_value() != sin.has_value()) {
+      fail(op, cos ? "sin" : "cos", "a tensor, because the other of cos and sin is given", "None");
     }
-    if (cos_in) {
-      check_tensor(op, "cos", *cos_in, float_dtypes(), {tokens, head_dim});
-      check_tensor(op, "sin", *sin_in, float_dtypes(), {tokens, head_dim});
-      cos = torch::stable::to(*cos_in, ScalarType::Float);
-      sin = torch::stable::to(*sin_in, ScalarType::Float);
+    if (cos) {
+      check_tensor(op, "cos", *cos, float_dtypes(), {tokens, head_dim});
+      check_tensor(op, "sin", *sin, float_dtypes(), {tokens, head_dim});
     }
-    if (rotation_in) {
-      check_tensor(op, "key_rotation", *rotation_in, float_dtypes(),
-                   {kAnySize, head_dim, head_dim});
-      if (rotation_in->size(0) != 1 && rotation_in->size(0) != n_kv) {
+    if (rotation) {
+      check_tensor(op, "key_rotation", *rotation, float_dtypes(), {kAnySize, head_dim, head_dim});
+      if (rotation->size(0) != 1 && rotation->size(0) != n_kv) {
         std::ostringstream expected;
         expected << "1 or " << n_kv << " (the kv heads) matrices";
-        fail(op, "key_rotation", expected.str(), describe(*rotation_in));
+        fail(op, "key_rotation", expected.str(), describe(*rotation));
       }
-      rotation = torch::stable::to(*rotation_in, ScalarType::Float);
+    }
+    if (form == RopeForm::kAsGiven) return;
+    for (std::optional<Tensor>* tensor : {&cos, &sin, &rotation}) {
+      if (*tensor) *tensor = torch::stable::to(**tensor, ScalarType::Float);
     }
   }
 
-  static const float* data(const std::optional<Tensor>& tensor) {
-    return tensor ? tensor->const_data_ptr<float>() : nullptr;
+  static FloatArray array(const char* op, const std::optional<Tensor>& tensor) {
+    if (!tensor) return {nullptr, FloatType::kFloat32};
+    return {tensor->const_data_ptr(), float_type(op, "cos", *tensor)};
   }
   bool shared_rotation() const { return !rotation || rotation->size(0) == 1; }
 };

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -88,6 +89,15 @@ class Emulated:
             result = getattr(getattr(torch.ops, NAMESPACE), op)(*args, **kwargs)
             cuda_emu.check()
         return result
+
+
+@contextlib.contextmanager
+def stopped_by_trap() -> Iterator[None]:
+    """Expects a kernel to stop itself inside the block, and takes its error off the emulator."""
+    with pytest.raises(RuntimeError, match="expected success, got an illegal instruction"):
+        yield
+    with pytest.raises(emulator().KernelError, match="trap executed"):
+        emulator().check()
 
 
 @contextlib.contextmanager

@@ -13,13 +13,14 @@ namespace resq {
 struct KvAppendParams {
   const void* k;                // [tokens, n_kv, head_dim] of `type`
   const void* v;                // [tokens, n_kv, head_dim] of `type`
-  const float* cos;             // [tokens, head_dim] or null
-  const float* sin;             // [tokens, head_dim] or null
-  const float* rotation;        // [1 or n_kv, head_dim, head_dim] or null
+  FloatArray cos;               // [tokens, head_dim] or null; float32 on CPUs
+  FloatArray sin;               // the same
+  FloatArray rotation;          // [1 or n_kv, head_dim, head_dim] or null; float32 on CPUs
   const int64_t* slot_mapping;  // [tokens], page * page_size + position or negative
   uint8_t* cache;               // [pages, n_kv, page_size * token_bytes]
   FloatType type;
   int64_t tokens, n_kv, head_dim, page_size;
+  int64_t slots;         // of the cache: pages * page_size
   bool shared_rotation;  // one rotation for all heads
   bool uniform;          // hi_bits = 4: one 4-bit range per row
 };

@@ -138,7 +138,7 @@ inline void append_rows(const KvAppendParams& p, int64_t group, int64_t begin, i
   const auto row_at = [&](int64_t i) {
     return p.shared_rotation ? Row{i / p.n_kv, i % p.n_kv} : Row{i, group};
   };
-  const float* rotation = p.rotation;
+  const float* rotation = p.rotation.floats();
   if (rotation && !p.shared_rotation) rotation += group * kHeadDim * kHeadDim;
   alignas(64) float k[kRotatedRows * kHeadDim], v[kHeadDim];
   while (begin < end) {
@@ -150,7 +150,9 @@ inline void append_rows(const KvAppendParams& p, int64_t group, int64_t begin, i
       rows[count] = row;
       float* out = k + count++ * kHeadDim;
       load_row(p.k, p.type, (row.token * p.n_kv + row.head) * kHeadDim, kHeadDim, out);
-      if (p.cos) rope<kHeadDim>(out, p.cos + row.token * kHeadDim, p.sin + row.token * kHeadDim);
+      if (!p.cos.data) continue;
+      const int64_t angles = row.token * kHeadDim;
+      rope<kHeadDim>(out, p.cos.floats() + angles, p.sin.floats() + angles);
     }
     if (count == 0) return;
     if (rotation) rotate<kHeadDim>(k, count, rotation);

@@ -3,8 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/isa.h"
-#include "ops/kv_append/kv_append.h"
-#include "torch/kv_tensors.h"
+#include "ops/kv_append/kv_append_args.h"
 
 namespace resq {
 namespace {
@@ -38,30 +37,10 @@ constexpr int64_t kGrainRows = 16;
 void kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& cos,
                const std::optional<Tensor>& sin, const std::optional<Tensor>& key_rotation,
                Tensor cache, const Tensor& slot_mapping, int64_t hi_bits) {
-  const char* op = "kv_append";
-  check_heads(op, "k", k);
-  const int64_t tokens = k.size(0), n_kv = k.size(1), head_dim = k.size(2);
-  check_tensor(op, "v", v, {k.scalar_type()}, {tokens, n_kv, head_dim});
-  const RopeRotation rope(op, cos, sin, key_rotation, tokens, n_kv, head_dim);
-  const int64_t page_size = check_cache(op, cache, n_kv, head_dim);
-  check_tensor(op, "slot_mapping", slot_mapping, {ScalarType::Long}, {tokens});
-  if (hi_bits != 4 && hi_bits != 8) fail(op, "hi_bits", "4 or 8", std::to_string(hi_bits));
-  check_slots(slot_mapping, cache.size(0) * page_size);
-
-  const KvAppendParams params{.k = k.const_data_ptr(),
-                              .v = v.const_data_ptr(),
-                              .cos = RopeRotation::data(rope.cos),
-                              .sin = RopeRotation::data(rope.sin),
-                              .rotation = RopeRotation::data(rope.rotation),
-                              .slot_mapping = slot_mapping.const_data_ptr<int64_t>(),
-                              .cache = cache.mutable_data_ptr<uint8_t>(),
-                              .type = float_type(op, "k", k),
-                              .tokens = tokens,
-                              .n_kv = n_kv,
-                              .head_dim = head_dim,
-                              .page_size = page_size,
-                              .shared_rotation = rope.shared_rotation(),
-                              .uniform = hi_bits == 4};
+  const KvAppendCall call = kv_append_call(k, v, cos, sin, key_rotation, cache, slot_mapping,
+                                           hi_bits, RopeForm::kFloat32);
+  const KvAppendParams& params = call.params;
+  check_slots(slot_mapping, params.slots);
   const KvAppendGroups groups(params);
   if (groups.rows == 0 || groups.groups == 0) return;
   torch::stable::parallel_for(

@@ -25,15 +25,15 @@ struct KvAttentionParams {
   void* out;                   // [tokens, n_q, head_dim] of `type`
   const uint8_t* cache;        // [pages, n_kv, page_size * token_bytes]
   const int32_t* block_table;  // [sequences, max_pages]
-  const float* cos;            // [tokens, head_dim] or null
-  const float* sin;            // [tokens, head_dim] or null
-  const float* rotation;       // [1 or n_kv, head_dim, head_dim] or null
+  FloatArray cos;              // [tokens, head_dim] or null; float32 on CPUs
+  FloatArray sin;              // the same
+  FloatArray rotation;         // [1 or n_kv, head_dim, head_dim] or null; float32 on CPUs
   FloatType type;
   int64_t n_q, n_kv, head_dim, page_size, max_pages;
   float scale;  // of the scores, times log2(e)
   bool shared_rotation;
 
-  int64_t group() const { return n_q / n_kv; }
+  RESQ_HOST_DEVICE int64_t group() const { return n_q / n_kv; }
 };
 
 // Some queries of one sequence with the heads of one group. Row r is query r / group, head

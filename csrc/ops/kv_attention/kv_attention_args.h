@@ -19,7 +19,7 @@ inline KvAttentionCall kv_attention_call(const Tensor& q, const Tensor& cache,
                                          const Tensor& query_starts, double scale,
                                          const std::optional<Tensor>& cos,
                                          const std::optional<Tensor>& sin,
-                                         const std::optional<Tensor>& key_rotation) {
+                                         const std::optional<Tensor>& key_rotation, RopeForm form) {
   const char* op = "kv_attention";
   check_heads(op, "q", q);
   const int64_t tokens = q.size(0), n_q = q.size(1), head_dim = q.size(2);
@@ -33,16 +33,16 @@ inline KvAttentionCall kv_attention_call(const Tensor& q, const Tensor& cache,
   const int64_t sequences = block_table.size(0);
   check_tensor(op, "seq_lens", seq_lens, {ScalarType::Int}, {sequences});
   check_tensor(op, "query_starts", query_starts, {ScalarType::Int}, {sequences + 1});
-  RopeRotation rope(op, cos, sin, key_rotation, tokens, n_kv, head_dim);
-  Tensor out = torch::stable::new_empty(q, {tokens, n_q, head_dim});
+  RopeRotation rope(op, cos, sin, key_rotation, tokens, n_kv, head_dim, form);
+  Tensor out = allocate(q, {tokens, n_q, head_dim}, q.scalar_type());
   const double log2_e = 1.4426950408889634;
   const KvAttentionParams params{.q = q.const_data_ptr(),
                                  .out = out.mutable_data_ptr(),
                                  .cache = cache.const_data_ptr<uint8_t>(),
                                  .block_table = block_table.const_data_ptr<int32_t>(),
-                                 .cos = RopeRotation::data(rope.cos),
-                                 .sin = RopeRotation::data(rope.sin),
-                                 .rotation = RopeRotation::data(rope.rotation),
+                                 .cos = RopeRotation::array(op, rope.cos),
+                                 .sin = RopeRotation::array(op, rope.sin),
+                                 .rotation = RopeRotation::array(op, rope.rotation),
                                  .type = float_type(op, "q", q),
                                  .n_q = n_q,
                                  .n_kv = n_kv,

@@ -92,7 +92,7 @@ inline void prepare_queries(const KvAttentionParams& p, const KvAttentionTask& t
                             const Workspace<kHeadDim>& w) {
   constexpr int kLow = KvLayout<kHeadDim>::kLowDims;
   const int64_t group = p.group(), rows = task.queries * group;
-  const float* rotation = p.rotation;
+  const float* rotation = p.rotation.floats();
   if (rotation && !p.shared_rotation) rotation += task.kv_head * kHeadDim * kHeadDim;
   alignas(64) float x[kRotatedRows * kHeadDim];
   for (int64_t first = 0; first < rows; first += kRotatedRows) {
@@ -101,8 +101,9 @@ inline void prepare_queries(const KvAttentionParams& p, const KvAttentionTask& t
       const int64_t token = task.first_query + (first + r) / group;
       const int64_t head = task.kv_head * group + (first + r) % group;
       load_row(p.q, p.type, (token * p.n_q + head) * kHeadDim, kHeadDim, x + r * kHeadDim);
-      if (!p.cos) continue;
-      rope<kHeadDim>(x + r * kHeadDim, p.cos + token * kHeadDim, p.sin + token * kHeadDim);
+      if (!p.cos.data) continue;
+      const int64_t angles = token * kHeadDim;
+      rope<kHeadDim>(x + r * kHeadDim, p.cos.floats() + angles, p.sin.floats() + angles);
     }
     if (rotation) rotate<kHeadDim>(x, count, rotation);
     for (int j = 0; j < count * kHeadDim; ++j) x[j] *= p.scale;

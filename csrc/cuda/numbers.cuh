@@ -1,0 +1,62 @@
+// Numbers of memory, of any of the three float types, as float32 in registers and back.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "core/float16.h"
+
+namespace resq::cuda {
+
+__device__ inline float number(float x) { return x; }
+__device__ inline float number(Half x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ inline float number(BFloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
+
+template <class T>
+struct NumberType {
+  using Type = T;
+};
+
+// f(NumberType<T>()) for the type T that `type` names.
+template <class F>
+__device__ inline auto with_number_type(FloatType type, F f) {
+  switch (type) {
+    case FloatType::kFloat32: return f(NumberType<float>());
+    case FloatType::kFloat16: return f(NumberType<Half>());
+    default: return f(NumberType<BFloat16>());
+  }
+}
+
+__device__ inline float load_number(FloatArray numbers, int64_t index) {
+  return with_number_type(numbers.type, [&]<class T>(NumberType<T>) {
+    return number(static_cast<const T*>(numbers.data)[index]);
+  });
+}
+
+// kCount numbers from `index` on, in one access; the address is a multiple of their size.
+template <int kCount>
+__device__ inline void load_numbers(FloatArray numbers, int64_t index, float (&out)[kCount]) {
+  with_number_type(numbers.type, [&]<class T>(NumberType<T>) {
+    struct alignas(kCount * sizeof(T)) Several {
+      T values[kCount];
+    };
+    const Several several =
+        *reinterpret_cast<const Several*>(static_cast<const T*>(numbers.data) + index);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) out[i] = number(several.values[i]);
+  });
+}
+
+// x cos + rotate_half(x) sin at dim `dim` of the row at `row`; each operation rounds on its own.
+template <int kHeadDim>
+__device__ inline float load_rope(FloatArray x, int64_t row, FloatArray cos, FloatArray sin,
+                                  int64_t angles, int dim) {
+  const float here = load_number(x, row + dim);
+  if (!cos.data) return here;
+  const float there = load_number(x, row + (dim ^ kHeadDim / 2));
+  const float across = __fmul_rn(there, load_number(sin, angles + dim));
+  const float along = __fmul_rn(here, load_number(cos, angles + dim));
+  return dim < kHeadDim / 2 ? __fsub_rn(along, across) : __fadd_rn(along, across);
+}
+
+}  // namespace resq::cuda

@@ -1,0 +1,230 @@
+// One launch: RoPE, key rotation, quantization of k and v, write into pages. A block takes some
+// tokens of one head, which share the reads of that head's rotation.
+//
+//   thread = one dim of some rows    RoPE into shared memory, then the sums of the rotation in the
+//                                    CPU's order of d, product and sum rounded on their own: the
+//                                    same bits, which tensor cores would not give
+//   warp = one row                   ranges, codes, bytes
+#include <cuda_runtime.h>
+
+#include "cuda/numbers.cuh"
+#include "ops/kv_append/kv_append_cuda.h"
+
+namespace resq::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / 32;
+
+// Rows of a block if each thread rotates kRows of them.
+template <int kHeadDim, int kRows>
+constexpr int kBlockRows = kThreads / kHeadDim * kRows;
+
+// The dims of the codes in byte `index` of the bytes that a token owns in a tile; high is negative
+// where the byte is one 8-bit code. Their places follow from kv_k_place and kv_v_place.
+struct ByteDims {
+  int low, high;
+};
+template <int kHeadDim, bool kKey>
+__host__ __device__ constexpr ByteDims byte_dims(int index) {
+  constexpr int kLow = KvLayout<kHeadDim>::kLowDims, kPaired = kLow / 16 * 8;
+  if (index < kPaired) {
+    const int dim = index / 8 * 16 + index % 8;
+    return {dim, dim + 8};
+  }
+  const int rest = index - kPaired;
+  if (rest >= kLow / 2 - kPaired) return {kLow + rest - (kLow / 2 - kPaired), -1};
+  return kKey ? ByteDims{kLow - 8 + 2 * rest, kLow - 7 + 2 * rest}
+              : ByteDims{kLow - 8 + rest, kLow - 4 + rest};
+}
+
+template <int kHeadDim, bool kKey>
+__host__ __device__ constexpr KvPlace place(int token, int dim) {
+  return kKey ? kv_k_place<kHeadDim>(token, dim) : kv_v_place<kHeadDim>(token, dim);
+}
+
+template <int kHeadDim, bool kKey>
+constexpr bool byte_dims_agree() {
+  for (int index = 0; index < KvLayout<kHeadDim>::kRowBytes; ++index) {
+    const ByteDims dims = byte_dims<kHeadDim, kKey>(index);
+    const KvPlace low = place<kHeadDim, kKey>(5, dims.low);
+    if (low.shift != 0 || low.wide != (dims.high < 0)) return false;
+    if (low.wide) continue;
+    const KvPlace high = place<kHeadDim, kKey>(5, dims.high);
+    if (high.shift != 4 || high.byte != low.byte) return false;
+  }
+  return true;
+}
+static_assert(byte_dims_agree<128, true>() && byte_dims_agree<128, false>());
+static_assert(byte_dims_agree<64, true>() && byte_dims_agree<64, false>());
+
+struct Extremes {
+  int lo, hi;          // order as the floats do
+  unsigned magnitude;  // bits of the largest |x|; NaN is above infinity
+};
+
+__device__ int ordered(float x) {
+  const int bits = __float_as_int(x);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+__device__ float unordered(int bits) { return __int_as_float(bits ^ ((bits >> 31) & 0x7fffffff)); }
+
+// What kv_range makes of the extremes of the numbers of all lanes that are `inside` the part.
+template <int kCount>
+__device__ KvRange part_range(const float (&x)[kCount], bool inside, int levels) {
+  Extremes e{0x7fffffff, static_cast<int>(0x80000000), 0};
+  if (inside) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      e.lo = min(e.lo, ordered(x[i]));
+      e.hi = max(e.hi, ordered(x[i]));
+      e.magnitude = max(e.magnitude, __float_as_uint(x[i]) & 0x7fffffff);
+    }
+  }
+  constexpr unsigned kAll = 0xffffffff;
+  e.lo = __reduce_min_sync(kAll, e.lo);
+  e.hi = __reduce_max_sync(kAll, e.hi);
+  e.magnitude = __reduce_max_sync(kAll, e.magnitude);
+  if (e.magnitude >= 0x7f800000) return {{0x7e00}, {0x7e00}, 0.0f, 0.0f};  // kKvNanRange
+  return kv_range(unordered(e.lo), unordered(e.hi), levels);
+}
+
+__device__ uint32_t stored_pair(const KvRange& range) {
+  return range.stored_scale.bits | uint32_t{range.stored_offset.bits} << 16;
+}
+
+// Quantizes a row whose dims lane * kHeadDim / 32 + i this warp's lanes hold, and writes the bytes
+// of token `token` of `tile`; answers the two stored ranges.
+template <int kHeadDim, bool kKey>
+__device__ uint2 store_row(const float (&x)[kHeadDim / 32], bool uniform, int token, uint8_t* codes,
+                           uint8_t* tile) {
+  using Layout = KvLayout<kHeadDim>;
+  constexpr int kDims = kHeadDim / 32;
+  const int lane = threadIdx.x % 32;
+  const bool is_low = lane < Layout::kLowDims / kDims;
+  const KvRange low = part_range(x, is_low || uniform, kKvLowLevels);
+  const KvRange high = uniform ? low : part_range(x, !is_low, kKvHighLevels);
+  // kv_code needs these two; a reference to one of the ranges would put both into memory.
+  KvRange mine = {};
+  mine.offset = is_low ? low.offset : high.offset;
+  mine.inv_scale = is_low ? low.inv_scale : high.inv_scale;
+  const int levels = is_low || uniform ? kKvLowLevels : kKvHighLevels;
+#pragma unroll
+  for (int i = 0; i < kDims; ++i) codes[lane * kDims + i] = kv_code(x[i], mine, levels);
+  __syncwarp();
+  for (int index = lane; index < Layout::kRowBytes; index += 32) {
+    const ByteDims dims = byte_dims<kHeadDim, kKey>(index);
+    const int nibble = dims.high < 0 ? 0 : codes[dims.high] << 4;
+    tile[place<kHeadDim, kKey>(token, dims.low).byte] =
+        static_cast<uint8_t>(codes[dims.low] | nibble);
+  }
+  __syncwarp();
+  return {stored_pair(low), stored_pair(high)};
+}
+
+template <int kHeadDim, int kRows, class Rotation>
+__global__ void __launch_bounds__(kThreads)
+    kv_append_kernel(const __grid_constant__ KvAppendParams p) {
+  using Layout = KvLayout<kHeadDim>;
+  constexpr int kTokens = kBlockRows<kHeadDim, kRows>, kDims = kHeadDim / 32;
+  __shared__ alignas(16) float keys[kHeadDim][kTokens];
+  __shared__ alignas(16) float rotated[kTokens][kHeadDim];
+  __shared__ uint8_t codes[kWarps][kHeadDim];
+
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * kTokens;
+  const int head = blockIdx.y, thread = threadIdx.x;
+  const int dim = thread % kHeadDim, first_row = thread / kHeadDim * kRows;
+  const auto row_start = [&](int64_t token) { return (token * p.n_kv + head) * kHeadDim; };
+
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t token = first_token + first_row + r;
+    const bool there = token < p.tokens;
+    keys[dim][first_row + r] = there ? load_rope<kHeadDim>({p.k, p.type}, row_start(token), p.cos,
+                                                           p.sin, token * kHeadDim, dim)
+                                     : 0.0f;
+  }
+  __syncthreads();
+
+  float sums[kRows] = {};
+  if (p.rotation.data) {
+    const auto* u = static_cast<const Rotation*>(p.rotation.data) + dim +
+                    (p.shared_rotation ? 0 : head * kHeadDim * kHeadDim);
+#pragma unroll 16
+    for (int d = 0; d < kHeadDim; ++d) {
+      const float weight = number(u[d * kHeadDim]);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        sums[r] = __fadd_rn(sums[r], __fmul_rn(weight, keys[d][first_row + r]));
+      }
+    }
+  } else {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) sums[r] = keys[dim][first_row + r];
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) rotated[first_row + r][dim] = sums[r];
+  __syncthreads();
+
+  const int warp = thread / 32, lane = thread % 32;
+  for (int row = warp; row < kTokens; row += kWarps) {
+    const int64_t token = first_token + row;
+    if (token >= p.tokens) return;
+    const int64_t slot = p.slot_mapping[token];
+    if (slot < 0) continue;
+    if (slot >= p.slots) __trap();
+    const int64_t position = slot % p.page_size, page = slot / p.page_size;
+    const int in_tile = static_cast<int>(position % Layout::kTileTokens);
+    uint8_t* chunk = p.cache + (page * p.n_kv + head) * p.page_size * Layout::kTokenBytes;
+
+    float k[kDims], v[kDims];
+    load_numbers({p.v, p.type}, row_start(token) + lane * kDims, v);
+#pragma unroll
+    for (int i = 0; i < kDims; ++i) k[i] = rotated[row][lane * kDims + i];
+    const uint2 k_ranges = store_row<kHeadDim, true>(k, p.uniform, in_tile, codes[warp],
+                                                     chunk + kv_k_tile_byte<kHeadDim>(position));
+    const uint2 v_ranges =
+        store_row<kHeadDim, false>(v, p.uniform, in_tile, codes[warp],
+                                   chunk + kv_v_tile_byte<kHeadDim>(p.page_size, position));
+    if (lane == 0) {
+      *reinterpret_cast<uint4*>(chunk + kv_metadata_byte<kHeadDim>(p.page_size, position)) =
+          make_uint4(k_ranges.x, k_ranges.y, v_ranges.x, v_ranges.y);
+    }
+  }
+}
+
+template <int kHeadDim, int kRows, class Rotation>
+void launch(const KvAppendParams& p, Stream stream) {
+  const auto blocks = static_cast<unsigned>(ceil_div(p.tokens, kBlockRows<kHeadDim, kRows>));
+  const dim3 grid(blocks, static_cast<unsigned>(p.n_kv));
+  kv_append_kernel<kHeadDim, kRows, Rotation>
+      <<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
+}
+
+template <int kHeadDim, int kRows>
+void launch_rotation(const KvAppendParams& p, Stream stream) {
+  switch (p.rotation.type) {
+    case FloatType::kFloat32: return launch<kHeadDim, kRows, float>(p, stream);
+    case FloatType::kFloat16: return launch<kHeadDim, kRows, Half>(p, stream);
+    case FloatType::kBFloat16: return launch<kHeadDim, kRows, BFloat16>(p, stream);
+  }
+}
+
+}  // namespace
+
+void kv_append(const KvAppendParams& p, const Device& device, Stream stream) {
+  if (p.tokens == 0 || p.n_kv == 0) return;
+  // Eight rows a thread share each number of the rotation, once that leaves two blocks for every
+  // multiprocessor; the bits do not depend on it.
+  constexpr int kMany = 8;
+  const int64_t blocks = p.tokens * p.n_kv * p.head_dim / (kMany * kThreads);
+  const bool many = blocks >= 2 * device.sms;
+  if (p.head_dim == 128) {
+    many ? launch_rotation<128, kMany>(p, stream) : launch_rotation<128, 1>(p, stream);
+  } else {
+    many ? launch_rotation<64, kMany>(p, stream) : launch_rotation<64, 1>(p, stream);
+  }
+  check_launch("kv_append");
+}
+
+}  // namespace resq::cuda

@@ -1,0 +1,45 @@
+// Tensors of kv_append -> checked KvAppendParams.
+#pragma once
+
+#include "ops/kv_append/kv_append.h"
+#include "torch/kv_tensors.h"
+
+namespace resq {
+
+struct KvAppendCall {
+  KvAppendParams params;
+  RopeRotation rope;
+};
+
+inline KvAppendCall kv_append_call(const Tensor& k, const Tensor& v,
+                                   const std::optional<Tensor>& cos,
+                                   const std::optional<Tensor>& sin,
+                                   const std::optional<Tensor>& key_rotation, Tensor& cache,
+                                   const Tensor& slot_mapping, int64_t hi_bits, RopeForm form) {
+  const char* op = "kv_append";
+  check_heads(op, "k", k);
+  const int64_t tokens = k.size(0), n_kv = k.size(1), head_dim = k.size(2);
+  check_tensor(op, "v", v, {k.scalar_type()}, {tokens, n_kv, head_dim});
+  RopeRotation rope(op, cos, sin, key_rotation, tokens, n_kv, head_dim, form);
+  const int64_t page_size = check_cache(op, cache, n_kv, head_dim);
+  check_tensor(op, "slot_mapping", slot_mapping, {ScalarType::Long}, {tokens});
+  if (hi_bits != 4 && hi_bits != 8) fail(op, "hi_bits", "4 or 8", std::to_string(hi_bits));
+  const KvAppendParams params{.k = k.const_data_ptr(),
+                              .v = v.const_data_ptr(),
+                              .cos = RopeRotation::array(op, rope.cos),
+                              .sin = RopeRotation::array(op, rope.sin),
+                              .rotation = RopeRotation::array(op, rope.rotation),
+                              .slot_mapping = slot_mapping.const_data_ptr<int64_t>(),
+                              .cache = cache.mutable_data_ptr<uint8_t>(),
+                              .type = float_type(op, "k", k),
+                              .tokens = tokens,
+                              .n_kv = n_kv,
+                              .head_dim = head_dim,
+                              .page_size = page_size,
+                              .slots = cache.size(0) * page_size,
+                              .shared_rotation = rope.shared_rotation(),
+                              .uniform = hi_bits == 4};
+  return {params, rope};
+}
+
+}  // namespace resq

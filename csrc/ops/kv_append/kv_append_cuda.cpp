@@ -1,0 +1,31 @@
+#include "ops/kv_append/kv_append_cuda.h"
+
+#include "ops/kv_append/kv_append_args.h"
+#include "torch/cuda_call.h"
+
+namespace resq {
+namespace {
+
+void kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& cos,
+               const std::optional<Tensor>& sin, const std::optional<Tensor>& key_rotation,
+               Tensor cache, const Tensor& slot_mapping, int64_t hi_bits) {
+  const char* op = "kv_append";
+  const cuda::Call on(k);
+  const KvAppendCall call = kv_append_call(k, v, cos, sin, key_rotation, cache, slot_mapping,
+                                           hi_bits, RopeForm::kAsGiven);
+  check_device(op, "v", v, k);
+  if (cos) check_device(op, "cos", *cos, k);
+  if (sin) check_device(op, "sin", *sin, k);
+  if (key_rotation) check_device(op, "key_rotation", *key_rotation, k);
+  check_device(op, "cache", cache, k);
+  check_device(op, "slot_mapping", slot_mapping, k);
+  cuda::check_aligned(op, "k", k);
+  cuda::check_aligned(op, "v", v);
+  cuda::check_aligned(op, "cache", cache);
+  cuda::kv_append(call.params, on.device(), on.stream());
+}
+
+}  // namespace
+}  // namespace resq
+
+RESQ_CUDA_IMPL(m) { m.impl("kv_append", TORCH_BOX(&resq::kv_append)); }
