@@ -5,7 +5,9 @@ from __future__ import annotations
 import emulation
 import pytest
 import torch
+from kv_cases import cos_sin, fill_pages, rotations
 
+from resq_kernels import kv_pages
 from resq_kernels.formats import pack_int4, weight_sums
 
 ROWS, K, HIGH, N, WIDE = 3, 512, 64, 70, 448
@@ -39,6 +41,18 @@ def gemm_arguments(device: emulation.Emulated) -> tuple:
     )
 
 
+def append_arguments(_: emulation.Emulated) -> tuple:
+    rows, cache = torch.randn(2, ROWS, 2, 64), torch.zeros(kv_pages.cache_shape(1, 2, 32, 64))
+    return (*rows, *cos_sin(ROWS, 64), rotations(1, 64), cache.byte(), torch.arange(ROWS), 8)
+
+
+def attention_arguments(_: emulation.Emulated) -> tuple:
+    pages = fill_pages([torch.randn(40, 1, 64)], [torch.randn(40, 1, 64)], 32)
+    starts = torch.tensor([0, ROWS], dtype=torch.int32)
+    where = (pages.cache, pages.block_table, pages.seq_lens, starts)
+    return (torch.randn(ROWS, 4, 64).half(), *where, 0.1, *cos_sin(ROWS, 64), rotations(1, 64))
+
+
 # operator -> its arguments; `packed` is given, because its default depends on the device.
 SAMPLES = {
     "mixed_quantize": lambda _: (torch.randn(ROWS, K), HIGH, 4, True),
@@ -54,6 +68,8 @@ SAMPLES = {
     "silu_mul_hadamard_quantize": lambda _: (torch.randn(ROWS, 2 * WIDE), True, 0, 4, True),
     "hadamard": lambda _: (torch.randn(2, ROWS, WIDE).bfloat16(),),
     "mixed_gemm": gemm_arguments,
+    "kv_append": append_arguments,
+    "kv_attention": attention_arguments,
 }
 
 
@@ -66,7 +82,7 @@ def test_opcheck(name: str, sm90: emulation.Emulated) -> None:
         emulation.emulator().check()
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", [name for name in SAMPLES if not name.startswith("kv_")])
 def test_empty_batches_launch_nothing(name: str, device: emulation.Emulated) -> None:
     arguments = SAMPLES[name](device)
     count = 3 if name == "mixed_gemm" else 2 if name == "rms_norm_quantize" else 1

@@ -7,10 +7,29 @@ import torch
 from gpu_cases import Weight, activations, on
 from torch import nn
 
-from resq_kernels import ResQLinear, ops
+from resq_kernels import ResQLinear, kv_pages, ops
 from resq_kernels.nn.mlp import ResQMLP
 
 HIDDEN, HIGH, WIDE = 1024, 128, 3584
+
+
+def append(x: torch.Tensor) -> torch.Tensor:
+    """Pages with the rows [tokens, heads, 128] as keys and as values."""
+    tokens = torch.arange(x.shape[0], device="cuda")
+    shape = kv_pages.cache_shape(4, x.shape[1], 64, 128)
+    cache = torch.zeros(shape, dtype=torch.uint8, device="cuda")
+    ops.kv_append(x, x, None, None, None, cache, tokens)
+    return cache
+
+
+def attend(x: torch.Tensor) -> torch.Tensor:
+    """Two sequences of fixed rows in two pages each; x are the queries of the first."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    cache = append(torch.randn(256, 2, 128, device="cuda", generator=generator))
+    table = torch.arange(4, device="cuda", dtype=torch.int32).view(2, 2)
+    lengths = torch.full((2,), 120, device="cuda", dtype=torch.int32)
+    starts = torch.arange(3, device="cuda", dtype=torch.int32).clamp(max=1) * x.shape[0]
+    return ops.kv_attention(x, cache, table, lengths, starts.int(), 0.1)
 
 
 def calls(rows: int) -> dict:
@@ -18,6 +37,7 @@ def calls(rows: int) -> dict:
     weight = Weight(768, HIDDEN - HIGH, HIGH).arguments("cuda")
     x = torch.randn(rows, HIDDEN, device="cuda", dtype=torch.bfloat16)
     gate_up = torch.randn(rows, 2 * WIDE, device="cuda", dtype=torch.bfloat16)
+    heads = torch.randn(rows, 8, 128, device="cuda", dtype=torch.bfloat16)
 
     def linear(x: torch.Tensor) -> torch.Tensor:
         return ops.mixed_gemm(*ops.mixed_quantize(x, HIGH), *weight, None, torch.bfloat16)
@@ -28,6 +48,8 @@ def calls(rows: int) -> dict:
         "silu_mul_hadamard_quantize": (lambda x: tuple(ops.silu_mul_hadamard_quantize(x)), gate_up),
         "hadamard": (ops.hadamard, gate_up),
         "mixed_gemm": (linear, x),
+        "kv_append": (append, heads),
+        "kv_attention": (attend, heads),
     }
 
 
@@ -37,6 +59,8 @@ NAMES = (
     "silu_mul_hadamard_quantize",
     "hadamard",
     "mixed_gemm",
+    "kv_append",
+    "kv_attention",
 )
 
 
@@ -108,6 +132,11 @@ def test_opcheck() -> None:
         "unpack_weight": (weight.arguments("cuda")[0], 96, 448, 64),
         "mixed_gemm": (*rows, *weight.arguments("cuda"), None, torch.float16),
     }
+    q, tokens = torch.randn(5, 8, 128, device="cuda"), torch.arange(5, device="cuda")
+    cache = append(q[:, :2].contiguous())
+    table, length = tokens[None, :4].int(), tokens[4:].int() + 1
+    samples["kv_append"] = (q, q, None, None, None, append(q), tokens)
+    samples["kv_attention"] = (q, cache, table, length, tokens[:2].int() * 5, 0.1)
     for op, args in samples.items():
         torch.library.opcheck(getattr(torch.ops.resq, op).default, args)
 

@@ -17,6 +17,8 @@ from gpu_cases import (
     same_bits,
 )
 
+from resq_kernels import kv_pages
+
 BATCHES = (0, 1, 2, 7, 16, 33, 64, 65, 130, 257)
 
 
@@ -158,3 +160,60 @@ def test_silu_mul_hadamard_quantize_in_every_dtype_and_form(dtype: torch.dtype) 
             "silu_mul_hadamard_quantize", gate_up, hadamard, n_hi, lo_bits, packed
         )
         assert_codes_agree(result, expected)
+
+
+# (q heads, kv heads, head dim)
+HEADS = [(32, 8, 128), (28, 4, 128), (64, 8, 128), (32, 8, 64), (14, 2, 64)]
+
+
+def cached(lengths: list[int], heads: tuple, page_size: int, dtype: torch.dtype) -> tuple:
+    """Arguments of kv_append for all tokens of the sequences, a cache of NaN bits, block table."""
+    _, n_kv, head_dim = heads
+    tokens, most = sum(lengths), -(-max(lengths) // page_size)
+    shape = kv_pages.cache_shape(len(lengths) * most, n_kv, page_size, head_dim)
+    cache = torch.full(shape, 255, dtype=torch.uint8)
+    table = torch.randperm(shape[0]).int().view(len(lengths), most)
+    slots = [
+        table[i, torch.arange(n) // page_size].long() * page_size + torch.arange(n) % page_size
+        for i, n in enumerate(lengths)
+    ]
+    k, v = torch.randn(2, tokens, n_kv, head_dim).to(dtype)
+    angles = (torch.rand(tokens, head_dim // 2) * 6.3).repeat(1, 2)
+    rotation = torch.linalg.qr(torch.randn(1, head_dim, head_dim))[0].half()
+    append = (k, v, angles.cos().to(dtype), angles.sin().to(dtype), rotation)
+    return append, cache, torch.cat(slots), table
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kv_append_writes_the_cpu_s_bytes(dtype: torch.dtype, heads: tuple) -> None:
+    for lengths in ([1], [3, 130, 64], [700, 5]):
+        append, cache, slots, _ = cached(lengths, heads, 64, dtype)
+        for hi_bits in (8, 4):
+            expected, result = cache.clone(), cache.cuda()
+            torch.ops.resq.kv_append(*append, expected, slots, hi_bits)
+            torch.ops.resq.kv_append(*on("cuda", append), result, slots.cuda(), hi_bits)
+            assert torch.equal(result.cpu(), expected), (lengths, hi_bits)
+
+
+@pytest.mark.parametrize("page_size", [32, 64, 128])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_kv_attention_agrees_with_the_cpu_s(heads: tuple, page_size: int) -> None:
+    lengths = [1, 40, 2500, 300, 1024]
+    append, cache, slots, table = cached(lengths, heads, page_size, torch.float32)
+    torch.ops.resq.kv_append(*append, cache, slots)
+    lens = torch.tensor(lengths, dtype=torch.int32)
+    for counts in ([1, 1, 1, 1, 1], [1, 3, 8, 2, 5], [1, 40, 17, 300, 64]):
+        starts = torch.tensor([0, *counts]).cumsum(0).int()
+        q = torch.randn(sum(counts) + 1, heads[0], heads[2])
+        args = (q, cache, table, lens, starts, heads[2] ** -0.5)
+        expected, result = cpu_and_cuda("kv_attention", *args)
+        # 4-bit rounding moves a row by 10 % of its norm; the kernels may differ by 2 % of that.
+        error = (result - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
+        assert error.max() < 2e-3, counts
+        alone = on("cuda", (q[1:2], cache, table[1:2], lens[1:2]))
+        if counts[1] == 1:
+            one = torch.tensor([0, 1], dtype=torch.int32, device="cuda")
+            again = torch.ops.resq.kv_attention(*alone, one, heads[2] ** -0.5)
+            assert same_bits(again.cpu(), result[1:2])

@@ -1,0 +1,57 @@
+#include "ops/kv_attention/kv_attention_cuda.h"
+
+#include "ops/kv_attention/kv_attention_args.h"
+#include "torch/cuda_call.h"
+
+namespace resq {
+namespace {
+
+Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_table,
+                    const Tensor& seq_lens, const Tensor& query_starts, double scale,
+                    const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                    const std::optional<Tensor>& key_rotation) {
+  const char* op = "kv_attention";
+  const cuda::Call on(q);
+  const KvAttentionCall call = kv_attention_call(q, cache, block_table, seq_lens, query_starts,
+                                                 scale, cos, sin, key_rotation, RopeForm::kAsGiven);
+  check_device(op, "cache", cache, q);
+  check_device(op, "block_table", block_table, q);
+  check_device(op, "seq_lens", seq_lens, q);
+  check_device(op, "query_starts", query_starts, q);
+  if (cos) check_device(op, "cos", *cos, q);
+  if (sin) check_device(op, "sin", *sin, q);
+  if (key_rotation) check_device(op, "key_rotation", *key_rotation, q);
+  cuda::check_aligned(op, "q", q);
+  cuda::check_aligned(op, "cache", cache);
+  if (q.numel() == 0) return call.out;
+
+  const KvAttentionParams& p = call.params;
+  cuda::KvAttentionCuda work{.params = p,
+                             .seq_lens = seq_lens.const_data_ptr<int32_t>(),
+                             .query_starts = query_starts.const_data_ptr<int32_t>(),
+                             .tokens = q.size(0),
+                             .sequences = block_table.size(0),
+                             .pages = cache.size(0)};
+  const int64_t rows = work.tokens * p.n_q;
+  const int64_t state_bytes =
+      rows * work.splits() * cuda::kv_cuda_state_floats(p.head_dim) * int64_t{sizeof(float)};
+  const bool split = work.splits() > 1 && state_bytes <= cuda::kKvMaxStateBytes;
+  const Tensor values = allocate(q, {rows, p.head_dim}, ScalarType::Half);
+  const Tensor residuals = allocate(q, {rows, p.head_dim / 8}, ScalarType::Half);
+  const Tensor query_rows = allocate(q, {rows, 4}, ScalarType::Float);
+  const Tensor states = allocate(q, {split ? state_bytes / 4 : 0}, ScalarType::Float);
+  work.values = static_cast<uint16_t*>(values.mutable_data_ptr());
+  work.residuals = static_cast<uint16_t*>(residuals.mutable_data_ptr());
+  work.rows = static_cast<cuda::KvQueryRow*>(query_rows.mutable_data_ptr());
+  work.states = split ? states.mutable_data_ptr<float>() : nullptr;
+
+  cuda::kv_attention_prepare(work, on.stream());
+  cuda::kv_attention_attend(work, on.device(), on.stream());
+  if (split) cuda::kv_attention_merge(work, on.stream());
+  return call.out;
+}
+
+}  // namespace
+}  // namespace resq
+
+RESQ_CUDA_IMPL(m) { m.impl("kv_attention", TORCH_BOX(&resq::kv_attention)); }

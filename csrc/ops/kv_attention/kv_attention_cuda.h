@@ -1,0 +1,51 @@
+// kv_attention on CUDA: three kernels, nothing read on the host.
+//
+//   prepare  q' of every (token, head) as float16, with a power of two and sums    _prepare.cu
+//   attend   items (sequence, rows, split, kv head) found on the device            .cu
+//   merge    the splits of a row in their order                                    _merge.cu
+//
+// A row's result depends on the tokens it sees and on their order only: not on the batch, the rows
+// beside it, the block table or the mode. Lengths, pages and query_starts that do not fit stop the
+// kernel with a device error.
+#pragma once
+
+#include "cuda/launch.h"
+#include "ops/kv_attention/kv_attention.h"
+
+namespace resq::cuda {
+
+// A row of q as the attention kernel reads it: q' = multiplier * (values + residuals), sums of
+// values + residuals by part. Residuals are what float16 loses of the high dims.
+struct KvQueryRow {
+  float multiplier, sum_low, sum_high, unused;
+};
+
+struct KvAttentionCuda {
+  KvAttentionParams params;
+  const int32_t* seq_lens;      // [sequences]
+  const int32_t* query_starts;  // [sequences + 1]
+  int64_t tokens, sequences, pages;
+
+  // Workspace.
+  uint16_t* values = nullptr;     // float16 [tokens, n_q, head_dim]
+  uint16_t* residuals = nullptr;  // float16 [tokens, n_q, head_dim / 8]
+  KvQueryRow* rows = nullptr;     // [tokens, n_q]
+  float* states = nullptr;  // [tokens, n_q, splits, kv_cuda_state_floats]; null: a block takes all
+                            // splits of its rows in turn, which gives the same bits
+
+  RESQ_HOST_DEVICE int64_t splits() const {
+    return ceil_div(params.max_pages * params.page_size, kSplitTokens);
+  }
+};
+
+// head_dim weighted sums, the maximum and the sum of weights, and two unused.
+constexpr RESQ_HOST_DEVICE int kv_cuda_state_floats(int head_dim) { return head_dim + 4; }
+
+// More than this many bytes of states, and blocks take whole rows instead.
+inline constexpr int64_t kKvMaxStateBytes = int64_t{64} << 20;
+
+void kv_attention_prepare(const KvAttentionCuda& call, Stream stream);
+void kv_attention_attend(const KvAttentionCuda& call, const Device& device, Stream stream);
+void kv_attention_merge(const KvAttentionCuda& call, Stream stream);
+
+}  // namespace resq::cuda

@@ -1,0 +1,308 @@
+"""kv_attention on CUDA against float64 attention over the dequantized pages.
+
+The tolerance is the cache's own error: with k and v before quantization known, the output may be
+off by 2 % of what quantization itself moves it, in the root mean square of a row (and by 15 % in
+one number). That rejects one wrong code and one token too many, which other tests here show.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import emulation
+import pytest
+import torch
+from kv_cases import DTYPES, HEAD_DIMS, Pages, cos_sin, fill_pages, page_slots, rotations
+
+from resq_kernels.reference_attention import attend, rope
+
+ROUNDING = {torch.float32: 2.0**-22, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+@dataclasses.dataclass
+class Case:
+    """Sequences in pages, their rows before quantization, and queries."""
+
+    k: list[torch.Tensor]
+    v: list[torch.Tensor]
+    pages: Pages
+    counts: list[int]
+    scale: float
+    q: torch.Tensor
+    rest: tuple = (None, None, None)
+
+    @property
+    def starts(self) -> torch.Tensor:
+        return torch.tensor([0, *self.counts]).cumsum(0).int()
+
+    def run(self, device: emulation.Emulated, **changes: torch.Tensor) -> torch.Tensor:
+        arguments = {
+            "q": self.q,
+            "cache": self.pages.cache,
+            "block_table": self.pages.block_table,
+            "seq_lens": self.pages.seq_lens,
+            "query_starts": self.starts,
+        } | changes
+        return device.kv_attention(*arguments.values(), self.scale, *self.rest)
+
+    def wrong_rows(self, out: torch.Tensor) -> list[str]:
+        """What lies outside the tolerance."""
+        q = rope(self.q, *self.rest[:2]).double()
+        if self.rest[2] is not None:
+            n_kv = self.pages.cache.shape[1]
+            each = self.rest[2].double().expand(n_kv, -1, -1)
+            q = torch.einsum("thd,hde->the", q, each.repeat_interleave(q.shape[1] // n_kv, 0))
+        found = []
+        for i, count in enumerate(self.counts):
+            begin = int(self.starts[i])
+            rows = slice(begin, begin + count)
+            exact = attend(q[rows], *self.pages.rows(i), self.scale)
+            plain = attend(q[rows], self.k[i].double(), self.v[i].double(), self.scale)
+            error = (out[rows].double() - exact).abs()
+            rounding = ROUNDING[out.dtype] * exact.abs()
+            noise = (plain - exact).square().mean(-1, keepdim=True).sqrt()
+            rms = (error - rounding).clamp_min(0).square().mean(-1, keepdim=True).sqrt()
+            if not (rms <= 0.02 * noise).all():
+                found.append(f"sequence {i}: rms {(rms / noise).max():.3g} of the cache's error")
+            if not (error <= 0.15 * noise + rounding).all():
+                found.append(f"sequence {i}: max {((error - rounding) / noise).max():.3g}")
+        if not (out[int(self.starts[-1]) :] == 0).all():
+            found.append("rows beyond the last sequence are not 0")
+        return found
+
+    def check(self, device: emulation.Emulated) -> torch.Tensor:
+        out = self.run(device)
+        assert out.shape == self.q.shape and out.dtype == self.q.dtype
+        assert not self.wrong_rows(out)
+        return out
+
+
+def make(
+    lengths: list[int],
+    counts: list[int],
+    head_dim: int,
+    *,
+    n_kv: int = 1,
+    group: int = 4,
+    page_size: int = 64,
+    scale: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    padding: int = 0,
+    hi_bits: int = 8,
+    outliers: float = 1.0,
+) -> Case:
+    gain = torch.ones(head_dim)
+    gain[head_dim // 8 * 7 :] = outliers  # the high dims hold the directions of large variance
+    k, v = ([torch.randn(n, n_kv, head_dim) * gain for n in lengths] for _ in "kv")
+    pages = fill_pages(k, v, page_size, hi_bits)
+    q = torch.randn(sum(counts) + padding, n_kv * group, head_dim).to(dtype)
+    return Case(k, v, pages, counts, scale or head_dim**-0.5, q)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_kv_attention_of_a_batch(
+    device: emulation.Emulated, head_dim: int, dtype: torch.dtype
+) -> None:
+    lengths, counts = [1, 37, 64, 200, 0, 65, 130], [1, 3, 1, 8, 0, 1, 17]
+    case = make(lengths, counts, head_dim, n_kv=2, group=2, dtype=dtype, padding=2)
+    cos, sin = cos_sin(sum(counts) + 2, head_dim)
+    for rotation in (None, rotations(1, head_dim), rotations(2, head_dim).half()):
+        case.rest = (cos.to(dtype), sin, rotation)
+        # The same rotation on both sides cancels; here it is on q alone, as good a q as any.
+        case.check(device)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 17])
+@pytest.mark.parametrize("group", [1, 4, 7, 8, 12])
+def test_kv_attention_of_every_group_and_query_length(
+    sm90: emulation.Emulated, group: int, count: int
+) -> None:
+    head_dim = 64 if group % 2 else 128
+    make([90, 17], [count, 17], head_dim, n_kv=2, group=group, page_size=32).check(sm90)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("scale", [1e-4, 1.0, -0.3])
+def test_kv_attention_from_flat_to_peaky_over_splits(
+    sm80: emulation.Emulated, head_dim: int, scale: float
+) -> None:
+    make([2500], [2], head_dim, group=2, scale=scale).check(sm80)
+
+
+@pytest.mark.parametrize("outliers", [4.0, 16.0])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_kv_attention_of_large_high_dims(
+    sm80: emulation.Emulated, head_dim: int, outliers: float
+) -> None:
+    make([300], [2], head_dim, outliers=outliers, scale=0.1 / outliers**2).check(sm80)
+
+
+@pytest.mark.parametrize("magnitude", [1e-6, 1e-3, 1e4])
+def test_kv_attention_of_any_magnitude(sm80: emulation.Emulated, magnitude: float) -> None:
+    """Values and queries far from 1, beside some that are not."""
+    case = make([200], [1], 128)
+    sizes = torch.where(torch.rand(200) < 0.9, magnitude, 1.0)[:, None, None]
+    case.v = [v * sizes for v in case.v]
+    case.pages = fill_pages(case.k, case.v, 64)
+    case.q *= 1 / magnitude**2
+    case.scale *= magnitude**2
+    case.check(sm80)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_kv_attention_has_the_same_bits_alone_and_under_every_block_table(
+    device: emulation.Emulated, head_dim: int
+) -> None:
+    lengths, counts = [1100, 40, 333], [2, 1, 20]
+    case = make(lengths, counts, head_dim, n_kv=2, group=3)
+    whole = case.run(device)
+    for page_size in (32, 64, 128):
+        pages = fill_pages(case.k, case.v, page_size, garbage=page_size)
+        for i, count in enumerate(counts):
+            rows = slice(int(case.starts[i]), int(case.starts[i]) + count)
+            table = torch.cat([pages.block_table[i : i + 1]] * (1 + i), dim=1)
+            out = case.run(
+                device,
+                q=case.q[rows].contiguous(),
+                cache=pages.cache,
+                block_table=table,
+                seq_lens=pages.seq_lens[i : i + 1].clone(),
+                query_starts=torch.tensor([0, count], dtype=torch.int32),
+            )
+            assert torch.equal(out, whole[rows]), (page_size, i)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_kv_attention_has_the_same_bits_for_every_chunking(
+    sm80: emulation.Emulated, head_dim: int
+) -> None:
+    """Eight and sixteen rows a block, splits in one block and merged: all give a row its bits."""
+    length = 1058
+    case = make([length], [38], head_dim, group=2)
+    whole = case.run(sm80)
+    wide = torch.cat([case.pages.block_table] * 900, dim=1)  # too many splits for a workspace
+    assert torch.equal(case.run(sm80, block_table=wide), whole)
+    done = 0
+    for count in (1, 4, 20, 13):
+        out = case.run(
+            sm80,
+            q=case.q[done : done + count].contiguous(),
+            seq_lens=torch.tensor([length - 38 + done + count], dtype=torch.int32),
+            query_starts=torch.tensor([0, count], dtype=torch.int32),
+        )
+        assert torch.equal(out, whole[done : done + count]), count
+        done += count
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_kv_attention_ignores_the_tails_of_pages(device: emulation.Emulated, head_dim: int) -> None:
+    for length in (1, 15, 17, 33, 63):
+        case = make([length], [2], head_dim)
+        outs = []
+        for garbage in (0, 255, 0x7C):
+            pages = fill_pages(case.k, case.v, 64, garbage=garbage)
+            outs.append(case.run(device, cache=pages.cache, block_table=pages.block_table))
+        assert outs[0].isfinite().all()
+        assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_kv_attention_of_shared_pages(device: emulation.Emulated) -> None:
+    case = make([128, 10, 20], [2, 2, 2], 64, page_size=32)
+    table = torch.full((3, 6), -1, dtype=torch.int32)
+    prefix = case.pages.block_table[0, :4]
+    table[0, :4] = prefix
+    table[1, :4], table[1, 4] = prefix, case.pages.block_table[1, 0]
+    table[2, :2], table[2, 2] = prefix[:2], case.pages.block_table[2, 0]
+    lengths = torch.tensor([128, 138, 84], dtype=torch.int32)
+    for rows in (case.k, case.v):
+        rows[1], rows[2] = torch.cat([rows[0], rows[1]]), torch.cat([rows[0][:64], rows[2]])
+    case.pages = Pages(case.pages.cache, table, lengths, 64)
+    case.check(device)
+
+
+def test_kv_attention_of_queries_that_see_nothing(device: emulation.Emulated) -> None:
+    case = make([3, 0, 40], [7, 5, 2], 64, padding=3)
+    out = case.run(device)
+    assert (out[:4] == 0).all() and (out[7:12] == 0).all() and (out[14:] == 0).all()
+    assert (out[4:7] != 0).any(-1).all() and (out[12:14] != 0).any(-1).all()
+    assert case.run(device, q=case.q[:0], query_starts=torch.zeros(4).int()).shape == (0, 4, 64)
+    none = torch.empty(0, 1, dtype=torch.int32)
+    no_sequences = {"block_table": none, "seq_lens": none[:, 0].contiguous()}
+    assert (case.run(device, query_starts=torch.zeros(1).int(), **no_sequences) == 0).all()
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_kv_attention_answers_nan_where_a_visible_row_holds_nan(
+    sm80: emulation.Emulated, head_dim: int
+) -> None:
+    length, low = 90, head_dim // 8 * 7
+    for kind, dim in [("k", 0), ("k", head_dim - 1), ("v", 3), ("v", head_dim - 2)]:
+        case = make([length], [40], head_dim, group=2)
+        (case.k if kind == "k" else case.v)[0][70, 0, dim] = torch.nan
+        case.pages = fill_pages(case.k, case.v, 64)
+        out = case.run(sm80)
+        assert out[:20].isfinite().all()  # NaN of the future has no effect
+        part = slice(0, head_dim)
+        if kind == "v":
+            part = slice(0, low) if dim < low else slice(low, head_dim)
+            rest = slice(low, head_dim) if dim < low else slice(0, low)
+            assert out[20:, :, rest].isfinite().all()
+        assert out[20:, :, part].isnan().all()
+    case = make([90], [5], 64, group=2)
+    clean = case.run(sm80)
+    for value in (torch.nan, torch.inf):
+        case.q[2, 1, 60] = value
+        out = case.run(sm80)
+        assert out[2, 1].isnan().all()
+        out[2, 1] = clean[2, 1]
+        assert torch.equal(out, clean)
+
+
+def test_one_wrong_code_and_one_token_too_many_are_rejected(sm80: emulation.Emulated) -> None:
+    case = make([200], [1], 128, n_kv=1, group=4)
+    good = case.run(sm80)
+    assert not case.wrong_rows(good)
+    cache = case.pages.cache.clone()
+    slot = int(page_slots(case.pages.block_table[0], 64, 200)[77])
+    tile = case.pages.cache.shape[2] // 160 * 88 + slot % 64 // 16 * 1152  # V of the page
+    cache[slot // 64, 0, tile + slot % 8 // 2 * 16] ^= 0x04  # a code of V moves by 4 of 15
+    assert case.wrong_rows(case.run(sm80, cache=cache))
+    more = torch.tensor([201], dtype=torch.int32)
+    pages = fill_pages(*([torch.cat([rows[0], rows[0][:1]])] for rows in (case.k, case.v)), 64)
+    with_more = case.run(sm80, cache=pages.cache, block_table=pages.block_table, seq_lens=more)
+    assert case.wrong_rows(with_more)
+    one_less = case.run(sm80, seq_lens=torch.tensor([199], dtype=torch.int32))
+    assert case.wrong_rows(one_less)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seq_lens", torch.tensor([129], dtype=torch.int32)),
+        ("seq_lens", torch.tensor([-1], dtype=torch.int32)),
+        ("query_starts", torch.tensor([0, 9], dtype=torch.int32)),
+        ("block_table", torch.tensor([[1, 77]], dtype=torch.int32)),
+    ],
+)
+def test_kv_attention_stops_at_numbers_that_do_not_fit(
+    sm80: emulation.Emulated, name: str, value: torch.Tensor
+) -> None:
+    case = make([100], [2], 64)
+    case.pages.block_table = case.pages.block_table[:, :2].contiguous()
+    with emulation.stopped_by_trap():
+        case.run(sm80, **{name: value})
+
+
+def test_kv_attention_refuses_before_any_launch(device: emulation.Emulated) -> None:
+    case = make([40], [5], 64)
+    wrong = [
+        ("q", case.q[:, :3, :32].contiguous(), "q: expected a head dimension"),
+        ("cache", case.pages.cache.char(), "cache: expected uint8 .*got int8"),
+        ("block_table", case.pages.block_table.long(), "block_table: expected int32"),
+        ("seq_lens", torch.ones(2).int(), r"seq_lens: expected int32 \[1\]"),
+        ("query_starts", torch.ones(3).int(), r"query_starts: expected int32 \[2\]"),
+    ]
+    for name, value, message in wrong:
+        with pytest.raises(RuntimeError, match="kv_attention: " + message):
+            case.run(device, **{name: value})
