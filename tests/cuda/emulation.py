@@ -13,6 +13,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,21 +56,30 @@ def build() -> Path:
     cuda_emu, project = emulator(), load_setup()
     torch_root = Path(torch.__file__).parent
     common = ["-std=c++20", "-fvisibility=hidden", "-fno-gnu-unique", "-ffp-contract=off"]
-    return cuda_emu.build(
-        [ROOT / source for source in ["csrc/schema.cpp", *project.sources(cuda=True)]],
-        ROOT / "build/cuda_emu/resq_emulated.so",
-        arch="sm_90a",  # one library for both families; PTX of sm_80's instructions is the same
-        include_dirs=[ROOT / "csrc", project.cutlass_include(), torch_root / "include"],
-        defines=[
+    options = {
+        "arch": "sm_90a",  # one library for both families; PTX of sm_80's instructions is the same
+        "include_dirs": [ROOT / "csrc", project.cutlass_include(), torch_root / "include"],
+        "defines": [
             "RESQ_EMULATED",
             f"RESQ_NAMESPACE={NAMESPACE}",
             "NDEBUG",
             f"TORCH_TARGET_VERSION={project.TORCH_TARGET}",
         ],
-        nvcc_flags=["-std=c++20", "-O3", "--expt-relaxed-constexpr"],
-        cxx_flags=["-O1", *common],
-        link_flags=[f"-L{torch_root}/lib", "-Wl,--no-as-needed", "-ltorch"],
-    )
+        "nvcc_flags": ["-std=c++20", "-O3", "--expt-relaxed-constexpr"],
+        "cxx_flags": ["-O1", *common],
+        "link_flags": [f"-L{torch_root}/lib", "-Wl,--no-as-needed", "-ltorch"],
+    }
+    sources = [ROOT / source for source in ["csrc/schema.cpp", *project.sources(cuda=True)]]
+    folder = ROOT / "build/cuda_emu"
+    cuda_emu.runtime_library()
+
+    def compile_alone(source: Path) -> None:
+        cuda_emu.build([source], folder / f"parts/{source.name}.so", **options)
+
+    # The emulator compiles one file after the other; its cache lets several callers share the work.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_alone, sources))
+    return cuda_emu.build(sources, folder / "resq_emulated.so", **options)
 
 
 class Emulated:

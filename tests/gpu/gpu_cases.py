@@ -32,15 +32,21 @@ MODELS = {
 HADAMARD_SIZES = sorted({wide for _, wide, _ in MODELS.values()})
 
 
+# The others' N is cut, to keep the suite within minutes: drawing and packing codes takes the time.
+WHOLE = ("llama-3-8b", "llama-3-70b")
+LARGEST_N = 6144
+
+
 def layers(model: str) -> list[tuple[str, int, int, int]]:
     """(layer, N, K_lo, K_hi) of a decoder layer's four products."""
     hidden, wide, qkv = MODELS[model]
     low, high = hidden - hidden // 8, hidden // 8
+    largest = 2 * wide if model in WHOLE else LARGEST_N
     return [
-        ("qkv", qkv, low, high),
-        ("o", hidden, low, high),
-        ("gate_up", 2 * wide, low, high),
-        ("down", hidden, wide, 0),
+        ("qkv", min(qkv, largest), low, high),
+        ("o", min(hidden, largest), low, high),
+        ("gate_up", min(2 * wide, largest), low, high),
+        ("down", min(hidden, largest), wide, 0),
     ]
 
 
