@@ -99,6 +99,42 @@ def test_tiles_of_llama_3_8b_on_an_h200(
         assert choice.workspace_bytes == 0  # int8 rows of whole 16 bytes are read where they are
 
 
+@pytest.mark.parametrize(
+    ("rows", "kernel", "tiles"),
+    [
+        (1, "SMALL_BATCH", ((8, 1), (8, 2), (8, 1), (8, 2))),
+        (16, "SMALL_BATCH", ((16, 1), (16, 2), (16, 1), (16, 2))),
+        (64, "SMALL_BATCH", ((64, 1), (64, 1), (64, 1), (64, 3))),
+        (128, "SM80", ((64, 1), (64, 1), (128, 1), (64, 2))),
+        (2048, "SM80", ((128, 1), (128, 1), (128, 1), (128, 1))),
+    ],
+)
+def test_tiles_and_splits_of_llama_3_8b_on_an_a100(
+    rows: int, kernel: str, tiles: tuple[tuple[int, int], ...], core: ModuleType
+) -> None:
+    """qkv, o, gate_up and down: the model of best_splits, until a GPU measures it."""
+    layers = [(6144, 3584, 512), (4096, 3584, 512), (28672, 3584, 512), (4096, 14336, 0)]
+    for (n, k_lo, k_hi), tile in zip(layers, tiles, strict=True):
+        choice = core.mixed_gemm_choice(rows, n, k_lo, k_hi, True, core.CudaFamily.SM80, 108)
+        assert choice.kernel == getattr(core.MixedGemmKernel, kernel)
+        assert (choice.tile_rows, choice.splits) == tile
+        planes = (choice.splits + 1) * rows * n * 4 if choice.splits > 1 else 0
+        assert choice.workspace_bytes == planes
+
+
+def test_sm80_workspace_holds_the_rows_that_it_copies(core: ModuleType) -> None:
+    """Rows that are no multiple of 16 bytes (8 codes for small batches), padded to a step."""
+
+    def workspace(rows: int, k_lo: int, k_hi: int, packed: bool) -> int:
+        family = core.CudaFamily.SM80
+        return core.mixed_gemm_choice(rows, 64, k_lo, k_hi, packed, family, 1).workspace_bytes
+
+    assert workspace(100, 784, 112, True) == 100 * 832 // 2
+    assert workspace(100, 784, 112, False) == workspace(64, 784, 112, True) == 0
+    assert workspace(100, 784, 8, False) == 100 * 64
+    assert workspace(3, 12, 7, True) == 3 * 32 + 3 * 64
+
+
 def test_sm90_workspace_holds_the_rows_that_it_rewrites(core: ModuleType) -> None:
     """Nibbles, and rows that are no multiple of 16 bytes, become padded int8 rows."""
 

@@ -48,7 +48,7 @@ def test_small_batch_takes_every_dtype(
 
 
 @pytest.mark.parametrize(
-    "weight", [(64, 2048, 512), (70, 1584, 112), (8, 0, 1024), (9, 2100, 0)], ids=str
+    "weight", [(64, 2048, 512), (70, 3152, 224), (8, 0, 2048), (9, 4100, 0)], ids=str
 )
 @pytest.mark.parametrize("arch", [80, 90])
 def test_small_batch_splits_are_exact(

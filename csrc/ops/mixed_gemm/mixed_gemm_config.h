@@ -49,20 +49,24 @@ inline constexpr int64_t kSmallBatchRows = 64;
 
 inline constexpr int64_t kMaxSplits = 16;
 
-// The splits of K that should take the least time, if `slots` blocks run at once and a tile takes
-// `units` of `unit_bytes`. In units: a wave takes its blocks' share of K and four units to fill the
-// pipeline; with splits the planes are written and read, and a second launch takes eight.
-inline int64_t best_splits(const MixedGemmShape& s, int64_t tiles, int64_t slots, int64_t units,
-                           int64_t unit_bytes) {
-  constexpr int64_t kStart = 4, kSecondLaunch = 8;
-  int64_t best = 1, best_cost = -1;
-  for (int64_t splits = 1; splits <= std::min(kMaxSplits, std::max<int64_t>(units / 8, 1));
-       ++splits) {
-    const int64_t waves = ceil_div(tiles * splits, slots);
-    const int64_t planes = 2 * split_bytes(s, splits) / (slots * unit_bytes);
-    const int64_t cost =
-        waves * (ceil_div(units, splits) + kStart) + (splits > 1 ? planes + kSecondLaunch : 0);
-    if (best_cost < 0 || cost < best_cost) best = splits, best_cost = cost;
+// The splits of K that should take the least time, if `per_sm` blocks run at once on each of `sms`
+// multiprocessors and a tile takes `units` of `unit_bytes`. In units: waves of blocks, of which the
+// last may be thin (a block alone on its multiprocessor has all of it); four units to fill the
+// pipeline; with splits, writing and reading the planes, and eight units for the second launch.
+inline int64_t best_splits(const MixedGemmShape& s, int64_t tiles, int64_t sms, int64_t per_sm,
+                           int64_t units, int64_t unit_bytes) {
+  constexpr double kStart = 4, kSecondLaunch = 8;
+  const int64_t slots = sms * per_sm;
+  const auto time = [&](int64_t splits) {
+    const int64_t blocks = tiles * splits, thin = blocks % slots;
+    const double last = thin ? std::max<double>(thin, sms) / slots : 0;
+    const double waves = blocks / slots + last;
+    const double planes = 2.0 * split_bytes(s, splits) / (slots * unit_bytes);
+    return waves * ceil_div(units, splits) + kStart + (splits > 1 ? planes + kSecondLaunch : 0);
+  };
+  int64_t best = 1;
+  for (int64_t splits = 2; splits <= std::min(kMaxSplits, units / 8); ++splits) {
+    if (time(splits) < time(best)) best = splits;
   }
   return best;
 }
@@ -75,7 +79,7 @@ constexpr int64_t small_batch_blocks(int64_t tile_rows) {
 inline MixedGemmChoice small_batch_choice(const MixedGemmShape& s, int sms) {
   const int64_t tile_rows = s.rows <= 8 ? 8 : s.rows <= 16 ? 16 : s.rows <= 32 ? 32 : 64;
   const int64_t tiles = ceil_div(s.rows, tile_rows) * cuda_packed_blocks(s.n);
-  const int64_t splits = best_splits(s, tiles, sms * small_batch_blocks(tile_rows),
+  const int64_t splits = best_splits(s, tiles, sms, small_batch_blocks(tile_rows),
                                      cuda_lo_steps(s.k_lo) + cuda_hi_steps(s.k_hi), kCudaStepBytes);
   return {MixedGemmKernel::kSmallBatch, static_cast<int>(tile_rows),
           static_cast<int>(kCudaBlockRows), static_cast<int>(splits),
@@ -101,10 +105,9 @@ inline MixedGemmChoice sm80_choice(const MixedGemmShape& s, int sms) {
   const int64_t large = ceil_div(s.rows, 128) * ceil_div(s.n, kTileColumns);
   const int64_t tile_rows = large < sms ? 64 : 128;
   const int64_t tiles = ceil_div(s.rows, tile_rows) * ceil_div(s.n, kTileColumns);
-  const int64_t slots = sms * (tile_rows == 64 ? 2 : 1);
   const int64_t units = (s.packed ? ceil_div(cuda_lo_steps(s.k_lo), 2) : cuda_lo_steps(s.k_lo)) +
                         cuda_hi_steps(s.k_hi) / 2;
-  const int64_t splits = large < sms ? best_splits(s, tiles, slots, units, 6 * kCudaStepBytes) : 1;
+  const int64_t splits = large < sms ? best_splits(s, tiles, sms, 2, units, 6 * kCudaStepBytes) : 1;
   return {MixedGemmKernel::kSm80, static_cast<int>(tile_rows), static_cast<int>(kTileColumns),
           static_cast<int>(splits), workspace_bytes(s, splits, sm80_row_units(s.packed))};
 }
