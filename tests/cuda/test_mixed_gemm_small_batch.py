@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from emulation import Emulated
@@ -58,6 +63,30 @@ def test_small_batch_splits_are_exact(
     for rows in (1, 9, 40):
         assert splits(device, rows, weight) > 1
         assert_exact(make_case(rows, weight, True, torch.bfloat16, torch.float16), device)
+
+
+def test_small_batch_takes_any_rows_on_other_architectures(sm90: Emulated) -> None:
+    # The library reads RESQ_CUDA_ARCH once, so another process plays the newer GPU.
+    script = """
+import sys
+import torch
+from emulation import Emulated, emulator
+from gemm_cases import assert_exact, make_case
+
+emulator().runtime()
+torch.ops.load_library(sys.argv[1])
+gpu = Emulated(90)
+for packed in (True, False):
+    for rows in (1, 65, 130):
+        kernel = gpu.mixed_gemm_kernel(rows, 70, 784, 112, packed, 0)
+        assert kernel.startswith("small_batch"), kernel
+        assert_exact(make_case(rows, (70, 784, 112), packed, bias=None), gpu)
+assert gpu.cuda_family(0) == "portable"
+"""
+    library = next(path for path in torch.ops.loaded_libraries if "resq_emulated" in path)
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"RESQ_CUDA_ARCH": "portable", "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", script, library], env=environment, check=True)
 
 
 def test_small_batch_row_does_not_depend_on_the_batch(device: Emulated) -> None:
