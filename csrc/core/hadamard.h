@@ -10,88 +10,9 @@
 #include <vector>
 
 #include "core/host_device.h"
+#include "core/paley.h"
 
 namespace resq {
-
-inline constexpr int64_t kMaxPaleyOrder = 1024;
-
-struct PrimePower {
-  int64_t p;  // 0: not a prime power
-  int k;
-};
-
-inline PrimePower prime_power(int64_t q) {
-  if (q < 2) return {0, 0};
-  int64_t p = 2;
-  while (q % p != 0 && p * p <= q) ++p;
-  if (q % p != 0) p = q;
-  int k = 0;
-  for (; q % p == 0; q /= p) ++k;
-  return q == 1 ? PrimePower{p, k} : PrimePower{0, 0};
-}
-
-// 1 or 2: which of Paley's constructions gives this order (1 where both do); 0: none.
-inline int paley_kind(int64_t order) {
-  if (order < 4 || order % 4 != 0) return 0;
-  const PrimePower first = prime_power(order - 1);
-  if (first.p != 0 && (order - 1) % 4 == 3 && first.k <= 3) return 1;
-  const PrimePower second = prime_power(order / 2 - 1);
-  return second.p != 0 && (order / 2 - 1) % 4 == 1 && second.k <= 3 ? 2 : 0;
-}
-
-// Arithmetic of GF(p^k), k <= 3, on elements 0 .. p^k - 1 read as k digits of base p.
-class GaloisField {
- public:
-  GaloisField(int64_t p, int k) : p_(p), k_(k), q_(k == 1 ? p : (k == 2 ? p * p : p * p * p)) {
-    // x^k = -poly(x): the first monic polynomial without a root, coefficients of x^0 first in
-    // lexicographic order, is irreducible for k <= 3.
-    for (int64_t index = 0; k > 1; ++index) {
-      int64_t rest = index;
-      for (int i = k - 1; i >= 0; --i, rest /= p) poly_[i] = rest % p;
-      bool has_root = false;
-      for (int64_t x = 0; x < p && !has_root; ++x) {
-        int64_t value = 1;  // Horner, from the monic leading coefficient
-        for (int i = k - 1; i >= 0; --i) value = (value * x + poly_[i]) % p;
-        has_root = value == 0;
-      }
-      if (!has_root) break;
-    }
-  }
-
-  int64_t order() const { return q_; }
-
-  int64_t subtract(int64_t a, int64_t b) const {
-    int64_t result = 0;
-    for (int64_t weight = 1; weight < q_; weight *= p_) {
-      result += (a / weight % p_ - b / weight % p_ + p_) % p_ * weight;
-    }
-    return result;
-  }
-
-  int64_t square(int64_t a) const {
-    int64_t product[5] = {};
-    for (int i = 0; i < k_; ++i) {
-      for (int j = 0; j < k_; ++j) product[i + j] += digit(a, i) * digit(a, j);
-    }
-    for (int i = 2 * k_ - 2; i >= k_; --i) {
-      for (int j = 0; j < k_; ++j) product[i - k_ + j] -= product[i] % p_ * poly_[j];
-    }
-    int64_t result = 0;
-    for (int i = k_ - 1; i >= 0; --i) result = result * p_ + (product[i] % p_ + p_) % p_;
-    return result;
-  }
-
- private:
-  int64_t digit(int64_t a, int i) const {
-    for (; i > 0; --i) a /= p_;
-    return a % p_;
-  }
-
-  int64_t p_;
-  int k_;
-  int64_t q_;
-  int64_t poly_[3] = {};
-};
 
 // Row-major square matrix of signs.
 struct SignMatrix {

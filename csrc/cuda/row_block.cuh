@@ -90,13 +90,15 @@ struct Range {
 // redux.sync, which knows integers only, replace five shuffles and five comparisons.
 __device__ inline int ordered_bits(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
+template <int kWarps>
 struct RangeExchange {
-  int4 warps[kRowWarps];  // low part's lo and hi, high part's lo and hi, as ordered bits
+  int4 warps[kWarps];  // low part's lo and hi, high part's lo and hi, as ordered bits
 };
 
 // The block's range of both parts to every thread. `shared` may be written again after the next
 // barrier.
-__device__ inline void reduce_ranges(Range (&ranges)[2], RangeExchange& shared) {
+template <int kWarps>
+__device__ inline void reduce_ranges(Range (&ranges)[2], RangeExchange<kWarps>& shared) {
   int bits[4] = {__float_as_int(ranges[0].lo), __float_as_int(ranges[0].hi),
                  __float_as_int(ranges[1].lo), __float_as_int(ranges[1].hi)};
 #pragma unroll
@@ -110,7 +112,7 @@ __device__ inline void reduce_ranges(Range (&ranges)[2], RangeExchange& shared) 
   __syncthreads();
   int4 all = shared.warps[0];
 #pragma unroll
-  for (int warp = 1; warp < kRowWarps; ++warp) {
+  for (int warp = 1; warp < kWarps; ++warp) {
     const int4 other = shared.warps[warp];
     all = make_int4(min(all.x, other.x), max(all.y, other.y), min(all.z, other.z),
                     max(all.w, other.w));

@@ -69,6 +69,16 @@ inline void check_aligned(const char* op, const char* argument, const Tensor& te
        "an address " + std::to_string(address % 16) + " bytes past");
 }
 
+// The tensor itself, or a contiguous copy if it is contiguous at an address that is not aligned.
+inline Tensor aligned_rows(const Tensor& tensor) {
+  if (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0) return tensor;
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
+  Tensor copy = allocate(tensor, sizes, tensor.scalar_type());
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
 // Kernels that give every row a block.
 inline void check_row_count(const char* op, const char* argument, int64_t rows) {
   if (rows > INT32_MAX) fail(op, argument, "fewer than 2^31 rows", std::to_string(rows));

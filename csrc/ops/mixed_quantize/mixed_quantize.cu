@@ -9,7 +9,7 @@ namespace {
 
 template <class T, int kHeld, bool kAligned>
 __global__ void __launch_bounds__(kRowThreads) mixed_quantize_kernel(MixedQuantizeParams p) {
-  __shared__ RangeExchange exchange;
+  __shared__ RangeExchange<kRowWarps> exchange;
   const int k_lo = static_cast<int>(p.out.k_lo), k = k_lo + static_cast<int>(p.out.k_hi);
   const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(blockIdx.x) * k;
   const int chunks = (k + kChunkColumns - 1) / kChunkColumns;

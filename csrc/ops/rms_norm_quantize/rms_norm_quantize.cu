@@ -9,7 +9,7 @@ namespace {
 
 struct Exchange {
   SumExchange sum;
-  RangeExchange ranges;
+  RangeExchange<kRowWarps> ranges;
 };
 
 // y *= weight[column .. column + 8).

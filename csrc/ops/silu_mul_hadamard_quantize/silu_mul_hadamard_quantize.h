@@ -5,20 +5,17 @@
 #include "core/float16.h"
 #include "core/hadamard.h"
 #include "core/quantize.h"
-#include "cpu/variants.h"
 
 namespace resq {
 
 struct SiluMulHadamardQuantizeParams {
+  int64_t rows;
   const void* gate_up;  // [rows, 2 n] of type: gate, then up
   FloatType type;
   int64_t n;
   const HadamardPlan* plan;  // of size n; null: no transform
+  float scale;               // of the product: 1 / sqrt(n), or 1 without a transform
   MixedRows out;
 };
-
-namespace cpu {
-RESQ_DECLARE_ROWS_KERNEL(silu_mul_hadamard_quantize, SiluMulHadamardQuantizeParams)
-}
 
 }  // namespace resq

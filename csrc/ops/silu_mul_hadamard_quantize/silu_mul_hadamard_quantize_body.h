@@ -14,7 +14,7 @@ void silu_mul_hadamard_quantize_rows(const SiluMulHadamardQuantizeParams& params
   const int64_t scratch = params.plan ? hadamard_scratch(*params.plan) : 0;
   float* floats = thread_row_buffer().floats(padded + scratch);
   // The transform is linear: scaling its input saves a pass over the row.
-  const Vec scale = set1(params.plan ? 1.0f / std::sqrt(static_cast<float>(n)) : 1.0f);
+  const Vec scale = set1(params.scale);
   for (int64_t row = begin; row < end; ++row) {
     const T* gate = static_cast<const T*>(params.gate_up) + row * 2 * n;
     const T* up = gate + n;
