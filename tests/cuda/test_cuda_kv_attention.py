@@ -138,6 +138,38 @@ def test_kv_attention_of_large_high_dims(
     make([300], [2], head_dim, outliers=outliers, scale=0.1 / outliers**2).check(sm80)
 
 
+@pytest.mark.parametrize("outliers", [1.0, 8.0, 16.0])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_scores_and_sums_of_values_are_within_the_gates(
+    sm90: emulation.Emulated, head_dim: int, outliers: float
+) -> None:
+    """Scores within 2 % and weighted sums within 1 % of the cache's own error.
+
+    Two tokens with values 0 and 1 answer the sigmoid of the difference of their scores.
+    """
+    case = make([2] * 120, [1] * 120, head_dim, group=1, outliers=outliers)
+    case.q[..., head_dim // 8 * 7 :] *= outliers
+    case.v = [torch.stack([torch.zeros(1, head_dim), torch.ones(1, head_dim)])] * 120
+    case.pages = fill_pages(case.k, case.v, 32)
+    case.scale = 0.1 / outliers**2
+    out = case.run(sm90)[:, 0, 0].double()
+    exact, plain = (
+        torch.stack(
+            [q @ (k[1, 0] - k[0, 0]) for q, k in zip(case.q[:, 0].double(), rows, strict=True)]
+        )
+        for rows in ([case.pages.rows(i)[0] for i in range(120)], [k.double() for k in case.k])
+    )
+    error, noise = torch.logit(out) - exact * case.scale, (plain - exact) * case.scale
+    assert error.norm() <= 0.02 * noise.norm()
+
+    case = make([300], [4], head_dim, outliers=outliers, scale=1e-6)
+    out = case.run(sm90)
+    q, (k, v) = case.q.double(), case.pages.rows(0)
+    exact = attend(q, k, v, case.scale)
+    noise = attend(q, k, case.v[0].double(), case.scale) - exact
+    assert (out.double() - exact).norm() <= 0.01 * noise.norm()
+
+
 @pytest.mark.parametrize("magnitude", [1e-6, 1e-3, 1e4])
 def test_kv_attention_of_any_magnitude(sm80: emulation.Emulated, magnitude: float) -> None:
     """Values and queries far from 1, beside some that are not."""

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t slot = p.slot_mapping[token];
     if (slot < 0) continue;
     if (slot >= p.slots) __trap();
-    const int64_t position = slot % p.page_size, page = slot / p.page_size;
+    const int64_t page = slot / p.page_size, position = slot - page * p.page_size;
     const int in_tile = static_cast<int>(position % Layout::kTileTokens);
     uint8_t* chunk = p.cache + (page * p.n_kv + head) * p.page_size * Layout::kTokenBytes;
 

@@ -74,16 +74,17 @@ template <int kHeadDim>
 __device__ void fetch_tile(const KvAttentionCuda& call, const TilePlace* place, uint8_t* stage) {
   using S = Stage<kHeadDim>;
   if (place) {
-    const uint8_t* keys = call.params.cache + place->keys;
-    const uint8_t* values = keys + kv_v_tile_byte<kHeadDim>(call.params.page_size, 0);
-    const uint8_t* metadata = keys + place->metadata;
+    const int lane_byte = threadIdx.x % 32 * 16;
+    const uint8_t* keys = call.params.cache + place->keys + lane_byte;
+    // From where a byte of the stage would be if all came after the K words.
+    const int metadata = place->metadata - S::kMetadata;
+    const int values =
+        static_cast<int>(kv_v_tile_byte<kHeadDim>(call.params.page_size, 0)) - S::kValues;
 #pragma unroll
     for (int first = 0; first < S::kBytes; first += 512) {
-      const int byte = first + threadIdx.x % 32 * 16;
-      const uint8_t* from = byte < S::kMetadata ? keys + byte
-                            : byte < S::kValues ? metadata + (byte - S::kMetadata)
-                                                : values + (byte - S::kValues);
-      if (byte < S::kBytes) copy_16_async(stage + byte, from);
+      const int byte = first + lane_byte;
+      const int moved = byte < S::kMetadata ? 0 : byte < S::kValues ? metadata : values;
+      if (byte < S::kBytes) copy_16_async(stage + byte, keys + first + moved);
     }
   }
   commit_copies();
@@ -119,9 +120,9 @@ struct Warp {
         const int column = n * kTileRows + 2 * i + h;
         const int clamped = min(column, item.rows - 1);
         const float4 numbers = *reinterpret_cast<const float4*>(call.rows + index(clamped));
-        columns[n].multiplier[h] = numbers.x;
-        columns[n].sum_low[h] = numbers.y;
-        columns[n].sum_high[h] = numbers.z;
+        columns[n].multiplier[h] = numbers.x * (1.0f / kKvScaleFactor);
+        columns[n].sum_low[h] = numbers.y * kKvScaleFactor;
+        columns[n].sum_high[h] = numbers.z * kKvScaleFactor;
         columns[n].visible[h] = column < item.rows ? item.visible + item.query(group, column) : 0;
       }
     }

@@ -71,13 +71,14 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ alignas(16) float loaded[kHeadDim][kBlockRows];
   __shared__ alignas(16) float rotated[kBlockRows][kHeadDim];
   const KvAttentionParams& p = call.params;
-  const int64_t group = p.group(), rows = call.tokens * group;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlockRows;
+  const int group = static_cast<int>(p.group()), rows = static_cast<int>(call.tokens) * group;
+  const int first = blockIdx.x * kBlockRows;
   const int kv_head = blockIdx.y, thread = threadIdx.x;
   const int dim = thread % kHeadDim, first_row = thread / kHeadDim * kRows;
   // Index into [tokens, n_q] of the block's row `row`.
   const auto index = [&](int row) {
-    return (first + row) / group * p.n_q + kv_head * group + (first + row) % group;
+    const int token = (first + row) / group;
+    return token * p.n_q + kv_head * group + (first + row - token * group);
   };
 
 #pragma unroll
@@ -85,8 +86,8 @@ __global__ void __launch_bounds__(kThreads)
     float x = 0.0f;
     if (first + first_row + r < rows) {
       const int64_t at = index(first_row + r);
-      x = load_rope<kHeadDim>({p.q, p.type}, at * kHeadDim, p.cos, p.sin, at / p.n_q * kHeadDim,
-                              dim);
+      const int64_t token = (first + first_row + r) / group;
+      x = load_rope<kHeadDim>({p.q, p.type}, at * kHeadDim, p.cos, p.sin, token * kHeadDim, dim);
     }
     loaded[dim][first_row + r] = x;
   }

@@ -14,13 +14,20 @@ namespace resq::cuda {
 inline constexpr int kKvCentreLow = 8;     // subtracted from 4-bit codes
 inline constexpr int kKvCentreHigh = 128;  // and from 8-bit codes
 
+// (bits & mask) | number in one instruction; written as operators it becomes two.
+__device__ inline uint32_t place_codes(uint32_t bits, uint32_t mask, uint32_t number) {
+  uint32_t placed;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(placed) : "r"(bits), "r"(mask), "r"(number));
+  return placed;
+}
+
 // Registers of word x: nibbles (0, 4), (1, 5), (2, 6), (3, 7), less 8.
 __device__ inline void unpack_nibbles(uint32_t word, uint32_t (&out)[4]) {
   const uint32_t next = word >> 8;
-  out[0] = subtract_halves((word & 0x000f000f) | 0x64006400, 0x64086408);
-  out[1] = subtract_halves((word & 0x00f000f0) | 0x54005400, 0x54805480);
-  out[2] = subtract_halves((next & 0x000f000f) | 0x64006400, 0x64086408);
-  out[3] = subtract_halves((next & 0x00f000f0) | 0x54005400, 0x54805480);
+  out[0] = subtract_halves(place_codes(word, 0x000f000f, 0x64006400), 0x64086408);
+  out[1] = subtract_halves(place_codes(word, 0x00f000f0, 0x54005400), 0x54805480);
+  out[2] = subtract_halves(place_codes(next, 0x000f000f, 0x64006400), 0x64086408);
+  out[3] = subtract_halves(place_codes(next, 0x00f000f0, 0x54005400), 0x54805480);
 }
 
 // Registers of a word of 8-bit codes: bytes (0, 1) and (2, 3), less 128.
@@ -32,7 +39,7 @@ __device__ inline void unpack_bytes(uint32_t word, uint32_t& first, uint32_t& se
 // Register of the two nibbles of a byte, less 8.
 __device__ inline uint32_t unpack_byte_of_nibbles(uint32_t word, int byte) {
   const uint32_t twice = __byte_perm(word, 0, byte | 0x40 | byte << 8 | 0x4000);
-  return subtract_halves((twice & 0x00f0000f) | 0x54006400, 0x54806408);
+  return subtract_halves(place_codes(twice, 0x00f0000f, 0x54006400), 0x54806408);
 }
 
 // A lane's words of a K or V tile.
@@ -107,9 +114,10 @@ __device__ inline void key_products(const TileWords& k, const QueryOperand<kHead
   }
 }
 
-// B operands of the weights of 16 tokens for eight query rows.
+// B operands of the weights of 16 tokens for eight query rows; what float16 loses of those for the
+// high dims, whose codes are 8 bits long, is a second operand.
 struct WeightOperand {
-  uint32_t low[2], high[2];
+  uint32_t low[2], high[2], high_residuals[2];
 };
 
 // Sums for dims (rows) and eight query rows (columns). Head dim 128: block b holds dims 16 b on.
@@ -167,6 +175,7 @@ __device__ inline void value_products(const TileWords& v, const WeightOperand (&
   for (int n = 0; n < kTiles; ++n) {
     float (&sums)[4] = softmax[n].out.blocks[OutputSums<kHeadDim>::kBlocks - 1];
     mma_16816(sums, a, p[n].high[0], p[n].high[1]);
+    mma_16816(sums, a, p[n].high_residuals[0], p[n].high_residuals[1]);
   }
 }
 

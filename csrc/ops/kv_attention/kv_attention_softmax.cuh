@@ -15,17 +15,16 @@ __device__ inline float exp2_approximate(float x) {
   return y;
 }
 
-// What scores and weights need of a token: x = scale * (code - centre) + offset.
+// What scores and weights need of a token: 4 x = scale * (code - centre) + 4 * offset, with the
+// scale as it is stored.
 struct PartRange {
   float scale, offset;
 
   __device__ PartRange(uint32_t stored, int centre) {
     const float2 pair = __half22float2(reinterpret_cast<const __half2&>(stored));
-    scale = pair.x * (1.0f / kKvScaleFactor);
-    offset = fmaf(scale, static_cast<float>(centre), pair.y);
+    scale = pair.x;
+    offset = fmaf(scale, static_cast<float>(centre) / kKvScaleFactor, pair.y);
   }
-  // Biased exponent, kept where weights times 2^-exponent fit float16; NaN counts as large.
-  __device__ unsigned exponent() const { return min(__float_as_uint(scale) >> 23, 142u); }
 };
 struct TokenRanges {
   PartRange k_low, k_high, v_low, v_high;
@@ -39,22 +38,31 @@ struct TokenRanges {
         v_high(stored.w, kKvCentreHigh) {}
 };
 
-// A lane's two query rows 2 i and 2 i + 1 of eight.
+// A lane's two query rows 2 i and 2 i + 1 of eight. Scores are multiplier * (sums + sums of q x
+// offset), both 4 times too large and the multiplier 4 times too small.
 struct QueryColumns {
   float multiplier[2], sum_low[2], sum_high[2];
   int visible[2];  // tokens that the row sees
 };
 
-// Weights are p * v_scale as float16 times 2^kWeightBits over the largest v_scale's power of two:
-// the smallest that counts, p = 2^-24, is then far above float16's subnormals.
-inline constexpr unsigned kWeightBits = 12;
-inline constexpr unsigned kLeastExponent = 100;  // below that of the smallest stored scale / 4
+// Weights are p * v_scale as float16, scaled by the power of two that brings the largest v_scale
+// seen into [kWeightTop / 2, kWeightTop): the smallest p that counts, 2^-24, is then far above
+// float16's subnormals, whatever the magnitude of V.
+inline constexpr float kWeightTop = 8192.0f;
+inline constexpr float kWeightLeast = 0x1p-24f;  // the smallest stored scale that is not 0
+inline constexpr float kWeightMost = 0x1p15f;    // the largest is below twice this
+
+__device__ inline float weight_factor(float scale) {
+  scale = fminf(fmaxf(scale, kWeightLeast), kWeightMost);  // NaN becomes the least
+  const unsigned exponent = __float_as_uint(scale) >> 23;
+  return __uint_as_float((254 - exponent) << 23) * (kWeightTop / 2);
+}
 
 // Eight query rows over the tiles of a warp. Sums over tokens are kept by lane until the end.
 template <int kHeadDim>
 struct RunningSoftmax {
   float max[2], sum[2], offset_low[2], offset_high[2];
-  unsigned exponent_low[2], exponent_high[2];  // of the largest v_scale among visible tokens
+  float factor_low[2], factor_high[2];  // weight_factor of the largest v_scale among visible tokens
   OutputSums<kHeadDim> out;
 
   __device__ RunningSoftmax() {
@@ -62,7 +70,7 @@ struct RunningSoftmax {
     for (int h = 0; h < 2; ++h) {
       max[h] = -INFINITY;
       sum[h] = offset_low[h] = offset_high[h] = 0.0f;
-      exponent_low[h] = exponent_high[h] = kLeastExponent;
+      factor_low[h] = factor_high[h] = weight_factor(0.0f);
     }
   }
 
@@ -70,26 +78,32 @@ struct RunningSoftmax {
   // the weights' operand.
   __device__ WeightOperand add(const ScoreSums& sums, const TokenRanges (&ranges)[2],
                                const QueryColumns& q, int first_token) {
-    float scores[4];
+    float scores[4], low[4], high[4];
     bool visible[4], grows = false;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const int h = c % 2;
       const TokenRanges& r = ranges[c / 2];
-      float score = sums.low[c] * r.k_low.scale;
+      float score = __fmul_rn(sums.low[c], r.k_low.scale);
       score = fmaf(q.sum_low[h], r.k_low.offset, score);
       score = fmaf(sums.high[c], r.k_high.scale, score);
       score = fmaf(q.sum_high[h], r.k_high.offset, score);
       scores[c] = __fmul_rn(score, q.multiplier[h]);
+      low[c] = __fmul_rn(r.v_low.scale, factor_low[h]);
+      high[c] = __fmul_rn(r.v_high.scale, factor_high[h]);
       visible[c] = first_token + c / 2 * 8 < q.visible[h];
-      grows |=
-          visible[c] && (scores[c] > max[h] || ranges[c / 2].v_low.exponent() > exponent_low[h] ||
-                         ranges[c / 2].v_high.exponent() > exponent_high[h]);
+      grows |= visible[c] & ((scores[c] > max[h]) | (fmaxf(low[c], high[c]) >= kWeightTop));
     }
     // Rare after the first tiles, and without effect on rows whose extremes stay.
-    if (__any_sync(kAllLanes, grows)) raise(scores, visible, ranges);
+    if (__any_sync(kAllLanes, grows)) {
+      raise(scores, visible, ranges);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        low[c] = __fmul_rn(ranges[c / 2].v_low.scale, factor_low[c % 2]);
+        high[c] = __fmul_rn(ranges[c / 2].v_high.scale, factor_high[c % 2]);
+      }
+    }
 
-    float low[4], high[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const int h = c % 2;
@@ -99,12 +113,21 @@ struct RunningSoftmax {
       sum[h] = visible[c] ? __fadd_rn(sum[h], p) : sum[h];
       offset_low[h] = visible[c] ? fmaf(p, r.v_low.offset, offset_low[h]) : offset_low[h];
       offset_high[h] = visible[c] ? fmaf(p, r.v_high.offset, offset_high[h]) : offset_high[h];
-      low[c] = visible[c] ? p * (r.v_low.scale * weight_factor(exponent_low[h])) : 0.0f;
-      high[c] = visible[c] ? p * (r.v_high.scale * weight_factor(exponent_high[h])) : 0.0f;
+      low[c] = visible[c] ? __fmul_rn(p, low[c]) : 0.0f;
+      high[c] = visible[c] ? __fmul_rn(p, high[c]) : 0.0f;
     }
-    return {
-        {transpose_8x8(half_pair(low[0], low[1])), transpose_8x8(half_pair(low[2], low[3]))},
-        {transpose_8x8(half_pair(high[0], high[1])), transpose_8x8(half_pair(high[2], high[3]))}};
+    WeightOperand weights;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float* pair = high + 2 * half;
+      const uint32_t rounded = half_pair(pair[0], pair[1]);
+      const float2 kept = __half22float2(reinterpret_cast<const __half2&>(rounded));
+      weights.low[half] = transpose_8x8(half_pair(low[2 * half], low[2 * half + 1]));
+      weights.high[half] = transpose_8x8(rounded);
+      weights.high_residuals[half] =
+          transpose_8x8(half_pair(__fsub_rn(pair[0], kept.x), __fsub_rn(pair[1], kept.y)));
+    }
+    return weights;
   }
 
   // Sums over the lanes.
@@ -122,16 +145,21 @@ struct RunningSoftmax {
 
   // A number of `out`, in row h's column, as the weighted sum of values.
   __device__ float low_value(float codes, int h) const {
-    return fmaf(codes, __uint_as_float((exponent_low[h] - kWeightBits) << 23), offset_low[h]);
+    return fmaf(codes, value_scale(factor_low[h]), offset_low[h]);
   }
   __device__ float high_value(float codes, int h) const {
-    return fmaf(codes, __uint_as_float((exponent_high[h] - kWeightBits) << 23), offset_high[h]);
+    return fmaf(codes, value_scale(factor_high[h]), offset_high[h]);
   }
 
  private:
-  // 2^(kWeightBits + 127 - exponent).
-  static __device__ float weight_factor(unsigned exponent) {
-    return __uint_as_float((254 + kWeightBits - exponent) << 23);
+  // 1 / (4 * factor), exact: a power of two.
+  static __device__ float value_scale(float factor) {
+    return __uint_as_float((254u << 23) - __float_as_uint(factor)) * (1.0f / kKvScaleFactor);
+  }
+
+  // Of two powers of two, exact.
+  static __device__ float ratio(float a, float b) {
+    return __uint_as_float((127u << 23) + __float_as_uint(a) - __float_as_uint(b));
   }
 
   __device__ void raise(const float (&scores)[4], const bool (&visible)[4],
@@ -139,30 +167,31 @@ struct RunningSoftmax {
     float scale_low[2], scale_high[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float top = max[h];
-      unsigned low = exponent_low[h], high = exponent_high[h];
+      float top = max[h], low = kWeightLeast, high = kWeightLeast;
 #pragma unroll
       for (int c = h; c < 4; c += 2) {
         if (!visible[c]) continue;
         top = fmaxf(top, scores[c]);
-        low = ::max(low, ranges[c / 2].v_low.exponent());
-        high = ::max(high, ranges[c / 2].v_high.exponent());
+        low = fmaxf(low, ranges[c / 2].v_low.scale);
+        high = fmaxf(high, ranges[c / 2].v_high.scale);
       }
 #pragma unroll
       for (int distance = 4; distance < 32; distance *= 2) {
         top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, distance));
-        low = ::max(low, __shfl_xor_sync(kAllLanes, low, distance));
-        high = ::max(high, __shfl_xor_sync(kAllLanes, high, distance));
+        low = fmaxf(low, __shfl_xor_sync(kAllLanes, low, distance));
+        high = fmaxf(high, __shfl_xor_sync(kAllLanes, high, distance));
       }
+      low = fminf(weight_factor(low), factor_low[h]);
+      high = fminf(weight_factor(high), factor_high[h]);
       const float factor = top == max[h] ? 1.0f : exp2_approximate(__fsub_rn(max[h], top));
-      scale_low[h] = factor * __uint_as_float((127 + exponent_low[h] - low) << 23);
-      scale_high[h] = factor * __uint_as_float((127 + exponent_high[h] - high) << 23);
-      sum[h] *= factor;
-      offset_low[h] *= factor;
-      offset_high[h] *= factor;
+      scale_low[h] = __fmul_rn(factor, ratio(low, factor_low[h]));
+      scale_high[h] = __fmul_rn(factor, ratio(high, factor_high[h]));
+      sum[h] = __fmul_rn(sum[h], factor);
+      offset_low[h] = __fmul_rn(offset_low[h], factor);
+      offset_high[h] = __fmul_rn(offset_high[h], factor);
       max[h] = top;
-      exponent_low[h] = low;
-      exponent_high[h] = high;
+      factor_low[h] = low;
+      factor_high[h] = high;
     }
     out.scale(scale_low, scale_high);
   }
