@@ -92,18 +92,20 @@ __device__ __forceinline__ uint2 fetch_piece(const uint8_t* from, int left) {
   using Whole = std::conditional_t<P::kNibbles, uint32_t, uint2>;
   if constexpr (P::kEvenOdd) {
     const Whole v = left > 0 ? __ldg(reinterpret_cast<const Whole*>(from)) : Whole{};
-    if constexpr (P::kNibbles)
+    if constexpr (P::kNibbles) {
       return {v, 0};
-    else
+    } else {
       return v;
+    }
   } else {
     constexpr int kApart = 16 * P::kBits / 8;
     const uint32_t x = left > 0 ? __ldg(reinterpret_cast<const Half*>(from)) : Half{0};
     const uint32_t y = left > 16 ? __ldg(reinterpret_cast<const Half*>(from + kApart)) : Half{0};
-    if constexpr (P::kNibbles)
+    if constexpr (P::kNibbles) {
       return {x | y << 16, 0};
-    else
+    } else {
       return {x, y};
+    }
   }
 }
 
@@ -303,6 +305,14 @@ __global__ void __launch_bounds__(small_batch::kThreads,
       .rows = static_cast<int>(min(p.rows - int64_t{tile} * C::kRows, int64_t{C::kRows}))};
   const uint8_t* weight = p.packed_weight + int64_t{block} * cuda_block_bytes(p.k_lo, p.k_hi);
 
+  // The high part starts with empty registers: its first weights wait in the second-level cache.
+  const uint8_t* weight_hi = weight + cuda_block_lo_bytes(p.k_lo);
+  if (k.has_lo(split) && k.has_hi(split)) {
+    const int ahead =
+        min(last - k.lo_units, C::kDepth * C::kChunkSteps) * static_cast<int>(kCudaStepBytes);
+    for (int i = threadIdx.x * 128; i < ahead; i += kThreads * 128) prefetch_line(weight_hi + i);
+  }
+
   for (int i = threadIdx.x; i < 2 * C::kSumWords; i += kThreads) sums_lo[i] = 0;
   if (k.has_lo(split)) {
     const Part<C, false> part{static_cast<const uint8_t*>(p.q_lo), static_cast<int>(p.k_lo)};
@@ -310,8 +320,8 @@ __global__ void __launch_bounds__(small_batch::kThreads,
   }
   if (k.has_hi(split)) {
     const Part<C, true> part{reinterpret_cast<const uint8_t*>(p.q_hi), static_cast<int>(p.k_hi)};
-    run_part<C>(part, weight + cuda_block_lo_bytes(p.k_lo), max(first - k.lo_units, 0),
-                last - k.lo_units, at, buffers, sums_hi);
+    run_part<C>(part, weight_hi, max(first - k.lo_units, 0), last - k.lo_units, at, buffers,
+                sums_hi);
   }
   __syncthreads();
   write_tile<C>(p, k, planes, split, int64_t{block} * kCudaBlockRows, at, sums_lo, sums_hi);
