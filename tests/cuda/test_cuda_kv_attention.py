@@ -227,6 +227,26 @@ def test_kv_attention_has_the_same_bits_for_every_chunking(
         done += count
 
 
+@pytest.mark.parametrize("chunks", [(150,), (64, 64, 22), (1, 40, 109)], ids=str)
+def test_decoding_does_not_depend_on_how_the_prompt_was_appended(
+    sm90: emulation.Emulated, chunks: tuple[int, ...]
+) -> None:
+    torch.manual_seed(1)
+    length, head_dim = 150, 128
+    k, v = torch.randn(2, length, 1, head_dim).bfloat16()
+    cos, sin = cos_sin(length, head_dim)
+    rotation = rotations(1, head_dim).half()
+    case = make([length], [1], head_dim, dtype=torch.bfloat16)
+    slots = page_slots(case.pages.block_table[0], 64, length)
+    whole, parts = (torch.full_like(case.pages.cache, 255) for _ in range(2))
+    sm90.kv_append(k, v, cos, sin, rotation, whole, slots)
+    for rows in torch.arange(length).split(chunks):
+        some = (t[rows].contiguous() for t in (k, v, cos, sin))
+        sm90.kv_append(*some, rotation, parts, slots[rows].contiguous())
+    assert torch.equal(parts, whole)
+    assert torch.equal(case.run(sm90, cache=parts), case.run(sm90, cache=whole))
+
+
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_kv_attention_ignores_the_tails_of_pages(device: emulation.Emulated, head_dim: int) -> None:
     for length in (1, 15, 17, 33, 63):
