@@ -21,8 +21,6 @@ inline constexpr int kConsumers = 2;       // warpgroups that multiply, a block 
 inline constexpr int kConsumerWarps = 4 * kConsumers;
 inline constexpr int kTileWeights = kConsumers * static_cast<int>(kCudaBlockRows);
 static_assert(kTileWeights == kSm90TileWeights);
-inline constexpr int kClusterBlocks = kSm90ClusterBlocks;
-inline constexpr uint16_t kWholeCluster = (1 << kClusterBlocks) - 1;
 inline constexpr int kLoFactor = 16;  // in the low sums
 
 // Makes the compiler forget what it has derived from a value, so that it does not keep that in
@@ -66,21 +64,41 @@ inline PartStages part_stages(int64_t k) {
   return {halves / 2, halves % 2 != 0};
 }
 
-// What a block copies for a tile: its own two blocks of 64 weight rows and a part of the tokens
-// that it shares, or one of the two blocks of weights that it shares and its own tokens.
+// A block's place in its cluster: rank = token * weights + weight, and with whom it shares.
+template <int kTokens>
+struct ClusterPlace {
+  static constexpr Sm90Cluster kCluster = sm90_cluster(kTokens);
+  // Blocks that write into a block's stages: those of its row and of its column, itself once.
+  static constexpr int kPeers = kCluster.tokens + kCluster.weights - 1;
+  static_assert(kCluster.tokens <= 2 && kCluster.weights == 2);
+
+  int rank;
+  __device__ int token() const { return rank / kCluster.weights; }
+  __device__ int weight() const { return rank % kCluster.weights; }
+  // The blocks with the same tokens, or the same weights, by bits.
+  __device__ uint16_t same_tokens() const { return 3 << token() * kCluster.weights; }
+  __device__ uint16_t same_weights() const { return 1 << rank | 1 << peer(kCluster.weights); }
+  __device__ int peer(int index) const {  // index < kPeers
+    return index < kCluster.weights ? rank - weight() + index : rank ^ kCluster.weights;
+  }
+};
+
+// What a block copies for a tile: of its two blocks of 64 weight rows both, or one if another block
+// of the cluster has the same weights; one half of its tokens.
 template <int kTokens>
 struct TileSource {
-  static constexpr int kBlocks =
-      sm90_shares_tokens(kTokens) ? kConsumers : kConsumers / kClusterBlocks;
+  static constexpr int kBlocks = kConsumers / sm90_cluster(kTokens).tokens;
   const uint8_t* weights[kBlocks];
-  int token;  // first of the block's tile
+  int token;  // first of its half
 };
 
 // The producer's walk: one thread.
 template <int kTokens, int kStages>
 struct Producer {
+  static constexpr int kHalf = kTokens / sm90_cluster(kTokens).weights;
+
   Ring<kTokens, kStages>& ring;
-  int rank;  // of the block in its cluster
+  ClusterPlace<kTokens> place;
   RingPosition<kStages> position;
 
   // One stage: `bytes` of each weight block from `offset` on, tokens from `column` on.
@@ -90,19 +108,16 @@ struct Producer {
     uint64_t* full = &ring.full[position.stage];
     mbarrier_wait(&ring.empty[position.stage], position.parity ^ 1);
     mbarrier_arrive_expect(full, kTokens * kStageColumns + kConsumers * bytes);
-    if constexpr (sm90_shares_tokens(kTokens)) {
+    if constexpr (TileSource<kTokens>::kBlocks == 1) {
+      bulk_copy_multicast(stage.weights + place.token() * bytes, tile.weights[0] + offset, bytes,
+                          full, place.same_weights());
+    } else {
       for (int c = 0; c < kConsumers; ++c) {
         bulk_copy(stage.weights + c * bytes, tile.weights[c] + offset, bytes, full);
       }
-      const int half = rank * (kTokens / kClusterBlocks);
-      tensor_copy_multicast(stage.tokens + half * kStageColumns, map, column, tile.token + half,
-                            full, kWholeCluster);
-    } else {
-      static_assert(TileSource<kTokens>::kBlocks == 1);
-      bulk_copy_multicast(stage.weights + rank * bytes, tile.weights[0] + offset, bytes, full,
-                          kWholeCluster);
-      tensor_copy(stage.tokens, map, column, tile.token, full);
     }
+    tensor_copy_multicast(stage.tokens + place.weight() * kHalf * kStageColumns, map, column,
+                          tile.token, full, place.same_tokens());
     position.advance();
   }
 
@@ -125,17 +140,18 @@ inline constexpr uint32_t kHiStageBytes = kCudaBlockRows * kStageColumns;
 template <int kTokens, int kStages>
 struct Consumer {
   Ring<kTokens, kStages>& ring;
+  ClusterPlace<kTokens> place;
   uint32_t thread;  // among the consumers
   RingPosition<kStages> position;
   int unreleased = -1;    // the stage that wgmmas in flight may still read
   uint32_t a[2][4] = {};  // A's registers of even and odd steps
 
-  // To both blocks, which write into each other's stages. By every warp on its own: the end of its
+  // To all blocks that write into this one's stages. By every warp on its own: the end of its
   // wgmmas says nothing of the other warps' loads of weights.
   __device__ void release() {
     const uint32_t lane = thread % 32;
-    if (unreleased >= 0 && lane < kClusterBlocks) {
-      mbarrier_arrive_cluster(&ring.empty[unreleased], lane);
+    if (unreleased >= 0 && lane < place.kPeers) {
+      mbarrier_arrive_cluster(&ring.empty[unreleased], place.peer(lane));
     }
   }
 

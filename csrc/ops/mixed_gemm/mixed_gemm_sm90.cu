@@ -1,8 +1,11 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cuda/tensor_map.h"
 #include "ops/mixed_gemm/mixed_gemm_cuda.h"
@@ -24,40 +27,53 @@ void launch_expand(const void* source, int64_t source_bytes, int64_t rows, uint8
   check_launch(kOp);
 }
 
-int current_sms() {
+// Clusters of this launch that run at once on the current device. The driver is asked once a
+// kernel; where none fits, the launch says so.
+int clusters_at_once(const void* kernel, const cudaLaunchConfig_t& config, int blocks) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, int> known;
   int index = 0;
   cudaGetDevice(&index);
-  return device(index).sms;
+  const int expected = sm90_clusters(blocks, device(index).sms);
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = known.find({index, kernel});
+  if (found == known.end()) {
+    int fit = 0;
+    if (cudaOccupancyMaxActiveClusters(&fit, kernel, &config) != cudaSuccess) fit = 0;
+    found = known.emplace(std::pair(index, kernel), std::max(fit, 1)).first;
+  }
+  return std::min(expected, found->second);
 }
 
 template <int kTokens, class Out>
 void launch_kernel(Sm90Launch launch, const uint8_t* q_lo, const uint8_t* q_hi,
                    const Sm90Rows& rows, cudaStream_t stream) {
   const MixedGemmParams& p = launch.p;
-  using Cluster = ClusterTile<kTokens>;
-  constexpr int kBox = kTokens / Cluster::kWeightBlocks;  // tokens of one copy
+  constexpr Sm90Cluster kCluster = sm90_cluster(kTokens);
+  constexpr int kBox = kTokens / kCluster.weights;  // tokens of one copy
   if (p.k_lo > 0) launch.lo = byte_rows_map(kOp, q_lo, p.rows, p.k_lo, rows.lo_stride, kBox);
   if (p.k_hi > 0) launch.hi = byte_rows_map(kOp, q_hi, p.rows, p.k_hi, rows.hi_stride, kBox);
-  launch.token_tiles = static_cast<int>(ceil_div(p.rows, kTokens * Cluster::kTokenBlocks));
-  launch.weight_tiles = static_cast<int>(ceil_div(p.n, kTileWeights * Cluster::kWeightBlocks));
+  launch.token_tiles = static_cast<int>(ceil_div(p.rows, kTokens * kCluster.tokens));
+  launch.weight_tiles = static_cast<int>(ceil_div(p.n, kTileWeights * kCluster.weights));
   launch.tiles = launch.token_tiles * launch.weight_tiles;
 
   const auto kernel = mixed_gemm_sm90_kernel<kTokens, Out>;
   constexpr int kShared = sizeof(SharedPlan<kTokens, Out>);
   static_assert(kShared <= kSm90SharedBytes);
-  allow_shared_bytes(kOp, reinterpret_cast<const void*>(kernel), kShared);
+  const void* address = reinterpret_cast<const void*>(kernel);
+  allow_shared_bytes(kOp, address, kShared);
 
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kClusterBlocks, 1, 1};
+  cluster.val.clusterDim = {kCluster.blocks(), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim =
-      dim3(kClusterBlocks * std::min(launch.tiles, std::max(current_sms() / kClusterBlocks, 1)));
   config.blockDim = dim3(kSm90Threads);
   config.dynamicSmemBytes = kShared;
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
+  config.gridDim = dim3(kCluster.blocks());
+  config.gridDim.x *= std::min(launch.tiles, clusters_at_once(address, config, kCluster.blocks()));
   cudaLaunchKernelEx(&config, kernel, launch);
   check_launch(kOp);
 }

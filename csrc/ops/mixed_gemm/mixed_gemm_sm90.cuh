@@ -3,7 +3,8 @@
 // Persistent blocks of three warpgroups walk over tiles of 128 weight rows x kTokens tokens: one
 // warpgroup has a thread that copies, two multiply 64 weight rows each. Both parts' sums stay exact
 // in registers until the epilogue, as the numerics contract asks. The copying thread runs ahead
-// into the next tile during the epilogue. Two blocks form a cluster and share tokens or weights.
+// into the next tile during the epilogue. The blocks of a cluster share tokens, and weights if
+// tiles are small.
 #pragma once
 
 #include "cuda/launch.h"
@@ -19,7 +20,8 @@ namespace resq::cuda {
 inline constexpr int kSm90Threads = 128 * (1 + kConsumers);
 inline constexpr int kSm90SharedBytes = 227 * 1024;
 
-// Registers of a thread after the split: 128 x 24 + 256 x 240 <= 65536.
+// Registers of a thread after the split: 128 x 24 + 256 x 240 = 384 x 168, what the block starts
+// with.
 inline constexpr int kProducerRegisters = 24;
 inline constexpr int kConsumerRegisters = 240;
 
@@ -42,15 +44,7 @@ struct Sm90Launch {
   PartStages lo_stages, hi_stages;
   int64_t block_bytes, block_lo_bytes;  // of 64 packed weight rows
   int last_block;
-  int token_tiles, weight_tiles, tiles;  // of a cluster, as in ClusterTile
-};
-
-// A cluster's tile is two blocks' tiles.
-template <int kTokens>
-struct ClusterTile {
-  static constexpr bool kShares = sm90_shares_tokens(kTokens);
-  static constexpr int kTokenBlocks = kShares ? 1 : kClusterBlocks;
-  static constexpr int kWeightBlocks = kShares ? kClusterBlocks : 1;
+  int token_tiles, weight_tiles, tiles;  // of a cluster
 };
 
 // Order of the tiles: groups of token tiles that stay in L2, inside a group the tokens change
@@ -61,15 +55,15 @@ struct Tile {
   int token, weight_block;  // first token, first block of 64 weight rows
 };
 template <int kTokens>
-__device__ inline Tile tile_at(const Sm90Launch& launch, int index, int rank) {
-  using Cluster = ClusterTile<kTokens>;
+__device__ inline Tile tile_at(const Sm90Launch& launch, int index, ClusterPlace<kTokens> place) {
+  constexpr Sm90Cluster kCluster = sm90_cluster(kTokens);
   const int group_tiles = kTokenTilesOfGroup * launch.weight_tiles;
   const int first = index / group_tiles * kTokenTilesOfGroup;
   const int tokens = min(kTokenTilesOfGroup, launch.token_tiles - first);
   const int inside = index % group_tiles;
   const int token = first + inside % tokens, weight = inside / tokens;
-  return {(Cluster::kShares ? token : token * kClusterBlocks + rank) * kTokens,
-          (Cluster::kShares ? weight * kClusterBlocks + rank : weight) * kConsumers};
+  return {(token * kCluster.tokens + place.token()) * kTokens,
+          (weight * kCluster.weights + place.weight()) * kConsumers};
 }
 
 template <int kTokens, class Out>
@@ -82,14 +76,17 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   const MixedGemmParams& p = launch.p;
   // Through a shuffle, so that the compiler knows it to be the same in a warp.
   const uint32_t warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  const int rank = static_cast<int>(blockIdx.x) % kClusterBlocks;
+  using Place = ClusterPlace<kTokens>;
+  constexpr int kClusterBlocks = Place::kCluster.blocks();
+  const Place place{static_cast<int>(blockIdx.x) % kClusterBlocks};
+  const int first_tile = static_cast<int>(blockIdx.x) / kClusterBlocks;
   const int clusters = static_cast<int>(gridDim.x) / kClusterBlocks;
   const PartStages lo = launch.lo_stages, hi = launch.hi_stages;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(&shared.ring.full[i], 1);
-      mbarrier_init(&shared.ring.empty[i], kClusterBlocks * kConsumerWarps);
+      mbarrier_init(&shared.ring.empty[i], Place::kPeers * kConsumerWarps);
     }
     mbarrier_init_fence();
   }
@@ -100,15 +97,14 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     if (threadIdx.x == 0) {
       if (p.k_lo > 0) prefetch_tensor_map(&launch.lo);
       if (p.k_hi > 0) prefetch_tensor_map(&launch.hi);
-      Producer<kTokens, kStages> producer{shared.ring, rank, {}};
-      for (int t = static_cast<int>(blockIdx.x) / kClusterBlocks; t < launch.tiles; t += clusters) {
-        const Tile tile = tile_at<kTokens>(launch, t, rank);
+      Producer<kTokens, kStages> producer{shared.ring, place, {}};
+      for (int t = first_tile; t < launch.tiles; t += clusters) {
+        const Tile tile = tile_at(launch, t, place);
         using Source = TileSource<kTokens>;
-        const int first = tile.weight_block + (sm90_shares_tokens(kTokens) ? 0 : rank);
-        Source source{{}, tile.token};
+        Source source{{}, tile.token + place.weight() * producer.kHalf};
         for (int c = 0; c < Source::kBlocks; ++c) {  // the last block again instead of none
-          const int block = min(first + c, launch.last_block);
-          source.weights[c] = p.packed_weight + block * launch.block_bytes;
+          const int block = tile.weight_block + (Source::kBlocks == 1 ? place.token() : c);
+          source.weights[c] = p.packed_weight + min(block, launch.last_block) * launch.block_bytes;
         }
         producer.load_part(source, &launch.lo, lo, 0, kLoStageBytes);
         producer.load_part(source, &launch.hi, hi, launch.block_lo_bytes, kHiStageBytes);
@@ -117,9 +113,9 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     __syncwarp();
   } else {
     warpgroup_registers_increase<kConsumerRegisters>();
-    Consumer<kTokens, kStages> consumer{shared.ring, threadIdx.x - 128, {}};
-    for (int t = static_cast<int>(blockIdx.x) / kClusterBlocks; t < launch.tiles; t += clusters) {
-      const Tile tile = tile_at<kTokens>(launch, t, rank);
+    Consumer<kTokens, kStages> consumer{shared.ring, place, threadIdx.x - 128, {}};
+    for (int t = first_tile; t < launch.tiles; t += clusters) {
+      const Tile tile = tile_at(launch, t, place);
       forget(consumer.thread);
       Epilogue<kTokens, Out> epilogue{p, shared.epilogues, consumer.thread};
       uint32_t sums_lo[kTokens / 2], sums_hi[kTokens / 2];

@@ -9,29 +9,39 @@
 namespace resq::cuda {
 
 inline constexpr int kSm90TileWeights = 128;  // weight rows of a thread block's tile
-inline constexpr int kSm90ClusterBlocks = 2;
-
-// With many tokens the blocks of a cluster multiply different weights with the same tokens, with
-// few the same weights with different tokens: each reads one half of what they share for both.
-constexpr bool sm90_shares_tokens(int tile_tokens) { return tile_tokens >= 128; }
+// Thread blocks of a cluster: `weights` neighbours multiply different weights with the same tokens,
+// `tokens` neighbours the same weights with different tokens; each reads its part of what they
+// share for all.
+struct Sm90Cluster {
+  int tokens, weights;
+  constexpr int blocks() const { return tokens * weights; }
+};
+constexpr Sm90Cluster sm90_cluster(int tile_tokens) { return {tile_tokens < 128 ? 2 : 1, 2}; }
 
 struct Sm90Tile {
   int tokens;
   int tenths;  // of a clock per column of K
 };
-// A column of K takes tokens / 32 clocks of the tensor cores, and as many bytes from L2 as there
-// are tokens and half-bytes of weights, a shared operand halved: 64, 96, 128, 160, at 28 a clock
-// [not measured]. The larger of the two.
-inline constexpr Sm90Tile kSm90Tiles[] = {{32, 23}, {64, 35}, {128, 46}, {192, 60}};
+// The largest of three times of a column of K, in clocks [not measured]: tokens / 32 of the tensor
+// cores; bytes from L2, half-bytes of weights and tokens, each divided by those who share it: 48,
+// 64, 128, 160 at 28 a clock; bytes of shared memory, written, read by two warpgroups: 224, 320,
+// 512, 704 at 128 a clock.
+inline constexpr Sm90Tile kSm90Tiles[] = {{32, 18}, {64, 25}, {128, 46}, {192, 60}};
 inline constexpr int64_t kSm90EpilogueTenths = 100;  // of a clock per token of a tile
 inline constexpr int64_t kSm90StartTenths = 15000;   // of a clock: the first stage of a block
 
+// Clusters that run at once. A part of the chip may have a number of multiprocessors that is no
+// multiple of four.
+constexpr int sm90_clusters(int blocks, int sms) {
+  return std::max(blocks == 2 ? sms / 2 : sms / blocks - sms / 128, 1);
+}
+
 // Tenths of a clock. Clusters take equal tiles in turns, so the last turn counts whole.
 constexpr int64_t sm90_time(const Sm90Tile& tile, int64_t rows, int64_t n, int64_t k, int sms) {
-  const bool shares = sm90_shares_tokens(tile.tokens);
-  const int64_t tokens = ceil_div(rows, tile.tokens * (shares ? 1 : kSm90ClusterBlocks));
-  const int64_t weights = ceil_div(n, kSm90TileWeights * (shares ? kSm90ClusterBlocks : 1));
-  const int64_t turns = ceil_div(tokens * weights, std::max(sms / kSm90ClusterBlocks, 1));
+  const Sm90Cluster cluster = sm90_cluster(tile.tokens);
+  const int64_t tokens = ceil_div(rows, tile.tokens * cluster.tokens);
+  const int64_t weights = ceil_div(n, kSm90TileWeights * cluster.weights);
+  const int64_t turns = ceil_div(tokens * weights, sm90_clusters(cluster.blocks(), sms));
   return kSm90StartTenths + turns * (k * tile.tenths + tile.tokens * kSm90EpilogueTenths);
 }
 
