@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 
 #include "ops/mixed_gemm/mixed_gemm_cuda.h"
 #include "ops/mixed_gemm/mixed_gemm_sm90.h"
@@ -88,15 +89,13 @@ inline MixedGemmChoice small_batch_choice(const MixedGemmShape& s, int sms) {
 
 // The tile with the least time by the model of mixed_gemm_sm90.h.
 inline MixedGemmChoice sm90_choice(const MixedGemmShape& s, int sms) {
-  const Sm90Tile* best = nullptr;
-  for (const Sm90Tile& tile : kSm90Tiles) {
-    const auto time = [&](const Sm90Tile& t) {
-      return sm90_time(t, s.rows, s.n, s.k_lo + s.k_hi, sms);
-    };
-    if (best == nullptr || time(tile) < time(*best)) best = &tile;
-  }
+  const auto faster = [&](const Sm90Tile& a, const Sm90Tile& b) {
+    const int64_t k = s.k_lo + s.k_hi;
+    return sm90_time(a, s.rows, s.n, k, sms) < sm90_time(b, s.rows, s.n, k, sms);
+  };
+  const Sm90Tile& tile = *std::min_element(std::begin(kSm90Tiles), std::end(kSm90Tiles), faster);
   const int64_t workspace = sm90_rows(s.rows, s.k_lo, s.packed, s.k_hi).workspace_bytes;
-  return {MixedGemmKernel::kSm90, best->tokens, kSm90TileWeights, 1, workspace};
+  return {MixedGemmKernel::kSm90, tile.tokens, kSm90TileWeights, 1, workspace};
 }
 
 // Tiles of 128 x 128 read the least; of 64 rows, two to a multiprocessor, fill a small grid better.
