@@ -24,8 +24,7 @@ def append(x: torch.Tensor) -> torch.Tensor:
 
 def attend(x: torch.Tensor) -> torch.Tensor:
     """Two sequences of fixed rows in two pages each; x are the queries of the first."""
-    generator = torch.Generator("cuda").manual_seed(1)
-    cache = append(torch.randn(256, 2, 128, device="cuda", generator=generator))
+    cache = append(torch.arange(256 * 2 * 128, device="cuda").sin().view(256, 2, 128))
     table = torch.arange(4, device="cuda", dtype=torch.int32).view(2, 2)
     lengths = torch.full((2,), 120, device="cuda", dtype=torch.int32)
     starts = torch.arange(3, device="cuda", dtype=torch.int32).clamp(max=1) * x.shape[0]

@@ -179,7 +179,7 @@ def cached(lengths: list[int], heads: tuple, page_size: int, dtype: torch.dtype)
     ]
     k, v = torch.randn(2, tokens, n_kv, head_dim).to(dtype)
     angles = (torch.rand(tokens, head_dim // 2) * 6.3).repeat(1, 2)
-    rotation = torch.linalg.qr(torch.randn(1, head_dim, head_dim))[0].half()
+    rotation = torch.linalg.qr(torch.randn(1, head_dim, head_dim))[0].half().contiguous()
     append = (k, v, angles.cos().to(dtype), angles.sin().to(dtype), rotation)
     return append, cache, torch.cat(slots), table
 
