@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from resq_kernels import formats, ops
-from resq_kernels.testing import cuda_timing
+from resq_kernels import formats, kv_pages, ops
+from resq_kernels.testing import bench_cuda_attention, cuda_timing
+from resq_kernels.testing.bench_kv_attention import HEADS
 from resq_kernels.testing.bench_mixed_gemm import SHAPES
 
 CHECKED_ROWS = 5  # compared with the CPU's operator; rows do not depend on the batch
@@ -103,6 +104,18 @@ def bench_quantizers(hidden: int, wide: int, batches: list[int], limits: Limits)
     return rows
 
 
+def bench_attention(model: str, limits: Limits) -> list[Row]:
+    """A decode step of kv_attention beside torch's attention on a BF16 cache; floor: the cache."""
+    rows, (_, n_kv, head_dim) = [], HEADS[model]
+    for batch, context in bench_cuda_attention.CELLS:
+        times = bench_cuda_attention.times(HEADS[model], batch, context)
+        floor = limits.floor_us(batch * context * n_kv * kv_pages.token_bytes(head_dim))
+        shape = [batch, context, *HEADS[model]]
+        rows.append(_row("kv_attention", model, shape, "", times, floor))
+        rows[-1]["baseline"] = "attention bf16"
+    return rows
+
+
 def _norm(high: int, x: torch.Tensor) -> formats.MixedTensor:
     return ops.rms_norm_quantize(x, x, None, 1e-5, high)[0]
 
@@ -170,6 +183,8 @@ def run(models: list[str], batches: list[int], ceiling_source: Path | None) -> d
             figures["rows"] += bench_gemm(f"{model} {layer}", *shape, batches, limits)
         hidden, wide = layers["o"][1], layers["down"][1]
         figures["rows"] += bench_quantizers(hidden, wide, batches, limits)
+        if model in HEADS:
+            figures["rows"] += bench_attention(model, limits)
     figures["device_after"] = cuda_timing.device()
     return figures
 

@@ -1,0 +1,79 @@
+"""kv_attention on a GPU beside torch's attention on a BF16 cache; called by bench_cuda."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from resq_kernels import kv_pages, ops
+from resq_kernels.testing import cuda_timing
+from resq_kernels.testing.bench_kv_attention import PAGE_SIZE
+
+CELLS = ((1, 1024), (1, 32768), (8, 8192), (8, 32768), (64, 8192))  # sequences, tokens of each
+TOLERANCE = 2e-2  # of the output's norm: BF16 rounds it by 2e-3, one page too many moves it more
+
+
+def filled_cache(
+    batch: int, context: int, n_kv: int, head_dim: int, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pages with random tokens, in random order, and the block table."""
+    pages = context // PAGE_SIZE
+    shape = kv_pages.cache_shape(batch * pages, n_kv, PAGE_SIZE, head_dim)
+    cache = torch.empty(shape, dtype=torch.uint8, device=device)
+    table = torch.randperm(batch * pages, device=device).int().view(batch, pages)
+    for sequence in table:
+        k, v = torch.randn(2, context, n_kv, head_dim, device=device).half()
+        slots = sequence.long()[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=device)
+        ops.kv_append(k, v, None, None, None, cache, slots.flatten())
+    return cache, table
+
+
+def decoder(batch: int, context: int, device: str) -> Callable[..., torch.Tensor]:
+    """A function of (q, cache, table): one query a sequence over all its tokens."""
+    lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    return lambda q, cache, table: ops.kv_attention(
+        q, cache, table, lengths, starts, q.shape[-1] ** -0.5
+    )
+
+
+def agrees(
+    out: torch.Tensor, q: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, context: int
+) -> bool:
+    """Whether the last sequence's output is that of the CPU's operator on its own pages."""
+    own = cache[table[-1].long()].cpu()
+    order = torch.arange(len(own), dtype=torch.int32)[None]
+    expected = decoder(1, context, "cpu")(q[-1:].cpu(), own, order).double()
+    return bool((out[-1:].cpu().double() - expected).norm() <= TOLERANCE * expected.norm())
+
+
+def times(
+    heads: tuple[int, int, int], batch: int, context: int, device: str = "cuda"
+) -> dict[str, object]:
+    """Microseconds of a decode step: "resq", and "bf16" with a group's heads as query rows.
+
+    Raises:
+        RuntimeError: the output is not that of the CPU's operator.
+    """
+    n_q, n_kv, head_dim = heads
+    cache, table = filled_cache(batch, context, n_kv, head_dim, device)
+    q = torch.randn(batch, n_q, head_dim, device=device, dtype=torch.bfloat16)
+    decode = decoder(batch, context, device)
+    if not agrees(decode(q, cache, table), q, cache, table, context):
+        raise RuntimeError(f"kv_attention: {batch} x {context}: the result is not that of the CPU")
+    caches = [cache] + [cache.clone() for _ in range(cuda_timing.copies(cache.numel()) - 1)]
+    dense = [
+        torch.randn(2, batch, n_kv, context, head_dim, device=device).bfloat16()
+        for _ in range(cuda_timing.copies(4 * batch * n_kv * context * head_dim))
+    ]
+    grouped = q.view(batch, n_kv, n_q // n_kv, head_dim)
+    return cuda_timing.alternate(
+        {
+            "resq": lambda i: decode(q, caches[i % len(caches)], table),
+            "bf16": lambda i: functional.scaled_dot_product_attention(
+                grouped, *dense[i % len(dense)]
+            ),
+        }
+    )
