@@ -45,6 +45,17 @@ def test_kv_append_writes_the_bytes_of_the_codec(
         assert torch.equal(cache, expected)
 
 
+@pytest.mark.parametrize("hi_bits", [8, 4])
+def test_kv_append_of_zeros_does_not_depend_on_their_signs(hi_bits: int) -> None:
+    zeros = torch.zeros(3, 1, 64)
+    zeros[1], zeros[2, 0, ::3] = -0.0, -0.0
+    cache = torch.full(kv_pages.cache_shape(1, 1, 32, 64), 255, dtype=torch.uint8)
+    ops.kv_append(zeros, zeros, None, None, None, cache, torch.arange(3), hi_bits)
+    for rows in kv_pages.read_tokens(cache, torch.arange(3), 64):
+        assert not rows.ranges.signbit().any()
+        assert (rows.codes == 0).all()
+
+
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("matrices", [0, 1, 3])
 def test_kv_append_rotates_keys_as_the_reference(matrices: int, head_dim: int) -> None:
