@@ -9,7 +9,7 @@
 
 namespace resq::cuda {
 
-template <bool kSplit>
+template <bool kSplit, bool kTensor>
 class TransformedRow {
  public:
   // load(run, x): columns 8 run .. 8 run + 7 in x. All threads of a warp call it together, with
@@ -40,7 +40,7 @@ class TransformedRow {
           }
         }
       }
-      finish_transform(shared, h);
+      finish_transform<kTensor>(shared, h);
       if (kSplit && half == 0) keep_half();
     }
   }

@@ -43,10 +43,10 @@ struct HadamardLayout {
   int power;   // of two, without the split
   // Float e is at e + e / block * pad: threads that walk along an axis meet different banks.
   int block, pad;
-  int factors;
-  int order[kMostPaleyFactors];  // inside first
-  int tensor_factors;
-  TensorFactor tensor[kMostPaleyFactors];  // of the orders that are not in_thread, inside first
+  int factors, tensor_factors;
+  int order[kMostPaleyFactors];            // inside first
+  int stride[kMostPaleyFactors];           // of the factor's axis
+  TensorFactor tensor[kMostPaleyFactors];  // of the orders that are not in_thread
   int row_bytes, shared_bytes;
 
   RESQ_HOST_DEVICE int place(int e) const { return e + e / block * pad; }
@@ -90,8 +90,10 @@ inline HadamardLayout hadamard_layout(const HadamardPlan& plan, bool split) {
   for (int i = 0; i < h.factors; ++i) {
     const auto& factor = plan.paley[h.factors - 1 - i];
     h.order[i] = static_cast<int>(factor->order);
+    h.stride[i] = i == 0 ? h.power : h.stride[i - 1] * h.order[i - 1];
     if (paley_in_thread(factor->order)) continue;
-    TensorFactor& tensor = h.tensor[h.tensor_factors++];
+    ++h.tensor_factors;
+    TensorFactor& tensor = h.tensor[i];
     tensor.signs = paley_signs(factor->order);
     tensor.tiles = static_cast<int>(ceil_div(tensor.signs.rows, 16));
     tensor.bits_at = h.shared_bytes - h.row_bytes;

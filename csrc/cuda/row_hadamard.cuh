@@ -50,6 +50,16 @@ __device__ inline float* column_start(float* row, const HadamardLayout& h, int q
   return row + h.place(q / stride * (order * stride) + q % stride);
 }
 
+template <int kCount>
+__device__ inline void store_column(float* column, int step, const float (&y)[kCount]) {
+  step = forgotten(step);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    *column = y[i];
+    column += step;
+  }
+}
+
 // Stages stride, 2 stride, ... of blocks of kRadix * stride floats.
 template <int kRadix>
 __device__ inline void sylvester_pass(float* row, const HadamardLayout& h, int stride) {
@@ -61,8 +71,7 @@ __device__ inline void sylvester_pass(float* row, const HadamardLayout& h, int s
 #pragma unroll
     for (int i = 0; i < kRadix; ++i) x[i] = column[i * step];
     butterflies(x);
-#pragma unroll
-    for (int i = 0; i < kRadix; ++i) column[i * step] = x[i];
+    store_column(column, step, x);
   }
   __syncthreads();
 }
@@ -85,11 +94,18 @@ __device__ inline void paley_pass(float* row, const HadamardLayout& h, int strid
 #pragma unroll 1
   for (int q = threadIdx.x; q < h.n / kOrder; q += kHadamardThreads) {
     float* column = column_start(row, h, q, kOrder, stride);
-    float y[kOrder];
+    float y[kOrder], x[4];
+    const float* from = column;
+    const auto load_group = [&] {
+#pragma unroll
+      for (int i = 0; i < 4; ++i, from += step) x[i] = *from;
+    };
+    load_group();
 #pragma unroll
     for (int g = 0; g < kSigns.kGroups; ++g) {
-      const float* x = column + 4 * g * step;
-      const float a = x[0], b = x[step], c = x[2 * step], d = x[3 * step];
+      const float a = x[0], b = x[1], c = x[2], d = x[3];
+      if (g + 1 < kSigns.kGroups) load_group();
+      asm volatile("" ::: "memory");  // one group ahead and not all: they would fill the registers
       const float first[2] = {__fadd_rn(a, b), __fsub_rn(a, b)};
       const float second[2] = {__fadd_rn(c, d), __fsub_rn(c, d)};
       float sums[2][2][2];  // [b's sign against a's][d's against c's][c's against a's]
@@ -107,20 +123,25 @@ __device__ inline void paley_pass(float* row, const HadamardLayout& h, int strid
         y[i] = g == 0 ? term : __fadd_rn(y[i], term);
       }
     }
-#pragma unroll
-    for (int i = 0; i < kOrder; ++i) column[i * step] = y[i];
+    store_column(column, step, y);
   }
   __syncthreads();
 }
 
 // Before the first row of a block; the barrier of its first stage orders it.
 __device__ inline void prepare_transform(unsigned char* shared, const HadamardLayout& h) {
-  for (int i = 0; i < h.tensor_factors; ++i) build_positions(shared + h.row_bytes, h.tensor[i]);
+  for (int i = 0; i < h.factors; ++i) {
+    if (!paley_in_thread(h.order[i])) build_positions(shared + h.row_bytes, h.tensor[i]);
+  }
   __syncthreads();
-  for (int i = 0; i < h.tensor_factors; ++i) build_signs(shared + h.row_bytes, h.tensor[i]);
+  for (int i = 0; i < h.factors; ++i) {
+    if (!paley_in_thread(h.order[i])) build_signs(shared + h.row_bytes, h.tensor[i]);
+  }
 }
 
-// All stages after start_run. Starts with a barrier and ends with one.
+// All stages after start_run. Starts with a barrier and ends with one. kTensor: with factors for
+// the tensor cores, whose code costs the other rows the second block of a multiprocessor.
+template <bool kTensor>
 __device__ inline void finish_transform(unsigned char* shared, const HadamardLayout& h) {
   float* row = reinterpret_cast<float*>(shared);
   __syncthreads();
@@ -132,17 +153,18 @@ __device__ inline void finish_transform(unsigned char* shared, const HadamardLay
     stride <<= bits;
     left -= bits;
   }
-  int stride = h.power;
-  int tensor = 0;
   for (int i = 0; i < h.factors; ++i) {
     switch (h.order[i]) {
-      case 12: paley_pass<12>(row, h, stride); break;
-      case 20: paley_pass<20>(row, h, stride); break;
-      case 28: paley_pass<28>(row, h, stride); break;
-      case 44: paley_pass<44>(row, h, stride); break;
-      default: paley_mma_pass(row, shared + h.row_bytes, h, h.tensor[tensor++], stride); break;
+      case 12: paley_pass<12>(row, h, h.stride[i]); break;
+      case 20: paley_pass<20>(row, h, h.stride[i]); break;
+      case 28: paley_pass<28>(row, h, h.stride[i]); break;
+      case 44: paley_pass<44>(row, h, h.stride[i]); break;
+      default:
+        if constexpr (kTensor) {
+          paley_mma_pass(row, shared + h.row_bytes, h, h.tensor[i], h.stride[i]);
+        }
+        break;
     }
-    stride *= h.order[i];
   }
 }
 

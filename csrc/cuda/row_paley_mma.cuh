@@ -10,6 +10,13 @@ namespace resq::cuda {
 
 inline constexpr int kMmaTiles = 8;  // of 16 rows that a warp holds: 32 registers
 
+// The same number, which the compiler takes for another one: without it the addresses of a column's
+// loads are kept in as many registers for its stores.
+__device__ inline int forgotten(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 __device__ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
@@ -85,12 +92,12 @@ __device__ inline void paley_mma_pass(float* row, const unsigned char* tables,
   const int held = min(group_tiles, tiles - first_tile);
 
   const auto start = [&](int q) {
-    return row + h.place(q / stride * (factor.signs.order * stride) + q % stride);
+    return h.place(q / stride * (factor.signs.order * stride) + q % stride);
   };
   // Input k of a column: x_k, or x_2k + x_2k+1 and x_2k - x_2k+1 for the two streams.
-  const auto input = [&](const float* column, int k) {
-    if (streams == 1) return column[k * step];
-    const float a = column[2 * k * step], b = column[(2 * k + 1) * step];
+  const auto input = [&](int column, int k) {
+    if (streams == 1) return row[column + k * step];
+    const float a = row[column + 2 * k * step], b = row[column + (2 * k + 1) * step];
     return stream == 0 ? __fadd_rn(a, b) : __fsub_rn(a, b);
   };
 
@@ -99,11 +106,11 @@ __device__ inline void paley_mma_pass(float* row, const unsigned char* tables,
   for (int first = 0; first * 8 < columns; first += at_once) {
     const int column_tile = (first + warp / together) * 8;
     float sums[kMmaTiles][4] = {};
-    float* out[2];  // the columns of the accumulators
+    int out[2];  // the columns of the accumulators; -1: none
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const int q = column_tile + lane % 4 * 2 + c;
-      out[c] = q < columns ? start(q) : nullptr;
+      out[c] = q < columns ? start(q) : -1;
     }
     if (column_tile < columns) {
       if (streams == 2) {  // y_2i = .. - 2 x_2i+1, y_2i+1 = .. - 2 x_2i
@@ -112,22 +119,22 @@ __device__ inline void paley_mma_pass(float* row, const unsigned char* tables,
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const int i = (first_tile + t) * 16 + lane / 4 + e / 2 * 8;
-            if (t < held && i < rows && out[e % 2]) {
-              sums[t][e] = __fmul_rn(-2.0f, out[e % 2][(2 * i + 1 - stream) * step]);
+            if (t < held && i < rows && out[e % 2] >= 0) {
+              sums[t][e] = __fmul_rn(-2.0f, row[out[e % 2] + (2 * i + 1 - stream) * step]);
             }
           }
         }
       }
       const int q = column_tile + lane / 4;
-      const float* column = q < columns ? start(q) : nullptr;
+      const int column = q < columns ? start(q) : -1;
 #pragma unroll 1
       for (int k_tile = 0; k_tile < tiles; ++k_tile) {
         uint32_t b[2][3];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int k = k_tile * 16 + half * 8 + lane % 4 * 2;
-          const float even = column && k < rows ? input(column, k) : 0.0f;
-          const float odd = column && k + 1 < rows ? input(column, k + 1) : 0.0f;
+          const float even = column >= 0 && k < rows ? input(column, k) : 0.0f;
+          const float odd = column >= 0 && k + 1 < rows ? input(column, k + 1) : 0.0f;
           split_pair(even, odd, b[half]);
         }
         const unsigned char* bits = tables + factor.bits_at + k_tile * 32 + lane;
@@ -145,13 +152,14 @@ __device__ inline void paley_mma_pass(float* row, const unsigned char* tables,
       }
     }
     __syncthreads();
+    const int written_step = forgotten(step);
 #pragma unroll
     for (int t = 0; t < kMmaTiles; ++t) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int i = (first_tile + t) * 16 + lane / 4 + e / 2 * 8;
-        if (t < held && i < rows && out[e % 2]) {
-          out[e % 2][(i * streams + stream) * step] = sums[t][e];
+        if (t < held && i < rows && out[e % 2] >= 0) {
+          row[out[e % 2] + (i * streams + stream) * written_step] = sums[t][e];
         }
       }
     }

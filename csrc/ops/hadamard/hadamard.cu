@@ -18,24 +18,24 @@ __device__ inline void store_eight(T* to, const float (&y)[8], int count, bool a
 }
 
 template <bool kSplit>
-__global__ void __launch_bounds__(kHadamardThreads, 1)
+__global__ void __launch_bounds__(kHadamardThreads, kSplit ? 1 : 2)
     hadamard_kernel(const __grid_constant__ HadamardParams p,
                     const __grid_constant__ HadamardLayout h) {
   extern __shared__ __align__(16) unsigned char shared[];
   const int n = kSplit ? 2 * h.n : h.n;
   const bool aligned = n % 8 == 0;
   prepare_transform(shared, h);
-  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-    const TransformedRow<kSplit> result(shared, h, [&](int run, float (&x)[8]) {
+  for (int row = blockIdx.x; row < static_cast<int>(p.rows); row += gridDim.x) {
+    const TransformedRow<kSplit, true> result(shared, h, [&](int run, float (&x)[8]) {
       const bool inside = 8 * run < n;
-      load_eight(p.x, p.type, inside ? row * n + 8 * run : 0, inside ? n - 8 * run : 0,
-                 inside && aligned, x);
+      load_eight(p.x, p.type, inside ? static_cast<int64_t>(row) * n + 8 * run : 0,
+                 inside ? n - 8 * run : 0, inside && aligned, x);
     });
     result.for_each([&](int run, const float (&y)[8]) {
       float scaled[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) scaled[i] = __fmul_rn(y[i], p.scale);
-      const int64_t index = row * n + 8 * run;
+      const int64_t index = static_cast<int64_t>(row) * n + 8 * run;
       switch (p.type) {
         case FloatType::kFloat32:
           return store_eight(static_cast<float*>(p.y) + index, scaled, n - 8 * run, aligned);

@@ -48,18 +48,23 @@ __device__ inline void quantize_runs(const MixedRows& out, int64_t row, ForEach 
   });
 }
 
-template <bool kSplit>
-__global__ void __launch_bounds__(kHadamardThreads, 1)
+template <bool kSplit, bool kTensor>
+__global__ void __launch_bounds__(kHadamardThreads, kSplit || kTensor ? 1 : 2)
     silu_mul_hadamard_quantize_kernel(const __grid_constant__ SiluMulHadamardQuantizeParams p,
                                       const __grid_constant__ HadamardLayout h) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ RangeExchange<kHadamardWarps> exchange;
-  const bool aligned = p.n % 8 == 0;
-  prepare_transform(shared, h);
-  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-    const TransformedRow<kSplit> result(
-        shared, h, [&](int run, float (&x)[8]) { load_products(p, row, 8 * run, aligned, x); });
+  const auto quantize = [&](int row) {
+    const TransformedRow<kSplit, kTensor> result(shared, h, [&](int run, float (&x)[8]) {
+      load_products(p, row, 8 * run, p.n % 8 == 0, x);
+    });
     quantize_runs<kSplit>(p.out, row, [&](auto use) { result.for_each(use); }, exchange);
+  };
+  if constexpr (kTensor) {
+    prepare_transform(shared, h);
+    for (int row = blockIdx.x; row < static_cast<int>(p.rows); row += gridDim.x) quantize(row);
+  } else {
+    quantize(blockIdx.x);
   }
 }
 
@@ -84,10 +89,12 @@ __global__ void __launch_bounds__(kHadamardThreads)
 
 void silu_mul_hadamard_quantize(const SiluMulHadamardQuantizeParams& p,
                                 const HadamardLayout& layout, const Device& device, Stream stream) {
-  launch_hadamard("silu_mul_hadamard_quantize",
-                  layout.split ? silu_mul_hadamard_quantize_kernel<true>
-                               : silu_mul_hadamard_quantize_kernel<false>,
-                  layout, p.rows, device, stream, p, layout);
+  const bool tensor = layout.tensor_factors > 0;
+  const auto kernel = layout.split ? (tensor ? silu_mul_hadamard_quantize_kernel<true, true>
+                                             : silu_mul_hadamard_quantize_kernel<true, false>)
+                                   : (tensor ? silu_mul_hadamard_quantize_kernel<false, true>
+                                             : silu_mul_hadamard_quantize_kernel<false, false>);
+  launch_hadamard("silu_mul_hadamard_quantize", kernel, layout, p.rows, device, stream, p, layout);
 }
 
 void silu_mul_quantize(const SiluMulHadamardQuantizeParams& p, Stream stream) {
