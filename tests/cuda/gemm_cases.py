@@ -25,13 +25,13 @@ class Case(NamedTuple):
     bias: torch.Tensor | None
     out_dtype: torch.dtype
 
-    def run(self, device: Emulated) -> torch.Tensor:
+    def arguments(self, device: Emulated) -> tuple:
         packed = device.pack_weight(self.codes_lo, self.codes_hi)
         sums = weight_sums(self.codes_lo, self.codes_hi)
-        activations = self[:3]
-        return device.mixed_gemm(
-            *activations, packed, self.weight_scale, sums, self.bias, self.out_dtype
-        )
+        return (*self[:3], packed, self.weight_scale, sums, self.bias, self.out_dtype)
+
+    def run(self, device: Emulated) -> torch.Tensor:
+        return device.mixed_gemm(*self.arguments(device))
 
     def expected(self) -> torch.Tensor:
         return reference.mixed_gemm(*self)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import emulation
 import pytest
 import torch
+from gemm_cases import DTYPES, Case
 
-from resq_kernels import reference
-from resq_kernels.formats import pack_int4, weight_sums
+from resq_kernels.formats import pack_int4
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Tokens of a tile -> rows and N for which a device of eight multiprocessors, two clusters of four
 # blocks or four of two, chooses it.
 TILES = {
@@ -33,33 +30,14 @@ def sm90(sm90: emulation.Emulated) -> emulation.Emulated:
     return emulation.Emulated(sm90.arch, sms=8)
 
 
-class Case(NamedTuple):
-    """Arguments of reference.mixed_gemm."""
-
-    q_lo: torch.Tensor
-    q_hi: torch.Tensor
-    params: torch.Tensor
-    codes_lo: torch.Tensor
-    codes_hi: torch.Tensor
-    weight_scale: torch.Tensor
-    bias: torch.Tensor | None
-    out_dtype: torch.dtype
-
-    def call(self, device: emulation.Emulated, tile: int | None = None) -> torch.Tensor:
-        rows, n = self.params.shape[0], self.codes_lo.shape[0]
-        packed = self.q_lo.dtype == torch.uint8
-        k_lo, k_hi = self.codes_lo.shape[1] * 2, self.codes_hi.shape[1]
-        kernel = device.mixed_gemm_kernel(rows, n, k_lo, k_hi, packed, 0)
-        assert kernel.startswith("sm90 " if tile is None else f"sm90 {tile}x128"), kernel
-        return device.mixed_gemm(*self.arguments(device))
-
-    def arguments(self, device: emulation.Emulated) -> tuple:
-        packed = device.pack_weight(self.codes_lo, self.codes_hi)
-        sums = weight_sums(self.codes_lo, self.codes_hi)
-        return (*self[:3], packed, self.weight_scale, sums, self.bias, self.out_dtype)
-
-    def expected(self) -> torch.Tensor:
-        return reference.mixed_gemm(*self)
+def call(case: Case, device: emulation.Emulated, tile: int | None = None) -> torch.Tensor:
+    """Runs the op, which must choose the sm90 kernel, and with this tile if one is given."""
+    rows, n = case.params.shape[0], case.codes_lo.shape[0]
+    packed = case.q_lo.dtype == torch.uint8
+    k_lo, k_hi = case.codes_lo.shape[1] * 2, case.codes_hi.shape[1]
+    kernel = device.mixed_gemm_kernel(rows, n, k_lo, k_hi, packed, 0)
+    assert kernel.startswith("sm90 " if tile is None else f"sm90 {tile}x128"), kernel
+    return case.run(device)
 
 
 def make_case(
@@ -108,7 +86,7 @@ def test_equals_the_reference(
     for index, (rows, n) in enumerate(TILES[tile]):
         form = ["containers", "nibbles", "bytes"][(index + COLUMNS.index(columns)) % 3]
         case = make_case(rows, n, *columns, form, DTYPES[index - 1], DTYPES[index])
-        assert same_bits(case.call(sm90, tile), case.expected()), (rows, n, form)
+        assert same_bits(call(case, sm90, tile), case.expected()), (rows, n, form)
 
 
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
@@ -118,13 +96,13 @@ def test_equals_the_reference_in_every_dtype(
     n: int, bias: torch.dtype | None, out_dtype: torch.dtype, sm90: emulation.Emulated
 ) -> None:
     case = make_case(65, n, 224, 32, "nibbles", bias, out_dtype)
-    assert same_bits(case.call(sm90), case.expected())
+    assert same_bits(call(case, sm90), case.expected())
 
 
 def test_without_any_columns_is_the_bias(sm90: emulation.Emulated) -> None:
     case = make_case(65, 72, 0, 0, bias=torch.float32, out_dtype=torch.float32)
     case.bias[3] = -0.0
-    assert same_bits(case.call(sm90), case.expected())
+    assert same_bits(call(case, sm90), case.expected())
     assert same_bits(case._replace(bias=None).call(sm90), torch.zeros(65, 72))
 
 
@@ -136,13 +114,13 @@ def test_a_part_without_columns_keeps_the_sign_of_zero(sm90: emulation.Emulated)
         case.params[:, 2 if k_hi == 0 else 0] = torch.nan  # of the absent part: not looked at
         expected = case.expected()
         assert (expected.signbit() & (expected == 0)).any()
-        assert same_bits(case.call(sm90), expected)
+        assert same_bits(call(case, sm90), expected)
 
 
 def test_nan_scales_reach_their_rows_and_columns_only(sm90: emulation.Emulated) -> None:
     case = make_case(130, 140, 224, 32)
     case.params[7, 0], case.params[129, 2], case.weight_scale[139, 1] = (torch.nan,) * 3
-    actual = case.call(sm90)
+    actual = call(case, sm90)
     assert same_bits(actual, case.expected())
     assert actual[[7, 129]].isnan().all() and actual[:, 139].isnan().all()
     assert int(actual.isnan().sum()) == 2 * 140 + 128
@@ -156,12 +134,12 @@ def test_extreme_codes_are_exact(columns: tuple[int, int], sm90: emulation.Emula
     case.params[:, 1::2] = 127
     case.codes_lo.fill_(0x88), case.codes_hi.fill_(-128)
     case.codes_lo[1], case.codes_hi[1] = 0x77, 127
-    assert same_bits(case.call(sm90), case.expected())
+    assert same_bits(call(case, sm90), case.expected())
 
 
 def test_a_row_does_not_depend_on_the_batch_or_the_tile(sm90: emulation.Emulated) -> None:
     case = make_case(384, 300, 448, 64, "nibbles")
-    whole = case.call(sm90, 192)
+    whole = call(case, sm90, 192)
     for begin, end, tile in [(0, 65, 64), (70, 270, 128), (319, 384, 64)]:
         rows = (tensor[begin:end].clone() for tensor in case[:3])
         part = Case(*rows, *case[3:]).call(sm90, tile)
@@ -178,12 +156,12 @@ def test_the_order_of_warps_does_not_matter(tile: int, seed: int, sm90: emulatio
     shuffled = emulation.Emulated(
         sm90.arch, sms=8, seed=seed, async_="early" if seed == 3 else "late"
     )
-    assert same_bits(case.call(shuffled, tile), case.expected())
+    assert same_bits(call(case, shuffled, tile), case.expected())
 
 
 def test_one_cluster_may_take_all_tiles(sm90: emulation.Emulated) -> None:
     case = make_case(200, 600, 448, 64)
-    assert same_bits(case.call(emulation.Emulated(sm90.arch, sms=4)), case.expected())
+    assert same_bits(call(case, emulation.Emulated(sm90.arch, sms=4)), case.expected())
 
 
 @pytest.mark.parametrize("name", ["q_lo", "q_hi", "codes_lo", "codes_hi"])
