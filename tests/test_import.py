@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import resq_kernels
+from resq_kernels import _library
 from resq_kernels.testing.quantized_models import random_quantized
 
 
@@ -72,3 +74,22 @@ def test_public_names() -> None:
     assert set(resq_kernels.__all__) <= set(dir(resq_kernels)) | set(resq_kernels._LAZY)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         resq_kernels.nonsense  # noqa: B018
+
+
+def test_a_torch_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cpu")
+    with pytest.raises(ImportError, match=r"expected torch >= 2.11, got 2.10.1\+cpu"):
+        _library.load()
+
+
+def test_the_cuda_library_says_why_it_is_not_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is a build without CUDA" in _library.load_cuda()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_library, "CUDA_LIBRARY", tmp_path / "_C_cuda.so")
+    assert _library.load_cuda().startswith("_C_cuda.so is not built: install the CUDA toolkit")
+    (tmp_path / "_C_cuda.so").write_text("not a library")
+    with pytest.raises(ImportError, match="_C_cuda.so does not load: .*"):
+        _library.load_cuda()
