@@ -89,37 +89,10 @@ class GaloisField {
   int64_t poly_[3] = {};
 };
 
-// The signs of S = core + I (see PaleyFactor) as constants: of each group of four inputs and each
-// row, bit t says that input 4 g + t is subtracted.
-template <int kOrder>
-struct PaleyGroups {
-  static constexpr int kStreams = paley_kind(kOrder);  // the construction
-  static constexpr int kRows = kOrder / kStreams;
-  static constexpr int kGroups = (kRows + 3) / 4;
-  uint8_t entry[kGroups][kRows];
-};
-
-template <int kOrder>
-constexpr PaleyGroups<kOrder> paley_groups() {
-  using Groups = PaleyGroups<kOrder>;
-  const PrimePower power = prime_power(Groups::kRows - 1);
-  const GaloisField field(power.p, power.k);
-  bool square[Groups::kRows] = {};
-  for (int64_t a = 1; a < field.order(); ++a) square[field.square(a)] = true;
-  Groups groups{};
-  for (int i = 0; i < Groups::kRows; ++i) {
-    for (int j = 0; j < Groups::kRows; ++j) {
-      const bool positive = i == j || i == 0 || (j == 0 && Groups::kStreams == 2) ||
-                            (j != 0 && square[field.subtract(i - 1, j - 1)]);
-      if (!positive) groups.entry[j / 4][i] |= 1 << (j % 4);
-    }
-  }
-  return groups;
-}
-
-// The same signs of any order as a table for a kernel's parameters: chi by the difference of two
-// elements, whose base-p digits are subtracted without a borrow, so that the table is indexed by
-// position(i) - position(j). Of orders up to 1024, GF(7^3) needs most bits: 13^3.
+// The signs of S = core + I (see PaleyFactor) as a table for a kernel's parameters: chi by the
+// difference of two elements, whose base-p digits are subtracted without a borrow, so that the
+// table is indexed by position(i) - position(j). Of orders up to 1024, GF(7^3) needs most bits:
+// 13^3.
 struct PaleySigns {
   int order, streams, rows;
   int p, q;
@@ -156,6 +129,28 @@ constexpr PaleySigns paley_signs(int64_t order) {
     }
   }
   return signs;
+}
+
+// The same signs as constants: of each group of four inputs and each row, bit t says that input
+// 4 g + t is subtracted.
+template <int kOrder>
+struct PaleyGroups {
+  static constexpr int kStreams = paley_kind(kOrder);  // the construction
+  static constexpr int kRows = kOrder / kStreams;
+  static constexpr int kGroups = (kRows + 3) / 4;
+  uint8_t entry[kGroups][kRows];
+};
+
+template <int kOrder>
+constexpr PaleyGroups<kOrder> paley_groups() {
+  const PaleySigns signs = paley_signs(kOrder);
+  PaleyGroups<kOrder> groups{};
+  for (int i = 0; i < signs.rows; ++i) {
+    for (int j = 0; j < signs.rows; ++j) {
+      if (signs.subtracts(i, j)) groups.entry[j / 4][i] |= 1 << (j % 4);
+    }
+  }
+  return groups;
 }
 
 }  // namespace resq

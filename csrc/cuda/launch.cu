@@ -20,9 +20,7 @@ int attribute(int index, cudaDeviceAttr name) {
   return value;
 }
 
-}  // namespace
-
-Device device(int index) {
+void check_driver() {
   int driver = 0;
   check("device", "cudaDriverGetVersion", cudaDriverGetVersion(&driver));
   constexpr int kOldest = CUDART_VERSION / 1000 * 1000;  // minor versions are compatible
@@ -33,6 +31,13 @@ Device device(int index) {
                              std::to_string(kOldest / 1000) + " or newer, got " +
                              (driver == 0 ? "no driver" : "one for " + got));
   }
+}
+
+}  // namespace
+
+Device device(int index) {
+  // Once a process: the driver stays the same, and every call of an operator comes here.
+  [[maybe_unused]] static const bool checked = (check_driver(), true);
   return {attribute(index, cudaDevAttrComputeCapabilityMajor),
           attribute(index, cudaDevAttrComputeCapabilityMinor),
           attribute(index, cudaDevAttrMultiProcessorCount),

@@ -1,5 +1,5 @@
-// Tensor cores on float16 with float32 sums, and the two instructions that feed them here: PTX's
-// words, one function each. Lane 4 g + i of a warp holds
+// Tensor cores on float16 with float32 sums, and the instruction that feeds them here: PTX's words,
+// one function each. Lane 4 g + i of a warp holds
 //   A [16, 16]: registers 0..3 = row g or g + 8 (registers 1, 3), columns 2 i and 2 i + 1, + 8 (2,
 //   3) B [16, 8]:  registers 0, 1 = rows 2 i and 2 i + 1, + 8 (1), of column g C [16, 8]:  numbers
 //   0, 1 = row g, columns 2 i and 2 i + 1; numbers 2, 3 = row g + 8
@@ -46,21 +46,6 @@ __device__ inline uint32_t subtract_halves(uint32_t a, uint32_t b) {
   const __half2 difference =
       __hsub2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
   return reinterpret_cast<const uint32_t&>(difference);
-}
-
-// Asynchronous copy of 16 bytes to shared memory, past the first-level cache.
-__device__ inline void copy_16_async(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global)
-               : "memory");
-}
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits until all but this thread's latest kGroups groups of copies have arrived.
-template <int kGroups>
-__device__ inline void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
 }  // namespace resq::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/chunk.cuh"
+#include "cuda/numbers.cuh"
 
 namespace resq::cuda {
 
@@ -85,10 +86,6 @@ struct Range {
   }
   __device__ bool finite() const { return lo > -INFINITY && hi < INFINITY; }
 };
-
-// Integers in the order of the floats, a positive NaN above infinity; its own inverse. It lets
-// redux.sync, which knows integers only, replace five shuffles and five comparisons.
-__device__ inline int ordered_bits(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
 template <int kWarps>
 struct RangeExchange {

@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch.nn import functional
 
-from resq_kernels import kv_pages, ops
 from resq_kernels.testing import cuda_timing
-from resq_kernels.testing.bench_kv_attention import PAGE_SIZE
+from resq_kernels.testing.bench_kv_attention import decoder, random_cache
 
 CELLS = ((1, 1024), (1, 32768), (8, 8192), (8, 32768), (64, 8192))  # sequences, tokens of each
 TOLERANCE = 2e-2  # of the output's norm: BF16 rounds it by 2e-3, one page too many moves it more
-
-
-def filled_cache(
-    batch: int, context: int, n_kv: int, head_dim: int, device: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pages with random tokens, in random order, and the block table."""
-    pages = context // PAGE_SIZE
-    shape = kv_pages.cache_shape(batch * pages, n_kv, PAGE_SIZE, head_dim)
-    cache = torch.empty(shape, dtype=torch.uint8, device=device)
-    table = torch.randperm(batch * pages, device=device).int().view(batch, pages)
-    for sequence in table:
-        k, v = torch.randn(2, context, n_kv, head_dim, device=device).half()
-        slots = sequence.long()[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=device)
-        ops.kv_append(k, v, None, None, None, cache, slots.flatten())
-    return cache, table
-
-
-def decoder(batch: int, context: int, device: str) -> Callable[..., torch.Tensor]:
-    """A function of (q, cache, table): one query a sequence over all its tokens."""
-    lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
-    starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
-    return lambda q, cache, table: ops.kv_attention(
-        q, cache, table, lengths, starts, q.shape[-1] ** -0.5
-    )
 
 
 def agrees(
@@ -58,7 +31,7 @@ def times(
         RuntimeError: the output is not that of the CPU's operator.
     """
     n_q, n_kv, head_dim = heads
-    cache, table = filled_cache(batch, context, n_kv, head_dim, device)
+    cache, table = random_cache(batch, context, heads, device)
     q = torch.randn(batch, n_q, head_dim, device=device, dtype=torch.bfloat16)
     decode = decoder(batch, context, device)
     if not agrees(decode(q, cache, table), q, cache, table, context):

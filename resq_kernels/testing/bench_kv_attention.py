@@ -31,19 +31,33 @@ TOLERANCE = 1e-3  # of the output's norm; 4-bit quantization itself moves it by 
 
 
 def random_cache(
-    batch: int, context: int, heads: tuple[int, int, int]
+    batch: int, context: int, heads: tuple[int, int, int], device: str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pages that hold `batch` sequences of `context` random tokens, and their block table."""
     _, n_kv, head_dim = heads
     pages = -(-context // PAGE_SIZE)
     shape = kv_pages.cache_shape(batch * pages, n_kv, PAGE_SIZE, head_dim)
-    cache = torch.zeros(shape, dtype=torch.uint8)
-    table = torch.randperm(batch * pages).int().view(batch, pages)
+    cache = torch.zeros(shape, dtype=torch.uint8, device=device)
+    table = torch.randperm(batch * pages, device=device).int().view(batch, pages)
     for sequence in table:
-        k, v = torch.randn(2, context, n_kv, head_dim)
-        slots = (sequence.long()[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).view(-1)
-        ops.kv_append(k, v, None, None, None, cache, slots[:context].contiguous())
+        k, v = torch.randn(2, context, n_kv, head_dim, device=device)
+        ops.kv_append(k, v, None, None, None, cache, token_slots(sequence, context))
     return cache, table
+
+
+def token_slots(pages: torch.Tensor, context: int) -> torch.Tensor:
+    """Slots of the tokens of a sequence with these pages, int64 [context]."""
+    places = torch.arange(PAGE_SIZE, device=pages.device)
+    return (pages.long()[:, None] * PAGE_SIZE + places).view(-1)[:context]
+
+
+def decoder(batch: int, context: int, device: str = "cpu") -> Callable[..., torch.Tensor]:
+    """A function of (q, cache, table): one query a sequence over all its tokens."""
+    lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    return lambda q, cache, table: ops.kv_attention(
+        q, cache, table, lengths, starts, q.shape[-1] ** -0.5
+    )
 
 
 def check(
@@ -51,7 +65,7 @@ def check(
 ) -> bool:
     """Whether the last sequence's output is that of float64 attention over its own cache."""
     head_dim = q.shape[-1]
-    slots = (table[-1].long()[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).view(-1)[:context]
+    slots = token_slots(table[-1], context)
     k, v = (rows.dequantize().double() for rows in kv_pages.read_tokens(cache, slots, head_dim))
     group = q.shape[1] // k.shape[1]
     k, v = (rows.repeat_interleave(group, dim=1) for rows in (k, v))
@@ -91,18 +105,15 @@ def bench(
     heads, cold_bytes = HEADS[model], args.cold_mb * 2**20
     n_q, n_kv, head_dim = heads
     cache, table = random_cache(batch, context, heads)
-    lengths = torch.full((batch,), context, dtype=torch.int32)
-    starts = torch.arange(batch + 1, dtype=torch.int32)
+    decode = decoder(batch, context)
     q = torch.randn(batch, n_q, head_dim, dtype=torch.bfloat16)
     caches = copies(cache, cold_bytes)
 
     def ours(i: int) -> torch.Tensor:
-        chosen = caches[i % len(caches)]
-        return ops.kv_attention(q, chosen, table, lengths, starts, head_dim**-0.5)
+        return decode(q, caches[i % len(caches)], table)
 
     q_float = q.float()
-    exact = ops.kv_attention(q_float, cache, table, lengths, starts, head_dim**-0.5)
-    if not check(exact, q_float, cache, table, context):
+    if not check(decode(q_float, cache, table), q_float, cache, table, context):
         raise RuntimeError(f"kv_attention: {model} {batch}x{context}: differs from the reference")
     others = baselines(batch, context, heads, cold_bytes)
     clock = timing.clock_of(args.cpu_time)
@@ -114,12 +125,7 @@ def bench(
             "op": "kv_attention",
             "model": model,
             "shape": [batch, context, n_q, n_kv, head_dim],
-            "ours_us": round(mine.median_us, 1),
-            "ours_best_us": round(mine.best_us, 1),
-            "baseline": name,
-            "baseline_us": round(times[name].median_us, 1),
-            "baseline_best_us": round(times[name].best_us, 1),
-            "ratio": round(times[name].median_us / mine.median_us, 2),
+            **timing.against(mine, name, times[name]),
             "bytes_floor_us": round(floor, 1),
             "ceiling_share": round(floor / mine.median_us, 3),
             "checked": True,

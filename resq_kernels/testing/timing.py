@@ -28,6 +28,18 @@ class Timing:
     calls: int
 
 
+def against(ours: Timing, baseline: str, theirs: Timing) -> dict[str, object]:
+    """A benchmark row's times and ratio; above 1 ours is faster."""
+    return {
+        "ours_us": round(ours.median_us, 1),
+        "ours_best_us": round(ours.best_us, 1),
+        "baseline": baseline,
+        "baseline_us": round(theirs.median_us, 1),
+        "baseline_best_us": round(theirs.best_us, 1),
+        "ratio": round(theirs.median_us / ours.median_us, 2),
+    }
+
+
 def clock_of(cpu_time: bool) -> Callable[[], float]:
     """Wall clock, or the processor time of the calling thread."""
     return time.thread_time if cpu_time else time.perf_counter

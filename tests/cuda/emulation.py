@@ -25,17 +25,22 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 NAMESPACE = "resq_emulated"
 
 
+def load_file(path: str) -> ModuleType:
+    """A Python file of the project that is in no package."""
+    spec = importlib.util.spec_from_file_location(f"resq_{Path(path).stem}", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def load_setup() -> ModuleType:
     """setup.py's functions: the lists of sources and the place of CUTLASS."""
-    spec = importlib.util.spec_from_file_location("resq_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
     arguments, sys.argv = sys.argv, ["setup.py", "--name"]
     try:
         with contextlib.redirect_stdout(None):
-            spec.loader.exec_module(module)
+            return load_file("setup.py")
     finally:
         sys.argv = arguments
-    return module
 
 
 def emulator() -> ModuleType | None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+import emulation
 
 REPORT = """\
 ptxas info    : Compiling entry function '_Zgood' for 'sm_80'
@@ -22,11 +19,7 @@ SERIALIZED = (
 )
 
 
-def problems(report: str) -> list[str]:
-    spec = importlib.util.spec_from_file_location("compile_cuda", ROOT / "tools/compile_cuda.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.problems(report)
+problems = emulation.load_file("tools/compile_cuda.py").problems
 
 
 def test_spills_and_serialized_wgmma_stop_the_build() -> None:

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
+import emulation
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-def load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kernel_table", ROOT / "tools/kernel_table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool = emulation.load_file("tools/kernel_table.py")
 
 # kernel's first word -> architecture -> key instructions that it must hold.
 REQUIRED = {

@@ -63,12 +63,6 @@ struct Extremes {
   unsigned magnitude;  // bits of the largest |x|; NaN is above infinity
 };
 
-__device__ int ordered(float x) {
-  const int bits = __float_as_int(x);
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-__device__ float unordered(int bits) { return __int_as_float(bits ^ ((bits >> 31) & 0x7fffffff)); }
-
 // What kv_range makes of the extremes of the numbers of all lanes that are `inside` the part.
 template <int kCount>
 __device__ KvRange part_range(const float (&x)[kCount], bool inside, int levels) {
@@ -76,8 +70,9 @@ __device__ KvRange part_range(const float (&x)[kCount], bool inside, int levels)
   if (inside) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      e.lo = min(e.lo, ordered(x[i]));
-      e.hi = max(e.hi, ordered(x[i]));
+      const int bits = ordered_bits(__float_as_int(x[i]));
+      e.lo = min(e.lo, bits);
+      e.hi = max(e.hi, bits);
       e.magnitude = max(e.magnitude, __float_as_uint(x[i]) & 0x7fffffff);
     }
   }
@@ -86,7 +81,7 @@ __device__ KvRange part_range(const float (&x)[kCount], bool inside, int levels)
   e.hi = __reduce_max_sync(kAll, e.hi);
   e.magnitude = __reduce_max_sync(kAll, e.magnitude);
   if (e.magnitude >= 0x7f800000) return {{0x7e00}, {0x7e00}, 0.0f, 0.0f};  // kKvNanRange
-  return kv_range(unordered(e.lo), unordered(e.hi), levels);
+  return kv_range(__int_as_float(ordered_bits(e.lo)), __int_as_float(ordered_bits(e.hi)), levels);
 }
 
 __device__ uint32_t stored_pair(const KvRange& range) {

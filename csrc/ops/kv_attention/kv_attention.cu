@@ -7,6 +7,7 @@
 // that the host would have to read.
 #include <cuda_runtime.h>
 
+#include "cuda/copy_sm80.cuh"
 #include "cuda/numbers.cuh"
 #include "ops/kv_attention/kv_attention_softmax.cuh"
 #include "ops/kv_attention/kv_attention_work.cuh"
@@ -84,7 +85,7 @@ __device__ void fetch_tile(const KvAttentionCuda& call, const TilePlace* place, 
     for (int first = 0; first < S::kBytes; first += 512) {
       const int byte = first + lane_byte;
       const int moved = byte < S::kMetadata ? 0 : byte < S::kValues ? metadata : values;
-      if (byte < S::kBytes) copy_16_async(stage + byte, keys + first + moved);
+      if (byte < S::kBytes) copy_async_16(stage + byte, keys + first + moved);
     }
   }
   commit_copies();

@@ -44,7 +44,7 @@ Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
       cuda::mixed_gemm_sm80(p, choice, scratch, on.stream());
       break;
     case cuda::MixedGemmKernel::kSm90:
-      cuda::mixed_gemm_sm90(p, choice, scratch, on.stream());
+      cuda::mixed_gemm_sm90(p, choice, scratch, on.device(), on.stream());
       break;
   }
   return call.out;

@@ -25,6 +25,6 @@ void mixed_gemm_small_batch(const MixedGemmParams& p, const MixedGemmChoice& cho
 void mixed_gemm_sm80(const MixedGemmParams& p, const MixedGemmChoice& choice, void* workspace,
                      Stream stream);
 void mixed_gemm_sm90(const MixedGemmParams& p, const MixedGemmChoice& choice, void* workspace,
-                     Stream stream);
+                     const Device& device, Stream stream);
 
 }  // namespace resq::cuda

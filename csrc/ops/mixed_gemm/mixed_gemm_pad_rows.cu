@@ -25,16 +25,16 @@ __global__ void __launch_bounds__(kThreads)
   *reinterpret_cast<uint4*>(to + row * padded + first) = {words[0], words[1], words[2], words[3]};
 }
 
-void launch(const void* from, uint8_t* to, int64_t rows, int64_t bytes, int64_t padded,
-            Stream stream) {
+}  // namespace
+
+void pad_byte_rows(const void* from, uint8_t* to, int64_t rows, int64_t bytes, int64_t padded,
+                   Stream stream) {
   const int64_t blocks_per_row = ceil_div(padded, kThreads * 16);
   const auto grid = static_cast<unsigned>(blocks_per_row * rows);
   mixed_gemm_pad_rows_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       static_cast<const uint8_t*>(from), to, bytes, padded, static_cast<unsigned>(blocks_per_row));
   check_launch("mixed_gemm");
 }
-
-}  // namespace
 
 MixedGemmParams pad_rows(const MixedGemmParams& p, int splits, const RowUnits& units,
                          void* workspace, Stream stream) {
@@ -46,12 +46,13 @@ MixedGemmParams pad_rows(const MixedGemmParams& p, int splits, const RowUnits& u
     padded.k_lo = cuda_packed_columns(p.k_lo);
     padded.q_lo = lo;
     const int64_t codes_per_byte = p.q_lo_packed ? 2 : 1;
-    launch(p.q_lo, lo, p.rows, p.k_lo / codes_per_byte, padded.k_lo / codes_per_byte, stream);
+    pad_byte_rows(p.q_lo, lo, p.rows, p.k_lo / codes_per_byte, padded.k_lo / codes_per_byte,
+                  stream);
   }
   if (p.k_hi % units.hi) {
     padded.k_hi = cuda_packed_columns(p.k_hi);
     padded.q_hi = reinterpret_cast<const int8_t*>(hi);
-    launch(p.q_hi, hi, p.rows, p.k_hi, padded.k_hi, stream);
+    pad_byte_rows(p.q_hi, hi, p.rows, p.k_hi, padded.k_hi, stream);
   }
   return padded;
 }

@@ -9,6 +9,7 @@
 
 #include "cuda/tensor_map.h"
 #include "ops/mixed_gemm/mixed_gemm_cuda.h"
+#include "ops/mixed_gemm/mixed_gemm_pad_rows.h"
 #include "ops/mixed_gemm/mixed_gemm_rows_sm90.cuh"
 #include "ops/mixed_gemm/mixed_gemm_sm90.cuh"
 
@@ -17,24 +18,23 @@ namespace {
 
 constexpr const char* kOp = "mixed_gemm";
 
-template <bool kPacked>
-void launch_expand(const void* source, int64_t source_bytes, int64_t rows, uint8_t* out,
+void launch_unpack(const uint8_t* nibbles, int64_t rows, int64_t row_bytes, uint8_t* out,
                    int64_t stride, cudaStream_t stream) {
-  const int64_t pieces = rows * (stride / kSm90RowBytes);
-  const auto blocks = static_cast<unsigned>(ceil_div(pieces, kRowsThreads));
-  expand_rows<kPacked><<<blocks, kRowsThreads, 0, stream>>>(static_cast<const uint8_t*>(source),
-                                                            source_bytes, out, stride, pieces);
+  const int64_t blocks_per_row = ceil_div(stride, kSm90RowBytes * kRowsThreads);
+  const auto grid = static_cast<unsigned>(blocks_per_row * rows);
+  mixed_gemm_unpack_rows_kernel<<<grid, kRowsThreads, 0, stream>>>(
+      nibbles, row_bytes, out, stride, static_cast<unsigned>(blocks_per_row));
   check_launch(kOp);
 }
 
-// Clusters of this launch that run at once on the current device. The driver is asked once a
-// kernel; where none fits, the launch says so.
-int clusters_at_once(const void* kernel, const cudaLaunchConfig_t& config, int blocks) {
+// Clusters of this launch that run at once on the current device, of `sms` multiprocessors. The
+// driver is asked once a kernel; where none fits, the launch says so.
+int clusters_at_once(const void* kernel, const cudaLaunchConfig_t& config, int blocks, int sms) {
   static std::mutex mutex;
   static std::map<std::pair<int, const void*>, int> known;
   int index = 0;
   cudaGetDevice(&index);
-  const int expected = sm90_clusters(blocks, device(index).sms);
+  const int expected = sm90_clusters(blocks, sms);
   const std::lock_guard<std::mutex> lock(mutex);
   auto found = known.find({index, kernel});
   if (found == known.end()) {
@@ -47,7 +47,7 @@ int clusters_at_once(const void* kernel, const cudaLaunchConfig_t& config, int b
 
 template <int kTokens, class Out>
 void launch_kernel(Sm90Launch launch, const uint8_t* q_lo, const uint8_t* q_hi,
-                   const Sm90Rows& rows, cudaStream_t stream) {
+                   const Sm90Rows& rows, int sms, cudaStream_t stream) {
   const MixedGemmParams& p = launch.p;
   constexpr Sm90Cluster kCluster = sm90_cluster(kTokens);
   constexpr int kBox = kTokens / kCluster.weights;  // tokens of one copy
@@ -73,41 +73,42 @@ void launch_kernel(Sm90Launch launch, const uint8_t* q_lo, const uint8_t* q_hi,
   config.attrs = &cluster;
   config.numAttrs = 1;
   config.gridDim = dim3(kCluster.blocks());
-  config.gridDim.x *= std::min(launch.tiles, clusters_at_once(address, config, kCluster.blocks()));
+  config.gridDim.x *=
+      std::min(launch.tiles, clusters_at_once(address, config, kCluster.blocks(), sms));
   cudaLaunchKernelEx(&config, kernel, launch);
   check_launch(kOp);
 }
 
 template <int kTokens>
 void launch_of_type(const Sm90Launch& launch, const uint8_t* q_lo, const uint8_t* q_hi,
-                    const Sm90Rows& rows, cudaStream_t stream) {
+                    const Sm90Rows& rows, int sms, cudaStream_t stream) {
   switch (launch.p.out_type) {
     case FloatType::kFloat16:
-      return launch_kernel<kTokens, __half>(launch, q_lo, q_hi, rows, stream);
+      return launch_kernel<kTokens, __half>(launch, q_lo, q_hi, rows, sms, stream);
     case FloatType::kBFloat16:
-      return launch_kernel<kTokens, __nv_bfloat16>(launch, q_lo, q_hi, rows, stream);
+      return launch_kernel<kTokens, __nv_bfloat16>(launch, q_lo, q_hi, rows, sms, stream);
     case FloatType::kFloat32:
-      return launch_kernel<kTokens, float>(launch, q_lo, q_hi, rows, stream);
+      return launch_kernel<kTokens, float>(launch, q_lo, q_hi, rows, sms, stream);
   }
 }
 
 }  // namespace
 
 void mixed_gemm_sm90(const MixedGemmParams& p, const MixedGemmChoice& choice, void* workspace,
-                     Stream stream_handle) {
+                     const Device& device, Stream stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   const Sm90Rows rows = sm90_rows(p.rows, p.k_lo, p.q_lo_packed, p.k_hi);
   auto* space = static_cast<uint8_t*>(workspace);
   const auto* q_lo = static_cast<const uint8_t*>(p.q_lo);
   const auto* q_hi = reinterpret_cast<const uint8_t*>(p.q_hi);
   if (rows.expand_lo && p.q_lo_packed) {
-    launch_expand<true>(q_lo, p.k_lo / 2, p.rows, space, rows.lo_stride, stream);
+    launch_unpack(q_lo, p.rows, p.k_lo / 2, space, rows.lo_stride, stream);
   } else if (rows.expand_lo) {
-    launch_expand<false>(q_lo, p.k_lo, p.rows, space, rows.lo_stride, stream);
+    pad_byte_rows(q_lo, space, p.rows, p.k_lo, rows.lo_stride, stream);
   }
   if (rows.expand_lo) q_lo = space;
   if (rows.expand_hi) {
-    launch_expand<false>(q_hi, p.k_hi, p.rows, space + rows.hi_offset, rows.hi_stride, stream);
+    pad_byte_rows(q_hi, space + rows.hi_offset, p.rows, p.k_hi, rows.hi_stride, stream);
     q_hi = space + rows.hi_offset;
   }
 
@@ -119,10 +120,10 @@ void mixed_gemm_sm90(const MixedGemmParams& p, const MixedGemmChoice& choice, vo
   launch.block_lo_bytes = cuda_block_lo_bytes(p.k_lo);
   launch.last_block = static_cast<int>(cuda_packed_blocks(p.n)) - 1;
   switch (choice.tile_rows) {
-    case 32: return launch_of_type<32>(launch, q_lo, q_hi, rows, stream);
-    case 64: return launch_of_type<64>(launch, q_lo, q_hi, rows, stream);
-    case 128: return launch_of_type<128>(launch, q_lo, q_hi, rows, stream);
-    case 192: return launch_of_type<192>(launch, q_lo, q_hi, rows, stream);
+    case 32: return launch_of_type<32>(launch, q_lo, q_hi, rows, device.sms, stream);
+    case 64: return launch_of_type<64>(launch, q_lo, q_hi, rows, device.sms, stream);
+    case 128: return launch_of_type<128>(launch, q_lo, q_hi, rows, device.sms, stream);
+    case 192: return launch_of_type<192>(launch, q_lo, q_hi, rows, device.sms, stream);
     default: break;
   }
   throw std::runtime_error("mixed_gemm: tile_rows: expected 32, 64, 128 or 192, got " +

@@ -1,7 +1,6 @@
 // silu_mul_hadamard_quantize: a block computes a row of products, transforms it in shared memory
 // and quantizes it: gate_up is read once and only codes are written. docs/notes/0011.
 #include "cuda/hadamard_block.cuh"
-#include "cuda/row_launch.cuh"
 #include "cuda/row_quantize.cuh"
 #include "cuda/silu.cuh"
 #include "ops/silu_mul_hadamard_quantize/silu_mul_hadamard_quantize_cuda.h"
