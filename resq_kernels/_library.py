@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -42,12 +45,37 @@ def load_cuda() -> str:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     if not CUDA_LIBRARY.exists():
-        return (
+        why = (
             f"{CUDA_LIBRARY.name} is not built: install the CUDA toolkit (nvcc) and run "
             "`RESQ_CUDA=1 pip install --no-build-isolation -e .` in the source folder"
         )
+        refuse_cuda(why)
+        return why
     _load(CUDA_LIBRARY)
     return ""
+
+
+@cache
+def refuse_cuda(why: str) -> torch.library.Library:
+    """Makes every operator answer "op: device: ..." with `why` where it is given CUDA tensors.
+
+    Without it torch's own answer lists dispatch keys and not the reason.
+
+    Returns:
+        The registrations, kept alive by the cache until their `_destroy`.
+    """
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    library = torch.library.Library("resq", "IMPL", "CUDA")
+    for name in sorted(name for name in registered if name.startswith("resq::")):
+        library.impl(name, _refusal(name.removeprefix("resq::"), why))
+    return library
+
+
+def _refusal(op: str, why: str) -> Callable[..., NoReturn]:
+    def refuse(*args: object, **kwargs: object) -> NoReturn:
+        raise RuntimeError(f"{op}: device: expected tensors on the CPU, got cuda: {why}")
+
+    return refuse
 
 
 def _load(library: Path) -> None:

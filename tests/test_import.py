@@ -85,11 +85,31 @@ def test_a_torch_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_cuda_library_says_why_it_is_not_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    refused: list[str] = []
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "is a build without CUDA" in _library.load_cuda()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(_library, "CUDA_LIBRARY", tmp_path / "_C_cuda.so")
-    assert _library.load_cuda().startswith("_C_cuda.so is not built: install the CUDA toolkit")
+    monkeypatch.setattr(_library, "refuse_cuda", refused.append)
+    why = _library.load_cuda()
+    assert why.startswith("_C_cuda.so is not built: install the CUDA toolkit")
+    assert refused == [why]
     (tmp_path / "_C_cuda.so").write_text("not a library")
     with pytest.raises(ImportError, match="_C_cuda.so does not load: .*"):
         _library.load_cuda()
+
+
+def test_operators_say_why_they_do_not_run_on_cuda() -> None:
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    call = torch.ops.resq.hadamard.default.redispatch
+    if _library.CUDA_MISSING == "":
+        pytest.skip("the CUDA kernels are registered")
+    library = _library.refuse_cuda("there is no library")
+    try:
+        message = "hadamard: device: expected tensors on the CPU, got cuda: there is no library"
+        with pytest.raises(RuntimeError, match=message):
+            call(cuda, torch.ones(2, 4), 1.0)
+    finally:
+        library._destroy()
+    with pytest.raises(NotImplementedError):
+        call(cuda, torch.ones(2, 4), 1.0)
