@@ -72,7 +72,7 @@ class ResQAttention(nn.Module):
         hidden_states: torch.Tensor | MixedTensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: object,
     ) -> tuple[torch.Tensor, None]:
         """[B, L, K] -> ([B, L, K], None): called as the attention of a transformers decoder layer.
@@ -82,16 +82,20 @@ class ResQAttention(nn.Module):
             position_embeddings: (cos, sin), each [B or 1, L, D].
             attention_mask: [B, columns], true where a token is, or None. With kv_bits 16: what
                 `scaled_dot_product_attention` takes.
-            past_key_values: a `ResQCache`, an empty `DynamicCache`, or None.
+            cache: a `ResQCache`, an empty `DynamicCache`, or None.
+            kwargs: `past_key_values`, the name of `cache` before transformers 5.24; what else
+                decoder layers pass is not used.
 
         Raises:
             ValueError: a mask of another shape, or a cache of another kind.
+            TypeError: a cache under a name that is not known here.
         """
+        cache = named_cache(cache, kwargs)
         q, k, v = (proj(hidden_states) for proj in (self.q_proj, self.k_proj, self.v_proj))
         shape = (*q.shape[:2], -1, self.head_dim)
         q, k, v = q.view(shape), k.view(shape), v.view(shape)
         attend = self._attend_pages if self.kv_bits == 4 else self._attend_float
-        out = attend(q, k, v, *position_embeddings, attention_mask, past_key_values)
+        out = attend(q, k, v, *position_embeddings, attention_mask, cache)
         if self.head_high:
             low, high = out.split([self.head_dim - self.head_high, self.head_high], dim=-1)
             return self.o_proj(torch.cat([low.flatten(-2), high.flatten(-2)], dim=-1)), None
@@ -163,6 +167,24 @@ class ResQAttention(nn.Module):
                 module._apply(fn)
         kept = () if self.key_rotation is None else (self.key_rotation,)
         return super()._apply(keep_dtype(fn, *kept), False)
+
+
+def named_cache(cache: Cache | None, kwargs: dict[str, object]) -> Cache | None:
+    """The cache, under whichever name this transformers passes it.
+
+    A cache that is overlooked among the ignored arguments loses every token without a sign.
+    """
+    from transformers.cache_utils import Cache
+
+    given = {name: value for name, value in kwargs.items() if isinstance(value, Cache)}
+    old = given.pop("past_key_values", None)
+    if given or (cache is not None and old is not None):
+        names = sorted({*given, "cache", "past_key_values"})
+        raise TypeError(
+            "ResQAttention: expected one cache, named cache or past_key_values, got one "
+            f"under {', '.join(given) or ' and '.join(names)}"
+        )
+    return old if cache is None else cache
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -101,7 +101,8 @@ class ResQCache(Cache):
     """A KV cache of 160 bytes per token and kv head (88 at head_dim 64) instead of 512 (256).
 
     A quantized model makes one by itself whenever it is asked to use a cache, so it is only needed
-    to keep a cache between calls: `model.generate(..., past_key_values=cache)`.
+    to keep a cache between calls: `model.generate(..., cache=cache)` (`past_key_values=` before
+    transformers 5.24).
 
     Args:
         config: the model's configuration, for the number of layers.
@@ -139,9 +140,9 @@ def paged_layer(cache: Cache, index: int) -> ResQCacheLayer:
             state = "filled" if layer.is_initialized else "empty"
             where = ", offloaded" if cache.offloading else ""
             raise ValueError(
-                "ResQAttention: past_key_values: expected a ResQCache or an empty DynamicCache, "
+                "ResQAttention: cache: expected a ResQCache or an empty DynamicCache, "
                 f"got a {type(cache).__name__} with a {state} {type(layer).__name__}{where}; "
-                "leave past_key_values and cache_implementation out to get a 4-bit cache"
+                "leave it and cache_implementation out to get a 4-bit cache"
             )
         cache.layers[at] = ResQCacheLayer(sequences=start)
     if cache.layer_class_to_replicate is DynamicLayer:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from resq_kernels import reference
 from resq_kernels.formats import MixedTensor
-from resq_kernels.nn.attention import ResQAttention
+from resq_kernels.nn.attention import ResQAttention, named_cache
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.mlp import ResQMLP
 from resq_kernels.nn.norm import ResQRMSNorm
@@ -81,12 +81,12 @@ def _attention(
     hidden_states: torch.Tensor | MixedTensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor | None = None,
-    past_key_values: Any = None,
+    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     if attention.kv_bits == 16:
         return ResQAttention.forward(
-            attention, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            attention, hidden_states, position_embeddings, attention_mask, cache, **kwargs
         )
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     q, k, v = (projection(hidden_states) for projection in projections)
@@ -98,8 +98,9 @@ def _attention(
         q, k = q @ attention.key_rotation.float(), k @ attention.key_rotation.float()
     k = rounding.kv_fake_quantize(k, attention.hi_bits).transpose(1, 2)
     v = rounding.kv_fake_quantize(v, attention.hi_bits).transpose(1, 2)
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, attention.layer_idx)
+    cache = named_cache(cache, kwargs)
+    if cache is not None:
+        k, v = cache.update(k, v, attention.layer_idx)
     length = k.shape[2]
     visible = torch.ones(new, length, dtype=torch.bool, device=k.device).tril(length - new)
     if attention_mask is not None:

@@ -125,7 +125,7 @@ def test_chunked_prefill(model: Any) -> None:
 
 
 def test_static_cache_is_refused(model: Any) -> None:
-    with pytest.raises(ValueError, match="leave past_key_values and cache_implementation out"):
+    with pytest.raises(ValueError, match="leave it and cache_implementation out"):
         generate(model, tokens(1, 4), cache_implementation="static")
 
 

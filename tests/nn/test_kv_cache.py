@@ -13,6 +13,8 @@ from resq_kernels.nn.paged import PagedKeysValues, Sequences
 from resq_kernels.testing.quantized_models import random_quantized
 from resq_kernels.testing.tiny_models import make_model
 
+POSITIONS = torch.arange(3)[None]
+
 
 @pytest.fixture(scope="module")
 def model() -> Any:
@@ -104,12 +106,29 @@ def test_other_caches_are_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="got a DynamicCache with a filled DynamicLayer"):
         hidden(model, tokens(1, 2), filled)
     static = StaticCache(config=model.config, max_cache_len=8)
-    with pytest.raises(ValueError, match="leave past_key_values and cache_implementation out"):
+    with pytest.raises(ValueError, match="leave it and cache_implementation out"):
         hidden(model, tokens(1, 2), static)
     offloading = DynamicCache(config=model.config)
     offloading.offloading = True
     with pytest.raises(ValueError, match="empty DynamicLayer, offloaded"):
         hidden(model, tokens(1, 2), offloading)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_under_either_name_fills(model: Any, name: str) -> None:
+    attention, cache = model.model.layers[0].self_attn, ResQCache(model.config)
+    x, turn = torch.randn(1, 3, 256), model.model.rotary_emb(torch.randn(1, 3, 256), POSITIONS)
+    attention(x, position_embeddings=turn, **{name: cache})
+    assert cache.get_seq_length() == 3
+
+
+@pytest.mark.parametrize("names", [["cache", "past_key_values"], ["past_key_value"]], ids=str)
+def test_a_cache_is_not_overlooked(model: Any, names: list[str]) -> None:
+    attention, caches = model.model.layers[0].self_attn, {n: ResQCache(model.config) for n in names}
+    x, turn = torch.randn(1, 3, 256), model.model.rotary_emb(torch.randn(1, 3, 256), POSITIONS)
+    with pytest.raises(TypeError, match=f"expected one cache.*got .*{names[-1]}$"):
+        attention(x, position_embeddings=turn, **caches)
+    assert all(cache.get_seq_length() == 0 for cache in caches.values())
 
 
 def test_a_float_model_is_refused() -> None:
