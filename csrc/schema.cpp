@@ -35,6 +35,7 @@ RESQ_LIBRARY_EXPANDED(RESQ_NAMESPACE, m) {
       "Tensor query_starts, float scale, Tensor? cos=None, Tensor? sin=None, "
       "Tensor? key_rotation=None) -> Tensor");
   m.def("cpu_isa() -> str");
+  m.def("cpu_isa_missing() -> str");
   m.def("cuda_family(int device) -> str");
   m.def("mixed_gemm_kernel(int rows, int n, int k_lo, int k_hi, bool packed, int device) -> str");
 }

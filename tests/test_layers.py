@@ -67,7 +67,7 @@ def test_core_is_free_of_torch_cuda_and_instruction_sets() -> None:
 
 def test_torch_headers_stay_in_the_registration_files() -> None:
     for path in [*(ROOT / "csrc/ops").rglob("*"), *(ROOT / "csrc/cpu").rglob("*")]:
-        if path.is_dir() or re.search(r"_(cpu|cuda)\.cpp$|_args\.h$|isa\.cpp$", path.name):
+        if path.is_dir() or re.search(r"_(cpu|cuda)\.cpp$|_args\.h$|isa_query\.cpp$", path.name):
             continue
         torch_headers = [name for name in includes(path) if name.startswith("torch/")]
         assert not torch_headers, (path.name, torch_headers)
@@ -92,3 +92,10 @@ def test_no_file_is_longer_than_500_lines() -> None:
         pytest.skip("not a git checkout: nothing lists the project's own files")
     too_long = {p.name: n for p in paths if (n := len(p.read_text().splitlines())) > MAX_LINES}
     assert not too_long
+
+
+def test_vector_kernels_are_chosen_by_the_vector_set() -> None:
+    """A switch over current_isa() would run its default, the scalar kernel, under AMX."""
+    for path in (ROOT / "csrc/ops").rglob("*"):
+        if path.is_file() and "current_isa()" in path.read_text():
+            assert path.name == "mixed_gemm_cpu.cpp"

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = (ROOT / "csrc/schema.cpp").read_text()
 QUERIES = {
     "cpu_isa",
+    "cpu_isa_missing",
     "cuda_family",
     "mixed_gemm_kernel",
 }  # answer a fact about the library; no tensors, no kernel

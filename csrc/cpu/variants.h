@@ -32,11 +32,11 @@
 
 namespace resq::cpu {
 
-// Kernels in the order of Isa.
+// Vector kernels in the order of Isa.
 template <class Kernel, class... Kernels>
 Kernel choose(Kernel scalar, Kernels... others) {
   const Kernel variants[] = {scalar, others...};
-  return variants[static_cast<int>(current_isa())];
+  return variants[static_cast<int>(vector_isa())];
 }
 
 }  // namespace resq::cpu

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     rows += [
         ("machine", f"{figures['machine']['cpu']}, {figures['machine']['cores']} cores"),
         ("threads", str(figures["machine"]["threads"])),
-        ("CPU kernels", f"{figures['cpu']['chosen']} of {', '.join(figures['cpu']['built'])}"),
+        ("CPU kernels", _cpu_line(figures["cpu"])),
         ("CUDA", _cuda_line(figures["cuda"])),
     ]
     if args.model:
@@ -86,7 +86,8 @@ def machine() -> dict[str, object]:
 
 
 def cpu() -> dict[str, object]:
-    """CPU kernel variants: those built, the one that runs here, and whether it was forced.
+    """CPU kernel variants: those built, the one that runs here, what each other one would need that
+    the machine lacks, and whether the one was forced.
 
     Raises:
         RuntimeError: RESQ_CPU_ISA names a variant that does not exist or cannot run here.
@@ -94,13 +95,16 @@ def cpu() -> dict[str, object]:
     return {
         "built": list(built_cpu_variants(platform.machine())),
         "chosen": torch.ops.resq.cpu_isa(),
+        "missing": dict(
+            line.split(": ", 1) for line in torch.ops.resq.cpu_isa_missing().split("; ") if line
+        ),
         "forced_by_RESQ_CPU_ISA": os.environ.get("RESQ_CPU_ISA") or None,
     }
 
 
 def built_cpu_variants(architecture: str) -> tuple[str, ...]:
     """Instruction sets that csrc/cpu/isa.cpp can choose from; vector ones exist on x86-64 only."""
-    vector = ("avx2", "avx512vnni") if architecture in ("x86_64", "AMD64") else ()
+    vector = ("avx2", "avx512vnni", "amx") if architecture in ("x86_64", "AMD64") else ()
     return ("scalar", *vector)
 
 
@@ -173,6 +177,16 @@ def _model_rows(figures: dict[str, object]) -> list[tuple[str, str]]:
             (name.replace("_", " "), output.size(count)) for name, count in parts.items() if count
         ]
     return rows
+
+
+def _cpu_line(figures: dict[str, object]) -> str:
+    """The variant that runs, and why no better one does."""
+    line = f"{figures['chosen']} of {', '.join(figures['built'])}"
+    if figures["forced_by_RESQ_CPU_ISA"]:
+        return f"{line} (forced by RESQ_CPU_ISA)"
+    for name, features in figures["missing"].items():
+        return f"{line} ({name}: this machine lacks {features})"
+    return line
 
 
 def _cuda_line(figures: dict[str, object]) -> str:

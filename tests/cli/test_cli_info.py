@@ -99,5 +99,5 @@ def test_forced_variant_that_does_not_exist_is_an_error() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == (
-        "resq: error: RESQ_CPU_ISA: expected scalar, avx2 or avx512vnni, got mmx\n"
+        "resq: error: RESQ_CPU_ISA: expected scalar, avx2, avx512vnni or amx, got mmx\n"
     )

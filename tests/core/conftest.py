@@ -36,8 +36,11 @@ def ninja_file(module: Path) -> str:
         "rule link",
         "  command = $cxx -shared $in -o $out",
     ]
-    objects = [f"{source.stem}.o" for source in sorted(HERE.glob("*.cpp"))]
-    lines += [f"build {name}: compile {HERE / name[:-2]}.cpp" for name in objects]
+    sources = [*sorted(HERE.glob("*.cpp")), CSRC / "cpu/isa.cpp"]
+    objects = [f"{source.stem}.o" for source in sources]
+    lines += [
+        f"build {name}: compile {source}" for name, source in zip(objects, sources, strict=True)
+    ]
     lines.append(f"build {module.name}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 

@@ -11,11 +11,12 @@ import torch
 
 from resq_kernels import formats, reference
 
-INSTRUCTION_SETS = ["scalar", "avx2", "avx512vnni"]  # each machine has those up to its best
+# In order: each machine has those up to its best. AMX adds tiles and no verbs.
+INSTRUCTION_SETS = ["scalar", "avx2", "avx512vnni", "amx"]
 HALVES = np.arange(2**16, dtype=np.uint16)
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
+@pytest.fixture(params=INSTRUCTION_SETS[:-1])
 def verbs(core: ModuleType, request: pytest.FixtureRequest) -> Any:
     best = torch.ops.resq.cpu_isa()
     if INSTRUCTION_SETS.index(request.param) > INSTRUCTION_SETS.index(best):

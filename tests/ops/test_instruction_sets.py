@@ -33,7 +33,7 @@ def test_instruction_sets_give_the_same_bits() -> None:
     current = torch.ops.resq.cpu_isa()
     here = digests()
     compared = 0
-    for isa in {"scalar", "avx2", "avx512vnni"} - {current}:
+    for isa in {"scalar", "avx2", "avx512vnni", "amx"} - {current}:
         process = run(isa)
         if "but this machine has" in process.stderr:
             continue
@@ -56,13 +56,13 @@ def test_digests_notice_one_bit() -> None:
 def test_unknown_instruction_set_is_refused() -> None:
     process = run("sse9")
     assert process.returncode != 0
-    assert "RESQ_CPU_ISA: expected scalar, avx2 or avx512vnni, got sse9" in process.stderr
+    assert "RESQ_CPU_ISA: expected scalar, avx2, avx512vnni or amx, got sse9" in process.stderr
 
 
 @pytest.mark.skipif(not shutil.which("objdump"), reason="needs binutils")
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="needs x86-64")
 def test_wide_registers_stay_in_their_namespace() -> None:
-    """A function outside the namespaces avx2 and avx512vnni runs on machines without them.
+    """A function outside the namespaces avx2, avx512vnni and amx runs on machines without them.
 
     The linker keeps one copy of an inline function: if a file for AVX-512 compiled one that other
     files use too, a machine without AVX-512 would meet an illegal instruction.
@@ -79,8 +79,14 @@ def test_wide_registers_stay_in_their_namespace() -> None:
             function = header[1]
         elif register := re.search(r"%([yz])mm|%k[1-7]|\bv[a-z]+[0-9a-z]*\s.*%xmm", line):
             seen.add(register[1])
-            allowed = ("avx512vnni::",) if register[1] == "z" else ("avx2::", "avx512vnni::")
-            if not any(name in function for name in allowed):
+            wide = ("avx512vnni::", "amx::")
+            if not any(
+                name in function for name in (wide if register[1] == "z" else (*wide, "avx2::"))
+            ):
                 leaks.add(function)
-    assert {"y", "z"} <= seen
+        elif re.search(r"%tmm|\bldtilecfg|\btilerelease", line):
+            seen.add("tile")
+            if "amx::" not in function:
+                leaks.add(function)
+    assert {"y", "z", "tile"} <= seen
     assert not leaks

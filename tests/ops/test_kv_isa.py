@@ -14,7 +14,7 @@ from kv_cases import DTYPES, HEAD_DIMS, cos_sin, fill_pages
 
 from resq_kernels import kv_pages, ops
 
-ISAS = ["scalar", "avx2", "avx512vnni"]
+ISAS = ["scalar", "avx2", "avx512vnni", "amx"]
 
 
 @functools.cache

@@ -28,7 +28,7 @@ WEIGHTS = [
     (35, 25872, 3696),
 ]
 BATCHES = [0, 1, 2, 7, 16, 33, 130]
-ISAS = ["scalar", "avx2", "avx512vnni"]
+ISAS = ["scalar", "avx2", "avx512vnni", "amx"]
 
 
 class Case(NamedTuple):

@@ -9,7 +9,7 @@ namespace resq {
 namespace {
 
 auto variant() {
-  switch (cpu::current_isa()) {
+  switch (cpu::vector_isa()) {
 #if defined(__x86_64__)
     case cpu::Isa::kAvx512Vnni: return avx512vnni::kv_append_rows;
     case cpu::Isa::kAvx2: return avx2::kv_append_rows;

@@ -19,7 +19,7 @@ struct Variant {
 };
 
 Variant variant() {
-  switch (cpu::current_isa()) {
+  switch (cpu::vector_isa()) {
 #if defined(__x86_64__)
     case cpu::Isa::kAvx512Vnni:
       return {avx512vnni::attend, avx512vnni::attend_split, avx512vnni::merge_splits};

@@ -13,9 +13,11 @@ Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
       mixed_gemm_call(q_lo, q_hi, params, packed_weight, weight_scale, weight_sum, bias, out_dtype);
   const MixedGemmParams& p = call.params;
   check_packed_bytes(p, packed_weight, packed_weight_bytes(p.n, p.k_lo, p.k_hi));
-  const int tile_rows = mixed_gemm_tile_rows(cpu::current_isa());
-  const MixedGemmTasks tasks{p, mixed_gemm_plan(p.rows, p.n, p.k_lo, p.k_hi, tile_rows)};
-  const auto kernel = RESQ_ROWS_KERNEL(mixed_gemm_tasks);
+  const MixedGemmTasks tasks{p, mixed_gemm_plan(p.rows, p.n, p.k_lo, p.k_hi, cpu::current_isa())};
+  auto kernel = RESQ_ROWS_KERNEL(mixed_gemm_tasks);
+#if defined(__x86_64__)
+  if (tasks.plan.amx) kernel = cpu::amx::mixed_gemm_tasks;
+#endif
   torch::stable::parallel_for(0, tasks.plan.tasks(), tasks.plan.grain,
                               [&](int64_t begin, int64_t end) { kernel(tasks, begin, end); });
   return call.out;

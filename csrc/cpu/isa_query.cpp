@@ -1,0 +1,29 @@
+// The private operators by which Python asks for the instruction set.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/isa.h"
+
+namespace {
+
+using namespace resq::cpu;
+
+std::string cpu_isa() { return isa_name(current_isa()); }
+
+// Of every set that this machine cannot run, "name: what is missing", with semicolons between.
+std::string cpu_isa_missing() {
+  static const Features have = detect_features();
+  std::string lines;
+  for (Isa isa : kAllIsas) {
+    const std::string missing = missing_features(isa, have);
+    if (missing.empty()) continue;
+    lines += (lines.empty() ? "" : "; ") + std::string(isa_name(isa)) + ": " + missing;
+  }
+  return lines;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(resq, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_isa_missing", TORCH_BOX(&cpu_isa_missing));
+}

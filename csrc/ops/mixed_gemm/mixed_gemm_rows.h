@@ -1,0 +1,123 @@
+// What the bodies of mixed_gemm on CPUs share: the codes of an activation row, and the epilogue of
+// a row of sums. Included inside the namespace of an instruction set, after its verbs
+// (cpu/simd_*.h); local to the file, because other operators share the namespaces.
+#pragma once
+
+namespace {
+
+constexpr int64_t kBlock = kPackedBlockRows;
+
+// What the epilogue needs of one activation row and part.
+struct RowPart {
+  float scale;
+  uint32_t zero;        // two's complement; all integer arithmetic is modulo 2^32, d fits in int32
+  uint32_t correction;  // storage offset of the weight codes x sum of the row's codes
+};
+
+struct Row {
+  RowPart lo, hi;
+};
+
+// What the epilogue needs of the columns of one weight block; columns past n hold zeros.
+struct Columns {
+  int64_t first, count;
+  float scale_lo[kBlock], scale_hi[kBlock], bias[kBlock];
+  uint32_t sum_lo[kBlock], sum_hi[kBlock];
+};
+
+// Zeros are integers of magnitude at most 255; the test keeps the conversion defined for others.
+uint32_t exact_integer(float zero) {
+  const bool fits = zero >= -0x1p30f && zero <= 0x1p30f;
+  return fits ? static_cast<uint32_t>(static_cast<int32_t>(zero)) : 0u;
+}
+
+// The low codes of one row, one a byte.
+void unpack_row(const MixedGemmParams& p, int64_t m, int8_t* codes) {
+  if (!p.q_lo_packed) {
+    std::copy_n(static_cast<const int8_t*>(p.q_lo) + m * p.k_lo, p.k_lo, codes);
+    return;
+  }
+  const auto* bytes = static_cast<const uint8_t*>(p.q_lo) + m * (p.k_lo / 2);
+  for (int64_t k = 0; k < p.k_lo / 2; ++k) {
+    codes[2 * k] = unpack_int4_even(bytes[k]);
+    codes[2 * k + 1] = unpack_int4_odd(bytes[k]);
+  }
+}
+
+// Pads `codes` with zeros to `padded` and returns their sum.
+int32_t pad_and_sum(int8_t* codes, int64_t k, int64_t padded) {
+  for (int64_t i = k; i < padded; ++i) codes[i] = 0;
+  int32_t sum = 0;
+  for (int64_t i = 0; i < k; ++i) sum += codes[i];
+  return sum;
+}
+
+// The row's part of the epilogue, from the sums of its codes.
+Row make_row(const float* params, int32_t sum_lo, int32_t sum_hi) {
+  return {{params[0], exact_integer(params[1]), static_cast<uint32_t>(sum_lo) * kPackedOffsetLo},
+          {params[2], exact_integer(params[3]), static_cast<uint32_t>(sum_hi) * kPackedOffsetHi}};
+}
+
+float load_float(const void* data, FloatType type, int64_t i) {
+  if (type == FloatType::kFloat16) return to_float(static_cast<const Half*>(data)[i]);
+  if (type == FloatType::kBFloat16) return to_float(static_cast<const BFloat16*>(data)[i]);
+  return static_cast<const float*>(data)[i];
+}
+
+void load_columns(const MixedGemmParams& p, int64_t block, Columns& c) {
+  c.first = block * kBlock;
+  c.count = std::min(kBlock, p.n - c.first);
+  for (int64_t j = 0; j < kBlock; ++j) {
+    const bool inside = j < c.count;
+    const int64_t n = inside ? c.first + j : 0;
+    c.scale_lo[j] = inside ? p.weight_scale[2 * n] : 0.0f;
+    c.scale_hi[j] = inside ? p.weight_scale[2 * n + 1] : 0.0f;
+    c.sum_lo[j] = inside ? static_cast<uint32_t>(p.weight_sum[2 * n]) : 0u;
+    c.sum_hi[j] = inside ? static_cast<uint32_t>(p.weight_sum[2 * n + 1]) : 0u;
+    c.bias[j] = inside && p.bias ? load_float(p.bias, p.bias_type, n) : 0.0f;
+  }
+}
+
+// One part of the epilogue, without the sum of the two parts.
+void scale_sums(const uint32_t* sums, const RowPart& row, const uint32_t* weight_sum,
+                const float* weight_scale, float* y) {
+  for (int64_t j = 0; j < kBlock; ++j) {
+    const uint32_t d = sums[j] - row.correction - row.zero * weight_sum[j];
+    y[j] = (static_cast<float>(static_cast<int32_t>(d)) * row.scale) * weight_scale[j];
+  }
+}
+
+template <class T>
+void store_row(const float* y, T* out, int64_t count) {
+  T rounded[kBlock];
+  for (int64_t j = 0; j < kBlock; j += Vec::kLanes) store(rounded + j, load(y + j));
+  std::memcpy(out, rounded, static_cast<size_t>(count) * sizeof(T));
+}
+
+void store_row(const float* y, const MixedGemmParams& p, int64_t m, const Columns& c) {
+  const int64_t at = m * p.n + c.first;
+  switch (p.out_type) {
+    case FloatType::kFloat32: return store_row(y, static_cast<float*>(p.out) + at, c.count);
+    case FloatType::kFloat16: return store_row(y, static_cast<Half*>(p.out) + at, c.count);
+    case FloatType::kBFloat16: return store_row(y, static_cast<BFloat16*>(p.out) + at, c.count);
+  }
+}
+
+// The epilogue of row m: sums of both parts [kBlock] -> out.
+void finish_row(const MixedGemmParams& p, int64_t m, const Row& row, const uint32_t* sums_lo,
+                const uint32_t* sums_hi, const Columns& c) {
+  alignas(64) float y[kBlock] = {}, y_hi[kBlock];
+  if (p.k_lo) scale_sums(sums_lo, row.lo, c.sum_lo, c.scale_lo, y);
+  if (p.k_hi) {
+    scale_sums(sums_hi, row.hi, c.sum_hi, c.scale_hi, p.k_lo ? y_hi : y);
+    if (p.k_lo) {
+      for (int64_t j = 0; j < kBlock; ++j) y[j] = y[j] + y_hi[j];
+    }
+  }
+  if (p.bias) {
+    for (int64_t j = 0; j < kBlock; ++j) y[j] = y[j] + c.bias[j];
+  }
+  store_row(y, p, m, c);
+}
+
+}  // namespace
