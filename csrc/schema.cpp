@@ -29,7 +29,7 @@ RESQ_LIBRARY_EXPANDED(RESQ_NAMESPACE, m) {
       "Tensor weight_scale, Tensor weight_sum, Tensor? bias, ScalarType out_dtype) -> Tensor");
   m.def(
       "kv_append(Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? key_rotation, "
-      "Tensor(a!) cache, Tensor slot_mapping, int hi_bits=8) -> ()");
+      "Tensor(a!) cache, Tensor slot_mapping, int hi_bits=8, Tensor? q=None) -> Tensor");
   m.def(
       "kv_attention(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, "
       "Tensor query_starts, float scale, Tensor? cos=None, Tensor? sin=None, "

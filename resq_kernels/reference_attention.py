@@ -17,6 +17,15 @@ def rope(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) ->
     return x * cos.float()[:, None] + rotated * sin.float()[:, None]
 
 
+def rotate_heads(x: torch.Tensor, key_rotation: torch.Tensor | None, n_kv: int) -> torch.Tensor:
+    """x [T, heads, D] float32 times the rotation of each head's kv head, [1 or n_kv, D, D]."""
+    if key_rotation is None:
+        return x
+    rotation = key_rotation.float().expand(n_kv, -1, -1)
+    rotation = rotation.repeat_interleave(x.shape[1] // max(n_kv, 1), dim=0)
+    return torch.einsum("thd,hde->the", x, rotation)
+
+
 def kv_fake_quantize(x: torch.Tensor, hi_bits: int = 8) -> torch.Tensor:
     """Rows [..., D] -> the float32 values that a page would hold of them.
 
@@ -34,19 +43,21 @@ def kv_append(
     cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     hi_bits: int = 8,
-) -> None:
-    """RoPE and rotation of k, quantization of k and v per token and head, write into the pages.
+    q: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """RoPE and rotation of k and q, quantization of k and v per token and head, write into the
+    pages.
 
     Formula: k' = rope(k) U[head]; rows of k' and v by `kv_pages.quantize_rows`; tokens whose slot
-    is negative are skipped.
+    is negative are skipped. Answers q' = rope(q) U[kv head], or None without q.
     """
-    k = rope(k, cos, sin)
-    if key_rotation is not None:
-        k = torch.einsum("thd,hde->the", k, key_rotation.float().expand(k.shape[1], -1, -1))
+    n_kv = k.shape[1]
+    k = rotate_heads(rope(k, cos, sin), key_rotation, n_kv)
     kept = slot_mapping >= 0
     k_rows = kv_pages.quantize_rows(k[kept], hi_bits)
     v_rows = kv_pages.quantize_rows(v[kept], hi_bits)
     kv_pages.write_tokens(cache, slot_mapping[kept], k_rows, v_rows)
+    return None if q is None else rotate_heads(rope(q, cos, sin), key_rotation, n_kv)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -89,12 +100,7 @@ def kv_attention(
     dequantized K and V, in float32.
     """
     head_dim, page_size = q.shape[-1], kv_pages.page_size_of(cache, q.shape[-1])
-    rotated = rope(q, cos, sin)
-    if key_rotation is not None:
-        group = q.shape[1] // cache.shape[1]
-        rotation = key_rotation.float().expand(cache.shape[1], -1, -1)
-        rotation = rotation.repeat_interleave(group, dim=0)
-        rotated = torch.einsum("thd,hde->the", rotated, rotation)
+    rotated = rotate_heads(rope(q, cos, sin), key_rotation, cache.shape[1])
     out = torch.zeros_like(rotated)
     for i, length in enumerate(seq_lens.tolist()):
         begin, end = query_starts[i : i + 2].tolist()

@@ -126,11 +126,11 @@ class ResQAttention(nn.Module):
         cos, sin = (
             t.expand(batch, new, -1).reshape(batch * new, -1).contiguous() for t in (cos, sin)
         )
-        paged.append(
-            step, k.reshape(flat), v.reshape(flat), cos, sin, self.key_rotation, self.hi_bits
+        heads = (k.reshape(flat), v.reshape(flat))
+        rotated = paged.append(
+            step, *heads, cos, sin, self.key_rotation, self.hi_bits, q.reshape(flat)
         )
-        out = paged.attend(step, q.reshape(flat), self.scaling, cos, sin, self.key_rotation)
-        return out.view(q.shape)
+        return paged.attend(step, rotated, self.scaling).to(q.dtype).view(q.shape)
 
     def _attend_float(
         self,

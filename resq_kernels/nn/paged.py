@@ -187,30 +187,22 @@ class PagedKeysValues:
         sin: torch.Tensor,
         key_rotation: torch.Tensor | None,
         hi_bits: int,
-    ) -> None:
-        """Quantizes k and v [B * L, n_kv, D] into the pages (`ops.kv_append`)."""
+        q: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """Quantizes k and v [B * L, n_kv, D] into the pages and answers q [B * L, n_q, D] after
+        RoPE and rotation, float32 (`ops.kv_append`)."""
         self._reserve(step, k)
         slots = step.slots(self.pages_per_sequence * self.page_size)
-        ops.kv_append(k, v, cos, sin, key_rotation, self.pages, slots, hi_bits)
+        return ops.kv_append(k, v, cos, sin, key_rotation, self.pages, slots, hi_bits, q)
 
-    def attend(
-        self,
-        step: Step,
-        q: torch.Tensor,
-        scale: float,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        key_rotation: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """[B * L, n_q, D] of q [B * L, n_q, D] (`ops.kv_attention`); zero for padding."""
+    def attend(self, step: Step, q: torch.Tensor, scale: float) -> torch.Tensor:
+        """[B * L, n_q, D] of rotated q [B * L, n_q, D] (`ops.kv_attention`); zero for padding."""
         table = torch.arange(self.pages.shape[0], dtype=torch.int32, device=q.device)
         table = table.view(step.batch, self.pages_per_sequence)
         rows = step.rows
         if rows is not None:
-            padded, q, cos, sin = q, q[rows], cos[rows], sin[rows]
-        out = ops.kv_attention(
-            q, self.pages, table, step.seq_lens, step.query_starts, scale, cos, sin, key_rotation
-        )
+            padded, q = q, q[rows]
+        out = ops.kv_attention(q, self.pages, table, step.seq_lens, step.query_starts, scale)
         return out if rows is None else torch.zeros_like(padded).index_copy(0, rows, out)
 
     def _reserve(self, step: Step, k: torch.Tensor) -> None:

@@ -16,15 +16,19 @@ def kv_append(
     cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     hi_bits: int = 8,
-) -> None:
-    """Applies RoPE and the key rotation to k, quantizes k and v per token and head, and writes
-    them into pages.
+    q: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Applies RoPE and the key rotation to k, quantizes k and v per token and head, writes them
+    into pages, and rotates the queries of the same tokens: all of a layer before its attention.
 
     Formula: k' = (k cos + rotate_half(k) sin) U[head] in float32; per row of k' and v and per part
     (low: the first 7/8 of the dims, 4 bits; high: the rest, 8 bits) offset = min rounded down to
     float16, scale = (max - offset) / levels rounded up, code = round((x - offset) / scale), half to
     even. So |x - (scale * code + offset)| <= scale / 2; values beyond 65504 saturate; a part that
     holds NaN or an infinity answers NaN. A row gives the same bytes whatever the batch.
+    q' = (q cos + rotate_half(q) sin) U[kv head] in float32, kv head = head // (n_q / n_kv): given
+    to `kv_attention` without cos, sin and key_rotation, it answers what q with them would, bit for
+    bit.
 
     Args:
         k, v: float32, float16 or bfloat16 [T, n_kv_heads, D], D = 64 or 128; not rotated yet.
@@ -36,6 +40,11 @@ def kv_append(
         slot_mapping: int64 [T], page * page_size + position of each token, distinct; a negative
             slot skips the token.
         hi_bits: 8, or 4 for one 4-bit range over all dims (the uniform baselines).
+        q: [T, n_q_heads, D] in k's dtype, n_q_heads a multiple of n_kv_heads, or None; tokens
+            that slot_mapping skips are rotated all the same.
+
+    Returns:
+        q' float32 [T, n_q_heads, D], or None without q.
 
     Raises:
         RuntimeError: a shape, dtype, slot or hi_bits is not as above; nothing is written.
@@ -43,7 +52,10 @@ def kv_append(
     Source: arXiv 2412.14363, section 4 (U_C on keys, mixed-precision cache); docs/formats.md
     section 5.
     """
-    torch.ops.resq.kv_append(k, v, cos, sin, key_rotation, cache, slot_mapping, hi_bits)
+    rotated = torch.ops.resq.kv_append(
+        k, v, cos, sin, key_rotation, cache, slot_mapping, hi_bits, q
+    )
+    return None if q is None else rotated
 
 
 @torch.library.register_fake("resq::kv_append")
@@ -56,6 +68,8 @@ def _fake(
     cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     hi_bits: int = 8,
-) -> None:
+    q: torch.Tensor | None = None,
+) -> torch.Tensor:
     torch._check(k.dim() == 3, lambda: f"kv_append: k: expected 3 dimensions, got {k.dim()}")
     torch._check(k.shape == v.shape, lambda: f"kv_append: v: expected {k.shape}, got {v.shape}")
+    return k.new_empty((0,) if q is None else q.shape, dtype=torch.float32)

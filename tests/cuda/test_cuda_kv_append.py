@@ -48,6 +48,44 @@ def test_kv_append_writes_the_cpu_s_bytes(
         check(device, k, v, *given, rotation, cache, slots, hi_bits)
 
 
+# 3 tokens: a row a thread; 70 tokens of 8 heads: eight rows a thread.
+@pytest.mark.parametrize("tokens", [3, 70])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_kv_append_rotates_queries(device: emulation.Emulated, head_dim: int, tokens: int) -> None:
+    n_kv, n_q, page_size = 2, 6, 32
+    cos, sin = cos_sin(tokens, head_dim)
+    for dtype, matrices in zip(DTYPES, (0, 1, 2), strict=True):
+        k, q = (torch.randn(tokens, n, head_dim).to(dtype) for n in (n_kv, n_q))
+        rotation = rotations(matrices, head_dim).half() if matrices else None
+        cache = new_cache(3, n_kv, page_size, head_dim)
+        expected = cache.clone()
+        slots = torch.randperm(3 * page_size)[:tokens]
+        slots[0] = -1
+        on_cpu = ops.kv_append(k, k, cos, sin, rotation, expected, slots, 8, q)
+        got = device.kv_append(k, k, cos, sin, rotation, cache, slots, 8, q)
+        assert torch.equal(cache, expected), "q changed the pages"
+        # RoPE has the CPU's bits; the sum of the rotation is fused here and not there: each of its
+        # head_dim steps rounds by at most 2^-24 of the row's norm on either side.
+        bound = 2 * head_dim * 2.0**-24 * q.float().norm(dim=-1, keepdim=True) if matrices else 0.0
+        assert ((got - on_cpu).abs() <= bound).all()
+        assert not ((got.roll(n_q // n_kv, 1) - on_cpu).abs() <= bound).all()
+
+
+def test_kv_attention_of_rotated_queries_has_the_bits_of_its_own_rotation(
+    device: emulation.Emulated,
+) -> None:
+    tokens, n_kv, n_q = 21, 2, 4
+    cos, sin = cos_sin(tokens, 64)
+    k, q = (torch.randn(tokens, n, 64).half() for n in (n_kv, n_q))
+    rotation, cache = rotations(2, 64).half(), new_cache(1, n_kv, 32, 64)
+    rotated = device.kv_append(k, k, cos, sin, rotation, cache, torch.arange(tokens), 8, q)
+    starts = torch.tensor([0, tokens], dtype=torch.int32)
+    where = (torch.zeros(1, 1, dtype=torch.int32), starts[1:], starts, 0.125)
+    expected = device.kv_attention(q, cache, *where, cos, sin, rotation)
+    got = device.kv_attention(rotated, cache, *where, None, None, None)
+    assert torch.equal(got.half(), expected)
+
+
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("hi_bits", [8, 4])
 def test_kv_append_of_rows_that_are_hard_to_quantize(

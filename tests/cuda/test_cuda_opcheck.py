@@ -43,7 +43,8 @@ def gemm_arguments(device: emulation.Emulated) -> tuple:
 
 def append_arguments(_: emulation.Emulated) -> tuple:
     rows, cache = torch.randn(2, ROWS, 2, 64), torch.zeros(kv_pages.cache_shape(1, 2, 32, 64))
-    return (*rows, *cos_sin(ROWS, 64), rotations(1, 64), cache.byte(), torch.arange(ROWS), 8)
+    rope = (*cos_sin(ROWS, 64), rotations(1, 64))
+    return (*rows, *rope, cache.byte(), torch.arange(ROWS), 8, torch.randn(ROWS, 4, 64))
 
 
 def attention_arguments(_: emulation.Emulated) -> tuple:

@@ -197,6 +197,24 @@ def test_kv_append_writes_the_cpu_s_bytes(dtype: torch.dtype, heads: tuple) -> N
             assert torch.equal(result.cpu(), expected), (lengths, hi_bits)
 
 
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kv_append_rotates_queries(dtype: torch.dtype, heads: tuple) -> None:
+    lengths, (n_q, _, head_dim) = [3, 130, 64], heads
+    append, cache, slots, table = cached(lengths, heads, 64, dtype)
+    q = torch.randn(sum(lengths), n_q, head_dim).to(dtype)
+    expected = torch.ops.resq.kv_append(*append, cache.clone(), slots, 8, q)
+    pages, on_gpu = cache.cuda(), on("cuda", (*append, q))
+    got = torch.ops.resq.kv_append(*on_gpu[:-1], pages, slots.cuda(), 8, on_gpu[-1])
+    bound = 2 * head_dim * 2.0**-24 * q.float().norm(dim=-1, keepdim=True)
+    assert ((got.cpu() - expected).abs() <= bound).all()
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    where = on("cuda", (table, torch.tensor(lengths).int(), starts))
+    attention = torch.ops.resq.kv_attention
+    inside = attention(on_gpu[-1], pages, *where, 0.1, *on_gpu[2:5])
+    assert same_bits(attention(got, pages, *where, 0.1).to(dtype).cpu(), inside.cpu())
+
+
 @pytest.mark.parametrize("page_size", [32, 64, 128])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_kv_attention_agrees_with_the_cpu_s(heads: tuple, page_size: int) -> None:

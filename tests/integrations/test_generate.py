@@ -45,9 +45,9 @@ def test_greedy_uses_pages_only(model: Any, monkeypatch: pytest.MonkeyPatch) -> 
     appended = []
     append = ops.kv_append
 
-    def count(k: torch.Tensor, *args: Any) -> None:
+    def count(k: torch.Tensor, *args: Any) -> torch.Tensor | None:
         appended.append(k.shape[0])
-        append(k, *args)
+        return append(k, *args)
 
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a float cache was filled")

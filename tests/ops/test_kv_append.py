@@ -94,6 +94,61 @@ def test_kv_append_uses_the_rotation_of_the_head() -> None:
         assert (got[:, head] - k[0, 0] @ rotation[head - 1]).abs().max() > 1
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("matrices", [0, 1, 3])
+def test_kv_append_rotates_queries(matrices: int, head_dim: int) -> None:
+    tokens, n_kv, n_q = 37, 3, 6
+    cos, sin = cos_sin(tokens, head_dim)
+    rotation = rotations(matrices, head_dim) if matrices else None
+    slots = torch.randperm(64)[:tokens]
+    slots[[0, 5]] = -1  # padding is rotated too
+    for dtype in DTYPES:
+        k = torch.randn(tokens, n_kv, head_dim).to(dtype)
+        q = torch.randn(tokens, n_q, head_dim).to(dtype)
+        cache = new_cache(1, n_kv, 64, head_dim)
+        expected = cache.clone()
+        ops.kv_append(k, k, cos, sin, rotation, expected, slots)
+        got = ops.kv_append(k, k, cos, sin, rotation, cache, slots, q=q)
+        assert torch.equal(cache, expected), "q changed the pages"
+        assert got.dtype == torch.float32 and got.shape == q.shape
+        first, second = q.double().chunk(2, dim=-1)
+        across = torch.cat([-second, first], dim=-1) * sin.double()[:, None]
+        exact = q.double() * cos.double()[:, None] + across
+        if rotation is not None:
+            heads = rotation.double().expand(n_kv, -1, -1).repeat_interleave(2, dim=0)
+            exact = torch.einsum("thd,hde->the", exact, heads)
+        # head_dim products and sums, each rounded to float32: |error| <= (D + 3) 2^-24 |q| |U|,
+        # where the columns of U and the rows have norms 1 and |q|.
+        bound = (head_dim + 3) * 2.0**-24 * q.double().norm(dim=-1, keepdim=True) * 1.5
+        assert ((got - exact).abs() <= bound).all()
+        # Sharp: the rotation of another head, where there are several, or none at all, is refused.
+        if matrices != 1:
+            assert not ((got.roll(2, 1) - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("matrices", [0, 1, 2])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_kv_attention_of_rotated_queries_has_the_bits_of_its_own_rotation(
+    head_dim: int, matrices: int
+) -> None:
+    tokens, n_kv, n_q = 70, 2, 6
+    cos, sin = cos_sin(tokens, head_dim)
+    rotation = rotations(matrices, head_dim).half() if matrices else None
+    for dtype in DTYPES:
+        k, v = (torch.randn(tokens, n_kv, head_dim).to(dtype) for _ in "kv")
+        q = torch.randn(tokens, n_q, head_dim).to(dtype)
+        cache = new_cache(3, n_kv, 32, head_dim)
+        rotated = ops.kv_append(k, v, cos, sin, rotation, cache, torch.arange(tokens), 8, q)
+        where = (
+            torch.arange(3, dtype=torch.int32)[None],
+            torch.tensor([tokens], dtype=torch.int32),
+            torch.tensor([0, tokens], dtype=torch.int32),
+            head_dim**-0.5,
+        )
+        expected = ops.kv_attention(q, cache, *where, cos, sin, rotation)
+        assert torch.equal(ops.kv_attention(rotated, cache, *where).to(dtype), expected)
+
+
 def test_kv_append_row_does_not_depend_on_the_batch() -> None:
     for matrices in (1, 5):
         k, v = torch.randn(37, 5, 128), torch.randn(37, 5, 128)
@@ -142,6 +197,13 @@ def test_kv_append_of_nothing() -> None:
     ops.kv_append(empty, empty, None, None, rotations(2, 64), cache, torch.empty(0).long())
     no_heads = torch.empty(3, 0, 64)
     ops.kv_append(no_heads, no_heads, None, None, None, cache[:, :0].contiguous(), torch.arange(3))
+    queries = torch.empty(0, 4, 64)
+    none = ops.kv_append(empty, empty, None, None, None, cache, torch.empty(0).long(), q=queries)
+    assert none.shape == queries.shape
+    heads = ops.kv_append(
+        no_heads, no_heads, None, None, None, cache[:, :0].contiguous(), torch.arange(3), q=no_heads
+    )
+    assert heads.shape == no_heads.shape
     assert torch.equal(cache, before)
 
 
@@ -168,6 +230,7 @@ def arguments() -> dict[str, object]:
         "cache": new_cache(2, 2, 32, 64),
         "slot_mapping": torch.arange(4),
         "hi_bits": 8,
+        "q": torch.randn(4, 6, 64),
     }
 
 
@@ -218,6 +281,9 @@ def arguments() -> dict[str, object]:
             r"slot_mapping: expected slots below 64 .*got 64 for tok",
         ),
         ("hi_bits", lambda t: 6, r"hi_bits: expected 4 or 8, got 6"),
+        ("q", lambda t: t.half(), r"q: expected float32 \[4, \*, 64\] contiguous, got float16"),
+        ("q", lambda t: t[:3], r"q: expected float32 \[4, \*, 64\] contiguous, got float32 \[3,"),
+        ("q", lambda t: t[:, :5].clone(), r"q: expected a multiple of k's 2 heads, got .*\[4, 5"),
     ],
 )
 def test_kv_append_refuses_and_writes_nothing(name: str, change: object, message: str) -> None:
@@ -232,7 +298,7 @@ def test_kv_append_refuses_and_writes_nothing(name: str, change: object, message
 def test_kv_append_passes_opcheck() -> None:
     values = arguments()
     torch.library.opcheck(torch.ops.resq.kv_append.default, tuple(values.values()))
-    values.update(cos=None, sin=None, key_rotation=None)
+    values.update(cos=None, sin=None, key_rotation=None, q=None)
     torch.library.opcheck(torch.ops.resq.kv_append.default, tuple(values.values()))
 
 
@@ -241,8 +307,10 @@ def test_kv_append_compiles_to_one_graph_for_every_batch() -> None:
     compiled = torch.compile(ops.kv_append, fullgraph=True, dynamic=True)
     for tokens in (4, 9):
         k, v = torch.randn(tokens, 2, 64), torch.randn(tokens, 2, 64)
+        q = torch.randn(tokens, 4, 64)
         cache = new_cache(1, 2, 32, 64)
         expected = cache.clone()
-        compiled(k, v, None, None, None, cache, torch.arange(tokens))
+        rotated = compiled(k, v, None, None, None, cache, torch.arange(tokens), 8, q)
         ops.kv_append(k, v, None, None, None, expected, torch.arange(tokens))
+        assert torch.equal(rotated, q)
         assert torch.equal(cache, expected)

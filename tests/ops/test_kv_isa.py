@@ -31,8 +31,9 @@ def digests() -> tuple[str, str]:
                 cache = torch.zeros(kv_pages.cache_shape(2, 2, 32, head_dim), dtype=torch.uint8)
                 cos, sin = cos_sin(45, head_dim)
                 rotation = torch.randn(matrices, head_dim, head_dim)
-                ops.kv_append(k, v, cos, sin, rotation, cache, torch.randperm(64)[:45], hi_bits)
-                pages.update(cache.numpy().tobytes())
+                slots, q = torch.randperm(64)[:45], torch.randn(45, 6, head_dim).to(dtype)
+                rotated = ops.kv_append(k, v, cos, sin, rotation, cache, slots, hi_bits, q)
+                pages.update(cache.numpy().tobytes() + rotated.numpy().tobytes())
 
             rows = [[torch.randn(length, 2, head_dim) for length in lengths] for _ in "kv"]
             filled = fill_pages(*rows, 64)

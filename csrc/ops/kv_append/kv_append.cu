@@ -1,9 +1,10 @@
-// One launch: RoPE, key rotation, quantization of k and v, write into pages. A block takes some
-// tokens of one head, which share the reads of that head's rotation.
+// One launch: RoPE and rotation of k and q, quantization of k and v, write into pages. A block
+// takes some tokens of one head, of k and v or of q, which share the reads of the head's rotation.
 //
 //   thread = one dim of some rows    RoPE into shared memory, then the sums of the rotation in the
 //                                    CPU's order of d, product and sum rounded on their own: the
-//                                    same bits, which tensor cores would not give
+//                                    same bits, which tensor cores would not give; for q by
+//                                    fused multiply-adds, the bits of kv_attention's own rotation
 //   warp = one row                   ranges, codes, bytes
 #include <cuda_runtime.h>
 
@@ -122,40 +123,58 @@ __global__ void __launch_bounds__(kThreads)
     kv_append_kernel(const __grid_constant__ KvAppendParams p) {
   using Layout = KvLayout<kHeadDim>;
   constexpr int kTokens = kBlockRows<kHeadDim, kRows>, kDims = kHeadDim / 32;
-  __shared__ alignas(16) float keys[kHeadDim][kTokens];
+  __shared__ alignas(16) float loaded[kHeadDim][kTokens];
   __shared__ alignas(16) float rotated[kTokens][kHeadDim];
   __shared__ uint8_t codes[kWarps][kHeadDim];
 
   const int64_t first_token = static_cast<int64_t>(blockIdx.x) * kTokens;
-  const int head = blockIdx.y, thread = threadIdx.x;
+  const int thread = threadIdx.x;
   const int dim = thread % kHeadDim, first_row = thread / kHeadDim * kRows;
-  const auto row_start = [&](int64_t token) { return (token * p.n_kv + head) * kHeadDim; };
+  const int heads_kv = static_cast<int>(p.n_kv), heads_q = static_cast<int>(p.n_q);
+  const bool is_query = blockIdx.y >= heads_kv;
+  const int head = is_query ? blockIdx.y - heads_kv : blockIdx.y;
+  const int kv_head = is_query ? head / (heads_q / heads_kv) : head;
+  const int heads = is_query ? heads_q : heads_kv;
+  const FloatArray rows = {is_query ? p.q : p.k, p.type};
+  const auto row_start = [&](int64_t token) { return (token * heads + head) * kHeadDim; };
 
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int64_t token = first_token + first_row + r;
     const bool there = token < p.tokens;
-    keys[dim][first_row + r] = there ? load_rope<kHeadDim>({p.k, p.type}, row_start(token), p.cos,
-                                                           p.sin, token * kHeadDim, dim)
-                                     : 0.0f;
+    loaded[dim][first_row + r] =
+        there ? load_rope<kHeadDim>(rows, row_start(token), p.cos, p.sin, token * kHeadDim, dim)
+              : 0.0f;
   }
   __syncthreads();
 
   float sums[kRows] = {};
-  if (p.rotation.data) {
+  const auto rotate = [&](auto add_product) {
     const auto* u = static_cast<const Rotation*>(p.rotation.data) + dim +
-                    (p.shared_rotation ? 0 : head * kHeadDim * kHeadDim);
+                    (p.shared_rotation ? 0 : kv_head * kHeadDim * kHeadDim);
 #pragma unroll 16
     for (int d = 0; d < kHeadDim; ++d) {
       const float weight = number(u[d * kHeadDim]);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        sums[r] = __fadd_rn(sums[r], __fmul_rn(weight, keys[d][first_row + r]));
-      }
+      for (int r = 0; r < kRows; ++r)
+        sums[r] = add_product(weight, loaded[d][first_row + r], sums[r]);
     }
+  };
+  if (p.rotation.data && is_query) {
+    rotate([](float a, float b, float sum) { return fmaf(a, b, sum); });
+  } else if (p.rotation.data) {
+    rotate([](float a, float b, float sum) { return __fadd_rn(sum, __fmul_rn(a, b)); });
   } else {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) sums[r] = keys[dim][first_row + r];
+    for (int r = 0; r < kRows; ++r) sums[r] = loaded[dim][first_row + r];
+  }
+  if (is_query) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t token = first_token + first_row + r;
+      if (token < p.tokens) p.rotated_q[row_start(token) + dim] = sums[r];
+    }
+    return;
   }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) rotated[first_row + r][dim] = sums[r];
@@ -191,7 +210,7 @@ __global__ void __launch_bounds__(kThreads)
 template <int kHeadDim, int kRows, class Rotation>
 void launch(const KvAppendParams& p, Stream stream) {
   const auto blocks = static_cast<unsigned>(ceil_div(p.tokens, kBlockRows<kHeadDim, kRows>));
-  const dim3 grid(blocks, static_cast<unsigned>(p.n_kv));
+  const dim3 grid(blocks, static_cast<unsigned>(p.n_kv + p.n_q));
   kv_append_kernel<kHeadDim, kRows, Rotation>
       <<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
 }
@@ -212,7 +231,7 @@ void kv_append(const KvAppendParams& p, const Device& device, Stream stream) {
   // Eight rows a thread share each number of the rotation, once that leaves two blocks for every
   // multiprocessor; the bits do not depend on it.
   constexpr int kMany = 8;
-  const int64_t blocks = p.tokens * p.n_kv * p.head_dim / (kMany * kThreads);
+  const int64_t blocks = p.tokens * (p.n_kv + p.n_q) * p.head_dim / (kMany * kThreads);
   const bool many = blocks >= 2 * device.sms;
   if (p.head_dim == 128) {
     many ? launch_rotation<128, kMany>(p, stream) : launch_rotation<128, 1>(p, stream);

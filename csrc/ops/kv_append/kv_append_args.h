@@ -2,12 +2,13 @@
 #pragma once
 
 #include "ops/kv_append/kv_append.h"
+#include "torch/allocate.h"
 #include "torch/kv_tensors.h"
 
 namespace resq {
 
 struct KvAppendCall {
-  KvAppendParams params;
+  KvAppendParams params;  // rotated_q is the caller's to allocate
   RopeRotation rope;
 };
 
@@ -15,7 +16,8 @@ inline KvAppendCall kv_append_call(const Tensor& k, const Tensor& v,
                                    const std::optional<Tensor>& cos,
                                    const std::optional<Tensor>& sin,
                                    const std::optional<Tensor>& key_rotation, Tensor& cache,
-                                   const Tensor& slot_mapping, int64_t hi_bits, RopeForm form) {
+                                   const Tensor& slot_mapping, int64_t hi_bits,
+                                   const std::optional<Tensor>& q, RopeForm form) {
   const char* op = "kv_append";
   check_heads(op, "k", k);
   const int64_t tokens = k.size(0), n_kv = k.size(1), head_dim = k.size(2);
@@ -24,8 +26,16 @@ inline KvAppendCall kv_append_call(const Tensor& k, const Tensor& v,
   const int64_t page_size = check_cache(op, cache, n_kv, head_dim);
   check_tensor(op, "slot_mapping", slot_mapping, {ScalarType::Long}, {tokens});
   if (hi_bits != 4 && hi_bits != 8) fail(op, "hi_bits", "4 or 8", std::to_string(hi_bits));
+  if (q) {
+    check_tensor(op, "q", *q, {k.scalar_type()}, {tokens, kAnySize, head_dim});
+    if (n_kv == 0 ? q->size(1) != 0 : q->size(1) % n_kv != 0) {
+      fail(op, "q", "a multiple of k's " + std::to_string(n_kv) + " heads", describe(*q));
+    }
+  }
   const KvAppendParams params{.k = k.const_data_ptr(),
                               .v = v.const_data_ptr(),
+                              .q = q ? q->const_data_ptr() : nullptr,
+                              .rotated_q = nullptr,
                               .cos = RopeRotation::array(op, rope.cos),
                               .sin = RopeRotation::array(op, rope.sin),
                               .rotation = RopeRotation::array(op, rope.rotation),
@@ -34,12 +44,22 @@ inline KvAppendCall kv_append_call(const Tensor& k, const Tensor& v,
                               .type = float_type(op, "k", k),
                               .tokens = tokens,
                               .n_kv = n_kv,
+                              .n_q = q ? q->size(1) : 0,
                               .head_dim = head_dim,
                               .page_size = page_size,
                               .slots = cache.size(0) * page_size,
                               .shared_rotation = rope.shared_rotation(),
                               .uniform = hi_bits == 4};
   return {params, rope};
+}
+
+// The operator's answer: q' float32 [tokens, n_q, head_dim], or nothing [0] without q.
+inline Tensor allocate_rotated_q(KvAppendCall& call, const Tensor& k,
+                                 const std::optional<Tensor>& q) {
+  if (!q) return allocate(k, {0}, ScalarType::Float);
+  Tensor rotated = allocate(k, {q->size(0), q->size(1), q->size(2)}, ScalarType::Float);
+  call.params.rotated_q = rotated.mutable_data_ptr<float>();
+  return rotated;
 }
 
 }  // namespace resq

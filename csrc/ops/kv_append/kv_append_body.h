@@ -130,35 +130,65 @@ inline void append_row(const KvAppendParams& p, int64_t token, int64_t head, con
                    sizeof(ranges));
 }
 
+// Row `row` of x [tokens * heads, head_dim] after RoPE.
+template <int kHeadDim>
+inline void load_rope(const KvAppendParams& p, const void* x, int64_t token, int64_t row,
+                      float* out) {
+  load_row(x, p.type, row * kHeadDim, kHeadDim, out);
+  if (!p.cos.data) return;
+  rope<kHeadDim>(out, p.cos.floats() + token * kHeadDim, p.sin.floats() + token * kHeadDim);
+}
+
+template <int kHeadDim>
+inline const float* group_rotation(const KvAppendParams& p, int64_t group) {
+  const float* rotation = p.rotation.floats();
+  return rotation ? rotation + group * kHeadDim * kHeadDim : nullptr;
+}
+
 template <int kHeadDim>
 inline void append_rows(const KvAppendParams& p, int64_t group, int64_t begin, int64_t end) {
   struct Row {
     int64_t token, head;
   };
-  const auto row_at = [&](int64_t i) {
-    return p.shared_rotation ? Row{i / p.n_kv, i % p.n_kv} : Row{i, group};
-  };
-  const float* rotation = p.rotation.floats();
-  if (rotation && !p.shared_rotation) rotation += group * kHeadDim * kHeadDim;
+  const KvAppendGroups rows_of(p, p.n_kv);
+  const float* rotation = group_rotation<kHeadDim>(p, group);
   alignas(64) float k[kRotatedRows * kHeadDim], v[kHeadDim];
   while (begin < end) {
     Row rows[kRotatedRows];
     int count = 0;
     for (; begin < end && count < kRotatedRows; ++begin) {
-      const Row row = row_at(begin);
+      const Row row{rows_of.token(begin), rows_of.head(group, begin)};
       if (p.slot_mapping[row.token] < 0) continue;
       rows[count] = row;
       float* out = k + count++ * kHeadDim;
-      load_row(p.k, p.type, (row.token * p.n_kv + row.head) * kHeadDim, kHeadDim, out);
-      if (!p.cos.data) continue;
-      const int64_t angles = row.token * kHeadDim;
-      rope<kHeadDim>(out, p.cos.floats() + angles, p.sin.floats() + angles);
+      load_rope<kHeadDim>(p, p.k, row.token, row.token * p.n_kv + row.head, out);
     }
     if (count == 0) return;
     if (rotation) rotate<kHeadDim>(k, count, rotation);
     for (int r = 0; r < count; ++r) {
       load_row(p.v, p.type, (rows[r].token * p.n_kv + rows[r].head) * kHeadDim, kHeadDim, v);
       append_row<kHeadDim>(p, rows[r].token, rows[r].head, k + r * kHeadDim, v);
+    }
+  }
+}
+
+template <int kHeadDim>
+inline void rotate_queries(const KvAppendParams& p, int64_t group, int64_t begin, int64_t end) {
+  const KvAppendGroups rows_of(p, p.n_q);
+  const float* rotation = group_rotation<kHeadDim>(p, group);
+  alignas(64) float q[kRotatedRows * kHeadDim];
+  for (; begin < end; begin += kRotatedRows) {
+    const int count = static_cast<int>(end - begin < kRotatedRows ? end - begin : kRotatedRows);
+    const auto row_at = [&](int r) {
+      return rows_of.token(begin + r) * p.n_q + rows_of.head(group, begin + r);
+    };
+    for (int r = 0; r < count; ++r) {
+      load_rope<kHeadDim>(p, p.q, rows_of.token(begin + r), row_at(r), q + r * kHeadDim);
+    }
+    if (rotation) rotate<kHeadDim>(q, count, rotation);
+    for (int r = 0; r < count; ++r) {
+      __builtin_memcpy(p.rotated_q + row_at(r) * kHeadDim, q + r * kHeadDim,
+                       kHeadDim * sizeof(float));
     }
   }
 }
@@ -170,5 +200,13 @@ void kv_append_rows(const KvAppendParams& p, int64_t group, int64_t begin, int64
     append_rows<128>(p, group, begin, end);
   } else {
     append_rows<64>(p, group, begin, end);
+  }
+}
+
+void kv_rotate_queries(const KvAppendParams& p, int64_t group, int64_t begin, int64_t end) {
+  if (p.head_dim == 128) {
+    rotate_queries<128>(p, group, begin, end);
+  } else {
+    rotate_queries<64>(p, group, begin, end);
   }
 }

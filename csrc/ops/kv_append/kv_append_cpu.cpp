@@ -8,13 +8,18 @@
 namespace resq {
 namespace {
 
-auto variant() {
+// What an instruction set does with rows of k and v, and with rows of q.
+struct Variant {
+  decltype(&scalar::kv_append_rows) append, rotate;
+};
+
+Variant variant() {
   switch (cpu::vector_isa()) {
 #if defined(__x86_64__)
-    case cpu::Isa::kAvx512Vnni: return avx512vnni::kv_append_rows;
-    case cpu::Isa::kAvx2: return avx2::kv_append_rows;
+    case cpu::Isa::kAvx512Vnni: return {avx512vnni::kv_append_rows, avx512vnni::kv_rotate_queries};
+    case cpu::Isa::kAvx2: return {avx2::kv_append_rows, avx2::kv_rotate_queries};
 #endif
-    default: return scalar::kv_append_rows;
+    default: return {scalar::kv_append_rows, scalar::kv_rotate_queries};
   }
 }
 
@@ -34,24 +39,32 @@ void check_slots(const Tensor& slot_mapping, int64_t slots) {
 // instructions, so 16 are at least 5 us.
 constexpr int64_t kGrainRows = 16;
 
-void kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& cos,
-               const std::optional<Tensor>& sin, const std::optional<Tensor>& key_rotation,
-               Tensor cache, const Tensor& slot_mapping, int64_t hi_bits) {
-  const KvAppendCall call = kv_append_call(k, v, cos, sin, key_rotation, cache, slot_mapping,
-                                           hi_bits, RopeForm::kFloat32);
+void for_rows(const KvAppendParams& params, const KvAppendGroups& of,
+              decltype(Variant::append) run) {
+  if (of.rows == 0) return;
+  torch::stable::parallel_for(0, of.groups * of.rows, kGrainRows, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t group = begin / of.rows, first = begin % of.rows;
+      const int64_t last = std::min(of.rows, first + end - begin);
+      run(params, group, first, last);
+      begin += last - first;
+    }
+  });
+}
+
+Tensor kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& cos,
+                 const std::optional<Tensor>& sin, const std::optional<Tensor>& key_rotation,
+                 Tensor cache, const Tensor& slot_mapping, int64_t hi_bits,
+                 const std::optional<Tensor>& q) {
+  KvAppendCall call = kv_append_call(k, v, cos, sin, key_rotation, cache, slot_mapping, hi_bits, q,
+                                     RopeForm::kFloat32);
+  check_slots(slot_mapping, call.params.slots);
+  Tensor rotated_q = allocate_rotated_q(call, k, q);
   const KvAppendParams& params = call.params;
-  check_slots(slot_mapping, params.slots);
-  const KvAppendGroups groups(params);
-  if (groups.rows == 0 || groups.groups == 0) return;
-  torch::stable::parallel_for(
-      0, groups.groups * groups.rows, kGrainRows, [&](int64_t begin, int64_t end) {
-        while (begin < end) {
-          const int64_t group = begin / groups.rows, first = begin % groups.rows;
-          const int64_t last = std::min(groups.rows, first + end - begin);
-          variant()(params, group, first, last);
-          begin += last - first;
-        }
-      });
+  if (params.n_kv == 0) return rotated_q;
+  for_rows(params, KvAppendGroups(params, params.n_kv), variant().append);
+  for_rows(params, KvAppendGroups(params, params.n_q), variant().rotate);
+  return rotated_q;
 }
 
 }  // namespace
