@@ -8,11 +8,12 @@ SOURCES := setup.py pyproject.toml tools/compile_cuda.py $(shell find csrc -name
 
 CXX_FILES = $(shell find csrc tests resq_kernels -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: help demo test lint bench format wheel-check gpu-check clean
+.PHONY: help demo test sanitize lint bench format wheel-check gpu-check clean
 
 help:
 	@echo "make demo         quantize the small Llama in examples/, compare, write out/demo/report.html"
 	@echo "make test         run the test suite"
+	@echo "make sanitize     operators' tests under AddressSanitizer and UBSan"
 	@echo "make bench        benchmark the kernels on this machine, results under benchmarks/results/"
 	@echo "make gpu-check    on a machine with a GPU: tests, compute-sanitizer, benchmark, one report"
 	@echo "make lint         ruff, clang-format and structure checks"
@@ -44,6 +45,9 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.built
 	$(BIN)/python -m pytest tests
+
+sanitize: $(VENV)/.dependencies
+	$(BIN)/python tools/sanitize.py
 
 bench: $(VENV)/.built
 	$(BIN)/resq bench

@@ -12,9 +12,10 @@ inline void store_halves(uint16_t* out, Floats x) {
                    _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 }
 
-// sums + a.low b.low + a.high b.high per lane, 16-bit signed halves.
+// sums + a.low b.low + a.high b.high per lane, 16-bit signed halves, modulo 2^32: columns of tokens
+// that nobody sees hold anything.
 inline Ints dot_pairs(Ints sums, Ints a, Ints b) {
-  return sums + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+  return (Ints)_mm256_add_epi32((__m256i)sums, _mm256_madd_epi16((__m256i)a, (__m256i)b));
 }
 
 // a > b ? a : b, the second operand where either is NaN.

@@ -3,6 +3,7 @@
 inline constexpr int kLanes = 4;
 using Floats = float __attribute__((vector_size(16)));
 using Ints = int32_t __attribute__((vector_size(16)));
+using Unsigned = uint32_t __attribute__((vector_size(16)));
 
 inline Floats load_halves(const uint16_t* in) {
   return Floats{to_float(Half{in[0]}), to_float(Half{in[1]}), to_float(Half{in[2]}),
@@ -12,9 +13,11 @@ inline void store_halves(uint16_t* out, Floats x) {
   for (int j = 0; j < kLanes; ++j) out[j] = to_half(x[j]).bits;
 }
 
-// sums + a.low b.low + a.high b.high per lane, 16-bit signed halves.
+// sums + a.low b.low + a.high b.high per lane, 16-bit signed halves, modulo 2^32: columns of tokens
+// that nobody sees hold anything.
 inline Ints dot_pairs(Ints sums, Ints a, Ints b) {
-  return sums + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+  const Ints low = ((a << 16) >> 16) * ((b << 16) >> 16), high = (a >> 16) * (b >> 16);
+  return (Ints)((Unsigned)sums + (Unsigned)low + (Unsigned)high);
 }
 
 // a > b ? a : b, the second operand where either is NaN.
