@@ -47,11 +47,12 @@ inline std::string describe(const Tensor& tensor) {
 
 inline constexpr int64_t kAnySize = -1;
 
-// A contiguous tensor of one of `dtypes` and of exactly `sizes` (kAnySize matches any).
+// A tensor of one of `dtypes` and of exactly `sizes` (kAnySize matches any) that lies in memory as
+// `layout` says, which `laid_out` has found out.
 inline void check_tensor(const char* op, const char* argument, const Tensor& tensor,
                          std::initializer_list<ScalarType> dtypes,
-                         const std::vector<int64_t>& sizes) {
-  bool good = tensor.dim() == static_cast<int64_t>(sizes.size()) && tensor.is_contiguous();
+                         const std::vector<int64_t>& sizes, bool laid_out, const char* layout) {
+  bool good = tensor.dim() == static_cast<int64_t>(sizes.size()) && laid_out;
   int64_t i = 0;
   for (int64_t size : sizes) {
     if (good && size != kAnySize && tensor.size(i) != size) good = false;
@@ -76,8 +77,14 @@ inline void check_tensor(const char* op, const char* argument, const Tensor& ten
       expected << size;
     separator = ", ";
   }
-  expected << "] contiguous";
+  expected << "] " << layout;
   fail(op, argument, expected.str(), describe(tensor));
+}
+
+inline void check_tensor(const char* op, const char* argument, const Tensor& tensor,
+                         std::initializer_list<ScalarType> dtypes,
+                         const std::vector<int64_t>& sizes) {
+  check_tensor(op, argument, tensor, dtypes, sizes, tensor.is_contiguous(), "contiguous");
 }
 
 inline void check_device(const char* op, const char* argument, const Tensor& tensor,

@@ -69,6 +69,15 @@ inline void check_aligned(const char* op, const char* argument, const Tensor& te
        "an address " + std::to_string(address % 16) + " bytes past");
 }
 
+// The same of every token of a tensor whose tokens lie apart (kv_tensors.h).
+inline void check_aligned_tokens(const char* op, const char* argument, const Tensor& tensor) {
+  check_aligned(op, argument, tensor);
+  const int64_t bytes = tensor.size(0) > 1 ? tensor.stride(0) * tensor.element_size() : 0;
+  if (bytes % 16 != 0) {
+    fail(op, argument, "tokens a multiple of 16 bytes apart", std::to_string(bytes) + " bytes");
+  }
+}
+
 // The tensor itself, or a contiguous copy if it is contiguous at an address that is not aligned.
 inline Tensor aligned_rows(const Tensor& tensor) {
   if (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0) return tensor;

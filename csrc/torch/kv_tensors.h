@@ -16,12 +16,34 @@ inline std::initializer_list<ScalarType> float_dtypes() {
   return kDtypes;
 }
 
-// x float [tokens, heads, 64 or 128].
-inline void check_heads(const char* op, const char* argument, const Tensor& x) {
-  check_tensor(op, argument, x, float_dtypes(), {kAnySize, kAnySize, kAnySize});
+inline void check_head_dim(const char* op, const char* argument, const Tensor& x) {
   if (x.size(2) != 64 && x.size(2) != 128) {
     fail(op, argument, "a head dimension (the last) of 64 or 128", describe(x));
   }
+}
+
+// x float [tokens, heads, 64 or 128].
+inline void check_heads(const char* op, const char* argument, const Tensor& x) {
+  check_tensor(op, argument, x, float_dtypes(), {kAnySize, kAnySize, kAnySize});
+  check_head_dim(op, argument, x);
+}
+
+// [tokens, heads, head_dim] whose tokens may lie apart, as in a slice of the output that q, k and v
+// share: each token's heads are contiguous.
+inline void check_token_heads(const char* op, const char* argument, const Tensor& x,
+                              std::initializer_list<ScalarType> dtypes,
+                              const std::vector<int64_t>& sizes) {
+  const auto runs = [&](int64_t dim, int64_t step) {
+    return x.size(dim) <= 1 || x.stride(dim) == step;
+  };
+  const bool apart = x.dim() == 3 && runs(2, 1) && runs(1, x.size(2)) &&
+                     (x.size(0) <= 1 || x.stride(0) >= x.size(1) * x.size(2));
+  check_tensor(op, argument, x, dtypes, sizes, apart, "with contiguous heads");
+}
+
+// Numbers from a token to the next.
+inline int64_t token_stride(const Tensor& x) {
+  return x.size(0) > 1 ? x.stride(0) : x.size(1) * x.size(2);
 }
 
 // uint8 [pages, n_kv, page_size * token_bytes]; answers page_size.

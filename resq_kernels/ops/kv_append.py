@@ -32,6 +32,7 @@ def kv_append(
 
     Args:
         k, v: float32, float16 or bfloat16 [T, n_kv_heads, D], D = 64 or 128; not rotated yet.
+            The tokens of k, v and q may lie apart in memory, as slices of one tensor's columns.
         cos, sin: float [T, D] (Hugging Face's rotate_half convention), or both None if k already
             went through RoPE.
         key_rotation: float16, bfloat16 or float32 [1 or n_kv_heads, D, D], or None.

@@ -76,14 +76,20 @@ def test_kv_attention_of_rotated_queries_has_the_bits_of_its_own_rotation(
 ) -> None:
     tokens, n_kv, n_q = 21, 2, 4
     cos, sin = cos_sin(tokens, 64)
-    k, q = (torch.randn(tokens, n, 64).half() for n in (n_kv, n_q))
+    # Slices of one tensor, as a merged projection answers them.
+    together = torch.randn(tokens, (n_q + n_kv) * 64).half()
+    q, k = (x.unflatten(1, (-1, 64)) for x in together.split([n_q * 64, n_kv * 64], dim=1))
     rotation, cache = rotations(2, 64).half(), new_cache(1, n_kv, 32, 64)
     rotated = device.kv_append(k, k, cos, sin, rotation, cache, torch.arange(tokens), 8, q)
     starts = torch.tensor([0, tokens], dtype=torch.int32)
     where = (torch.zeros(1, 1, dtype=torch.int32), starts[1:], starts, 0.125)
-    expected = device.kv_attention(q, cache, *where, cos, sin, rotation)
+    expected = device.kv_attention(q.contiguous(), cache, *where, cos, sin, rotation)
     got = device.kv_attention(rotated, cache, *where, None, None, None)
     assert torch.equal(got.half(), expected)
+    again = new_cache(1, n_kv, 32, 64)
+    ops.kv_append(k, k, cos, sin, rotation, again, torch.arange(tokens))
+    tokens_of = [kv_pages.read_tokens(c, torch.arange(tokens), 64)[0] for c in (cache, again)]
+    assert torch.equal(tokens_of[0].codes, tokens_of[1].codes)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -150,6 +156,10 @@ def test_kv_append_refuses_before_any_launch(device: emulation.Emulated) -> None
         (
             (torch.randn(513)[1:].view(4, 2, 64), k, None, None, None, cache, slots),
             "k: expected memory aligned to 16 bytes",
+        ),
+        (
+            (torch.randn(4, 129)[:, :128].view(4, 2, 64), k, None, None, None, cache, slots),
+            "k: expected tokens a multiple of 16 bytes apart, got 516 bytes",
         ),
     ]
     for arguments, message in wrong:

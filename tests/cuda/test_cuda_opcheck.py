@@ -14,7 +14,7 @@ ROWS, K, HIGH, N, WIDE = 3, 512, 64, 70, 448
 
 
 @pytest.fixture(autouse=True)
-def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+def fakes(sm90: emulation.Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package's own fakes, for the emulated operators; CPU tensors stand for CUDA ones."""
     registered = torch._library.simple_registry.singleton
     for name in SAMPLES:

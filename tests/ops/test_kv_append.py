@@ -149,6 +149,21 @@ def test_kv_attention_of_rotated_queries_has_the_bits_of_its_own_rotation(
         assert torch.equal(ops.kv_attention(rotated, cache, *where).to(dtype), expected)
 
 
+def test_kv_append_of_slices_of_one_tensor() -> None:
+    for matrices in (1, 2):
+        for dtype in DTYPES:
+            together = torch.randn(37, (6 + 2 + 2) * 64).to(dtype)
+            q, k, v = (x.unflatten(1, (-1, 64)) for x in together.split([384, 128, 128], dim=1))
+            assert not k.is_contiguous()
+            rest = (*cos_sin(37, 64), rotations(matrices, 64))
+            cache = new_cache(2, 2, 32, 64)
+            expected, slots = cache.clone(), torch.randperm(64)[:37]
+            got = ops.kv_append(k, v, *rest, cache, slots, q=q)
+            apart = (x.contiguous() for x in (k, v))
+            wanted = ops.kv_append(*apart, *rest, expected, slots, q=q.contiguous())
+            assert torch.equal(cache, expected) and torch.equal(got, wanted)
+
+
 def test_kv_append_row_does_not_depend_on_the_batch() -> None:
     for matrices in (1, 5):
         k, v = torch.randn(37, 5, 128), torch.randn(37, 5, 128)
@@ -238,10 +253,16 @@ def arguments() -> dict[str, object]:
     ("name", "change", "message"),
     [
         ("k", lambda t: t.double(), r"k: expected float32 or float16 or bfloat16.*got float64"),
-        ("k", lambda t: t[0], r"k: expected float32 .*\[\*, \*, \*\] contiguous, got .*\[2, 64\]"),
+        (
+            "k",
+            lambda t: t[0],
+            r"k: expected float32 .*\[\*, \*, \*\] with .* heads, got .*\[2, 64\]",
+        ),
         ("k", lambda t: t[..., :48].clone(), r"k: expected a head dimension .* of 64 or 128, got"),
         ("k", lambda t: t.transpose(0, 1), r"k: .*\(not contiguous\)"),
-        ("v", lambda t: t[:3], r"v: expected float32 \[4, 2, 64\] contiguous, got float32 \[3,"),
+        ("v", lambda t: t[:1].expand(4, -1, -1), r"v: .*with contiguous heads.*\(not contiguous\)"),
+        ("q", lambda t: torch.cat([t, t], -1)[..., :64], r"q: .*heads.*\(not contiguous\)"),
+        ("v", lambda t: t[:3], r"v: expected float32 \[4, 2, 64\] with .* heads, got float32 \[3,"),
         ("v", lambda t: t.half(), r"v: expected float32 .*got float16"),
         ("cos", lambda t: None, r"cos: expected a tensor, because .* given, got None"),
         ("sin", lambda t: None, r"sin: expected a tensor, because .* given, got None"),
@@ -281,8 +302,12 @@ def arguments() -> dict[str, object]:
             r"slot_mapping: expected slots below 64 .*got 64 for tok",
         ),
         ("hi_bits", lambda t: 6, r"hi_bits: expected 4 or 8, got 6"),
-        ("q", lambda t: t.half(), r"q: expected float32 \[4, \*, 64\] contiguous, got float16"),
-        ("q", lambda t: t[:3], r"q: expected float32 \[4, \*, 64\] contiguous, got float32 \[3,"),
+        ("q", lambda t: t.half(), r"q: expected float32 \[4, \*, 64\] with .* heads, got float16"),
+        (
+            "q",
+            lambda t: t[:3],
+            r"q: expected float32 \[4, \*, 64\] with .* heads, got float32 \[3,",
+        ),
         ("q", lambda t: t[:, :5].clone(), r"q: expected a multiple of k's 2 heads, got .*\[4, 5"),
     ],
 )

@@ -134,9 +134,9 @@ __global__ void __launch_bounds__(kThreads)
   const bool is_query = blockIdx.y >= heads_kv;
   const int head = is_query ? blockIdx.y - heads_kv : blockIdx.y;
   const int kv_head = is_query ? head / (heads_q / heads_kv) : head;
-  const int heads = is_query ? heads_q : heads_kv;
   const FloatArray rows = {is_query ? p.q : p.k, p.type};
-  const auto row_start = [&](int64_t token) { return (token * heads + head) * kHeadDim; };
+  const int64_t stride = is_query ? p.q_stride : p.k_stride;
+  const auto row_start = [&](int64_t token) { return token * stride + head * kHeadDim; };
 
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t token = first_token + first_row + r;
-      if (token < p.tokens) p.rotated_q[row_start(token) + dim] = sums[r];
+      if (token < p.tokens) p.rotated_q[(token * heads_q + head) * kHeadDim + dim] = sums[r];
     }
     return;
   }
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads)
     uint8_t* chunk = p.cache + (page * p.n_kv + head) * p.page_size * Layout::kTokenBytes;
 
     float k[kDims], v[kDims];
-    load_numbers({p.v, p.type}, row_start(token) + lane * kDims, v);
+    load_numbers({p.v, p.type}, token * p.v_stride + head * kHeadDim + lane * kDims, v);
 #pragma unroll
     for (int i = 0; i < kDims; ++i) k[i] = rotated[row][lane * kDims + i];
     const uint2 k_ranges = store_row<kHeadDim, true>(k, p.uniform, in_tile, codes[warp],

@@ -19,15 +19,16 @@ inline KvAppendCall kv_append_call(const Tensor& k, const Tensor& v,
                                    const Tensor& slot_mapping, int64_t hi_bits,
                                    const std::optional<Tensor>& q, RopeForm form) {
   const char* op = "kv_append";
-  check_heads(op, "k", k);
+  check_token_heads(op, "k", k, float_dtypes(), {kAnySize, kAnySize, kAnySize});
+  check_head_dim(op, "k", k);
   const int64_t tokens = k.size(0), n_kv = k.size(1), head_dim = k.size(2);
-  check_tensor(op, "v", v, {k.scalar_type()}, {tokens, n_kv, head_dim});
+  check_token_heads(op, "v", v, {k.scalar_type()}, {tokens, n_kv, head_dim});
   RopeRotation rope(op, cos, sin, key_rotation, tokens, n_kv, head_dim, form);
   const int64_t page_size = check_cache(op, cache, n_kv, head_dim);
   check_tensor(op, "slot_mapping", slot_mapping, {ScalarType::Long}, {tokens});
   if (hi_bits != 4 && hi_bits != 8) fail(op, "hi_bits", "4 or 8", std::to_string(hi_bits));
   if (q) {
-    check_tensor(op, "q", *q, {k.scalar_type()}, {tokens, kAnySize, head_dim});
+    check_token_heads(op, "q", *q, {k.scalar_type()}, {tokens, kAnySize, head_dim});
     if (n_kv == 0 ? q->size(1) != 0 : q->size(1) % n_kv != 0) {
       fail(op, "q", "a multiple of k's " + std::to_string(n_kv) + " heads", describe(*q));
     }
@@ -47,6 +48,9 @@ inline KvAppendCall kv_append_call(const Tensor& k, const Tensor& v,
                               .n_q = q ? q->size(1) : 0,
                               .head_dim = head_dim,
                               .page_size = page_size,
+                              .k_stride = token_stride(k),
+                              .v_stride = token_stride(v),
+                              .q_stride = q ? token_stride(*q) : 0,
                               .slots = cache.size(0) * page_size,
                               .shared_rotation = rope.shared_rotation(),
                               .uniform = hi_bits == 4};

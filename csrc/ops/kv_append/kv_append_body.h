@@ -130,11 +130,11 @@ inline void append_row(const KvAppendParams& p, int64_t token, int64_t head, con
                    sizeof(ranges));
 }
 
-// Row `row` of x [tokens * heads, head_dim] after RoPE.
+// The row of x that starts at number `first`, after RoPE.
 template <int kHeadDim>
-inline void load_rope(const KvAppendParams& p, const void* x, int64_t token, int64_t row,
+inline void load_rope(const KvAppendParams& p, const void* x, int64_t token, int64_t first,
                       float* out) {
-  load_row(x, p.type, row * kHeadDim, kHeadDim, out);
+  load_row(x, p.type, first, kHeadDim, out);
   if (!p.cos.data) return;
   rope<kHeadDim>(out, p.cos.floats() + token * kHeadDim, p.sin.floats() + token * kHeadDim);
 }
@@ -161,12 +161,12 @@ inline void append_rows(const KvAppendParams& p, int64_t group, int64_t begin, i
       if (p.slot_mapping[row.token] < 0) continue;
       rows[count] = row;
       float* out = k + count++ * kHeadDim;
-      load_rope<kHeadDim>(p, p.k, row.token, row.token * p.n_kv + row.head, out);
+      load_rope<kHeadDim>(p, p.k, row.token, row.token * p.k_stride + row.head * kHeadDim, out);
     }
     if (count == 0) return;
     if (rotation) rotate<kHeadDim>(k, count, rotation);
     for (int r = 0; r < count; ++r) {
-      load_row(p.v, p.type, (rows[r].token * p.n_kv + rows[r].head) * kHeadDim, kHeadDim, v);
+      load_row(p.v, p.type, rows[r].token * p.v_stride + rows[r].head * kHeadDim, kHeadDim, v);
       append_row<kHeadDim>(p, rows[r].token, rows[r].head, k + r * kHeadDim, v);
     }
   }
@@ -179,15 +179,14 @@ inline void rotate_queries(const KvAppendParams& p, int64_t group, int64_t begin
   alignas(64) float q[kRotatedRows * kHeadDim];
   for (; begin < end; begin += kRotatedRows) {
     const int count = static_cast<int>(end - begin < kRotatedRows ? end - begin : kRotatedRows);
-    const auto row_at = [&](int r) {
-      return rows_of.token(begin + r) * p.n_q + rows_of.head(group, begin + r);
-    };
     for (int r = 0; r < count; ++r) {
-      load_rope<kHeadDim>(p, p.q, rows_of.token(begin + r), row_at(r), q + r * kHeadDim);
+      const int64_t token = rows_of.token(begin + r), head = rows_of.head(group, begin + r);
+      load_rope<kHeadDim>(p, p.q, token, token * p.q_stride + head * kHeadDim, q + r * kHeadDim);
     }
     if (rotation) rotate<kHeadDim>(q, count, rotation);
     for (int r = 0; r < count; ++r) {
-      __builtin_memcpy(p.rotated_q + row_at(r) * kHeadDim, q + r * kHeadDim,
+      const int64_t token = rows_of.token(begin + r), head = rows_of.head(group, begin + r);
+      __builtin_memcpy(p.rotated_q + (token * p.n_q + head) * kHeadDim, q + r * kHeadDim,
                        kHeadDim * sizeof(float));
     }
   }

@@ -21,8 +21,9 @@ Tensor kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& 
   check_device(op, "cache", cache, k);
   check_device(op, "slot_mapping", slot_mapping, k);
   if (q) check_device(op, "q", *q, k);
-  cuda::check_aligned(op, "k", k);
-  cuda::check_aligned(op, "v", v);
+  cuda::check_aligned_tokens(op, "k", k);
+  cuda::check_aligned_tokens(op, "v", v);
+  if (q) cuda::check_aligned_tokens(op, "q", *q);
   cuda::check_aligned(op, "cache", cache);
   Tensor rotated_q = allocate_rotated_q(call, k, q);
   cuda::kv_append(call.params, on.device(), on.stream());
