@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from resq_kernels.formats import MixedTensor
 from resq_kernels.nn.linear import ResQLinear, keep_dtype
+from resq_kernels.nn.merged import MergedLinears
 from resq_kernels.nn.paged import PagedKeysValues, Sequences
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class ResQAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = q_proj, k_proj, v_proj, o_proj
         self.head_dim, self.layer_idx = head_dim, layer_idx
         self.kv_bits, self.hi_bits = kv_bits, hi_bits
+        self._qkv = MergedLinears()
         self.scaling = head_dim**-0.5
         self.heads = q_proj.out_features // head_dim
         self.kv_heads = k_proj.out_features // head_dim
@@ -66,6 +68,10 @@ class ResQAttention(nn.Module):
         if rotated:
             eye = torch.eye(head_dim, dtype=torch.float16, device=device)
             self.key_rotation = nn.Parameter(eye[None], requires_grad=False)
+
+    def merge(self) -> None:
+        """Moves the weights of q, k and v together, for one product (`MergedLinears`)."""
+        self._qkv.merge(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(
         self,
@@ -91,9 +97,9 @@ class ResQAttention(nn.Module):
             TypeError: a cache under a name that is not known here.
         """
         cache = named_cache(cache, kwargs)
-        q, k, v = (proj(hidden_states) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        shape = (*q.shape[:2], -1, self.head_dim)
-        q, k, v = q.view(shape), k.view(shape), v.view(shape)
+        together = self._qkv(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        heads = together.unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         attend = self._attend_pages if self.kv_bits == 4 else self._attend_float
         out = attend(q, k, v, *position_embeddings, attention_mask, cache)
         if self.head_high:
@@ -126,9 +132,9 @@ class ResQAttention(nn.Module):
         cos, sin = (
             t.expand(batch, new, -1).reshape(batch * new, -1).contiguous() for t in (cos, sin)
         )
-        heads = (k.reshape(flat), v.reshape(flat))
+        q_rows, k_rows, v_rows = q.view(flat), k.view(flat), v.view(flat)
         rotated = paged.append(
-            step, *heads, cos, sin, self.key_rotation, self.hi_bits, q.reshape(flat)
+            step, k_rows, v_rows, cos, sin, self.key_rotation, self.hi_bits, q_rows
         )
         return paged.attend(step, rotated, self.scaling).to(q.dtype).view(q.shape)
 

@@ -34,10 +34,14 @@ def convert(model: nn.Module, config: ResQConfig) -> None:
 
 
 def pack(model: nn.Module) -> None:
-    """Packs every `ResQLinear` for the kernel of its device; no parameter is left trainable."""
+    """Packs every `ResQLinear` for the kernel of its device and merges those that read the same
+    rows; no parameter is left trainable."""
     for module in model.modules():
         if isinstance(module, ResQLinear):
             module.pack()
+    for module in model.modules():
+        if isinstance(module, (ResQAttention, ResQMLP)):
+            module.merge()
     model.requires_grad_(False)
 
 

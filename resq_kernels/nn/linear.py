@@ -36,6 +36,7 @@ class ResQLinear(nn.Module):
         weight_hi: int8 [N, K_hi], or None while packed.
         weight_scale: float32 [N, 2]; no `.to(dtype)` casts it.
         bias: compute dtype [N], or None.
+        version: counts what may have replaced a tensor: packing, unpacking, moving, casting.
 
     Raises:
         ValueError: K_lo would be negative or odd.
@@ -79,6 +80,7 @@ class ResQLinear(nn.Module):
         # Without elements: what `.to(dtype)` and its relatives cast, so that the module knows.
         compute = torch.empty(0, dtype=dtype, device=device)
         self.register_buffer("compute", compute, persistent=False)
+        self.version = 0
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, high_columns: int = 512) -> ResQLinear:
@@ -121,6 +123,7 @@ class ResQLinear(nn.Module):
         self.packed_weight = ops.pack_weight(weight_lo, weight_hi)
         self.weight_sum = weight_sums(weight_lo, weight_hi)
         self.weight_lo = self.weight_hi = None
+        self.version += 1
 
     def unpack(self) -> None:
         """Moves the codes back into `weight_lo` and `weight_hi`."""
@@ -129,6 +132,24 @@ class ResQLinear(nn.Module):
         for name, codes in zip(_CODES, self.codes(), strict=True):
             setattr(self, name, nn.Parameter(codes, False))
         self.packed_weight = self.weight_sum = None
+        self.version += 1
+
+    def weight_tensors(self) -> tuple[torch.Tensor, ...]:
+        """What `multiply` takes: packed weight, scale [N, 2], sums [N, 2], bias [N] or None."""
+        return self.packed_weight, self.weight_scale, self.weight_sum, self.bias
+
+    def adopt(
+        self,
+        packed_weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        weight_sum: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> None:
+        """Takes equal tensors in place of its own: slices of a merged weight (nn/merged.py)."""
+        self.packed_weight, self.weight_sum = packed_weight, weight_sum
+        self.weight_scale.data = weight_scale
+        if bias is not None:
+            self.bias.data = bias
 
     def codes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The canonical codes: uint8 [N, K_lo / 2] and int8 [N, K_hi]."""
@@ -150,29 +171,24 @@ class ResQLinear(nn.Module):
         )
 
     def forward(self, x: torch.Tensor | MixedTensor) -> torch.Tensor:
-        """y [..., N] of x [..., K].
-
-        A tensor is quantized first and answered in its own dtype, a `MixedTensor` in the compute
-        dtype.
+        """y [..., N] of x [..., K], in x's dtype, or the compute dtype for a `MixedTensor`.
 
         Raises:
             RuntimeError: not packed, or x has another K.
         """
         if not self.is_packed:
             raise RuntimeError("ResQLinear: expected a packed weight: call pack() after loading")
+        return self.multiply(x, *self.weight_tensors())
+
+    def multiply(self, x: torch.Tensor | MixedTensor, *weight: torch.Tensor | None) -> torch.Tensor:
+        """`mixed_gemm` of x, as this layer reads it, and `weight_tensors` with any number of rows.
+
+        A tensor is quantized first and answered in its own dtype, a `MixedTensor` in the compute
+        dtype.
+        """
         mixed = isinstance(x, MixedTensor)
         out_dtype = self.dtype if mixed else x.dtype
-        q_lo, q_hi, params = x if mixed else self.quantize_input(x)
-        return ops.mixed_gemm(
-            q_lo,
-            q_hi,
-            params,
-            self.packed_weight,
-            self.weight_scale,
-            self.weight_sum,
-            self.bias,
-            out_dtype,
-        )
+        return ops.mixed_gemm(*(x if mixed else self.quantize_input(x)), *weight, out_dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -189,6 +205,7 @@ class ResQLinear(nn.Module):
             if fn(torch.empty(0, device=here)).device.type != here.type:
                 self.unpack()  # the other device's kernel has its own layout
         super()._apply(keep_dtype(fn, self.weight_scale), recurse)
+        self.version += 1
         if was_packed and not self.weight_scale.is_meta:
             self.pack()
         return self

@@ -8,6 +8,7 @@ from torch import nn
 from resq_kernels import ops
 from resq_kernels.formats import MixedTensor
 from resq_kernels.nn.linear import ResQLinear
+from resq_kernels.nn.merged import MergedLinears
 
 
 class ResQMLP(nn.Module):
@@ -27,10 +28,15 @@ class ResQMLP(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
         self.hadamard = hadamard
+        self._gate_up = MergedLinears()
+
+    def merge(self) -> None:
+        """Moves the weights of gate and up together, for one product (`MergedLinears`)."""
+        self._gate_up.merge(self.gate_proj, self.up_proj)
 
     def forward(self, x: torch.Tensor | MixedTensor) -> torch.Tensor:
         """[..., K] -> [..., K], in x's dtype, or the compute dtype for a `MixedTensor`."""
-        gate_up = torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1)
+        gate_up = self._gate_up(x, self.gate_proj, self.up_proj)
         down = self.down_proj
         hidden = ops.silu_mul_hadamard_quantize(
             gate_up,
