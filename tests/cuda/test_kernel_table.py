@@ -18,6 +18,7 @@ REQUIRED = {
     "kv_attention_kernel": {
         arch: ["HMMA.16816.F32", "LDGSTS.128", "LDS.128"] for arch in ("sm_80", "sm_90")
     },
+    "kv_attention_sm90": {"sm_90a": ["HMMA.16816.F32", "UBLKCP", "LDS.128"]},
 }
 
 

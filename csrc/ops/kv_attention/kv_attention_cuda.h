@@ -1,7 +1,7 @@
 // kv_attention on CUDA: three kernels, nothing read on the host.
 //
 //   prepare  q' of every (token, head) as float16, with a power of two and sums    _prepare.cu
-//   attend   items (sequence, rows, split, kv head) found on the device            .cu
+//   attend   items (sequence, rows, split, kv head) found on the device            .cu, _sm90.cu
 //   merge    the splits of a row in their order                                    _merge.cu
 //
 // A row's result depends on the tokens it sees and on their order only: not on the batch, the rows
@@ -46,6 +46,7 @@ inline constexpr int64_t kKvMaxStateBytes = int64_t{64} << 20;
 
 void kv_attention_prepare(const KvAttentionCuda& call, Stream stream);
 void kv_attention_attend(const KvAttentionCuda& call, const Device& device, Stream stream);
+void kv_attention_attend_sm90(const KvAttentionCuda& call, const Device& device, Stream stream);
 void kv_attention_merge(const KvAttentionCuda& call, Stream stream);
 
 }  // namespace resq::cuda

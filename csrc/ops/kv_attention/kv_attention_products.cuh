@@ -46,6 +46,7 @@ __device__ inline uint32_t unpack_byte_of_nibbles(uint32_t word, int byte) {
 struct TileWords {
   uint32_t w[9];
 
+  TileWords() = default;
   __device__ TileWords(const uint8_t* tile, int lane) {
     const uint4 first = *reinterpret_cast<const uint4*>(tile + kv_word_byte(0, lane));
     const uint4 second = *reinterpret_cast<const uint4*>(tile + kv_word_byte(4, lane));
