@@ -33,7 +33,7 @@ RESQ_LIBRARY_EXPANDED(RESQ_NAMESPACE, m) {
   m.def(
       "kv_attention(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, "
       "Tensor query_starts, float scale, Tensor? cos=None, Tensor? sin=None, "
-      "Tensor? key_rotation=None) -> Tensor");
+      "Tensor? key_rotation=None, ScalarType? out_dtype=None) -> Tensor");
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_missing() -> str");
   m.def("cuda_family(int device) -> str");

@@ -93,6 +93,7 @@ def kv_attention(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     key_rotation: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Causal GQA attention over the pages; arguments as in `ops.kv_attention`.
 
@@ -108,4 +109,4 @@ def kv_attention(
         slots = block_table[i].long()[position // page_size] * page_size + position % page_size
         k, v = (rows.dequantize() for rows in kv_pages.read_tokens(cache, slots, head_dim))
         out[begin:end] = attend(rotated[begin:end], k, v, scale)
-    return out.to(q.dtype)
+    return out.to(out_dtype or q.dtype)

@@ -22,12 +22,6 @@ inline void check_head_dim(const char* op, const char* argument, const Tensor& x
   }
 }
 
-// x float [tokens, heads, 64 or 128].
-inline void check_heads(const char* op, const char* argument, const Tensor& x) {
-  check_tensor(op, argument, x, float_dtypes(), {kAnySize, kAnySize, kAnySize});
-  check_head_dim(op, argument, x);
-}
-
 // [tokens, heads, head_dim] whose tokens may lie apart, as in a slice of the output that q, k and v
 // share: each token's heads are contiguous.
 inline void check_token_heads(const char* op, const char* argument, const Tensor& x,

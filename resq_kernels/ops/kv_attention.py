@@ -17,6 +17,7 @@ def kv_attention(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     key_rotation: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Causal grouped-query attention of all sequences over 4-bit pages: prefill, chunked prefill
     and decode.
@@ -30,7 +31,9 @@ def kv_attention(
 
     Args:
         q: float32, float16 or bfloat16 [T, n_q_heads, D], the queries of all sequences, one after
-            the other; n_q_heads is a multiple of the cache's heads; D = 64 or 128.
+            the other; n_q_heads is a multiple of the cache's heads; D = 64 or 128. Each token is
+            contiguous; tokens may lie apart, as in a slice of a wider projection (on CUDA a
+            multiple of 16 bytes).
         cache: uint8 [num_pages, n_kv_heads, page_size * token_bytes], holding the new tokens too.
         block_table: int32 [S, max_pages]; entries beyond a sequence's length are not read.
         seq_lens: int32 [S], tokens of each sequence including the new ones.
@@ -38,10 +41,13 @@ def kv_attention(
             rows of q beyond it answer zeros.
         scale: factor on the scores, usually D ** -0.5.
         cos, sin: float [T, D] for RoPE on q, or both None.
-        key_rotation: float [1 or n_kv_heads, D, D], the one that `kv_append` got, or None.
+        key_rotation: float [1 or n_kv_heads, D, D], the one that `kv_append` got, or None; with
+            cos and sin None as well, q is q' (as `kv_append` answers it), and nothing is launched
+            before the attention.
+        out_dtype: float32, float16 or bfloat16; None for q's.
 
     Returns:
-        [T, n_q_heads, D] in q's dtype; zeros for queries that see no token; NaN where a visible
+        [T, n_q_heads, D] in out_dtype; zeros for queries that see no token; NaN where a visible
         row or the query holds NaN.
 
     Raises:
@@ -50,7 +56,7 @@ def kv_attention(
     Source: arXiv 2412.14363, section 4; docs/formats.md section 5.
     """
     return torch.ops.resq.kv_attention(
-        q, cache, block_table, seq_lens, query_starts, scale, cos, sin, key_rotation
+        q, cache, block_table, seq_lens, query_starts, scale, cos, sin, key_rotation, out_dtype
     )
 
 
@@ -65,6 +71,7 @@ def _fake(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     key_rotation: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     torch._check(q.dim() == 3, lambda: f"kv_attention: q: expected 3 dimensions, got {q.dim()}")
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return q.new_empty(q.shape, dtype=out_dtype)

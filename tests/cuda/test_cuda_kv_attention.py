@@ -8,6 +8,8 @@ one number). That rejects one wrong code and one token too many, which other tes
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Callable
 
 import emulation
 import pytest
@@ -285,6 +287,49 @@ def test_kv_attention_ignores_the_tails_of_pages(device: emulation.Emulated, hea
         assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
+def kernels(call: Callable[[], object]) -> list[str]:
+    """The kernels that a call launches."""
+    emulator = emulation.emulator()
+    emulator.take_counters()
+    with emulator.options(count="on"):
+        call()
+    names = [launch["kernel"] for launch in emulator.take_counters()]
+    return [re.search(r"\d(kv_[a-z0-9_]+?_kernel)", name)[1] for name in names]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_rotated_queries_are_read_by_the_attention_kernel_itself(
+    device: emulation.Emulated, head_dim: int, dtype: torch.dtype
+) -> None:
+    """Queries of a slice, in any dtype, with the bits that they have after a launch of their own.
+
+    The identity as a rotation multiplies by one and adds zeros: the same numbers in float32.
+    """
+    attend = "kv_attention_sm90_kernel" if device.arch == 90 else "kv_attention_kernel"
+    case = make([1100, 60], [2, 9], head_dim, group=4, padding=1)
+    wide = torch.randn(12, 7, head_dim).to(dtype)
+    case.q = wide[:, 2:6]
+    outs = {}
+
+    def run(name: str, **changes: torch.Tensor) -> None:
+        outs[name] = case.run(device, **changes)
+
+    assert kernels(lambda: run("slice")) == [attend, "kv_attention_merge_kernel"]
+    run("contiguous", q=case.q.contiguous())
+    run("widened", q=case.q.float())
+    case.rest = (None, None, torch.eye(head_dim)[None])
+    launched = kernels(lambda: run("prepared"))
+    assert launched == ["kv_attention_prepare_kernel", attend, "kv_attention_merge_kernel"]
+    for out_dtype in DTYPES:
+        case.rest = (None, None, None, out_dtype)
+        run("out")
+        assert torch.equal(outs["out"], outs["widened"].to(out_dtype))
+    assert outs["slice"].dtype == dtype and outs["widened"].dtype == torch.float32
+    for name in ("slice", "contiguous", "prepared"):
+        assert torch.equal(outs[name], outs["widened"].to(dtype)), name
+
+
 def test_kv_attention_of_shared_pages(device: emulation.Emulated) -> None:
     case = make([128, 10, 20], [2, 2, 2], 64, page_size=32)
     table = torch.full((3, 6), -1, dtype=torch.int32)
@@ -380,6 +425,7 @@ def test_kv_attention_refuses_before_any_launch(device: emulation.Emulated) -> N
         ("block_table", case.pages.block_table.long(), "block_table: expected int32"),
         ("seq_lens", torch.ones(2).int(), r"seq_lens: expected int32 \[1\]"),
         ("query_starts", torch.ones(3).int(), r"query_starts: expected int32 \[2\]"),
+        ("q", torch.zeros(5, 257)[:, :256].unflatten(1, (4, 64)), "q: expected .*16 bytes apart"),
     ]
     for name, value, message in wrong:
         with pytest.raises(RuntimeError, match="kv_attention: " + message):

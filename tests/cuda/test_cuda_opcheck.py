@@ -51,7 +51,8 @@ def attention_arguments(_: emulation.Emulated) -> tuple:
     pages = fill_pages([torch.randn(40, 1, 64)], [torch.randn(40, 1, 64)], 32)
     starts = torch.tensor([0, ROWS], dtype=torch.int32)
     where = (pages.cache, pages.block_table, pages.seq_lens, starts)
-    return (torch.randn(ROWS, 4, 64).half(), *where, 0.1, *cos_sin(ROWS, 64), rotations(1, 64))
+    rest = (*cos_sin(ROWS, 64), rotations(1, 64), torch.float32)
+    return (torch.randn(ROWS, 4, 64).half(), *where, 0.1, *rest)
 
 
 # operator -> its arguments; `packed` is given, because its default depends on the device.

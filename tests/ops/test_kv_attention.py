@@ -172,6 +172,41 @@ def test_kv_attention_agrees_with_the_reference() -> None:
     assert (ops.kv_attention(q, pages.cache, *arguments) - expected).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_out_dtype_rounds_the_same_numbers(dtype: torch.dtype) -> None:
+    pages = random_pages([70, 5], 2, 64)
+    q = torch.randn(13, 4, 64).to(dtype)
+    arguments = (q, pages.cache, pages.block_table, pages.seq_lens, starts([9, 3]), 0.125)
+    exact = ops.kv_attention(*arguments, out_dtype=torch.float32)
+    assert exact.dtype == torch.float32 and ops.kv_attention(*arguments).dtype == dtype
+    for out_dtype in DTYPES:
+        out = ops.kv_attention(*arguments, out_dtype=out_dtype)
+        assert torch.equal(out, exact.to(out_dtype))
+        assert reference.kv_attention(*arguments, out_dtype=out_dtype).dtype == out_dtype
+    assert not torch.equal(exact, exact.to(torch.bfloat16).float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kv_attention_of_a_slice_of_a_projection(dtype: torch.dtype) -> None:
+    pages = random_pages([70, 5], 2, 64)
+    wide = torch.randn(12, 9, 64).to(dtype)
+    (cos, sin), rotation = cos_sin(12, 64), rotations(2, 64)
+    for rest in ((), (cos, sin, rotation)):
+        arguments = (pages.cache, pages.block_table, pages.seq_lens, starts([9, 3]), 0.125, *rest)
+        for q in (wide[:, 1:5], wide[:, 5:]):
+            out = ops.kv_attention(q, *arguments)
+            assert torch.equal(out, ops.kv_attention(q.contiguous(), *arguments))
+            assert out.is_contiguous() and not q.is_contiguous()
+        with pytest.raises(RuntimeError, match="q: expected .* with contiguous heads"):
+            ops.kv_attention(wide[:, :8:2], *arguments)
+    one = random_pages([70, 5], 1, 64)  # one head: its stride says nothing
+    arguments = (one.cache, one.block_table, one.seq_lens, starts([9, 3]), 0.125)
+    assert torch.equal(
+        ops.kv_attention(wide[:, 3:4], *arguments),
+        ops.kv_attention(wide[:, 3:4].contiguous(), *arguments),
+    )
+
+
 def test_kv_attention_of_appended_tokens_end_to_end() -> None:
     """RoPE and rotation on both sides cancel: 8-bit-like agreement with plain attention."""
     n_kv, length, head_dim = 2, 150, 128
@@ -330,6 +365,7 @@ def arguments() -> dict[str, object]:
         "cos": cos,
         "sin": sin,
         "key_rotation": rotations(2, 64),
+        "out_dtype": None,
     }
 
 
@@ -337,7 +373,7 @@ def arguments() -> dict[str, object]:
     ("name", "change", "message"),
     [
         ("q", lambda t: t.double(), r"q: expected float32 or float16 or bfloat16.*got float64"),
-        ("q", lambda t: t[0], r"q: expected float32 .*\[\*, \*, \*\] contiguous, got .*\[4, 64\]"),
+        ("q", lambda t: t[0], r"q: expected .*\[\*, \*, \*\] with contiguous heads, got .*\[4, 64\]"),
         ("q", lambda t: t[..., :32].clone(), r"q: expected a head dimension .* of 64 or 128, got"),
         (
             "q",
@@ -345,6 +381,9 @@ def arguments() -> dict[str, object]:
             r"q: expected heads that are a multiple of the cache's 2",
         ),
         ("q", lambda t: t.transpose(0, 1), r"q: .*\(not contiguous\)"),
+        ("q", lambda t: t[:1].expand(5, -1, -1), r"q: .* with contiguous heads, got .*not contiguous"),
+        ("q", lambda t: t.double().expand(2, 5, 4, 64)[:, 0], r"q: expected .* got float64"),
+        ("out_dtype", lambda t: torch.int8, r"out_dtype: expected float32, float16 .* got int8"),
         ("cache", lambda t: t[0], r"cache: expected 3 dimensions, got uint8 \[2, 5632\]"),
         ("cache", lambda t: t.char(), r"cache: expected uint8 .*got int8"),
         (
@@ -404,6 +443,8 @@ def test_kv_attention_passes_opcheck() -> None:
     torch.library.opcheck(torch.ops.resq.kv_attention.default, tuple(values.values()))
     values["q"] = values["q"].bfloat16()
     torch.library.opcheck(torch.ops.resq.kv_attention.default, tuple(values.values())[:6])
+    values["q"], values["out_dtype"] = torch.randn(5, 9, 64)[:, 2:6], torch.float16
+    torch.library.opcheck(torch.ops.resq.kv_attention.default, tuple(values.values()))
 
 
 def test_kv_attention_compiles_to_one_graph_for_every_batch() -> None:

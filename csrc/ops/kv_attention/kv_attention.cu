@@ -25,6 +25,7 @@ struct Shared {
     uint8_t ring[kAttendWarps][kStages][Stage<kHeadDim>::kBytes];
     WarpRow<kHeadDim> rows[kAttendWarps][kTiles * kTileRows];
   };
+  QueryRows<kHeadDim, kTiles * kTileRows> queries;
   TilePlace places[kSplitTiles<kHeadDim>];
 };
 

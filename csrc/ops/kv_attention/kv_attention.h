@@ -21,14 +21,15 @@ inline constexpr int kSplitTokens = 1024;
 inline constexpr int kTaskRows = 64;  // rows (query, head) that share the unpacking of a block
 
 struct KvAttentionParams {
-  const void* q;               // [tokens, n_q, head_dim] of `type`
-  void* out;                   // [tokens, n_q, head_dim] of `type`
+  const void* q;               // [tokens, n_q, head_dim] of `q_type`, tokens q_stride apart
+  void* out;                   // [tokens, n_q, head_dim] of `out_type`
   const uint8_t* cache;        // [pages, n_kv, page_size * token_bytes]
   const int32_t* block_table;  // [sequences, max_pages]
   FloatArray cos;              // [tokens, head_dim] or null; float32 on CPUs
   FloatArray sin;              // the same
   FloatArray rotation;         // [1 or n_kv, head_dim, head_dim] or null; float32 on CPUs
-  FloatType type;
+  FloatType q_type, out_type;
+  int64_t q_stride;
   int64_t n_q, n_kv, head_dim, page_size, max_pages;
   float scale;  // of the scores, times log2(e)
   bool shared_rotation;

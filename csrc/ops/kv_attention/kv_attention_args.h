@@ -19,9 +19,11 @@ inline KvAttentionCall kv_attention_call(const Tensor& q, const Tensor& cache,
                                          const Tensor& query_starts, double scale,
                                          const std::optional<Tensor>& cos,
                                          const std::optional<Tensor>& sin,
-                                         const std::optional<Tensor>& key_rotation, RopeForm form) {
+                                         const std::optional<Tensor>& key_rotation,
+                                         std::optional<ScalarType> out_dtype, RopeForm form) {
   const char* op = "kv_attention";
-  check_heads(op, "q", q);
+  check_token_heads(op, "q", q, float_dtypes(), {kAnySize, kAnySize, kAnySize});
+  check_head_dim(op, "q", q);
   const int64_t tokens = q.size(0), n_q = q.size(1), head_dim = q.size(2);
   if (cache.dim() != 3) fail(op, "cache", "3 dimensions", describe(cache));
   const int64_t n_kv = cache.size(1);
@@ -34,7 +36,12 @@ inline KvAttentionCall kv_attention_call(const Tensor& q, const Tensor& cache,
   check_tensor(op, "seq_lens", seq_lens, {ScalarType::Int}, {sequences});
   check_tensor(op, "query_starts", query_starts, {ScalarType::Int}, {sequences + 1});
   RopeRotation rope(op, cos, sin, key_rotation, tokens, n_kv, head_dim, form);
-  Tensor out = allocate(q, {tokens, n_q, head_dim}, q.scalar_type());
+  const ScalarType out_type = out_dtype.value_or(q.scalar_type());
+  if (out_type != ScalarType::Float && out_type != ScalarType::Half &&
+      out_type != ScalarType::BFloat16) {
+    fail(op, "out_dtype", "float32, float16 or bfloat16", dtype_name(out_type));
+  }
+  Tensor out = allocate(q, {tokens, n_q, head_dim}, out_type);
   const double log2_e = 1.4426950408889634;
   const KvAttentionParams params{.q = q.const_data_ptr(),
                                  .out = out.mutable_data_ptr(),
@@ -43,7 +50,9 @@ inline KvAttentionCall kv_attention_call(const Tensor& q, const Tensor& cache,
                                  .cos = RopeRotation::array(op, rope.cos),
                                  .sin = RopeRotation::array(op, rope.sin),
                                  .rotation = RopeRotation::array(op, rope.rotation),
-                                 .type = float_type(op, "q", q),
+                                 .q_type = float_type(op, "q", q),
+                                 .out_type = float_type(op, "out_dtype", out),
+                                 .q_stride = token_stride(q),
                                  .n_q = n_q,
                                  .n_kv = n_kv,
                                  .head_dim = head_dim,

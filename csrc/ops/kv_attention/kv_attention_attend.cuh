@@ -9,7 +9,7 @@
 
 #include <type_traits>
 
-#include "cuda/numbers.cuh"
+#include "ops/kv_attention/kv_attention_queries.cuh"
 #include "ops/kv_attention/kv_attention_softmax.cuh"
 #include "ops/kv_attention/kv_attention_work.cuh"
 
@@ -85,33 +85,29 @@ struct AttendWarp {
   QueryColumns columns[kTiles];
   int lane, g, i;
 
-  __device__ AttendWarp(const KvAttentionCuda& call, const KvItem& item) {
+  // From the item's rows in shared memory.
+  __device__ void read(const KvAttentionCuda& call, const KvItem& item,
+                       const QueryRows<kHeadDim, kTiles * kTileRows>& rows) {
     lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;
-    const int group = static_cast<int>(call.params.group());
-    const auto index = [&](int row) {
-      return (int64_t{item.first_query} + item.query(group, row)) * call.params.n_q +
-             item.kv_head * group + (item.first_row + row) % group;
-    };
+    const int group = static_cast<int>(call.params.group()), last = item.rows - 1;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       // Rows that do not exist see nothing, and repeat the last one's numbers.
-      const int64_t row = index(min(n * kTileRows + g, item.rows - 1));
-      const auto* values = reinterpret_cast<const uint32_t*>(call.values + row * kHeadDim) + i;
-      const auto* residuals =
-          reinterpret_cast<const uint32_t*>(call.residuals + row * (kHeadDim / 8)) + i;
+      const int row = min(n * kTileRows + g, last);
 #pragma unroll
-      for (int r = 0; r < kHeadDim / 8; ++r) queries[n].values[r] = values[4 * r];
+      for (int r = 0; r < kHeadDim / 8; ++r) queries[n].values[r] = rows.values[row][4 * r + i];
 #pragma unroll
-      for (int r = 0; r < kHeadDim / 64; ++r) queries[n].residuals[r] = residuals[4 * r];
+      for (int r = 0; r < kHeadDim / 64; ++r) {
+        queries[n].residuals[r] = rows.residuals[row][4 * r + i];
+      }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int column = n * kTileRows + 2 * i + h;
-        const int clamped = min(column, item.rows - 1);
-        const float4 numbers = *reinterpret_cast<const float4*>(call.rows + index(clamped));
-        columns[n].multiplier[h] = numbers.x * (1.0f / kKvScaleFactor);
-        columns[n].sum_low[h] = numbers.y * kKvScaleFactor;
-        columns[n].sum_high[h] = numbers.z * kKvScaleFactor;
-        columns[n].visible[h] = column < item.rows ? item.visible + item.query(group, column) : 0;
+        const QueryNumbers numbers = rows.numbers[min(column, last)];
+        columns[n].multiplier[h] = numbers.multiplier * (1.0f / kKvScaleFactor);
+        columns[n].sum_low[h] = numbers.sum_low * kKvScaleFactor;
+        columns[n].sum_high[h] = numbers.sum_high * kKvScaleFactor;
+        columns[n].visible[h] = column <= last ? item.visible + item.query(group, column) : 0;
       }
     }
   }
@@ -170,21 +166,27 @@ struct AttendWarp {
 template <int kHeadDim>
 using ThreadState = RowState<kHeadDim / kThreadsPerRow>;
 
-// One split of an item, up to its last visible token; every thread answers its part of the states.
-// Ring::start begins to bring the tiles that shared.places names, Ring::wait answers the warp's
-// tile of a step, Ring::release ends its reading, and Ring::finish the split.
-template <int kHeadDim, int kTiles, class Shared, class Ring>
-__device__ inline void attend_split(const KvAttentionCuda& call, const KvItem& item, int split,
-                                    const AttendWarp<kHeadDim, kTiles>& self, Shared& shared,
-                                    Ring& ring, ThreadState<kHeadDim> (&states)[kTiles]) {
+// Brings the tiles of a split on their way, up to the last visible token; answers their number.
+template <int kHeadDim, class Shared, class Ring>
+__device__ inline int start_split(const KvAttentionCuda& call, const KvItem& item, int split,
+                                  Shared& shared, Ring& ring) {
   constexpr int kTokens = kTileTokens<kHeadDim>;
-  const int warp = threadIdx.x / 32, first_token = split * kSplitTokens;
   const int last = item.last_visible(static_cast<int>(call.params.group()));
-  const int tiles = (min(last - first_token, kSplitTokens) + kTokens - 1) / kTokens;
-
+  const int tiles = (min(last - split * kSplitTokens, kSplitTokens) + kTokens - 1) / kTokens;
   find_tiles<kHeadDim>(call, item, split, tiles, shared.places);
   __syncthreads();
   ring.start(tiles);
+  return tiles;
+}
+
+// A split that has been started; every thread answers its part of the states. Ring::wait answers
+// the warp's tile of a step, Ring::release ends its reading, and Ring::finish the split.
+template <int kHeadDim, int kTiles, class Shared, class Ring>
+__device__ inline void attend_split(int first_token, int tiles,
+                                    const AttendWarp<kHeadDim, kTiles>& self, Shared& shared,
+                                    Ring& ring, ThreadState<kHeadDim> (&states)[kTiles]) {
+  constexpr int kTokens = kTileTokens<kHeadDim>;
+  const int warp = threadIdx.x / 32;
   RunningSoftmax<kHeadDim> softmax[kTiles];
   for (int step = 0; step * kAttendWarps < tiles; ++step) {
     const int index = step * kAttendWarps + warp;
@@ -228,7 +230,7 @@ __device__ inline void store_state(const ThreadState<kHeadDim>& state, float* to
   if (part == 0) *reinterpret_cast<float2*>(to + kHeadDim) = {state.max, state.sum};
 }
 
-// The work of a block: `shared` holds places and rows.
+// The work of a block: `shared` holds queries, places and rows.
 template <int kHeadDim, int kTiles, class Shared, class Ring>
 __device__ inline void attend_items(const KvAttentionCuda& call, Shared& shared, Ring ring) {
   const KvAttentionParams& p = call.params;
@@ -238,12 +240,19 @@ __device__ inline void attend_items(const KvAttentionCuda& call, Shared& shared,
        index += gridDim.x) {
     const int splits = (max(item.last_visible(group), 0) + kSplitTokens - 1) / kSplitTokens;
     if (call.states && item.split >= splits) continue;  // the rows see none of it
-    const AttendWarp<kHeadDim, kTiles> self(call, item);
+    const int first = call.states ? item.split : 0, end = call.states ? first + 1 : splits;
 
+    AttendWarp<kHeadDim, kTiles> self;
     ThreadState<kHeadDim> total[kTiles];
-    for (int split = call.states ? item.split : 0; split < splits; ++split) {
+    for (int split = first; split < end; ++split) {
+      const int tiles = start_split<kHeadDim>(call, item, split, shared, ring);
+      if (split == first) {  // while the first tiles are on their way
+        make_queries(call, item, shared.queries);
+        __syncthreads();
+        self.read(call, item, shared.queries);
+      }
       ThreadState<kHeadDim> states[kTiles];
-      attend_split(call, item, split, self, shared, ring, states);
+      attend_split(split * kSplitTokens, tiles, self, shared, ring, states);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         if (call.states) {
@@ -252,21 +261,19 @@ __device__ inline void attend_items(const KvAttentionCuda& call, Shared& shared,
           total[n].merge(states[n]);
         }
       }
-      if (call.states) break;
     }
 
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int row = n * kTileRows + threadIdx.x / kThreadsPerRow;
       if (row >= item.rows) continue;
-      const int64_t index = (int64_t{item.first_query} + item.query(group, row)) * p.n_q +
-                            item.kv_head * group + (item.first_row + row) % group;
+      const int64_t index = item.token(group, row) * p.n_q + item.head(group, row);
       if (call.states) {
         store_state<kHeadDim>(total[n], call.states + (index * call.splits() + item.split) *
                                                           kv_cuda_state_floats(kHeadDim));
       } else {
         const int dim = threadIdx.x % kThreadsPerRow * (kHeadDim / kThreadsPerRow);
-        store_row(total[n], p.type, p.out, index * kHeadDim + dim);
+        store_row(total[n], p.out_type, p.out, index * kHeadDim + dim);
       }
     }
   }

@@ -100,7 +100,7 @@ inline void prepare_queries(const KvAttentionParams& p, const KvAttentionTask& t
     for (int r = 0; r < count; ++r) {
       const int64_t token = task.first_query + (first + r) / group;
       const int64_t head = task.kv_head * group + (first + r) % group;
-      load_row(p.q, p.type, (token * p.n_q + head) * kHeadDim, kHeadDim, x + r * kHeadDim);
+      load_row(p.q, p.q_type, token * p.q_stride + head * kHeadDim, kHeadDim, x + r * kHeadDim);
       if (!p.cos.data) continue;
       const int64_t angles = token * kHeadDim;
       rope<kHeadDim>(x + r * kHeadDim, p.cos.floats() + angles, p.sin.floats() + angles);
@@ -336,7 +336,7 @@ inline void write_out(const KvAttentionParams& p, const KvAttentionTask& task,
       for (int d = 0; d < kHeadDim; ++d) row[d] = state[d] * inverse;
     }
     const int64_t token = task.first_query + r / group, head = task.kv_head * group + r % group;
-    store_row(row, kHeadDim, p.type, p.out, (token * p.n_q + head) * kHeadDim);
+    store_row(row, kHeadDim, p.out_type, p.out, (token * p.n_q + head) * kHeadDim);
   }
 }
 

@@ -9,11 +9,13 @@ namespace {
 Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_table,
                     const Tensor& seq_lens, const Tensor& query_starts, double scale,
                     const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                    const std::optional<Tensor>& key_rotation) {
+                    const std::optional<Tensor>& key_rotation,
+                    std::optional<ScalarType> out_dtype) {
   const char* op = "kv_attention";
   const cuda::Call on(q);
-  const KvAttentionCall call = kv_attention_call(q, cache, block_table, seq_lens, query_starts,
-                                                 scale, cos, sin, key_rotation, RopeForm::kAsGiven);
+  const KvAttentionCall call =
+      kv_attention_call(q, cache, block_table, seq_lens, query_starts, scale, cos, sin,
+                        key_rotation, out_dtype, RopeForm::kAsGiven);
   check_device(op, "cache", cache, q);
   check_device(op, "block_table", block_table, q);
   check_device(op, "seq_lens", seq_lens, q);
@@ -21,7 +23,7 @@ Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_ta
   if (cos) check_device(op, "cos", *cos, q);
   if (sin) check_device(op, "sin", *sin, q);
   if (key_rotation) check_device(op, "key_rotation", *key_rotation, q);
-  cuda::check_aligned(op, "q", q);
+  cuda::check_aligned_tokens(op, "q", q);
   cuda::check_aligned(op, "cache", cache);
   if (q.numel() == 0) return call.out;
 
@@ -31,21 +33,23 @@ Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_ta
                              .query_starts = query_starts.const_data_ptr<int32_t>(),
                              .tokens = q.size(0),
                              .sequences = block_table.size(0),
-                             .pages = cache.size(0)};
+                             .pages = cache.size(0),
+                             .queries = {p.q, p.q_type},
+                             .query_stride = p.q_stride};
   const int64_t rows = work.tokens * p.n_q;
   const int64_t state_bytes =
       rows * work.splits() * cuda::kv_cuda_state_floats(p.head_dim) * int64_t{sizeof(float)};
   const bool split = work.splits() > 1 && state_bytes <= cuda::kKvMaxStateBytes;
-  const Tensor values = allocate(q, {rows, p.head_dim}, ScalarType::Half);
-  const Tensor residuals = allocate(q, {rows, p.head_dim / 8}, ScalarType::Half);
-  const Tensor query_rows = allocate(q, {rows, 4}, ScalarType::Float);
+  const bool rotate = p.cos.data || p.rotation.data;
+  const Tensor rotated = allocate(q, {rotate ? rows * p.head_dim : 0}, ScalarType::Float);
   const Tensor states = allocate(q, {split ? state_bytes / 4 : 0}, ScalarType::Float);
-  work.values = static_cast<uint16_t*>(values.mutable_data_ptr());
-  work.residuals = static_cast<uint16_t*>(residuals.mutable_data_ptr());
-  work.rows = static_cast<cuda::KvQueryRow*>(query_rows.mutable_data_ptr());
   work.states = split ? states.mutable_data_ptr<float>() : nullptr;
 
-  cuda::kv_attention_prepare(work, on.stream());
+  if (rotate) {
+    cuda::kv_attention_prepare(work, rotated.mutable_data_ptr<float>(), on.stream());
+    work.queries = {rotated.const_data_ptr(), FloatType::kFloat32};
+    work.query_stride = p.n_q * p.head_dim;
+  }
   if (on.family() == cuda::Family::kSm90) {
     cuda::kv_attention_attend_sm90(work, on.device(), on.stream());
   } else {

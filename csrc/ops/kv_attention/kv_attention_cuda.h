@@ -1,6 +1,6 @@
-// kv_attention on CUDA: three kernels, nothing read on the host.
+// kv_attention on CUDA: up to three kernels, nothing read on the host.
 //
-//   prepare  q' of every (token, head) as float16, with a power of two and sums    _prepare.cu
+//   prepare  q' of every (token, head), if cos, sin or key_rotation are given      _prepare.cu
 //   attend   items (sequence, rows, split, kv head) found on the device            .cu, _sm90.cu
 //   merge    the splits of a row in their order                                    _merge.cu
 //
@@ -14,24 +14,18 @@
 
 namespace resq::cuda {
 
-// A row of q as the attention kernel reads it: q' = multiplier * (values + residuals), sums of
-// values + residuals by part. Residuals are what float16 loses of the high dims.
-struct KvQueryRow {
-  float multiplier, sum_low, sum_high, unused;
-};
-
 struct KvAttentionCuda {
   KvAttentionParams params;
   const int32_t* seq_lens;      // [sequences]
   const int32_t* query_starts;  // [sequences + 1]
   int64_t tokens, sequences, pages;
 
-  // Workspace.
-  uint16_t* values = nullptr;     // float16 [tokens, n_q, head_dim]
-  uint16_t* residuals = nullptr;  // float16 [tokens, n_q, head_dim / 8]
-  KvQueryRow* rows = nullptr;     // [tokens, n_q]
-  float* states = nullptr;  // [tokens, n_q, splits, kv_cuda_state_floats]; null: a block takes all
-                            // splits of its rows in turn, which gives the same bits
+  // q', in the first place q: head h of token t is at t * query_stride + h * head_dim.
+  FloatArray queries;
+  int64_t query_stride;
+
+  float* states = nullptr;  // Workspace [tokens, n_q, splits, kv_cuda_state_floats]; null: a block
+                            // takes all splits of its rows in turn, which gives the same bits
 
   RESQ_HOST_DEVICE int64_t splits() const {
     return ceil_div(params.max_pages * params.page_size, kSplitTokens);
@@ -44,7 +38,8 @@ constexpr RESQ_HOST_DEVICE int kv_cuda_state_floats(int head_dim) { return head_
 // More than this many bytes of states, and blocks take whole rows instead.
 inline constexpr int64_t kKvMaxStateBytes = int64_t{64} << 20;
 
-void kv_attention_prepare(const KvAttentionCuda& call, Stream stream);
+// Writes q' float32 [tokens, n_q, head_dim].
+void kv_attention_prepare(const KvAttentionCuda& call, float* out, Stream stream);
 void kv_attention_attend(const KvAttentionCuda& call, const Device& device, Stream stream);
 void kv_attention_attend_sm90(const KvAttentionCuda& call, const Device& device, Stream stream);
 void kv_attention_merge(const KvAttentionCuda& call, Stream stream);

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kHeadDim)
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) total.merge(parts[s]);
   }
-  store_row(total, call.params.type, call.params.out, row * kHeadDim + threadIdx.x);
+  store_row(total, call.params.out_type, call.params.out, row * kHeadDim + threadIdx.x);
 }
 
 }  // namespace

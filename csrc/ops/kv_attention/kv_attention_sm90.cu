@@ -43,6 +43,7 @@ template <int kHeadDim, int kTiles>
 struct Shared {
   Stage<kHeadDim> ring[kStages];
   WarpRow<kHeadDim> rows[kAttendWarps][kTiles * kTileRows];
+  QueryRows<kHeadDim, kTiles * kTileRows> queries;
   TilePlace places[kSplitTiles<kHeadDim>];
   uint64_t full[kStages];
   uint32_t readers[kStages];  // warps that have read what the stage holds

@@ -13,6 +13,10 @@ struct KvItem {
   int visible;      // tokens that its query 0 sees; may be negative
 
   __device__ int query(int group, int row) const { return (first_row + row) / group; }
+  __device__ int64_t token(int group, int row) const { return first_query + query(group, row); }
+  __device__ int head(int group, int row) const {
+    return kv_head * group + (first_row + row) % group;
+  }
   __device__ int last_visible(int group) const { return visible + query(group, rows - 1); }
 };
 
