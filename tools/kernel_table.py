@@ -24,9 +24,10 @@ LIBRARY = ROOT / "resq_kernels/_C_cuda.so"
 TABLE = ROOT / "tests/cuda/kernel_table.json"
 
 # Instructions whose presence or absence says whether a kernel is what it is meant to be: tensor
-# cores, 16-byte and asynchronous copies, and local memory, which no kernel may touch.
+# cores, 16-byte and asynchronous copies, early starts of dependent kernels (ACQBULK waits for the
+# kernel before, PREEXIT allows the one after), and local memory, which no kernel may touch.
 KEY_INSTRUCTIONS = re.compile(
-    r"^(IMMA\.\d+\.\w+\.\w+|IGMMA\.64x\d+x32\.\w+\.\w+|HMMA\.\d+\.\w+|UBLKCP|UTMALDG\.\dD|LDSM"
+    r"^(IMMA\.\d+\.\w+\.\w+|IGMMA\.64x\d+x32\.\w+\.\w+|HMMA\.\d+\.\w+|UBLKCP|UTMALDG\.\dD|LDSM|ACQBULK|PREEXIT"
     r"|LDGSTS\.E(?:\.\w+)*\.128|(?:LDG|STG|LDS|STS)\b.*\.128|LDL|STL|CALL)"
 )
 ACCESS = re.compile(r"^(LDG|STG|LDS|STS|LDGSTS)\b")

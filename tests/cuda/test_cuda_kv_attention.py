@@ -306,7 +306,8 @@ def test_rotated_queries_are_read_by_the_attention_kernel_itself(
 
     The identity as a rotation multiplies by one and adds zeros: the same numbers in float32.
     """
-    attend = "kv_attention_sm90_kernel" if device.arch == 90 else "kv_attention_kernel"
+    form = "_sm90" if device.arch == 90 else ""
+    attend, merge = f"kv_attention{form}_kernel", f"kv_attention_merge{form}_kernel"
     case = make([1100, 60], [2, 9], head_dim, group=4, padding=1)
     wide = torch.randn(12, 7, head_dim).to(dtype)
     case.q = wide[:, 2:6]
@@ -315,12 +316,12 @@ def test_rotated_queries_are_read_by_the_attention_kernel_itself(
     def run(name: str, **changes: torch.Tensor) -> None:
         outs[name] = case.run(device, **changes)
 
-    assert kernels(lambda: run("slice")) == [attend, "kv_attention_merge_kernel"]
+    assert kernels(lambda: run("slice")) == [attend, merge]
     run("contiguous", q=case.q.contiguous())
     run("widened", q=case.q.float())
     case.rest = (None, None, torch.eye(head_dim)[None])
     launched = kernels(lambda: run("prepared"))
-    assert launched == ["kv_attention_prepare_kernel", attend, "kv_attention_merge_kernel"]
+    assert launched == ["kv_attention_prepare_kernel", attend, merge]
     for out_dtype in DTYPES:
         case.rest = (None, None, None, out_dtype)
         run("out")

@@ -18,7 +18,10 @@ REQUIRED = {
     "kv_attention_kernel": {
         arch: ["HMMA.16816.F32", "LDGSTS.128", "LDS.128"] for arch in ("sm_80", "sm_90")
     },
-    "kv_attention_sm90": {"sm_90a": ["HMMA.16816.F32", "UBLKCP", "LDS.128"]},
+    "kv_attention_sm90_kernel": {
+        "sm_90a": ["HMMA.16816.F32", "UBLKCP", "LDS.128", "ACQBULK", "PREEXIT"]
+    },
+    "kv_attention_merge_sm90_kernel": {"sm_90a": ["ACQBULK"]},
 }
 
 

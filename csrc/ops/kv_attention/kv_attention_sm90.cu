@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/bulk_copy_sm90.cuh"
+#include "cuda/dependent_launch_sm90.cuh"
 #include "ops/kv_attention/kv_attention_attend.cuh"
 
 namespace resq::cuda {
@@ -149,7 +150,10 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks(kTiles))
     kv_attention_sm90_kernel(const __grid_constant__ KvAttentionCuda call) {
   extern __shared__ __align__(128) uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared<kHeadDim, kTiles>*>(memory);
-  attend_items<kHeadDim, kTiles>(call, shared, Ring<kHeadDim, kTiles>(call, shared));
+  const Ring<kHeadDim, kTiles> ring(call, shared);
+  wait_for_kernel_before();
+  allow_kernel_after();  // the blocks of the merge take their places as those of this one end
+  attend_items<kHeadDim, kTiles>(call, shared, ring);
 }
 
 }  // namespace
@@ -160,7 +164,7 @@ void kv_attention_attend_sm90(const KvAttentionCuda& call, const Device& device,
     constexpr int kShared = sizeof(Shared<head_dim, tiles>);
     static_assert(attend_blocks(tiles) * (kShared + 1024) <= 228 * 1024);
     allow_shared_bytes("kv_attention", reinterpret_cast<const void*>(kernel), kShared);
-    kernel<<<blocks, kAttendThreads, kShared, static_cast<cudaStream_t>(stream)>>>(call);
+    launch_dependent(kernel, blocks, kAttendThreads, kShared, stream, call);
   });
 }
 

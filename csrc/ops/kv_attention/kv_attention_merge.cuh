@@ -1,0 +1,53 @@
+// Merges the splits of every row in their order. One block a row, one thread a dim; the loads of
+// kAhead splits are under way at once.
+#pragma once
+
+#include "ops/kv_attention/kv_attention_softmax.cuh"
+#include "ops/kv_attention/kv_attention_work.cuh"
+
+namespace resq::cuda {
+
+inline constexpr int kAhead = 8;
+
+// Tokens that the query in row `token` of q sees.
+__device__ inline int visible_tokens(const KvAttentionCuda& call, int token) {
+  const int lane = threadIdx.x % 32;
+  for (int64_t base = 0; base <= call.sequences; base += 32) {
+    const KvSequence s(call, base + lane);
+    const bool holds = token >= s.begin && token < s.begin + s.queries;
+    const unsigned holders = __ballot_sync(kAllLanes, holds);
+    if (holders == 0) continue;
+    const int visible = s.length - s.queries + 1 + token - s.begin;
+    return __shfl_sync(kAllLanes, visible, __ffs(holders) - 1);
+  }
+  return 0;
+}
+
+// The work of a block. Nothing that the attention kernel writes is read before `wait`.
+template <int kHeadDim, class Wait>
+__device__ inline void merge_row(const KvAttentionCuda& call, Wait wait) {
+  constexpr int kFloats = kv_cuda_state_floats(kHeadDim);
+  const int64_t row = blockIdx.x, most = call.splits();
+  const int visible = visible_tokens(call, static_cast<int>(row / call.params.n_q));
+  const int splits = (max(visible, 0) + kSplitTokens - 1) / kSplitTokens;
+  wait();
+  const float* states = call.states + row * most * kFloats;
+  RowState<1> total;
+  for (int first = 0; first < splits; first += kAhead) {
+    RowState<1> parts[kAhead];
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) {
+      if (first + s >= splits) continue;
+      const float* state = states + (first + s) * kFloats;
+      parts[s].values[0] = state[threadIdx.x];
+      const float2 numbers = *reinterpret_cast<const float2*>(state + kHeadDim);
+      parts[s].max = numbers.x;
+      parts[s].sum = numbers.y;
+    }
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) total.merge(parts[s]);
+  }
+  store_row(total, call.params.out_type, call.params.out, row * kHeadDim + threadIdx.x);
+}
+
+}  // namespace resq::cuda
