@@ -34,6 +34,9 @@ RESQ_LIBRARY_EXPANDED(RESQ_NAMESPACE, m) {
       "kv_attention(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, "
       "Tensor query_starts, float scale, Tensor? cos=None, Tensor? sin=None, "
       "Tensor? key_rotation=None, ScalarType? out_dtype=None) -> Tensor");
+  m.def(
+      "kv_dequantize(Tensor cache, Tensor block_table, Tensor seq_lens, SymInt max_tokens, "
+      "int head_dim, ScalarType dtype) -> (Tensor k, Tensor v)");
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_missing() -> str");
   m.def("cuda_family(int device) -> str");

@@ -12,6 +12,7 @@ from resq_kernels.formats import MixedTensor, pack_int4, unpack_int4
 from resq_kernels.reference_attention import (  # noqa: F401  part of the specification
     kv_append,
     kv_attention,
+    kv_dequantize,
     kv_fake_quantize,
 )
 

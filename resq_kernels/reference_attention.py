@@ -110,3 +110,30 @@ def kv_attention(
         k, v = (rows.dequantize() for rows in kv_pages.read_tokens(cache, slots, head_dim))
         out[begin:end] = attend(rotated[begin:end], k, v, scale)
     return out.to(out_dtype or q.dtype)
+
+
+def kv_dequantize(
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    max_tokens: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and values of the pages, [S, max_tokens, n_kv, D]; as in `ops.kv_dequantize`.
+
+    Formula: scale * code + offset in float32, rounded once to dtype, float16 saturating at 65504;
+    0 past a sequence's length.
+    """
+    page_size = kv_pages.page_size_of(cache, head_dim)
+    shape = (block_table.shape[0], max_tokens, cache.shape[1], head_dim)
+    out = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+    for i, length in enumerate(seq_lens.tolist()):
+        position = torch.arange(length)
+        slots = block_table[i].long()[position // page_size] * page_size + position % page_size
+        for rows, values in zip(kv_pages.read_tokens(cache, slots, head_dim), out, strict=True):
+            exact = rows.dequantize()
+            if dtype == torch.float16:
+                exact = exact.clamp_max(kv_pages.LARGEST)
+            values[i, :length] = exact.to(dtype)
+    return out

@@ -25,7 +25,7 @@ LAYOUT_ONLY = {"pack_weight", "unpack_weight"}
 
 
 def test_schema_lists_the_contract() -> None:
-    assert len(OPS) == 9
+    assert len(OPS) == 10
 
 
 @pytest.mark.parametrize("op", OPS)

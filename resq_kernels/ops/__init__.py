@@ -3,6 +3,7 @@
 from resq_kernels.ops.hadamard import hadamard
 from resq_kernels.ops.kv_append import kv_append
 from resq_kernels.ops.kv_attention import kv_attention
+from resq_kernels.ops.kv_dequantize import kv_dequantize
 from resq_kernels.ops.mixed_gemm import mixed_gemm
 from resq_kernels.ops.mixed_quantize import mixed_quantize
 from resq_kernels.ops.pack_weight import pack_weight
@@ -14,6 +15,7 @@ __all__ = [
     "hadamard",
     "kv_append",
     "kv_attention",
+    "kv_dequantize",
     "mixed_gemm",
     "mixed_quantize",
     "pack_weight",

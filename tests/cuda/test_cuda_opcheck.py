@@ -55,6 +55,11 @@ def attention_arguments(_: emulation.Emulated) -> tuple:
     return (torch.randn(ROWS, 4, 64).half(), *where, 0.1, *rest)
 
 
+def dequantize_arguments(_: emulation.Emulated) -> tuple:
+    pages = fill_pages([torch.randn(40, 1, 64)], [torch.randn(40, 1, 64)], 32)
+    return (pages.cache, pages.block_table, pages.seq_lens, 45, 64, torch.float16)
+
+
 # operator -> its arguments; `packed` is given, because its default depends on the device.
 SAMPLES = {
     "mixed_quantize": lambda _: (torch.randn(ROWS, K), HIGH, 4, True),
@@ -72,6 +77,7 @@ SAMPLES = {
     "mixed_gemm": gemm_arguments,
     "kv_append": append_arguments,
     "kv_attention": attention_arguments,
+    "kv_dequantize": dequantize_arguments,
 }
 
 

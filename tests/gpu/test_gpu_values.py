@@ -215,6 +215,22 @@ def test_kv_append_rotates_queries(dtype: torch.dtype, heads: tuple) -> None:
     assert same_bits(attention(got, pages, *where, 0.1).to(dtype).cpu(), inside.cpu())
 
 
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kv_dequantize_has_the_cpu_s_bits(dtype: torch.dtype, heads: tuple) -> None:
+    for lengths in ([1], [3, 130, 64], [700, 5]):
+        append, cache, slots, table = cached(lengths, heads, 64, torch.float32)
+        torch.ops.resq.kv_append(*append, cache, slots)
+        lens = torch.tensor(lengths, dtype=torch.int32)
+        where = (cache, table, lens)
+        for most in (max(lengths), max(lengths) + 3):
+            expected = torch.ops.resq.kv_dequantize(*where, most, heads[2], dtype)
+            result = torch.ops.resq.kv_dequantize(*on("cuda", where), most, heads[2], dtype)
+            for here, there in zip(expected, result, strict=True):
+                assert same_bits(there.cpu(), here), (lengths, most)
+
+
 @pytest.mark.parametrize("page_size", [32, 64, 128])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_kv_attention_agrees_with_the_cpu_s(heads: tuple, page_size: int) -> None:

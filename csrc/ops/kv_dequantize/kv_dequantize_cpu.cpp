@@ -1,0 +1,69 @@
+// kv_dequantize on CPUs: checks, threads, the choice of the instruction set, the registration.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "cpu/isa.h"
+#include "ops/kv_dequantize/kv_dequantize_args.h"
+
+namespace resq {
+namespace {
+
+auto variant() {
+  switch (cpu::vector_isa()) {
+#if defined(__x86_64__)
+    case cpu::Isa::kAvx512Vnni: return avx512vnni::kv_dequantize_items;
+    case cpu::Isa::kAvx2: return avx2::kv_dequantize_items;
+#endif
+    default: return scalar::kv_dequantize_items;
+  }
+}
+
+// Every length fits max_tokens and its row of the block table; every page that it uses exists.
+void check_lengths(const KvDequantizeParams& p) {
+  const auto refuse = [](const char* argument, const std::string& expected, int64_t got,
+                         const char* of, int64_t sequence) {
+    fail("kv_dequantize", argument, expected,
+         std::to_string(got) + " for " + of + std::to_string(sequence));
+  };
+  const int64_t room = std::min(p.max_tokens, p.max_pages * p.page_size);
+  for (int64_t s = 0; s < p.sequences; ++s) {
+    const int64_t length = p.seq_lens[s];
+    if (length < 0 || length > room) {
+      refuse("seq_lens",
+             "0 to " + std::to_string(room) +
+                 " tokens (the smaller of max_tokens and block_table's pages x page size)",
+             length, "sequence ", s);
+    }
+    for (int64_t i = 0; i * p.page_size < length; ++i) {
+      const int32_t page = p.block_table[s * p.max_pages + i];
+      if (page < 0 || page >= p.pages) {
+        refuse("block_table", "pages from 0 to " + std::to_string(p.pages - 1), page,
+               "a page of sequence ", s);
+      }
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor> kv_dequantize(const Tensor& cache, const Tensor& block_table,
+                                         const Tensor& seq_lens, int64_t max_tokens,
+                                         int64_t head_dim, ScalarType dtype) {
+  const KvDequantizeCall call =
+      kv_dequantize_call(cache, block_table, seq_lens, max_tokens, head_dim, dtype);
+  check_lengths(call.params);
+  constexpr int64_t kGrainItems = 4;  // an item is 4096 numbers, about 2 us with AVX2
+  if (call.params.n_kv > 0) {
+    torch::stable::parallel_for(
+        0, call.params.items(), kGrainItems,
+        [&](int64_t begin, int64_t end) { variant()(call.params, begin, end); });
+  }
+  return {call.k, call.v};
+}
+
+}  // namespace
+}  // namespace resq
+
+STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
+  m.impl("kv_dequantize", TORCH_BOX(&resq::kv_dequantize));
+}
