@@ -36,6 +36,8 @@ class ResQAttention(nn.Module):
 
     Attributes:
         key_rotation: float16 [1, D, D], or None; no `.to(dtype)` casts it.
+        batch_invariant: False; True keeps the bits of a query independent of the batch and of how a
+            prompt is cut on CUDA too, where long steps else go through `prefill.attend`.
 
     Source: arXiv 2412.14363, section 4.2 (U_B, U_C) and 4.3 (KV cache).
     """
@@ -60,6 +62,7 @@ class ResQAttention(nn.Module):
         self.kv_bits, self.hi_bits = kv_bits, hi_bits
         self._qkv = MergedLinears()
         self.scaling = head_dim**-0.5
+        self.batch_invariant = False
         self.heads = q_proj.out_features // head_dim
         self.kv_heads = k_proj.out_features // head_dim
         # Every head keeps the same share of its dims in the high part of o_proj's input.
@@ -136,7 +139,8 @@ class ResQAttention(nn.Module):
         rotated = paged.append(
             step, k_rows, v_rows, cos, sin, self.key_rotation, self.hi_bits, q_rows
         )
-        return paged.attend(step, rotated, self.scaling).to(q.dtype).view(q.shape)
+        out = paged.attend(step, rotated, self.scaling, self.batch_invariant)
+        return out.to(q.dtype).view(q.shape)
 
     def _attend_float(
         self,

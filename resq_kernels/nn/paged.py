@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from resq_kernels import ops
 from resq_kernels.kv_pages import DEFAULT_PAGE_SIZE, token_bytes
+from resq_kernels.nn import prefill
 
 
 @dataclass
@@ -38,6 +40,19 @@ class Step:
     def batch(self) -> int:
         """Sequences."""
         return self.seq_lens.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """L, padding included."""
+        return len(self.positions) // max(self.batch, 1)
+
+    @cached_property
+    def lengths(self) -> list[tuple[int, int]]:
+        """(new tokens, all tokens) of every sequence; read from the device if there is padding."""
+        if self.rows is None:
+            return [(self.columns, self.padded_length)] * self.batch
+        new = self.query_starts.diff().tolist()
+        return list(zip(new, self.seq_lens.tolist(), strict=True))
 
     def slots(self, capacity: int) -> torch.Tensor:
         """int64 [B * L] cache slots if every sequence owns `capacity` of them; -1 for padding."""
@@ -195,15 +210,23 @@ class PagedKeysValues:
         slots = step.slots(self.pages_per_sequence * self.page_size)
         return ops.kv_append(k, v, cos, sin, key_rotation, self.pages, slots, hi_bits, q)
 
-    def attend(self, step: Step, q: torch.Tensor, scale: float) -> torch.Tensor:
-        """[B * L, n_q, D] of rotated q [B * L, n_q, D] (`ops.kv_attention`); zero for padding."""
+    def attend(
+        self, step: Step, q: torch.Tensor, scale: float, batch_invariant: bool = False
+    ) -> torch.Tensor:
+        """[B * L, n_q, D] of rotated q [B * L, n_q, D]; zero for padding.
+
+        `ops.kv_attention`, or `prefill.attend` where that is faster; in a dtype of its own.
+        """
         table = torch.arange(self.pages.shape[0], dtype=torch.int32, device=q.device)
         table = table.view(step.batch, self.pages_per_sequence)
         rows = step.rows
         if rows is not None:
             padded, q = q, q[rows]
-        out = ops.kv_attention(q, self.pages, table, step.seq_lens, step.query_starts, scale)
-        return out if rows is None else torch.zeros_like(padded).index_copy(0, rows, out)
+        if prefill.is_faster(q.device.type, step.columns, batch_invariant):
+            out = prefill.attend(q, self.pages, table, step.seq_lens, step.lengths, scale)
+        else:
+            out = ops.kv_attention(q, self.pages, table, step.seq_lens, step.query_starts, scale)
+        return out if rows is None else out.new_zeros(padded.shape).index_copy(0, rows, out)
 
     def _reserve(self, step: Step, k: torch.Tensor) -> None:
         needed = -(-step.padded_length // self.page_size)

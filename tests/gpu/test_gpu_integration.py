@@ -31,6 +31,13 @@ def attend(x: torch.Tensor) -> torch.Tensor:
     return ops.kv_attention(x, cache, table, lengths, starts.int(), 0.1)
 
 
+def dequantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the pages of one sequence with the rows of `x` stand for."""
+    table = torch.arange(4, device="cuda", dtype=torch.int32)[None]
+    lengths = torch.full((1,), x.shape[0], device="cuda", dtype=torch.int32)
+    return ops.kv_dequantize(append(x), table, lengths, 250, 128, torch.float16)
+
+
 def calls(rows: int) -> dict:
     """name -> (function of one float tensor, that tensor) for every operator with a CUDA kernel."""
     weight = Weight(768, HIDDEN - HIGH, HIGH).arguments("cuda")
@@ -49,6 +56,7 @@ def calls(rows: int) -> dict:
         "mixed_gemm": (linear, x),
         "kv_append": (append, heads),
         "kv_attention": (attend, heads),
+        "kv_dequantize": (dequantize, heads),
     }
 
 
@@ -60,6 +68,7 @@ NAMES = (
     "mixed_gemm",
     "kv_append",
     "kv_attention",
+    "kv_dequantize",
 )
 
 

@@ -34,3 +34,39 @@ def test_generate_does_not_depend_on_the_batch() -> None:
     together = model.generate(prompts, max_new_tokens=12, do_sample=False)
     alone = model.generate(prompts[2:3], max_new_tokens=12, do_sample=False)
     assert torch.equal(together[2:3], alone)
+
+
+@torch.no_grad()
+def test_a_long_prompt_does_not_depend_on_how_it_is_cut() -> None:
+    """Up to the rounding of prefill.attend in the first layer, whose input does not depend on it
+    either; after that a rounded code may be another. batch_invariant keeps all bits."""
+    model = random_quantized("llama", num_hidden_layers=2).cuda()
+    tokens = torch.randint(0, model.config.vocab_size, (2, 210), device="cuda")
+    mask = torch.ones_like(tokens)
+    mask[1, :30] = 0  # padding on the left
+    seen: list[torch.Tensor] = []
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+
+    def run(chunks: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first layer's attention and the logits, of tokens that are no padding."""
+        seen.clear()
+        logits, cache, end = [], None, 0
+        for part in tokens.split(chunks, dim=1):
+            end += part.shape[1]
+            out = model(part, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits.append(out.logits)
+        return torch.cat(seen, dim=1)[mask.bool()], torch.cat(logits, dim=1)[mask.bool()]
+
+    chunks = [100, 80, 20, 10]
+    whole, cut = run([210])[0], run(chunks)[0]
+    for layer in model.model.layers:
+        layer.self_attn.batch_invariant = True
+    exact = run([210])
+    assert all(map(torch.equal, run(chunks), exact))
+    assert not torch.equal(whole, exact[0])  # the other path
+    # Both paths round q, K or their products, V and the weights to float16, 2^-11 each.
+    for rows in (whole, cut):
+        assert ((rows - exact[0]).norm(dim=-1) < 8 * 2**-11 * exact[0].norm(dim=-1)).all()

@@ -18,6 +18,7 @@ from gpu_cases import (
 )
 
 from resq_kernels import kv_pages
+from resq_kernels.nn import prefill
 
 BATCHES = (0, 1, 2, 7, 16, 33, 64, 65, 130, 257)
 
@@ -229,6 +230,29 @@ def test_kv_dequantize_has_the_cpu_s_bits(dtype: torch.dtype, heads: tuple) -> N
             result = torch.ops.resq.kv_dequantize(*on("cuda", where), most, heads[2], dtype)
             for here, there in zip(expected, result, strict=True):
                 assert same_bits(there.cpu(), here), (lengths, most)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_prefill_agrees_with_the_cpu_s_kv_attention(heads: tuple) -> None:
+    lengths, counts = [200, 200, 1500, 66, 90], [200, 200, 130, 1, 0]
+    append, cache, slots, table = cached(lengths, heads, 64, torch.float32)
+    torch.ops.resq.kv_append(*append, cache, slots)
+    lens = torch.tensor(lengths, dtype=torch.int32)
+    starts = torch.tensor([0, *counts]).cumsum(0).int()
+    q = torch.randn(sum(counts), heads[0], heads[2])
+    scale = heads[2] ** -0.5
+    expected = torch.ops.resq.kv_attention(q, cache, table, lens, starts, scale)
+    where = on("cuda", (q, cache, table, lens))
+    result = prefill.attend(*where, list(zip(counts, lengths, strict=True)), scale)
+    assert result.dtype == torch.float16
+    # float16 rounds q, K, V and the weights by 2^-11 each; the CPU's operator runs at 2^-16.
+    error = (result.float().cpu() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
+    assert error.max() < 4 * 2**-11
+    whole = where[0][200:400], where[1], where[2][1:2], where[3][1:2]
+    parts = [prefill.attend(whole[0][:90], *whole[1:3], whole[3] - 110, [(90, 90)], scale)]
+    parts += [prefill.attend(whole[0][90:], *whole[1:], [(110, 200)], scale)]
+    error = (torch.cat(parts).float().cpu() - expected[200:400]).norm(dim=-1)
+    assert (error < 4 * 2**-11 * expected[200:400].norm(dim=-1)).all()
 
 
 @pytest.mark.parametrize("page_size", [32, 64, 128])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kv_bounds import kv_attention_bound
 from kv_cases import (
     DTYPES,
     HEAD_DIMS,
@@ -16,8 +17,6 @@ from kv_cases import (
 
 from resq_kernels import kv_pages, ops, reference
 from resq_kernels.reference_attention import attend, rope
-
-BLOCK = 64  # keys that share a scale of the 16-bit weights
 
 
 def random_pages(
@@ -40,40 +39,6 @@ def rotated_queries(q: torch.Tensor, n_kv: int, cos, sin, rotation) -> torch.Ten
     return torch.einsum("thd,hde->the", q, per_head)
 
 
-def error_bound(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, codes_v: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Bound on |kv_attention - exact| for one sequence, before rounding to the output's dtype.
-
-    A score moves by at most eps: each q' of a part by half of max|q'| / 32767, times the sum of
-    |k| over the part, plus float32 rounding of the products. Softmax weights then change by a
-    factor within exp(+-2 eps). The weight p s of a code c (s: V's scale) is rounded to a multiple
-    of the block's largest p s over 32767.
-    """
-    n, length, head_dim = q.shape[0], k.shape[0], q.shape[-1]
-    group = q.shape[1] // k.shape[1]
-    k, v, codes_v = (x.repeat_interleave(group, 1) for x in (k, v, codes_v))
-    low = kv_pages.low_dims(head_dim)
-    visible = torch.arange(length) < length - n + 1 + torch.arange(n)[:, None]
-    scores = torch.einsum("nhd,lhd->nhl", q, k) * scale
-    scores = scores.masked_fill(~visible[:, None], -torch.inf)
-    p = scores.softmax(-1).nan_to_num(0.0)  # [n, heads, length]
-
-    eps = 2.0**-20 * torch.einsum("nhd,lhd->nhl", q.abs(), k.abs())  # float32 products and sums
-    for part in (slice(0, low), slice(low, head_dim)):
-        step = q[..., part].abs().amax(-1) / 32767
-        eps += step[..., None] / 2 * k[..., part].abs().sum(-1).T[None]
-    eps = (eps * abs(scale)).masked_fill(~visible[:, None], 0.0).amax(-1, keepdim=True)
-    bound = torch.expm1(2 * eps + 2.0**-20) * torch.einsum("nhl,lhd->nhd", p, v.abs())
-
-    v_scale = (v.amax(-1) - v.amin(-1)) / 15  # [length, heads], at least either part's scale
-    for begin in range(0, length, BLOCK):
-        block = slice(begin, begin + BLOCK)
-        top = (p[..., block] * v_scale[block].T[None]).amax(-1, keepdim=True)
-        bound += 1.01 * top / 65534 * codes_v[block].sum(0)[None]
-    return bound
-
-
 def check(pages: Pages, q, counts, scale, cos=None, sin=None, rotation=None) -> torch.Tensor:
     """Runs the op, compares with float64 within the bound, answers the output."""
     query_starts = starts(counts)
@@ -90,7 +55,7 @@ def check(pages: Pages, q, counts, scale, cos=None, sin=None, rotation=None) -> 
         slots = page_slots(pages.block_table[i], pages.page_size, len(k))
         codes_v = kv_pages.read_tokens(pages.cache, slots, pages.head_dim)[1].codes.double()
         expected = attend(exact_q[rows], k, v, scale)
-        bound = error_bound(exact_q[rows], k, v, codes_v, scale)
+        bound = kv_attention_bound(exact_q[rows], k, v, codes_v, scale)
         # The specification's own float32 rotation differs from the exact one by at most this.
         rounding = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
         bound += rounding[q.dtype] * expected.abs() + 2.0**-24
@@ -152,7 +117,7 @@ def test_the_bound_rejects_a_code_that_is_off_by_one() -> None:
     slots = page_slots(pages.block_table[0], 64, 4)
     codes_v = kv_pages.read_tokens(pages.cache, slots, 128)[1].codes.double()
     expected = attend(q.double(), k, v, 128**-0.5)
-    bound = error_bound(q.double(), k, v, codes_v, 128**-0.5) + 2.0**-23 * expected.abs()
+    bound = kv_attention_bound(q.double(), k, v, codes_v, 128**-0.5) + 2.0**-23 * expected.abs()
     start = {"k": 0, "v": 64 * (72 + 16)}
     for kind, token, dim in [("k", 3, 3), ("k", 1, 111), ("v", 2, 0), ("v", 0, 60)]:
         byte, shift, _ = (int(t[token % 16, dim]) for t in kv_pages.place_table(kind, 128))
