@@ -139,8 +139,8 @@ class ResQAttention(nn.Module):
         rotated = paged.append(
             step, k_rows, v_rows, cos, sin, self.key_rotation, self.hi_bits, q_rows
         )
-        out = paged.attend(step, rotated, self.scaling, self.batch_invariant)
-        return out.to(q.dtype).view(q.shape)
+        out = paged.attend(step, rotated, self.scaling, q.dtype, self.batch_invariant)
+        return out.view(q.shape)
 
     def _attend_float(
         self,

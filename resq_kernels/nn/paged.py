@@ -211,11 +211,16 @@ class PagedKeysValues:
         return ops.kv_append(k, v, cos, sin, key_rotation, self.pages, slots, hi_bits, q)
 
     def attend(
-        self, step: Step, q: torch.Tensor, scale: float, batch_invariant: bool = False
+        self,
+        step: Step,
+        q: torch.Tensor,
+        scale: float,
+        dtype: torch.dtype,
+        batch_invariant: bool = False,
     ) -> torch.Tensor:
-        """[B * L, n_q, D] of rotated q [B * L, n_q, D]; zero for padding.
+        """[B * L, n_q, D] in `dtype` of rotated q [B * L, n_q, D]; zero for padding.
 
-        `ops.kv_attention`, or `prefill.attend` where that is faster; in a dtype of its own.
+        `ops.kv_attention`, or `prefill.attend` where that is faster.
         """
         table = torch.arange(self.pages.shape[0], dtype=torch.int32, device=q.device)
         table = table.view(step.batch, self.pages_per_sequence)
@@ -223,9 +228,10 @@ class PagedKeysValues:
         if rows is not None:
             padded, q = q, q[rows]
         if prefill.is_faster(q.device.type, step.columns, batch_invariant):
-            out = prefill.attend(q, self.pages, table, step.seq_lens, step.lengths, scale)
+            out = prefill.attend(q, self.pages, table, step.seq_lens, step.lengths, scale).to(dtype)
         else:
-            out = ops.kv_attention(q, self.pages, table, step.seq_lens, step.query_starts, scale)
+            where = (table, step.seq_lens, step.query_starts)
+            out = ops.kv_attention(q, self.pages, *where, scale, out_dtype=dtype)
         return out if rows is None else out.new_zeros(padded.shape).index_copy(0, rows, out)
 
     def _reserve(self, step: Step, k: torch.Tensor) -> None:

@@ -338,7 +338,11 @@ def arguments() -> dict[str, object]:
     ("name", "change", "message"),
     [
         ("q", lambda t: t.double(), r"q: expected float32 or float16 or bfloat16.*got float64"),
-        ("q", lambda t: t[0], r"q: expected .*\[\*, \*, \*\] with contiguous heads, got .*\[4, 64\]"),
+        (
+            "q",
+            lambda t: t[0],
+            r"q: expected .*\[\*, \*, \*\] with contiguous heads, got .*\[4, 64\]",
+        ),
         ("q", lambda t: t[..., :32].clone(), r"q: expected a head dimension .* of 64 or 128, got"),
         (
             "q",
@@ -346,7 +350,11 @@ def arguments() -> dict[str, object]:
             r"q: expected heads that are a multiple of the cache's 2",
         ),
         ("q", lambda t: t.transpose(0, 1), r"q: .*\(not contiguous\)"),
-        ("q", lambda t: t[:1].expand(5, -1, -1), r"q: .* with contiguous heads, got .*not contiguous"),
+        (
+            "q",
+            lambda t: t[:1].expand(5, -1, -1),
+            r"q: .* with contiguous heads, got .*not contiguous",
+        ),
         ("q", lambda t: t.double().expand(2, 5, 4, 64)[:, 0], r"q: expected .* got float64"),
         ("out_dtype", lambda t: torch.int8, r"out_dtype: expected float32, float16 .* got int8"),
         ("cache", lambda t: t[0], r"cache: expected 3 dimensions, got uint8 \[2, 5632\]"),
