@@ -72,10 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
     """
+    argv = sys.argv[1:] if argv is None else argv
     try:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:  # argparse ends --help with 0 and errors with 2
         return int(stop.code or 0)
+    args.argv = list(argv)  # reports say with which command they were made
     stopped: list[int] = []
     try:
         with _signals_unwind(stopped), warnings.catch_warnings():

@@ -1,9 +1,10 @@
-"""Acceptance on a machine with a GPU: tests, compute-sanitizer, a first benchmark, one report.
+"""Acceptance on a machine with a GPU: tests, compute-sanitizer, every benchmark, one report.
 
-Uses the libraries in resq_kernels/ if they are there and builds them otherwise. Takes under eight
-minutes. Writes NAME.json and NAME.md; the exit code is 0 only if every step passed.
+Uses the libraries in resq_kernels/ if they are there and builds them otherwise. Every step has a
+limit, in all under eleven minutes; --only splits that. Writes NAME.json, NAME.md and the plots of
+the benchmarks; the exit code is 0 only if every step passed.
 
-    python tools/gpu_check.py [--out benchmarks/results] [--skip benchmark]
+    python tools/gpu_check.py [--out benchmarks/results] [--only tests memcheck]
 """
 
 from __future__ import annotations
@@ -17,12 +18,21 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = ("tests", "memcheck", "racecheck", "benchmark")
-LIMIT_SECONDS = {"tests": 200, "memcheck": 75, "racecheck": 75, "benchmark": 100}
-TAIL = 4000  # characters of a step's output that the report keeps
+# Options of `resq bench` beside --device, --shapes and --out.
+BENCHMARKS = {
+    "gemm": ["--batch", "1,16,64,128,256,2048"],
+    "quantize": ["--batch", "1,16,256,2048"],
+    "hadamard": ["--batch", "1,16,256,2048"],
+    "attention": ["--batch", "1,8,64", "--context", "1024,8192,32768"],
+}
+LIMIT_SECONDS = {"tests": 200, "memcheck": 75, "racecheck": 75}
+LIMIT_SECONDS |= {"gemm": 100, "quantize": 40, "hadamard": 30, "attention": 60}
+STEPS = tuple(LIMIT_SECONDS)
+TAIL = 20000  # characters of a step's output that the report keeps: all rows of a benchmark
 Result = dict[str, object]
 
 
@@ -87,14 +97,21 @@ def sanitizer(tool: str) -> Result:
     return result
 
 
-def benchmark(folder: Path, models: str) -> Result:
-    """The first benchmark; its figures become the report's."""
-    target = folder / "benchmark.json"
-    command = [sys.executable, "-m", "resq_kernels.testing.bench_cuda", "--models", models]
-    command += ["--ceiling", "benchmarks/cuda/int8_ceiling.cu", "--json", str(target)]
-    result = run("benchmark", command)
-    if target.exists():
-        result["figures"] = json.loads(target.read_text())
+def benchmark_command(name: str, models: str, prefix: Path) -> list[str]:
+    """The arguments of `resq` for one benchmark."""
+    options = [*BENCHMARKS[name], "--device", "cuda", "--shapes", models]
+    return ["bench", name, *options, "--out", str(prefix)]
+
+
+def benchmark(name: str, folder: Path, models: str) -> Result:
+    """One benchmark; its figures become the report's, `prefix` is where its other files are."""
+    prefix = folder / name
+    for old in folder.glob(f"{name}.*"):
+        old.unlink()
+    command = [sys.executable, "-m", "resq_kernels", *benchmark_command(name, models, prefix)]
+    result = run(name, command)
+    if result["passed"]:
+        result |= {"figures": json.loads(prefix.with_suffix(".json").read_text())}
     return result
 
 
@@ -105,8 +122,8 @@ def commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
-def markdown(report: dict) -> str:
-    """The report for readers."""
+def markdown(report: dict, tables: dict[str, str]) -> str:
+    """The report for readers; `tables` are those of the benchmarks."""
     lines = [f"# GPU check, {report['date']}, commit {report['commit']}", ""]
     lines += ["| step | result | seconds |", "|---|---|---|"]
     for name, step in report["steps"].items():
@@ -115,54 +132,57 @@ def markdown(report: dict) -> str:
         )
         result = ("passed" if step["passed"] else "FAILED") + (f" ({counts})" if counts else "")
         lines.append(f"| {name} | {result} {step.get('summary') or ''} | {step['seconds']} |")
-    figures = report["steps"].get("benchmark", {}).get("figures")
-    if figures:
-        sys.path.insert(0, str(ROOT))
-        from resq_kernels.testing import bench_cuda
-
-        lines += ["", "```", json.dumps(figures["device"], indent=1), "```", ""]
-        lines.append(
-            f"Copy bandwidth {figures['copy_bytes_per_second'] / 1e12:.2f} TB/s; 8-bit wgmma "
-        )
-        rate = figures["int8_operations_per_second"]
-        lines[-1] += f"{rate / 1e12:.0f} TOP/s." if rate else "not measured."
-        lines += ["", bench_cuda.markdown(figures)]
+    for name, text in tables.items():
+        lines += ["", f"## resq bench {name}", "", text]
     for name, step in report["steps"].items():
         if not step["passed"]:
             lines += ["", f"## {name}: end of its output", "", "```", str(step["output"]), "```"]
     return "\n".join(lines) + "\n"
 
 
+def take(name: str, scratch: Path, models: str) -> Result:
+    """Runs one of STEPS."""
+    if name == "tests":
+        return tests(scratch)
+    return benchmark(name, scratch, models) if name in BENCHMARKS else sanitizer(name)
+
+
+def report_name(report: dict, steps: Sequence[str]) -> str:
+    """DATE_gpu-check_GPU, with the steps where these are not all."""
+    found = [step["figures"]["machine"] for step in report["steps"].values() if "figures" in step]
+    gpu = found[0].get("gpu", {}).get("gpu", "gpu") if found else "gpu"
+    kind = "gpu-check" if tuple(steps) == STEPS else "-".join(["gpu", *steps])
+    return f"{report['date']}_{kind}_{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}"
+
+
 def main() -> int:
     """Runs the steps; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
-    parser.add_argument("--skip", nargs="*", default=[], choices=STEPS)
-    parser.add_argument("--models", default="llama-3-8b", help="of the benchmark, with commas")
+    parser.add_argument("--only", nargs="+", default=STEPS, choices=STEPS, help="these steps")
+    parser.add_argument("--models", default="llama-3-8b", help="of the benchmarks, with commas")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     scratch = ROOT / "out/gpu-check"
     scratch.mkdir(parents=True, exist_ok=True)
-    steps = {
-        "tests": lambda: tests(scratch),
-        "memcheck": lambda: sanitizer("memcheck"),
-        "racecheck": lambda: sanitizer("racecheck"),
-        "benchmark": lambda: benchmark(scratch, arguments.models),
-    }
     report = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "steps": {"build": build()}}
     if report["steps"]["build"]["passed"]:
-        for name in STEPS:
-            if name not in arguments.skip:
-                step = report["steps"][name] = steps[name]()
-                result = "passed" if step["passed"] else "FAILED"
-                print(f"{name}: {result} in {step['seconds']} s", flush=True)
-    figures = report["steps"].get("benchmark", {}).get("figures")
-    gpu = figures["device"]["gpu"] if figures else "gpu"
-    name = f"{report['date']}_gpu-check_{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}"
-    for suffix, text in (("json", json.dumps(report, indent=1)), ("md", markdown(report))):
+        for name in arguments.only:
+            step = report["steps"][name] = take(name, scratch, arguments.models)
+            result = "passed" if step["passed"] else "FAILED"
+            print(f"{name}: {result} in {step['seconds']} s", flush=True)
+    name = report_name(report, arguments.only)
+    measured = [step for step, result in report["steps"].items() if "figures" in result]
+    tables = {step: (scratch / f"{step}.md").read_text() for step in measured}
+    contents = {"json": json.dumps(report, indent=1), "md": markdown(report, tables)}
+    for suffix, text in contents.items():
         partial = arguments.out / f"{name}.{suffix}.partial"
         partial.write_text(text)
         partial.replace(arguments.out / f"{name}.{suffix}")
+    for step in measured:
+        plot = scratch / f"{step}.png"
+        if plot.exists():  # not where matplotlib is missing
+            shutil.copyfile(plot, arguments.out / f"{name}_{step}.png")
     print(f"report: {arguments.out / name}.md")
     return 0 if all(step["passed"] for step in report["steps"].values()) else 1
 

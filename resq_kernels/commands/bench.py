@@ -4,35 +4,46 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from resq_kernels.commands import output
+from resq_kernels import _library
+from resq_kernels.commands import loading, output
 from resq_kernels.commands.arguments import at_least
+from resq_kernels.testing import bench_models, bench_report, cuda_timing
+from resq_kernels.testing.bench_device import BenchDevice
 
 SUMMARY = "time the kernels beside what a user would run instead"
 DESCRIPTION = """\
 Times a kernel and its alternatives in turn, in one run, after comparing its result with the
-reference. share: the time that memory bandwidth or the integer instructions of this machine (both
-measured first) would allow, over the time it took. ratio: the alternative's time over ours; above 1
-ours is faster.
+reference. share: the time that the memory or the integer instructions of this machine (both
+measured in the run) would allow, over the time it took. ratio: the alternative's time over ours;
+above 1 ours is faster.
+
+  gemm       mixed_gemm beside F.linear, and torch's int4, int8 and FP8 products where it has them
+  quantize   the three quantizing operators beside the same in plain torch
+  hadamard   the transform beside dense matrix products
+  attention  one decode step over 4-bit pages beside torch's attention on 16-bit caches
 
 examples:
   resq bench
-  resq bench gemm --shapes llama-3-8b --batch 1,16,512 --json gemm.json
+  resq bench gemm --shapes Llama-3-8B,Qwen2.5-7B --batch 1,16,512 --out results/gemm
   resq bench attention --shapes llama-3-8b --batch 1,8 --context 4096,32768
 """
 
-# Benchmark -> its module (run; imported when it is asked for) and the models whose shapes it knows.
+# Benchmark -> its module (rows, MODELS, DEFAULTS), imported when it is asked for.
 MODULES = {
     "gemm": "resq_kernels.testing.bench_mixed_gemm",
+    "quantize": "resq_kernels.testing.bench_quantize",
+    "hadamard": "resq_kernels.testing.bench_hadamard",
     "attention": "resq_kernels.testing.bench_kv_attention",
 }
-MODELS = {
-    "gemm": ("square", "llama-3.2-1b", "llama-3-8b", "qwen2.5-7b"),
-    "attention": ("llama-3.2-1b", "llama-3-8b", "qwen2.5-0.5b", "qwen2.5-7b"),
-}
+CPU_COLD_MB = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,29 +53,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         choices=list(MODULES),
         default="gemm",
-        help="gemm (default): mixed_gemm beside F.linear in FP32 and BF16 and torch's int4 "
-        "weights; attention: one decode step over 4-bit pages beside torch's on 16-bit caches",
+        help="what to time (default: gemm)",
     )
     parser.add_argument(
         "--shapes",
         type=_list_of(_model),
         metavar="A,B,...",
         help=f"of these models: {', '.join(_all_models())} (default: gemm square, 4096 x 4096; "
-        "attention llama-3-8b)",
+        "llama-3-8b elsewhere)",
     )
     parser.add_argument(
         "--batch",
         type=_list_of(at_least(1)),
         metavar="M,...",
-        help="gemm: rows of the activations (default: 1,4,16,64,512); attention: sequences "
-        "(default: 1,8)",
+        help="rows of the activations; attention: sequences (default: gemm 1,4,16,64,512; "
+        "attention 1,8; else 1,16,512)",
     )
     parser.add_argument(
         "--context",
         type=_list_of(at_least(1)),
-        default=[4096],
         metavar="T,...",
         help="attention: cached tokens of each sequence (default: 4096)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where to run (default: cuda where its kernels run, else cpu)",
     )
     parser.add_argument(
         "--rounds",
@@ -76,40 +90,90 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cold-mb",
         type=at_least(0),
-        default=128,
         metavar="MB",
-        help="data that a call passes before it sees the same again (default: 128)",
+        help="data that a call passes before it sees the same again (default: "
+        f"{CPU_COLD_MB}; cuda {cuda_timing.COLD_BYTES >> 20})",
     )
     parser.add_argument(
         "--cpu-time",
         action="store_true",
         help="with --threads 1: processor time, for a machine that runs other things too",
     )
+    parser.add_argument(
+        "--out",
+        metavar="PREFIX",
+        help="write PREFIX.json, PREFIX.md and PREFIX.png (speedup over M)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the benchmark; writes --json last.
+    """Runs the benchmark; writes --json and --out last.
 
     Raises:
-        CommandError: the benchmark does not know one of the models, or --cpu-time with threads.
+        CommandError: the benchmark does not know one of the models, there is no such device, or
+            --cpu-time with threads or on a GPU.
         RuntimeError: a kernel's result differs from the reference.
     """
     output.check_json_target(args.json)
-    for model in args.shapes or []:
-        if model not in MODELS[args.benchmark]:
-            known = ", ".join(MODELS[args.benchmark])
+    output.check_json_target(args.out and f"{args.out}.json", "--out")
+    module = importlib.import_module(MODULES[args.benchmark])
+    _complete(args, module)
+    bench = BenchDevice(
+        device=args.device,
+        rounds=args.rounds,
+        cold_bytes=args.cold_mb * 2**20,
+        cpu_time=args.cpu_time,
+    )
+    torch.manual_seed(0)
+    machine = bench.machine()
+    missing: dict[str, str] = {}
+    rows = []
+    print(bench_report.HEADER)
+    for row in module.rows(bench, args, missing):
+        rows.append(row)
+        print(bench_report.line(row), flush=True)
+    for name, reason in missing.items():
+        print(f"no {name}: {reason}")
+    figures = {
+        "command": shlex.join(["resq", *args.argv]),
+        "machine": machine,
+        "machine_after": bench.machine(),
+        "limits": bench.limits(),
+        "missing": missing,
+        "rows": rows,
+    }
+    output.write_json(args.json, figures)
+    if args.out:
+        output.write_json(f"{args.out}.json", figures)
+        for sentence in bench_report.write(Path(args.out), figures):
+            sys.stderr.write(f"resq: {sentence}\n")
+
+
+def _complete(args: argparse.Namespace, module: ModuleType) -> None:
+    """Fills in the defaults of the benchmark and of the device; refuses what does not fit."""
+    for name, value in module.DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for model in args.shapes:
+        if model not in module.MODELS:
             raise output.CommandError(
-                f"bench {args.benchmark}: --shapes: expected one of {known}, got {model!r}"
+                f"bench {args.benchmark}: --shapes: expected one of {', '.join(module.MODELS)}, "
+                f"got {model!r}"
             )
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if args.device is None:
+        works = torch.cuda.is_available() and not _library.CUDA_MISSING
+        args.device = "cuda" if works else "cpu"
+    loading.check_device(args.device)
+    if args.cold_mb is None:
+        args.cold_mb = CPU_COLD_MB if args.device == "cpu" else cuda_timing.COLD_BYTES >> 20
+    if args.cpu_time and args.device != "cpu":
+        raise output.CommandError("--cpu-time counts the processor's time: add --device cpu")
     if args.cpu_time and torch.get_num_threads() != 1:
         raise output.CommandError("--cpu-time counts the calling thread alone: add --threads 1")
-    output.write_json(args.json, importlib.import_module(MODULES[args.benchmark]).run(args))
 
 
 def _all_models() -> list[str]:
-    return list(dict.fromkeys(name for names in MODELS.values() for name in names))
+    return [bench_models.SQUARE, *bench_models.names()]
 
 
 def _list_of(convert: Callable[[str], object]) -> Callable[[str], list]:
@@ -117,8 +181,8 @@ def _list_of(convert: Callable[[str], object]) -> Callable[[str], list]:
 
 
 def _model(name: str) -> str:
-    if name not in _all_models():
+    if name.lower() not in _all_models():
         raise argparse.ArgumentTypeError(
             f"expected one of {', '.join(_all_models())}, got {name!r}"
         )
-    return name
+    return name.lower()

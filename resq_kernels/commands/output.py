@@ -47,8 +47,8 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def check_json_target(path: str | None) -> None:
-    """Refuses a `--json` file that cannot be written, before any work is done.
+def check_json_target(path: str | None, option: str = "--json") -> None:
+    """Refuses a file that cannot be written, before any work is done; `option` asked for it.
 
     Raises:
         CommandError: it is a folder, or its folder does not exist or is read-only.
@@ -57,13 +57,13 @@ def check_json_target(path: str | None) -> None:
         return
     folder = Path(path).absolute().parent
     if Path(path).is_dir():
-        raise CommandError(f"--json: expected a file, {path} is a folder")
+        raise CommandError(f"{option}: expected a file, {path} is a folder")
     if not folder.is_dir():
-        raise CommandError(f"--json: the folder {folder} does not exist")
+        raise CommandError(f"{option}: the folder {folder} does not exist")
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise CommandError(f"--json: cannot write to {folder}: {error.strerror}") from error
+        raise CommandError(f"{option}: cannot write to {folder}: {error.strerror}") from error
 
 
 def write_json(path: str | None, figures: Mapping[str, object]) -> None:

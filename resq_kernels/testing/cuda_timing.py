@@ -11,6 +11,7 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,14 +19,10 @@ import torch
 
 from resq_kernels.testing.timing import Timing
 
-# Copies of the data a call rotates over hold at least this much: four times the L2 of an H100.
+# What a call passes before it sees the same data again: four times the L2 of an H100.
 COLD_BYTES = 200 * 2**20
-CALLS_A_GRAPH = 24
-
-
-def copies(bytes_a_call: int, limit: int = 64) -> int:
-    """How many copies of a call's data keep the L2 cache cold."""
-    return min(max(-(-COLD_BYTES // max(bytes_a_call, 1)), 2), limit)
+CALLS_A_GRAPH = 32
+MOST_COPIES = CALLS_A_GRAPH  # a graph reaches each of its calls' data once; the rest is flushed
 
 
 def alternate(
@@ -40,10 +37,12 @@ def alternate(
         raise ValueError(f"alternate: expected candidates and rounds >= 1, got {rounds} rounds")
     graphs = {name: _capture(call, calls) for name, call in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
+    flush = torch.empty(COLD_BYTES, dtype=torch.uint8, device="cuda")
     for graph in graphs.values():
         graph.replay()
-    for _ in range(rounds):
+    for turn in range(rounds):
         for name, graph in graphs.items():
+            flush.fill_(turn)  # what the graph read the last time leaves the cache
             samples[name].append(event_seconds(graph.replay) / calls)
     return {
         name: Timing(
@@ -78,7 +77,8 @@ def _capture(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
 def device() -> dict[str, object]:
     """What a figure depends on: GPU, driver, clocks, power, versions."""
     properties = torch.cuda.get_device_properties(0)
-    fields = ("driver_version", "clocks.sm", "clocks.mem", "power.limit", "temperature.gpu")
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "power.limit")
+    fields += ("temperature.gpu", "clocks_throttle_reasons.active")  # 0: runs as fast as it may
     smi = shutil.which("nvidia-smi")
     state: dict[str, object] = {}
     if smi:
@@ -95,6 +95,19 @@ def device() -> dict[str, object]:
         "cuda": torch.version.cuda,
         **state,
     }
+
+
+def clock() -> float:
+    """Wall seconds at which the device has done everything that was launched before."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def read_bandwidth(megabytes: int = 2048, repeats: int = 10) -> float:
+    """Bytes a second read by the sum of a large tensor, or moved by a copy if that is more."""
+    data = torch.ones(megabytes * 2**20 // 4, device="cuda")
+    seconds = [event_seconds(data.sum) for _ in range(repeats)]
+    return max(data.numel() * data.element_size() / min(seconds[1:]), copy_bandwidth())
 
 
 def copy_bandwidth(megabytes: int = 2048, repeats: int = 10) -> float:

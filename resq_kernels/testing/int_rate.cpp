@@ -1,5 +1,5 @@
 // The most integer products a second that one thread can start: the instructions of mixed_gemm on
-// registers alone. bench_mixed_gemm.py beside it compiles it and calls it on every thread at once.
+// registers alone. int_rate.py beside it compiles it and calls it on every thread at once.
 #include <time.h>
 
 namespace {

@@ -28,16 +28,21 @@ class Timing:
     calls: int
 
 
-def against(ours: Timing, baseline: str, theirs: Timing) -> dict[str, object]:
-    """A benchmark row's times and ratio; above 1 ours is faster."""
-    return {
-        "ours_us": round(ours.median_us, 1),
-        "ours_best_us": round(ours.best_us, 1),
+def against(ours: Timing, baseline: str | None, theirs: Timing | None) -> dict[str, object]:
+    """A benchmark row's times and ratio; above 1 ours is faster. Nulls without a baseline."""
+    row: dict[str, object] = {
+        "ours_us": round(ours.median_us, 2),
+        "ours_best_us": round(ours.best_us, 2),
         "baseline": baseline,
-        "baseline_us": round(theirs.median_us, 1),
-        "baseline_best_us": round(theirs.best_us, 1),
-        "ratio": round(theirs.median_us / ours.median_us, 2),
+        "baseline_us": None,
+        "baseline_best_us": None,
+        "ratio": None,
     }
+    if theirs is not None:
+        row["baseline_us"] = round(theirs.median_us, 2)
+        row["baseline_best_us"] = round(theirs.best_us, 2)
+        row["ratio"] = round(theirs.median_us / ours.median_us, 3)
+    return row
 
 
 def clock_of(cpu_time: bool) -> Callable[[], float]:
@@ -131,3 +136,13 @@ def read_bandwidth(
     data = torch.ones(megabytes * 2**20 // 4)
     times = (_timed(lambda _: data.sum(), 0, clock) for _ in range(repeats))
     return data.numel() * data.element_size() / min(times)
+
+
+def copy_bandwidth(
+    megabytes: int = 256, repeats: int = 20, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Bytes read plus written a second by a copy of a large tensor: the best of `repeats`."""
+    source = torch.ones(megabytes * 2**20 // 4)
+    target = torch.empty_like(source)
+    times = (_timed(lambda _: target.copy_(source), 0, clock) for _ in range(repeats))
+    return 2 * source.numel() * source.element_size() / min(times)

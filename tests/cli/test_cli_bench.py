@@ -1,25 +1,33 @@
-"""`resq bench`: documented keys, results that are checked first, and usage errors."""
+"""`resq bench`: documented keys, results that are checked before they are timed, usage errors."""
 
 from __future__ import annotations
 
+import builtins
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from cli_support import Result
 
 from resq_kernels import ops
-from resq_kernels.testing import bench_kv_attention, bench_mixed_gemm
+from resq_kernels.testing import bench_device, bench_models
 
+MACHINE_KEYS = {"date", "processor", "threads", "isa", "torch", "commit", "device", "clock"}
+FIGURES = {"command", "machine", "machine_after", "limits", "missing", "rows"}
 ROW_KEYS = {
     "op",
+    "kernel",
     "model",
     "layer",
+    "batch",
     "shape",
-    "k_hi",
     "ours_us",
     "ours_best_us",
+    "ours_tflops",
+    "ours_gb_per_s",
     "baseline",
     "baseline_us",
     "baseline_best_us",
@@ -29,49 +37,216 @@ ROW_KEYS = {
     "ceiling_share",
     "checked",
 }
+HIDDEN, WIDE, HEADS = 256, 192, (4, 2, 64)
+BENCHES = {
+    "gemm": ("--batch", "1,3"),
+    "quantize": ("--batch", "1,3"),
+    "hadamard": ("--batch", "1,3"),
+    "attention": ("--batch", "1,2", "--context", "70"),
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model under a known name, and limits that need no compiler and no time."""
+    sizes = ("llama", HIDDEN, WIDE, 2, 4, 2, 320, False)
+    monkeypatch.setitem(bench_models.SIZES, "llama-3-8b", sizes)
+    monkeypatch.setattr(bench_device.int_rate, "integer_rate", lambda threads: 1e11)
+    for limit in ("read_bandwidth", "copy_bandwidth"):
+        monkeypatch.setattr(bench_device.timing, limit, lambda clock: 1e10)
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One small layer in place of the real ones, and a limit that needs no compiler."""
-    monkeypatch.setattr(bench_mixed_gemm, "SHAPES", {"square": [("square", 64, 256, 32)]})
-    monkeypatch.setattr(bench_mixed_gemm, "integer_rate", lambda threads: 1e11)
-    monkeypatch.setattr(bench_mixed_gemm.timing, "read_bandwidth", lambda clock: 1e10)
+def figures(tmp_path: Path, resq: Callable[..., Result]) -> Callable[[str], dict[str, Any]]:
+    """Runs one benchmark of the tiny model and answers its JSON, whose form is checked."""
+
+    def run(name: str) -> dict[str, Any]:
+        target = tmp_path / f"{name}.json"
+        options = ("--shapes", "Llama-3-8B", "--rounds", 1, "--cold-mb", 0, "--json", target)
+        result = resq("bench", name, *BENCHES[name], *options)
+        assert result.code == 0, result.err
+        found = json.loads(target.read_text())
+        assert set(found) == FIGURES
+        assert set(found["machine"]) >= MACHINE_KEYS
+        assert found["command"].startswith(f"resq bench {name} --batch 1,")
+        assert len(result.out.splitlines()) == 1 + len(found["rows"]) + len(found["missing"])
+        for row in found["rows"]:
+            assert set(row) >= ROW_KEYS
+            assert row["checked"] is True
+            assert row["kernel"] == torch.ops.resq.cpu_isa()
+            quotient = row["baseline_us"] / row["ours_us"]
+            assert row["ratio"] == pytest.approx(quotient, abs=2e-3, rel=1e-2)
+            floor = max(row["bytes_floor_us"], row["products_floor_us"] or 0)
+            assert row["ceiling_share"] == pytest.approx(floor / row["ours_us"], abs=2e-3, rel=0.1)
+        return found
+
+    return run
 
 
-@pytest.mark.usefixtures("small")
-def test_bench_writes_the_documented_keys(tmp_path: Path, resq: Callable[..., Result]) -> None:
-    target = tmp_path / "bench.json"
-    options = ("--batch", "1,3", "--rounds", 1, "--cold-mb", 0, "--json", target)
-    result = resq("bench", "gemm", *options)
-    assert result.code == 0, result.err
-    figures = json.loads(target.read_text())
-    assert set(figures) == {"machine", "limits", "rows"}
-    assert len(figures["rows"]) == 2 * 3  # batches x baselines
-    for row in figures["rows"]:
-        assert set(row) == ROW_KEYS
-        assert row["checked"] is True
-        assert row["ratio"] == pytest.approx(row["baseline_us"] / row["ours_us"], abs=0.02, rel=0.1)
+def test_gemm(figures: Callable[[str], dict[str, Any]]) -> None:
+    found = figures("gemm")
+    # F.linear in two dtypes and int4 weights, whose groups of 128 columns down_proj does not have.
+    assert len(found["rows"]) == 2 * (4 * 3 - 1)
+    assert found["missing"] == {"torch int4 g128": "takes columns in groups of 128, got 192"}
+    shapes = {row["layer"]: row["shape"][1:] for row in found["rows"]}
+    assert shapes == {
+        "qkv": [512, 256],
+        "o": [256, 256],
+        "gate_up": [384, 256],
+        "down": [256, 192],
+    }
+    for row in found["rows"]:
         m, n, k = row["shape"]
-        floor = max((n * 224 // 2 + n * 32 + 16 * n + m * (k + 16 + 2 * n)) / 1e4, m * n * k / 1e5)
-        assert max(row["bytes_floor_us"], row["products_floor_us"]) == round(floor, 1)
+        k_hi = row["k_hi"]
+        assert k_hi == (0 if row["layer"] == "down" else k // 8)
+        moved = n * ((k - k_hi) // 2 + k_hi + 16) + m * (k + 16 + 2 * n)
+        assert row["bytes_floor_us"] == round(moved / 1e4, 2)
+        assert row["products_floor_us"] == round(m * n * k / 1e5, 2)
+        rate = 2 * m * n * k / row["ours_us"] / 1e6
+        assert row["ours_tflops"] == pytest.approx(rate, abs=1e-3, rel=1e-2)
 
 
-@pytest.mark.usefixtures("small")
-def test_bench_refuses_a_kernel_that_is_wrong(
-    resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+def test_quantize(figures: Callable[[str], dict[str, Any]]) -> None:
+    rows = figures("quantize")["rows"]
+    assert [row["op"] for row in rows[::2]] == [
+        "mixed_quantize",
+        "rms_norm_quantize",
+        "silu_mul_hadamard_quantize",
+    ]
+    codes = HIDDEN + 16
+    moved = {
+        "o": 2 * HIDDEN + codes,
+        "qkv": 6 * HIDDEN + codes,  # x and residual in, the new residual out
+        "down": 4 * WIDE + WIDE + 16,
+    }
+    for row in rows:
+        assert row["bytes_floor_us"] == round(row["batch"] * moved[row["layer"]] / 1e4, 2)
+        assert (row["baseline"], row["products_floor_us"]) == ("torch", None)
+
+
+def test_hadamard(figures: Callable[[str], dict[str, Any]]) -> None:
+    rows = figures("hadamard")["rows"]
+    assert [row["baseline"] for row in rows[:2]] == ["torch matmul bf16", "torch matmul fp32"]
+    for row in rows:
+        assert row["shape"] == [row["batch"], WIDE]
+        assert row["bytes_floor_us"] == round(row["batch"] * 4 * WIDE / 1e4, 2)
+
+
+def test_attention(figures: Callable[[str], dict[str, Any]]) -> None:
+    rows = figures("attention")["rows"]
+    assert len(rows) == 2 * 4  # sequences x baselines
+    for row in rows:
+        assert row["shape"] == [row["batch"], 70, *HEADS]
+        assert row["bytes_floor_us"] == round(row["batch"] * 70 * 2 * 88 / 1e4, 2)
+
+
+def moved_by(op: str, change: Callable[[Any], None]) -> Callable[..., Any]:
+    """The operator with a result that `change` spoils in place."""
+    right = getattr(ops, op)
+
+    def wrong(*args: Any) -> Any:
+        result = right(*args)
+        change(result)
+        return result
+
+    return wrong
+
+
+def one_code(result: Any) -> None:
+    result.q_hi.view(-1)[5] ^= 1
+
+
+def scale(result: Any) -> None:
+    result[0].params[0, 0] *= 1 + 1e-4
+
+
+def residual(result: Any) -> None:
+    result[1][0, 7] *= 1.01
+
+
+def one_low_code(result: Any) -> None:
+    result.q_lo.view(torch.int8).view(-1)[5] ^= 4
+
+
+def one_value(result: Any) -> None:
+    result.view(-1)[5] *= 1.01
+
+
+def a_head(result: Any) -> None:
+    result[-1, 1] = result[-1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "op", "change", "place", "timed_before"),
+    [
+        ("gemm", "mixed_gemm", one_value, "qkv 1x512x256", 0),
+        ("quantize", "mixed_quantize", one_code, "1x256", 0),
+        ("quantize", "rms_norm_quantize", scale, "1x256", 2),
+        ("quantize", "rms_norm_quantize", residual, "1x256", 2),
+        ("quantize", "silu_mul_hadamard_quantize", one_low_code, "1x384", 4),
+        ("hadamard", "hadamard", one_value, "1x192", 0),
+        ("attention", "kv_attention", a_head, "1x70", 0),
+    ],
+)
+def test_a_kernel_that_is_wrong_is_not_timed(
+    resq: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    op: str,
+    change: Callable[[Any], None],
+    place: str,
+    timed_before: int,
 ) -> None:
-    right = ops.mixed_gemm
+    timed: list[object] = []
+    right = bench_device.BenchDevice.alternate
 
-    def wrong(*args: object) -> object:
-        y = right(*args)
-        y.view(-1)[5] *= 1.01
-        return y
+    def alternate(bench: Any, candidates: Any) -> Any:
+        timed.append(candidates)
+        return right(bench, candidates)
 
-    monkeypatch.setattr(bench_mixed_gemm.ops, "mixed_gemm", wrong)
-    result = resq("bench", "--batch", 1, "--rounds", 1)
+    monkeypatch.setattr(bench_device.BenchDevice, "alternate", alternate)
+    monkeypatch.setattr(ops, op, moved_by(op, change))
+    options = ("--shapes", "llama-3-8b", "--rounds", 1, "--cold-mb", 0, "--out", tmp_path / "x")
+    result = resq("bench", name, *BENCHES[name], *options)
     assert result.code == 1
-    assert result.sentence == "mixed_gemm: square 1x64x256: differs from the reference"
+    assert result.sentence == f"{op}: llama-3-8b {place}: differs from the reference"
+    assert len(timed) == timed_before
+    assert not list(tmp_path.iterdir())
+
+
+def test_out_writes_json_table_and_plot(resq: Callable[..., Result], tmp_path: Path) -> None:
+    options = ("--shapes", "llama-3-8b", "--rounds", 1, "--cold-mb", 0, "--out", tmp_path / "g")
+    result = resq("bench", "gemm", *BENCHES["gemm"], *options)
+    assert result.code == 0, result.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["g.json", "g.md", "g.png"]
+    rows = json.loads((tmp_path / "g.json").read_text())["rows"]
+    lines = (tmp_path / "g.md").read_text().splitlines()
+    assert lines[0].startswith("`resq bench gemm --batch 1,3")
+    table = [line.split(" | ") for line in lines if line.startswith("| mixed_gemm")]
+    assert len(table) == 2 * 4
+    ratios = {r["baseline"]: f"{r['ratio']:.2f}" for r in rows if r["shape"] == [3, 512, 256]}
+    assert table[1][3:5] == ["[3, 512, 256]", torch.ops.resq.cpu_isa()]
+    assert table[1][-3:] == [*list(ratios.values())[:-1], f"{list(ratios.values())[-1]} |"]
+    assert (tmp_path / "g.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_out_says_so_without_matplotlib(
+    resq: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return right(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    options = ("--shapes", "llama-3-8b", "--rounds", 1, "--cold-mb", 0, "--out", tmp_path / "h")
+    result = resq("bench", "hadamard", *options)
+    assert result.code == 0
+    assert f"no {tmp_path / 'h'}.png: matplotlib is not installed" in result.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["h.json", "h.md"]
 
 
 @pytest.mark.parametrize(
@@ -81,9 +256,10 @@ def test_bench_refuses_a_kernel_that_is_wrong(
         (("--shapes", "llama-9"), 2, "expected one of square, llama-3.2-1b"),
         (("--batch", "1,x"), 2, "at least 1, got 'x'"),
         (("--rounds", "0"), 2, "at least 1, got '0'"),
-        (("--cpu-time", "--threads", "2"), 1, "add --threads 1"),
+        (("--device", "cpu", "--cpu-time", "--threads", "2"), 1, "add --threads 1"),
         (("attention", "--shapes", "square"), 1, "bench attention: --shapes: expected one of"),
         (("attention", "--context", "0"), 2, "at least 1, got '0'"),
+        (("--out", "/no/such/folder/x"), 1, "--out: the folder /no/such/folder does not exist"),
     ],
 )
 def test_bench_refuses_wrong_options(
@@ -93,41 +269,7 @@ def test_bench_refuses_wrong_options(
     assert (result.code, sentence in result.sentence) == (code, True), result.err
 
 
-ATTENTION_KEYS = ROW_KEYS - {"layer", "k_hi", "products_floor_us"}
-
-
-@pytest.fixture
-def small_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_kv_attention, "HEADS", {"llama-3-8b": (4, 2, 64)})
-    monkeypatch.setattr(bench_kv_attention.timing, "read_bandwidth", lambda clock: 1e10)
-
-
-ATTENTION = ("bench", "attention", "--batch", "1,2", "--context", "70", "--rounds", 1)
-
-
-@pytest.mark.usefixtures("small_heads")
-def test_bench_attention_writes_the_documented_keys(
-    tmp_path: Path, resq: Callable[..., Result]
-) -> None:
-    target = tmp_path / "bench.json"
-    result = resq(*ATTENTION, "--cold-mb", 0, "--json", target)
-    assert result.code == 0, result.err
-    rows = json.loads(target.read_text())["rows"]
-    assert len(rows) == 2 * 4  # sequences x baselines
-    for row in rows:
-        assert set(row) == ATTENTION_KEYS
-        assert row["checked"] is True
-        assert row["bytes_floor_us"] == round(row["shape"][0] * 70 * 2 * 88 / 1e4, 1)
-
-
-@pytest.mark.usefixtures("small_heads")
-def test_bench_attention_refuses_a_kernel_that_is_wrong(
-    resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    right = ops.kv_attention
-    monkeypatch.setattr(
-        bench_kv_attention.ops, "kv_attention", lambda *args: right(*args[:5], args[5] * 1.02)
-    )
-    result = resq(*ATTENTION)
-    assert result.code == 1
-    assert result.sentence == "kv_attention: llama-3-8b 1x70: differs from the reference"
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_bench_says_that_there_is_no_cuda_device(resq: Callable[..., Result]) -> None:
+    result = resq("bench", "--device", "cuda")
+    assert (result.code, "torch sees no CUDA device" in result.sentence) == (1, True)

@@ -49,10 +49,20 @@ def test_alternate_refuses_nothing_to_time() -> None:
 
 def test_machine_is_json_and_names_the_instruction_set() -> None:
     stamp = json.loads(json.dumps(timing.machine()))
-    assert stamp["isa"] in ("scalar", "avx2", "avx512vnni")
+    assert stamp["isa"] in ("scalar", "avx2", "avx512vnni", "amx")
     assert stamp["processor"] and stamp["threads"] >= 1 and stamp["torch"]
 
 
-def test_read_bandwidth_is_possible() -> None:
+def test_bandwidths_are_possible() -> None:
     # No machine reads below 0.1 or above 10,000 GB/s; a unit off by 1000 would.
     assert 1e8 < timing.read_bandwidth(megabytes=64, repeats=3) < 1e13
+    assert 1e8 < timing.copy_bandwidth(megabytes=64, repeats=3) < 1e13
+
+
+def test_against_answers_the_ratio_of_the_medians_or_nulls() -> None:
+    ours = timing.Timing(median_us=2.0, best_us=1.0, calls=3)
+    theirs = timing.Timing(median_us=5.0, best_us=4.0, calls=3)
+    row = timing.against(ours, "other", theirs)
+    assert (row["baseline"], row["baseline_us"], row["ratio"]) == ("other", 5.0, 2.5)
+    row = timing.against(ours, None, None)
+    assert (row["ours_us"], row["baseline"], row["ratio"]) == (2.0, None, None)

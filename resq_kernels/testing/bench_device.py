@@ -1,0 +1,177 @@
+"""The device that a benchmark runs on: its clock, its cold data and its measured limits."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from resq_kernels.testing import cuda_timing, int_rate, timing
+from resq_kernels.testing.timing import Timing
+
+ROOT = Path(__file__).resolve().parents[2]
+INT8_CEILING = ROOT / "benchmarks/cuda/int8_ceiling.cu"  # in a checkout; a wheel has none
+
+Call = Callable[[int], object]
+Row = dict[str, object]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one call does.
+
+    Attributes:
+        op: the operator.
+        place: the keys that say where: model, layer, batch, shape, ...
+        moved: bytes that it has to move.
+        products: and products to compute; None for operators that multiply little.
+        copies: whether it writes as much as it reads: its floor is then a copy's bandwidth.
+    """
+
+    op: str
+    place: Row
+    moved: float
+    products: float | None = None
+    copies: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchDevice:
+    """Where and how to time.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        rounds: turns of every candidate.
+        cold_bytes: data that a call passes before it sees the same again.
+        cpu_time: processor time of the one thread instead of wall time (CPU).
+    """
+
+    device: str = "cpu"
+    rounds: int = 7
+    cold_bytes: int = 0
+    cpu_time: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is a GPU."""
+        return self.device == "cuda"
+
+    def copies(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """`tensor` and enough clones of it that a round trip leaves nothing in the caches."""
+        count = 1 + self.cold_bytes // max(tensor.numel() * tensor.element_size(), 1)
+        if self.on_gpu:
+            count = min(count, cuda_timing.MOST_COPIES)
+        return [tensor, *(tensor.clone() for _ in range(count - 1))]
+
+    def alternate(
+        self, candidates: Mapping[str, Call], *, eager: bool = False
+    ) -> dict[str, Timing]:
+        """Times candidates in turn; the argument of a call counts, so that it rotates its data.
+
+        Args:
+            candidates: name -> call.
+            eager: on a GPU, each call as Python launches it, instead of graphs of calls.
+        """
+        if self.on_gpu and not eager:
+            return cuda_timing.alternate(candidates, self.rounds)
+        clock = cuda_timing.clock if self.on_gpu else timing.clock_of(self.cpu_time)
+        return timing.alternate(candidates, self.rounds, clock=clock)
+
+    @functools.cached_property
+    def read_bandwidth(self) -> float:
+        """Bytes a second that the whole device reads."""
+        if self.on_gpu:
+            return cuda_timing.read_bandwidth()
+        return timing.read_bandwidth(clock=timing.clock_of(self.cpu_time))
+
+    @functools.cached_property
+    def copy_bandwidth(self) -> float:
+        """Bytes a second, read plus written, of a copy of a large tensor."""
+        if self.on_gpu:
+            return cuda_timing.copy_bandwidth()
+        return timing.copy_bandwidth(clock=timing.clock_of(self.cpu_time))
+
+    @functools.cached_property
+    def products_per_second(self) -> float | None:
+        """Integer products of the instructions that the kernels use; None where not measurable."""
+        if not self.on_gpu:
+            return int_rate.integer_rate(torch.get_num_threads())
+        operations = cuda_timing.int8_rate(INT8_CEILING) if INT8_CEILING.exists() else None
+        return operations / 2 if operations else None
+
+    def limits(self) -> dict[str, float | None]:
+        """The limits that have been measured so far."""
+        known = ("read_bandwidth", "copy_bandwidth", "products_per_second")
+        keys = ("read_bytes_per_second", "copy_bytes_per_second", "integer_products_per_second")
+        return {key: vars(self)[n] for n, key in zip(known, keys, strict=True) if n in vars(self)}
+
+    @functools.cached_property
+    def kernels(self) -> str:
+        """What runs: the instruction set on a CPU, the family of the device on a GPU."""
+        if self.on_gpu:
+            return str(torch.ops.resq.cuda_family(0))
+        return str(torch.ops.resq.cpu_isa())
+
+    def machine(self) -> dict[str, object]:
+        """What a figure depends on; `gpu` with clocks and throttling where one is used."""
+        stamp = timing.machine(self.cpu_time) | {"commit": commit(), "device": self.device}
+        return stamp | ({"gpu": cuda_timing.device()} if self.on_gpu else {})
+
+    def rows(self, work: Work, times: Mapping[str, Timing]) -> list[Row]:
+        """One row for each alternative of "ours", or a single one where there is none.
+
+        Args:
+            work: what was timed; the result of "ours" is checked by now.
+            times: "ours" and its alternatives.
+        """
+        ours = times["ours"]
+        bandwidth = self.copy_bandwidth if work.copies else self.read_bandwidth
+        bytes_floor = work.moved / bandwidth * 1e6
+        rate = self.products_per_second if work.products is not None else None
+        products_floor = work.products / rate * 1e6 if rate else None
+        floor = max(bytes_floor, products_floor or 0.0)
+        common: Row = {
+            "op": work.op,
+            "kernel": self.kernels,
+            **work.place,
+            "ours_tflops": work.products and round(2 * work.products / ours.median_us / 1e6, 3),
+            "ours_gb_per_s": round(work.moved / ours.median_us / 1e3, 2),
+            "bytes_floor_us": round(bytes_floor, 2),
+            "products_floor_us": products_floor and round(products_floor, 2),
+            "ceiling_share": round(floor / ours.median_us, 3),
+            "checked": True,
+        }
+        others = [name for name in times if name != "ours"]
+        return [
+            common | timing.against(ours, name, times[name] if name else None)
+            for name in others or [None]
+        ]
+
+
+def nbytes(*values: object) -> int:
+    """Bytes of tensors, also inside tuples and lists; other values have none."""
+    return sum(
+        value.numel() * value.element_size()
+        if isinstance(value, torch.Tensor)
+        else nbytes(*value)
+        if isinstance(value, (tuple, list))
+        else 0
+        for value in values
+    )
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of the source, "unknown" outside a checkout."""
+    if not (ROOT / ".git").exists():  # a wheel may lie inside somebody else's
+        return "unknown"
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"

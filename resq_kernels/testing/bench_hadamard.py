@@ -1,0 +1,96 @@
+"""hadamard at the widths of a model's MLP beside the matrix products that a user would write.
+
+Every result is compared with the float64 transform before it is timed. The floor of a row is the
+bytes of input and output / the measured bandwidth of a copy.
+
+    resq bench hadamard --shapes llama-3-8b,qwen2.5-7b --batch 1,16,512
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+
+import torch
+
+from resq_kernels import hadamard, ops
+from resq_kernels.testing import bench_models
+from resq_kernels.testing.bench_device import BenchDevice, Row, Work, nbytes
+
+MODELS = bench_models.names()
+DEFAULTS = {"shapes": ["llama-3-8b"], "batch": [1, 16, 512]}
+CHECKED_ROWS = 64
+# Half a unit of BF16's last place, plus what float32 sums of normal values may add: an input with
+# the wrong sign moves every output by 2 / sqrt(n), 1e-2 at the largest width.
+RELATIVE, ABSOLUTE = 2.0**-8, 2.0**-12
+
+
+def kron_transform(
+    n: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """H x / sqrt(n) as two dense products in `dtype`: H = A (x) B, both near sqrt(n) in size."""
+    *orders, power = hadamard.factors(n)
+    outer = torch.ones(1, 1, dtype=torch.int64)
+    for order in orders:
+        outer = torch.kron(outer, hadamard.paley(order))
+    inner = power
+    while inner > 1 and len(outer) * (power // inner) < inner:
+        inner //= 2
+    outer = torch.kron(outer, hadamard.sylvester(power // inner))
+    a, b = (m.to(device, dtype) for m in (outer, hadamard.sylvester(inner)))
+
+    def transform(x: torch.Tensor) -> torch.Tensor:
+        tiles = x.to(dtype).view(-1, len(a), len(b))
+        y = ((a @ tiles) @ b).view(x.shape) * n**-0.5  # Sylvester's matrix is symmetric
+        return y.to(x.dtype)
+
+    return transform
+
+
+def agrees(y: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether y is the transform of x on at most CHECKED_ROWS evenly spaced rows."""
+    rows = torch.linspace(0, len(x) - 1, min(len(x), CHECKED_ROWS)).long()
+    expected = hadamard.transform(x.cpu()[rows].double())
+    allowed = RELATIVE * expected.abs() + ABSOLUTE * x.double().square().mean().sqrt().cpu()
+    return bool(((y.cpu()[rows].double() - expected).abs() <= allowed).all())
+
+
+def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) -> Iterator[Row]:
+    """Checks and times every width and batch.
+
+    Args:
+        bench: the device.
+        args: the options of `resq bench`: shapes, batch.
+        missing: nothing is missing here.
+
+    Raises:
+        RuntimeError: a result differs from the transform.
+    """
+    for model in args.shapes:
+        width = bench_models.shape(model).intermediate
+        others = {"torch matmul bf16": kron_transform(width, bench.device, torch.bfloat16)}
+        if not bench.on_gpu:  # the quicker one on processors without BF16 products
+            others["torch matmul fp32"] = kron_transform(width, bench.device, torch.float32)
+        for m in args.batch:
+            x = torch.randn(m, width, device=bench.device, dtype=torch.bfloat16)
+            yield from _rows(bench, model, x, others)
+
+
+def _rows(
+    bench: BenchDevice,
+    model: str,
+    x: torch.Tensor,
+    others: dict[str, Callable[[torch.Tensor], torch.Tensor]],
+) -> list[Row]:
+    shape, y = list(x.shape), ops.hadamard(x)
+    if not agrees(y, x):
+        size = "x".join(map(str, shape))
+        raise RuntimeError(f"hadamard: {model} {size}: differs from the reference")
+    data = bench.copies(x)
+    candidates = {
+        name: lambda i, f=f: f(data[i % len(data)])
+        for name, f in {"ours": ops.hadamard, **others}.items()
+    }
+    place: Row = {"model": model, "layer": "down", "batch": shape[0], "shape": shape}
+    work = Work(op="hadamard", place=place, moved=nbytes(x, y), copies=True)
+    return bench.rows(work, bench.alternate(candidates))

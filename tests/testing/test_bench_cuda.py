@@ -1,0 +1,156 @@
+"""The CUDA path of the benchmarks without a GPU: fake CUDA tensors find wrong devices, shapes and
+dtypes; the acceptance's command lines are parsed by the program."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from resq_kernels.cli import build_parser
+from resq_kernels.testing import (
+    bench_device,
+    bench_gemm_baselines,
+    bench_hadamard,
+    bench_kv_attention,
+    bench_mixed_gemm,
+    bench_models,
+    bench_quantize,
+    cuda_timing,
+)
+from resq_kernels.testing.bench_device import BenchDevice
+from resq_kernels.testing.timing import Timing
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "qwen2.5-0.5b"
+MODULES = [bench_mixed_gemm, bench_hadamard, bench_quantize, bench_kv_attention]
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """Fake CUDA tensors, results taken for right, every candidate called; name -> its devices."""
+    called: dict[str, set[str]] = {}
+
+    def alternate(bench: BenchDevice, candidates: Any, *, eager: bool = False) -> Any:
+        for name, call in candidates.items():
+            results = [leaf for i in range(2) for leaf in tree_leaves(call(i))]
+            tensors = [leaf for leaf in results if isinstance(leaf, torch.Tensor)]
+            called.setdefault(name, set()).update(tensor.device.type for tensor in tensors)
+        return dict.fromkeys(candidates, Timing(median_us=2.0, best_us=1.0, calls=1))
+
+    monkeypatch.setattr(BenchDevice, "alternate", alternate)
+    monkeypatch.setattr(bench_mixed_gemm, "differing", lambda *_: [])
+    for module in (bench_hadamard, bench_quantize):
+        monkeypatch.setattr(module, "agrees", lambda *_: True)
+        # Its matrices come from a cache of real tensors.
+        monkeypatch.setattr(module, "kron_transform", lambda *_: lambda x: x)
+    monkeypatch.setattr(bench_kv_attention, "check", lambda *_: True)
+    monkeypatch.setattr(torch.ops.resq, "cuda_family", lambda _: "sm90", raising=False)
+    monkeypatch.setattr(torch.ops.resq, "mixed_gemm_kernel", lambda *_: "sm90", raising=False)
+    monkeypatch.setattr(cuda_timing, "read_bandwidth", lambda: 3e12)
+    monkeypatch.setattr(cuda_timing, "copy_bandwidth", lambda: 2e12)
+    monkeypatch.setattr(cuda_timing, "int8_rate", lambda _: 1e15)
+    return called
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.split(".")[-1])
+def test_every_candidate_stays_on_the_gpu(
+    module: ModuleType, fake_cuda: dict[str, set[str]]
+) -> None:
+    bench = BenchDevice(device="cuda", cold_bytes=cuda_timing.COLD_BYTES)
+    args = SimpleNamespace(shapes=[MODEL], batch=[1, 32], context=[70])
+    missing: dict[str, str] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        rows = list(module.rows(bench, args, missing))
+    assert fake_cuda and all(devices == {"cuda"} for devices in fake_cuda.values()), fake_cuda
+    assert {row["kernel"] for row in rows} == {"sm90"}
+    assert {row["baseline"] for row in rows} == set(fake_cuda) - {"ours"}
+    if module is bench_mixed_gemm:
+        names = {"F.linear bf16", "F.linear fp16", "torch._scaled_mm fp8", "torch._int_mm"}
+        assert set(fake_cuda) == names | {"ours", "torch int4 g128"}
+        assert missing["torch._int_mm"] == "takes more than 16 rows, got 1"
+        first = rows[0]
+        assert first["products_floor_us"] == round(1152 * 896 / 0.5e15 * 1e6, 2)
+        assert first["ceiling_share"] == pytest.approx(first["bytes_floor_us"] / 2.0, abs=5e-3)
+    else:
+        assert all(row["products_floor_us"] is None for row in rows)
+
+
+def test_an_alternative_that_cannot_run_is_left_out_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("torch._scaled_mm is only supported on newer devices\nat some line")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refused)
+    missing: dict[str, str] = {}
+    bench = BenchDevice(device="cuda", cold_bytes=0)
+    with FakeTensorMode():
+        found = bench_gemm_baselines.baselines(bench, 32, 256, 256, missing)
+    assert "torch._scaled_mm fp8" not in found and len(found) == 4
+    assert missing == {
+        "torch._scaled_mm fp8": "torch._scaled_mm is only supported on newer devices"
+    }
+
+
+def test_copies_pass_the_cold_bytes_but_no_more_than_a_graph_reaches() -> None:
+    tensor = torch.zeros(1000, dtype=torch.uint8)
+    assert len(BenchDevice(cold_bytes=0).copies(tensor)) == 1
+    copies = BenchDevice(cold_bytes=5500).copies(tensor)
+    assert len(copies) == 6 and len({copy.data_ptr() for copy in copies}) == 6
+    assert len(BenchDevice(device="cuda", cold_bytes=10**6).copies(tensor)) == 32
+
+
+def test_models_have_the_sizes_of_their_configurations() -> None:
+    # (N, K) of the products as in arXiv 2407.21783 and the Qwen2.5 report, and tests/gpu.
+    assert [layer[1:3] for layer in bench_models.layers("llama-3-70b")] == [
+        (10240, 8192),
+        (8192, 8192),
+        (57344, 8192),
+        (8192, 28672),
+    ]
+    assert bench_models.layers("qwen2.5-72b")[3] == ("down", 8192, 29568, 0)
+    assert bench_models.layers("qwen2.5-7b")[0] == ("qkv", 4608, 3584, 448)
+    assert bench_models.heads("llama-3.2-1b") == (32, 8, 64)
+    assert bench_models.configuration("llama-3-8b", 2)["num_hidden_layers"] == 2
+    for name in bench_models.names():
+        assert len(bench_models.layers(name)) == 4
+
+
+def test_kron_transform_is_the_transform() -> None:
+    for width in (192, 896, 4864):
+        x = torch.randn(3, width)
+        y = bench_hadamard.kron_transform(width)(x)
+        assert torch.allclose(y, bench_hadamard.hadamard.transform(x), atol=1e-4)
+
+
+def test_nbytes_counts_nested_tensors_and_nothing_else() -> None:
+    x = torch.zeros(3, 5, dtype=torch.bfloat16)
+    assert bench_device.nbytes(x, (x, [x, None]), "name") == 3 * 30
+
+
+def test_the_acceptance_runs_command_lines_that_exist() -> None:
+    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "tools/gpu_check.py")
+    gpu_check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu_check)
+    for name in gpu_check.BENCHMARKS:
+        command = gpu_check.benchmark_command(name, "llama-3-8b,qwen2.5-72b", Path("out/x"))
+        args = build_parser().parse_args(command)
+        assert (args.command, args.benchmark, args.device) == ("bench", name, "cuda")
+    report = {"date": "2026-01-01", "commit": "abc", "steps": {}}
+    report["steps"]["build"] = {"passed": True, "seconds": 1, "output": ""}
+    figures = {"machine": {"gpu": {"gpu": "NVIDIA X1 80GB"}}}
+    report["steps"]["gemm"] = {"passed": True, "seconds": 2, "output": "", "figures": figures}
+    report["steps"]["tests"] = {"passed": False, "seconds": 3, "output": "one failed"}
+    text = gpu_check.markdown(report, {"gemm": "| table |"})
+    assert "| gemm | passed" in text and "| table |" in text
+    assert "| tests | FAILED" in text and "one failed" in text
+    name = "2026-01-01_gpu-check_nvidia-x1-80gb"
+    assert gpu_check.report_name(report, gpu_check.STEPS) == name
+    assert gpu_check.report_name(report, ["gemm"]) == "2026-01-01_gpu-gemm_nvidia-x1-80gb"
