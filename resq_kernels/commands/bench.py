@@ -29,11 +29,13 @@ above 1 ours is faster.
   quantize   the three quantizing operators beside the same in plain torch
   hadamard   the transform beside dense matrix products
   attention  one decode step over 4-bit pages beside torch's attention on 16-bit caches
+  model      prefill, decode and memory of a model with random weights beside BF16 transformers
 
 examples:
   resq bench
   resq bench gemm --shapes Llama-3-8B,Qwen2.5-7B --batch 1,16,512 --out results/gemm
   resq bench attention --shapes llama-3-8b --batch 1,8 --context 4096,32768
+  resq bench model --shapes llama-3-8b --layers 4 --batch 1,8 --context 512
 """
 
 # Benchmark -> its module (rows, MODELS, DEFAULTS), imported when it is asked for.
@@ -42,6 +44,7 @@ MODULES = {
     "quantize": "resq_kernels.testing.bench_quantize",
     "hadamard": "resq_kernels.testing.bench_hadamard",
     "attention": "resq_kernels.testing.bench_kv_attention",
+    "model": "resq_kernels.testing.bench_model",
 }
 CPU_COLD_MB = 128
 
@@ -60,20 +63,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_list_of(_model),
         metavar="A,B,...",
         help=f"of these models: {', '.join(_all_models())} (default: gemm square, 4096 x 4096; "
-        "llama-3-8b elsewhere)",
+        "model llama-3.2-1b; else llama-3-8b)",
     )
     parser.add_argument(
         "--batch",
         type=_list_of(at_least(1)),
         metavar="M,...",
-        help="rows of the activations; attention: sequences (default: gemm 1,4,16,64,512; "
-        "attention 1,8; else 1,16,512)",
+        help="rows of the activations; attention, model: sequences (default: gemm 1,4,16,64,512; "
+        "attention 1,8; model 1; else 1,16,512)",
     )
     parser.add_argument(
         "--context",
         type=_list_of(at_least(1)),
         metavar="T,...",
-        help="attention: cached tokens of each sequence (default: 4096)",
+        help="attention, model: tokens of each sequence before the step (default: 4096; model 128)",
+    )
+    parser.add_argument(
+        "--layers",
+        type=at_least(1),
+        metavar="N",
+        help="model: this many decoder layers instead of all, to fit the memory or the time",
     )
     parser.add_argument(
         "--device",

@@ -10,6 +10,14 @@ from typing import Any
 
 Row = Mapping[str, Any]
 _PLACE = ("op", "model", "layer", "shape", "kernel")
+# Keys of `resq bench model` alone: title, unit and digits.
+_WHOLE_MODEL = {
+    "layers": ("layers", 1, 0),
+    "ours_tokens_per_s": ("tokens/s", 1, 1),
+    "baseline_tokens_per_s": ("tokens/s of BF16", 1, 1),
+    "ours_bytes": ("GB", 1e9, 2),
+    "baseline_bytes": ("GB of BF16", 1e9, 2),
+}
 HEADER = f"{'op':27}{'model':14}{'layer':14}{'batch':>6}{'ours us':>11}{'TFLOP/s':>9}{'GB/s':>8}"
 HEADER += f"{'share':>7}  {'baseline':20}{'its us':>11}{'ratio':>7}{'of best':>8}"
 
@@ -23,6 +31,9 @@ def line(row: Row) -> str:
         return text
     best = row["baseline_best_us"] / row["ours_best_us"]
     text += f"  {row['baseline']:20}{row['baseline_us']:11.1f}{row['ratio']:7.2f}{best:8.2f}"
+    if "ours_tokens_per_s" in row:
+        text += f"  {row['ours_tokens_per_s']:.1f} tokens/s, {row['ours_bytes'] / 1e9:.2f} GB"
+        text += f"; {row['baseline_tokens_per_s']:.1f}, {row['baseline_bytes'] / 1e9:.2f} GB"
     return text
 
 
@@ -31,8 +42,11 @@ def markdown(figures: Mapping[str, Any]) -> str:
     rows = figures["rows"]
     names = list(dict.fromkeys(row["baseline"] for row in rows if row["baseline"]))
     titles = ["op", "model", "layer", "shape", "kernel", "us", "TFLOP/s", "GB/s", "share of floor"]
-    lines = ["| " + " | ".join([*titles, *(f"ratio to {name}" for name in names)]) + " |"]
-    lines.append("|" + "---|" * (len(titles) + len(names)))
+    ends = [f"ratio to {name}" for name in names]
+    whole = [key for key in _WHOLE_MODEL if rows and key in rows[0]]
+    ends += [title for key, (title, _, _) in _WHOLE_MODEL.items() if key in whole]
+    lines = ["| " + " | ".join([*titles, *ends]) + " |"]
+    lines.append("|" + "---|" * (len(titles) + len(ends)))
     for place in _places(rows).values():
         first = place[0]
         ratios = {row["baseline"]: row["ratio"] for row in place}
@@ -40,6 +54,9 @@ def markdown(figures: Mapping[str, Any]) -> str:
         cells += [f"{first['ours_us']:.1f}", _number(first["ours_tflops"], 2)]
         cells += [f"{first['ours_gb_per_s']:.1f}", f"{first['ceiling_share']:.1%}"]
         cells += [_number(ratios.get(name), 2) for name in names]
+        for key in whole:
+            _, unit, digits = _WHOLE_MODEL[key]
+            cells.append(_number(first[key] / unit, digits))
         lines.append("| " + " | ".join(cells) + " |")
     machine = figures["machine"]
     stamp = [f"`{figures['command']}`", "", "| | |", "|---|---|"]

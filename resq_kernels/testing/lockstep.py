@@ -61,8 +61,9 @@ def lockstep(model: nn.Module, run: Callable[[], Any]) -> Iterator[tuple[Any, Ag
     """Runs the kernels, then makes the block the reference path along their codes.
 
     Args:
-        model: a quantized model.
-        run: one pass of the model, without a cache; the block must do the same pass once.
+        model: a quantized model, on any device for `run`.
+        run: one pass of the model, without a cache; the block must do the same pass once, with the
+            model on the CPU.
 
     Yields:
         What `run` returned, and the counts, which are complete when the block ends.
@@ -96,11 +97,11 @@ class _Recorder(TorchDispatchMode):
         answer = func(*args, **(kwargs or {}))
         name = str(func)
         if name.startswith("resq.kv_append"):
-            k, cache, slots = args[0], args[5], args[6]
+            k, cache, slots = args[0], args[5].cpu(), args[6].cpu()
             rows = kv_pages.read_tokens(cache, slots, k.shape[-1])
             self.codes.extend(part.dequantize() for part in rows)
         elif name.startswith("resq.") and "quantize" in name:
-            q_lo, q_hi, params = answer[:3]
+            q_lo, q_hi, params = (part.cpu() for part in answer[:3])
             q_lo = unpack_int4(q_lo) if q_lo.dtype == torch.uint8 else q_lo
             self.codes.append(MixedTensor(q_lo, q_hi, params))
         return answer

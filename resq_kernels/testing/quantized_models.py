@@ -18,14 +18,10 @@ from resq_kernels.testing.tiny_models import make_model
 _CODE_DEVIATION = torch.tensor([4.61, 73.9])
 
 
-@torch.no_grad()
 def random_quantized(
     model_type: str = "llama", options: ResQConfig | None = None, *, seed: int = 0, **sizes: Any
 ) -> Any:
-    """A model as `from_pretrained` would answer it, with random codes, scales, biases, rotations.
-
-    Everything is random, so that a path that forgets a scale, a bias, a gain or a rotation gives
-    other numbers.
+    """A tiny model as `from_pretrained` would answer it, quantized by `randomize`.
 
     Args:
         model_type: "llama" or "qwen2".
@@ -33,8 +29,24 @@ def random_quantized(
         seed: seed of all values.
         sizes: fields of the transformers configuration, as in `tiny_models.make_model`.
     """
-    options = options or ResQConfig()
     model = make_model(model_type, seed=seed, **sizes)
+    randomize(model, options or ResQConfig(), seed)
+    return model
+
+
+@torch.no_grad()
+def randomize(model: Any, options: ResQConfig, seed: int = 0) -> None:
+    """Turns a float model into a quantized one, in place, with random codes, scales, biases, gains
+    and rotations.
+
+    Everything is random, so that a path that forgets a scale, a bias, a gain or a rotation gives
+    other numbers.
+
+    Args:
+        model: a float Llama or Qwen2 model of transformers, on any device.
+        options: how it is quantized.
+        seed: seed of all values.
+    """
     prepare(model, options)
     torch.manual_seed(seed)
     rotations = []
@@ -60,4 +72,3 @@ def random_quantized(
     model.config.quantization_config = ResQQuantizationConfig(**entry)
     model.hf_quantizer = ResQQuantizer(model.config.quantization_config, pre_quantized=True)
     model.is_quantized = True
-    return model

@@ -43,6 +43,7 @@ BENCHES = {
     "quantize": ("--batch", "1,3"),
     "hadamard": ("--batch", "1,3"),
     "attention": ("--batch", "1,2", "--context", "70"),
+    "model": ("--batch", "1,2", "--context", "7", "--layers", "2"),
 }
 
 
@@ -140,6 +141,37 @@ def test_attention(figures: Callable[[str], dict[str, Any]]) -> None:
         assert row["bytes_floor_us"] == round(row["batch"] * 70 * 2 * 88 / 1e4, 2)
 
 
+def test_model(figures: Callable[[str], dict[str, Any]]) -> None:
+    rows = figures("model")["rows"]
+    assert [(row["op"], row["batch"]) for row in rows] == [
+        ("model_prefill", 1),
+        ("model_decode", 1),
+        ("model_prefill", 2),
+        ("model_decode", 2),
+    ]
+    vocab, layers = 320, 2
+    # q/k/v, o, gate and up have an eighth of their columns in 8 bits; down none.
+    products = 512 * 256 + 256 * 256 + 384 * 256 + 256 * 192
+    high, low = 512 + 256 + 384, 256
+    packed = high * (256 * 7 // 16 + 32) + low * 192 // 2 + (high + low) * 16
+    for row in rows:
+        tokens = row["batch"] * (7 if row["op"] == "model_prefill" else 1)
+        assert row["baseline"] == "transformers bf16" and row["layers"] == layers
+        speed = tokens / row["ours_us"] * 1e6
+        assert row["ours_tokens_per_s"] == pytest.approx(speed, rel=1e-3, abs=0.1)
+        assert row["products_floor_us"] == round(tokens * layers * products / 1e5, 2)
+        norms, rope = (2 * layers + 1) * HIDDEN * 2, 2 * 32 * 4
+        matrices = 2 * vocab * HIDDEN * 2
+        cache = row["batch"] * layers * 2 * 7 * 2 * 64 * 2
+        floats = matrices + norms + rope + layers * products * 2 + cache
+        assert row["baseline_bytes"] == floats
+        pages = row["batch"] * layers * 2 * 64 * 88  # one page of 64 tokens
+        rotations = layers * 64 * 64 * 2
+        ours = matrices + norms + rope + rotations + layers * packed + pages
+        assert row["ours_bytes"] == ours
+        assert row["bytes_floor_us"] == round((ours - vocab * HIDDEN * 2) / 1e4, 2)
+
+
 def moved_by(op: str, change: Callable[[Any], None]) -> Callable[..., Any]:
     """The operator with a result that `change` spoils in place."""
     right = getattr(ops, op)
@@ -213,6 +245,29 @@ def test_a_kernel_that_is_wrong_is_not_timed(
     assert result.sentence == f"{op}: llama-3-8b {place}: differs from the reference"
     assert len(timed) == timed_before
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("queries", "sentence"),
+    [(18, "torch.float32: logits differ from the reference"), (2, "a decode step differs")],
+    ids=["prefill", "decode"],
+)
+def test_a_model_that_is_wrong_is_not_timed(
+    resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, queries: int, sentence: str
+) -> None:
+    right = ops.kv_attention
+
+    def wrong(q: torch.Tensor, *args: Any) -> torch.Tensor:
+        return right(q * 1.05 if len(q) == queries else q, *args)
+
+    def untouched(*_: Any, **__: Any) -> Any:
+        raise AssertionError("timed")
+
+    monkeypatch.setattr(ops, "kv_attention", wrong)
+    monkeypatch.setattr(bench_device.BenchDevice, "alternate", untouched)
+    result = resq("bench", "model", *BENCHES["model"], "--shapes", "llama-3-8b")
+    assert result.code == 1
+    assert result.sentence.startswith(f"model: llama-3-8b: {sentence}")
 
 
 def test_out_writes_json_table_and_plot(resq: Callable[..., Result], tmp_path: Path) -> None:

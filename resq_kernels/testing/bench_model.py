@@ -1,0 +1,175 @@
+"""A whole model in transformers, quantized and in BF16: prefill, decode and memory in one run.
+
+Both models have random weights. The quantized one is checked first: its logits against the
+reference path along its own codes (testing.lockstep), in float32 and in BF16, and a decode step
+against the same position of a longer prefill. Calls are timed as Python launches them, the way
+`generate` does.
+
+    resq bench model --shapes llama-3.2-1b --layers 4 --batch 1 --context 128
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from resq_kernels.architecture import LINEARS
+from resq_kernels.config import ResQConfig
+from resq_kernels.testing import bench_models
+from resq_kernels.testing.bench_device import BenchDevice, Call, Row, Work, nbytes
+from resq_kernels.testing.lockstep import lockstep
+from resq_kernels.testing.quantized_models import randomize
+
+MODELS = bench_models.names()
+DEFAULTS = {"shapes": ["llama-3.2-1b"], "batch": [1], "context": [128]}
+BASELINE = "transformers bf16"
+CHECKED = (2, 9)  # sequences and tokens
+# dtype -> (median over tokens of the logits' error in their norm, share of quantized rows that the
+# reference may not take over). In float32 both are 3e-7 and 0 on a CPU, and queries 2 % too large
+# give 0.13 and 0.6; CUDA's attention computes in float16 inside. BF16 rounds values across the
+# edges of codes (0.11 of the rows at 16 layers), after which a token goes its own way: the median.
+ALLOWED = {torch.float32: (1e-3, 0.05), torch.bfloat16: (2e-2, 0.25)}
+STEP_TOLERANCE = 2e-2  # the head's BF16 product may sum in another order for one row
+
+
+@torch.no_grad()
+def build(name: str, layers: int | None, device: str, *, quantized: bool) -> Any:
+    """A model of this shape with random weights, in BF16 beside its 4-bit parts."""
+    config = AutoConfig.for_model(**bench_models.configuration(name, layers))
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if quantized:
+        randomize(model, ResQConfig(high_fraction=bench_models.HIGH_FRACTION))
+    return model.eval()
+
+
+@torch.no_grad()
+def why_wrong(model: Any) -> str | None:
+    """What of a BF16 model differs from the reference, or None."""
+    device, rotary = model.device, copy.deepcopy(model.model.rotary_emb)
+    ids = torch.randint(0, model.config.vocab_size, CHECKED, device=device)
+    for dtype, (most_error, most_refused) in ALLOWED.items():
+        model.to(dtype)
+        model.model.rotary_emb = copy.deepcopy(rotary)  # its frequencies stay float32
+        with lockstep(model, lambda: model(ids, use_cache=False).logits) as (whole, agreement):
+            expected = model.to("cpu")(ids.cpu(), use_cache=False).logits
+        model.to(device)
+        if (error := _error(whole, expected)) > most_error:
+            return f"{dtype}: logits differ from the reference by {error:.2g} of their norm"
+        if agreement.refused > most_refused * agreement.rows:
+            counts = f"{agreement.refused} of {agreement.rows}"
+            return f"{dtype}: {counts} quantized rows are not the reference's"
+    cache = filled_cache(model, ids[:, :-1])
+    step = model(ids[:, -1:], **given(model, cache)).logits
+    if (error := _error(step, whole[:, -1:])) > STEP_TOLERANCE:
+        return f"a decode step differs from the prefill by {error:.2g} of its norm"
+    return None
+
+
+def _error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Median over tokens of |result - expected| / |expected|, [batch, tokens, vocabulary] each."""
+    result, expected = result.cpu().double(), expected.cpu().double()
+    return float(((result - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+
+
+def given(model: Any, cache: Any) -> dict[str, Any]:
+    """The cache as an argument of this transformers: its name changed in 5.24."""
+    names = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
+
+
+def filled_cache(model: Any, ids: torch.Tensor) -> DynamicCache:
+    """The model's cache after the tokens ids int64 [batch, tokens]."""
+    cache = DynamicCache(config=model.config)
+    model(ids, logits_to_keep=1, **given(model, cache))
+    return cache
+
+
+def prefill(model: Any, ids: torch.Tensor) -> Call:
+    """A pass over ids int64 [batch, tokens] that fills a new cache and answers the last logits."""
+    return lambda i: model(ids, use_cache=True, logits_to_keep=1)
+
+
+def decode(model: Any, ids: torch.Tensor) -> tuple[Call, int]:
+    """A step after the tokens ids, which is then forgotten again; bytes of the cache."""
+    cache = filled_cache(model, ids)
+    size = cache_bytes(cache)
+    token, argument = ids[:, -1:].contiguous(), given(model, cache)
+
+    def step(i: int) -> torch.Tensor:
+        logits = model(token, **argument).logits
+        cache.crop(-1)
+        return logits
+
+    return step, size
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the tokens in a cache, 4-bit pages or float tensors."""
+    return sum(
+        layer.paged.memory_bytes() if hasattr(layer, "paged") else nbytes(layer.keys, layer.values)
+        for layer in cache.layers
+    )
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of all parameters and buffers, packed weights and their sums included."""
+    return nbytes(*model.parameters(), *model.buffers())
+
+
+@torch.no_grad()
+def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) -> Iterator[Row]:
+    """Checks every model, then times prefill and decode of every context and batch.
+
+    Args:
+        bench: the device.
+        args: the options of `resq bench`: shapes, batch, context, layers.
+        missing: nothing is missing here.
+
+    Raises:
+        RuntimeError: the quantized model's results are not the reference's.
+    """
+    for name in args.shapes:
+        ours = build(name, args.layers, bench.device, quantized=True)
+        if reason := why_wrong(ours):
+            raise RuntimeError(f"model: {name}: {reason}")
+        models = {"ours": ours, BASELINE: build(name, args.layers, bench.device, quantized=False)}
+        for context in args.context:
+            for batch in args.batch:
+                yield from _rows(bench, name, models, batch, context)
+
+
+def _rows(
+    bench: BenchDevice, name: str, models: dict[str, Any], batch: int, context: int
+) -> Iterator[Row]:
+    ours = models["ours"]
+    ids = torch.randint(0, ours.config.vocab_size, (batch, context), device=bench.device)
+    steps, caches = {}, {}
+    for key, model in models.items():
+        steps[key], caches[key] = decode(model, ids)
+    memory = {key: weight_bytes(model) + caches[key] for key, model in models.items()}
+    shape, depth = bench_models.shape(name), ours.config.num_hidden_layers
+    products = batch * depth * sum(n * k for n, k in map(shape.linear, LINEARS))
+    # Everything is read once; of the embedding only the rows of the tokens, unless it is the head.
+    embedding = 0 if shape.tied else nbytes(ours.get_input_embeddings().weight)
+    passes = {key: prefill(model, ids) for key, model in models.items()}
+    for kind, tokens, candidates in (("prefill", context, passes), ("decode", 1, steps)):
+        place: Row = {"model": name, "layer": f"{kind} {context}", "batch": batch}
+        place |= {"shape": [batch, context], "layers": depth}
+        work = Work(
+            op=f"model_{kind}",
+            place=place,
+            moved=memory["ours"] - embedding,
+            products=products * tokens,
+        )
+        for row in bench.rows(work, bench.alternate(candidates, eager=True)):
+            for key, side in (("ours", "ours"), (BASELINE, "baseline")):
+                speed = batch * tokens / row[f"{side}_us"] * 1e6
+                row[f"{side}_tokens_per_s"], row[f"{side}_bytes"] = round(speed, 2), memory[key]
+            yield row
