@@ -50,7 +50,10 @@ sanitize: $(VENV)/.dependencies
 	$(BIN)/python tools/sanitize.py
 
 bench: $(VENV)/.built
-	$(BIN)/resq bench
+	@for name in gemm quantize hadamard attention "model --layers 2 --context 32"; do \
+	  prefix=benchmarks/results/$$(date +%F)_bench-$${name%% *}_$$(nproc)-cores; \
+	  echo "resq bench $$name --out $$prefix"; \
+	  $(BIN)/resq bench $$name --out $$prefix || exit 1; done
 
 # Runs with the Python that has a CUDA build of torch, and with prebuilt libraries if there are any.
 gpu-check:

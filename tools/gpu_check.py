@@ -109,8 +109,8 @@ def benchmark(name: str, folder: Path, models: str) -> Result:
     prefix = folder / name
     for old in folder.glob(f"{name}.*"):
         old.unlink()
-    command = [sys.executable, "-m", "resq_kernels", *benchmark_command(name, models, prefix)]
-    result = run(name, command)
+    arguments = benchmark_command(name, models, prefix.relative_to(ROOT))  # run() starts there
+    result = run(name, [sys.executable, "-m", "resq_kernels", *arguments])
     if result["passed"]:
         result |= {"figures": json.loads(prefix.with_suffix(".json").read_text())}
     return result

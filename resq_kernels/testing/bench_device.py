@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -98,9 +99,13 @@ class BenchDevice:
     @functools.cached_property
     def products_per_second(self) -> float | None:
         """Integer products of the instructions that the kernels use; None where not measurable."""
-        if not self.on_gpu:
-            return int_rate.integer_rate(torch.get_num_threads())
-        operations = cuda_timing.int8_rate(INT8_CEILING) if INT8_CEILING.exists() else None
+        try:
+            if not self.on_gpu:
+                return int_rate.integer_rate(torch.get_num_threads())
+            operations = cuda_timing.int8_rate(INT8_CEILING) if INT8_CEILING.exists() else None
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            sys.stderr.write(f"resq: the rate of integer products is not measured: {error}\n")
+            return None
         return operations / 2 if operations else None
 
     def limits(self) -> dict[str, float | None]:

@@ -77,15 +77,6 @@ def _capture(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
 def device() -> dict[str, object]:
     """What a figure depends on: GPU, driver, clocks, power, versions."""
     properties = torch.cuda.get_device_properties(0)
-    fields = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "power.limit")
-    fields += ("temperature.gpu", "clocks_throttle_reasons.active")  # 0: runs as fast as it may
-    smi = shutil.which("nvidia-smi")
-    state: dict[str, object] = {}
-    if smi:
-        command = [smi, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
-        answer = subprocess.run(command, capture_output=True, text=True)
-        values = [value.strip() for value in answer.stdout.split(",")]
-        state = dict(zip(fields, values, strict=False)) if answer.returncode == 0 else {}
     return {
         "gpu": properties.name,
         "capability": f"sm_{properties.major}{properties.minor}",
@@ -93,8 +84,28 @@ def device() -> dict[str, object]:
         "kernels": torch.ops.resq.cuda_family(0),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        **state,
+        **state(),
     }
+
+
+def state() -> dict[str, str]:
+    """Driver, clocks, power, temperature and what holds the clocks back (0: nothing) just now."""
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "power.limit")
+    # The name of the last one depends on the driver, and an unknown name spoils a whole query.
+    reasons = _query("clocks_event_reasons.active") or _query("clocks_throttle_reasons.active")
+    return _query(*fields, "temperature.gpu") | reasons
+
+
+def _query(*fields: str) -> dict[str, str]:
+    """Field -> value from nvidia-smi; nothing where it is missing or does not know a field."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return {}
+    command = [smi, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    values = [value.strip() for value in answer.stdout.split(",")]
+    known = answer.returncode == 0 and len(values) == len(fields)
+    return dict(zip(fields, values, strict=True)) if known else {}
 
 
 def clock() -> float:

@@ -4,6 +4,7 @@ dtypes; the acceptance's command lines are parsed by the program."""
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -97,6 +98,46 @@ def test_an_alternative_that_cannot_run_is_left_out_with_the_reason(
     assert missing == {
         "torch._scaled_mm fp8": "torch._scaled_mm is only supported on newer devices"
     }
+
+
+@pytest.mark.parametrize("known", ["clocks_event_reasons", "clocks_throttle_reasons"])
+def test_state_of_the_gpu_under_either_name(
+    known: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        f"""#!/bin/sh
+        case "$1" in
+          --query-gpu={known}.active) echo 0x0000000000000004 ;;
+          *reasons*) echo 'Field is not a valid field to query.'; exit 2 ;;
+          *) echo '580.1, 1980 MHz, 2619 MHz, 310.5 W, 700.0 W, 41' ;;
+        esac
+        """
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert cuda_timing.state() == {
+        "driver_version": "580.1",
+        "clocks.sm": "1980 MHz",
+        "clocks.mem": "2619 MHz",
+        "power.draw": "310.5 W",
+        "power.limit": "700.0 W",
+        "temperature.gpu": "41",
+        f"{known}.active": "0x0000000000000004",
+    }
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert cuda_timing.state() == {}
+
+
+def test_a_rate_that_cannot_be_measured_is_none_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_: Any) -> float:
+        raise subprocess.CalledProcessError(1, ["nvcc"])
+
+    monkeypatch.setattr(cuda_timing, "int8_rate", fails)
+    assert BenchDevice(device="cuda").products_per_second is None
+    assert "the rate of integer products is not measured: " in capsys.readouterr().err
 
 
 def test_copies_pass_the_cold_bytes_but_no_more_than_a_graph_reaches() -> None:
