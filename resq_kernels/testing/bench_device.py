@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -67,6 +67,34 @@ class BenchDevice:
         if self.on_gpu:
             count = min(count, cuda_timing.MOST_COPIES)
         return [tensor, *(tensor.clone() for _ in range(count - 1))]
+
+    def available(
+        self, makers: Iterable[tuple[str, Callable[[], Call]]], missing: dict[str, str]
+    ) -> dict[str, Call]:
+        """name -> call of the alternatives that this build, device and memory can run.
+
+        Args:
+            makers: names and functions that make the call; it is tried once, as it will be timed.
+            missing: gets name -> reason for each of the others.
+        """
+        found: dict[str, Call] = {}
+        for name, make in makers:
+            try:
+                call = make()
+                self.attempt(call)
+            except (RuntimeError, NotImplementedError, AttributeError, ValueError) as error:
+                missing[name] = str(error).strip().splitlines()[0][:200]
+            else:
+                found[name] = call
+        return found
+
+    def attempt(self, call: Call) -> None:
+        """Runs a call once, on a GPU inside a graph."""
+        if self.on_gpu:
+            cuda_timing.capture(call, 1).replay()
+            torch.cuda.synchronize()
+        else:
+            call(0)
 
     def alternate(
         self, candidates: Mapping[str, Call], *, eager: bool = False

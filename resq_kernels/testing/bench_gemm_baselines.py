@@ -29,16 +29,7 @@ def baselines(
     """
     x = torch.randn(m, k, device=bench.device)
     w = torch.randn(n, k, device=bench.device)
-    found: dict[str, Call] = {}
-    for name, make in _cuda(bench, x, w) if bench.on_gpu else _cpu(bench, x, w):
-        try:
-            call = make()
-            call(0)
-        except (RuntimeError, NotImplementedError, AttributeError, ValueError) as error:
-            missing[name] = str(error).strip().splitlines()[0][:200]
-        else:
-            found[name] = call
-    return found
+    return bench.available(_cuda(bench, x, w) if bench.on_gpu else _cpu(bench, x, w), missing)
 
 
 def _cpu(

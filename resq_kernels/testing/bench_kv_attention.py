@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -74,28 +75,36 @@ def check(
 
 def baselines(
     bench: BenchDevice, batch: int, context: int, heads: tuple[int, int, int]
-) -> dict[str, Call]:
-    """torch's attention on dense caches, each over its own cold copies.
+) -> Iterator[tuple[str, Callable[[], Call]]]:
+    """Names and makers of torch's attention on dense caches, each over its own cold copies.
 
     "grouped" passes the heads that share keys as rows of one query matrix: the best that a user can
     make of it for a decode step, where no mask is needed.
     """
-    n_q, n_kv, head_dim = heads
-    found: dict[str, Call] = {}
-    attention = functional.scaled_dot_product_attention
     dtypes = {"bf16": torch.bfloat16}
     if not bench.on_gpu:
         dtypes["fp32"] = torch.float32  # the quicker one on processors without BF16 products
     for name, dtype in dtypes.items():
-        q = torch.randn(batch, n_q, 1, head_dim, device=bench.device).to(dtype)
-        grouped = q.view(batch, n_kv, n_q // n_kv, head_dim)
-        dense = torch.randn(2, batch, n_kv, context, head_dim, device=bench.device, dtype=dtype)
-        cached = bench.copies(dense)
-        found[f"SDPA {name}"] = lambda i, q=q, c=cached: attention(
-            q, *c[i % len(c)], enable_gqa=True
-        )
-        found[f"SDPA {name} grouped"] = lambda i, q=grouped, c=cached: attention(q, *c[i % len(c)])
-    return found
+        make = partial(_dense, bench, batch, context, heads, dtype)
+        yield f"SDPA {name}", partial(make, grouped=False)
+        yield f"SDPA {name} grouped", partial(make, grouped=True)
+
+
+def _dense(
+    bench: BenchDevice,
+    batch: int,
+    context: int,
+    heads: tuple[int, int, int],
+    dtype: torch.dtype,
+    *,
+    grouped: bool,
+) -> Call:
+    n_q, n_kv, head_dim = heads
+    shape = (batch, n_kv, n_q // n_kv, head_dim) if grouped else (batch, n_q, 1, head_dim)
+    q = torch.randn(shape, device=bench.device, dtype=dtype)
+    dense = torch.randn(2, batch, n_kv, context, head_dim, device=bench.device, dtype=dtype)
+    caches, attention = bench.copies(dense), functional.scaled_dot_product_attention
+    return lambda i: attention(q, *caches[i % len(caches)], enable_gqa=not grouped)
 
 
 def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) -> Iterator[Row]:
@@ -104,22 +113,21 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
     Args:
         bench: the device.
         args: the options of `resq bench`: shapes, batch, context.
-        missing: nothing is missing here.
+        missing: gets name -> reason for each baseline that cannot run.
 
     Raises:
         RuntimeError: a result differs from the reference.
     """
     for model in args.shapes:
-        heads = bench_models.heads(model)
         for context in args.context:
             for batch in args.batch:
-                yield from _rows(bench, model, heads, batch, context)
+                yield from _rows(bench, model, batch, context, missing)
 
 
 def _rows(
-    bench: BenchDevice, model: str, heads: tuple[int, int, int], batch: int, context: int
+    bench: BenchDevice, model: str, batch: int, context: int, missing: dict[str, str]
 ) -> list[Row]:
-    n_q, n_kv, head_dim = heads
+    n_q, n_kv, head_dim = heads = bench_models.heads(model)
     cache, table = random_cache(batch, context, heads, bench.device)
     decode = decoder(batch, context, bench.device)
     q = torch.randn(batch, n_q, head_dim, dtype=torch.bfloat16, device=bench.device)
@@ -127,7 +135,7 @@ def _rows(
         raise RuntimeError(f"kv_attention: {model} {batch}x{context}: differs from the reference")
     caches = bench.copies(cache)
     candidates = {"ours": lambda i: decode(q, caches[i % len(caches)], table)}
-    candidates |= baselines(bench, batch, context, heads)
+    candidates |= bench.available(baselines(bench, batch, context, heads), missing)
     place: Row = {"model": model, "layer": f"decode {context}", "batch": batch}
     place["shape"] = [batch, context, *heads]
     moved = batch * context * n_kv * kv_pages.token_bytes(head_dim)

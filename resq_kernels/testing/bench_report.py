@@ -63,7 +63,8 @@ def markdown(figures: Mapping[str, Any]) -> str:
     for key, value in {**machine, **machine.get("gpu", {}), **figures["limits"]}.items():
         if key != "gpu" or not isinstance(value, Mapping):
             stamp.append(f"| {key} | {value} |")
-    stamp += [f"| no {name} | {reason} |" for name, reason in figures["missing"].items()]
+    for name, reason in figures["missing"].items():
+        stamp.append(f"| no {name} | {reason.replace('|', '/')} |")
     return "\n".join([*stamp, "", *lines, ""])
 
 

@@ -35,7 +35,7 @@ def alternate(
     """
     if not candidates or rounds < 1:
         raise ValueError(f"alternate: expected candidates and rounds >= 1, got {rounds} rounds")
-    graphs = {name: _capture(call, calls) for name, call in candidates.items()}
+    graphs = {name: capture(call, calls) for name, call in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     flush = torch.empty(COLD_BYTES, dtype=torch.uint8, device="cuda")
     for graph in graphs.values():
@@ -64,7 +64,8 @@ def event_seconds(run: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def _capture(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
+def capture(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
+    """A graph of `calls` calls; one before it loads modules and makes workspaces."""
     call(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

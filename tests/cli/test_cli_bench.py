@@ -64,11 +64,12 @@ def figures(tmp_path: Path, resq: Callable[..., Result]) -> Callable[[str], dict
     def run(name: str) -> dict[str, Any]:
         target = tmp_path / f"{name}.json"
         options = ("--shapes", "Llama-3-8B", "--rounds", 1, "--cold-mb", 0, "--json", target)
-        result = resq("bench", name, *BENCHES[name], *options)
+        result = resq("bench", name, *BENCHES[name], *options, "--threads", 1, "--cpu-time")
         assert result.code == 0, result.err
         found = json.loads(target.read_text())
         assert set(found) == FIGURES
         assert set(found["machine"]) >= MACHINE_KEYS
+        assert found["machine"]["clock"] == "thread processor time"
         assert found["command"].startswith(f"resq bench {name} --batch 1,")
         assert len(result.out.splitlines()) == 1 + len(found["rows"]) + len(found["missing"])
         for row in found["rows"]:

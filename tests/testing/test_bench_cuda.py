@@ -46,6 +46,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
         return dict.fromkeys(candidates, Timing(median_us=2.0, best_us=1.0, calls=1))
 
     monkeypatch.setattr(BenchDevice, "alternate", alternate)
+    monkeypatch.setattr(BenchDevice, "attempt", lambda _, call: call(0))
     monkeypatch.setattr(bench_mixed_gemm, "differing", lambda *_: [])
     for module in (bench_hadamard, bench_quantize):
         monkeypatch.setattr(module, "agrees", lambda *_: True)
@@ -90,6 +91,7 @@ def test_an_alternative_that_cannot_run_is_left_out_with_the_reason(
         raise RuntimeError("torch._scaled_mm is only supported on newer devices\nat some line")
 
     monkeypatch.setattr(torch, "_scaled_mm", refused)
+    monkeypatch.setattr(BenchDevice, "attempt", lambda _, call: call(0))
     missing: dict[str, str] = {}
     bench = BenchDevice(device="cuda", cold_bytes=0)
     with FakeTensorMode():
