@@ -7,6 +7,7 @@
 
 #include "cuda/launch.h"
 #include "torch/allocate.h"
+#include "torch/log_kernel.h"
 
 #ifndef RESQ_EMULATED
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -44,17 +45,24 @@ using torch::stable::accelerator::DeviceGuard;
 // Makes the tensor's device current for as long as it lives. Make it before the outputs.
 class Call {
  public:
-  explicit Call(const Tensor& tensor)
-      : index_(device_index(tensor)),
+  Call(const char* op, const Tensor& tensor)
+      : op_(op),
+        index_(device_index(tensor)),
         guard_(index_),
         device_(::resq::cuda::device(index_)),
         family_(current_family(device_)) {}
 
   const Device& device() const { return device_; }
   Family family() const { return family_; }
-  Stream stream() const { return current_stream(index_); }
+
+  // To launch on; `kernel` names the one of several in the log.
+  Stream stream(const std::string& kernel = "") const {
+    if (logs_kernels()) log_kernel(op_, std::string("cuda ") + family_name(family_) + kernel);
+    return current_stream(index_);
+  }
 
  private:
+  const char* op_;
   int index_;
   DeviceGuard guard_;
   Device device_;

@@ -2,6 +2,7 @@
 
 #include "cpu/variants.h"
 #include "ops/hadamard/hadamard_args.h"
+#include "torch/cpu_call.h"
 
 namespace resq {
 namespace cpu {
@@ -13,6 +14,7 @@ Tensor hadamard(const Tensor& x, double scale) {
   const HadamardCall call = hadamard_call(x, scale);
   const HadamardParams& p = call.params;
   const auto kernel = RESQ_ROWS_KERNEL(hadamard);
+  log_cpu_kernel("hadamard");
   torch::stable::parallel_for(0, p.rows, rows_per_thread(p.plan->n),
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return call.y;

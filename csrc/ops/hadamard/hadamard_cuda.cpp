@@ -8,7 +8,7 @@ namespace {
 
 Tensor hadamard(const Tensor& x, double scale) {
   const char* op = "hadamard";
-  const cuda::Call on(x);
+  const cuda::Call on(op, x);
   const HadamardCall call = hadamard_call(cuda::aligned_rows(x), scale);
   const HadamardParams& p = call.params;
   const cuda::HadamardLayout& layout =

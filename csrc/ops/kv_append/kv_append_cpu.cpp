@@ -4,6 +4,7 @@
 
 #include "cpu/isa.h"
 #include "ops/kv_append/kv_append_args.h"
+#include "torch/cpu_call.h"
 
 namespace resq {
 namespace {
@@ -62,6 +63,7 @@ Tensor kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& 
   Tensor rotated_q = allocate_rotated_q(call, k, q);
   const KvAppendParams& params = call.params;
   if (params.n_kv == 0) return rotated_q;
+  log_cpu_kernel("kv_append");
   for_rows(params, KvAppendGroups(params, params.n_kv), variant().append);
   for_rows(params, KvAppendGroups(params, params.n_q), variant().rotate);
   return rotated_q;

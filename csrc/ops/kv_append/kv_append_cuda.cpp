@@ -11,7 +11,7 @@ Tensor kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& 
                  Tensor cache, const Tensor& slot_mapping, int64_t hi_bits,
                  const std::optional<Tensor>& q) {
   const char* op = "kv_append";
-  const cuda::Call on(k);
+  const cuda::Call on(op, k);
   KvAppendCall call = kv_append_call(k, v, cos, sin, key_rotation, cache, slot_mapping, hi_bits, q,
                                      RopeForm::kAsGiven);
   check_device(op, "v", v, k);

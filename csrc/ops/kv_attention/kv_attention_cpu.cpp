@@ -8,6 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/row_buffer.h"
 #include "ops/kv_attention/kv_attention_args.h"
+#include "torch/cpu_call.h"
 
 namespace resq {
 namespace {
@@ -115,7 +116,9 @@ Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_ta
     Tensor out = call.out;
     torch::stable::zero_(out);
   }
-  if (q.numel() > 0) run(call.params, make_tasks(call.params, lengths));
+  if (q.numel() == 0) return call.out;
+  log_cpu_kernel("kv_attention");
+  run(call.params, make_tasks(call.params, lengths));
   return call.out;
 }
 

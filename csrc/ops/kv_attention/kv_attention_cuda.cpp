@@ -12,7 +12,7 @@ Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_ta
                     const std::optional<Tensor>& key_rotation,
                     std::optional<ScalarType> out_dtype) {
   const char* op = "kv_attention";
-  const cuda::Call on(q);
+  const cuda::Call on(op, q);
   const KvAttentionCall call =
       kv_attention_call(q, cache, block_table, seq_lens, query_starts, scale, cos, sin,
                         key_rotation, out_dtype, RopeForm::kAsGiven);

@@ -6,6 +6,7 @@
 
 #include "cpu/isa.h"
 #include "ops/kv_dequantize/kv_dequantize_args.h"
+#include "torch/cpu_call.h"
 
 namespace resq {
 namespace {
@@ -54,6 +55,7 @@ std::tuple<Tensor, Tensor> kv_dequantize(const Tensor& cache, const Tensor& bloc
   check_lengths(call.params);
   constexpr int64_t kGrainItems = 4;  // an item is 4096 numbers, about 2 us with AVX2
   if (call.params.n_kv > 0) {
+    log_cpu_kernel("kv_dequantize");
     torch::stable::parallel_for(
         0, call.params.items(), kGrainItems,
         [&](int64_t begin, int64_t end) { variant()(call.params, begin, end); });

@@ -12,7 +12,7 @@ std::tuple<Tensor, Tensor> kv_dequantize(const Tensor& cache, const Tensor& bloc
                                          const Tensor& seq_lens, int64_t max_tokens,
                                          int64_t head_dim, ScalarType dtype) {
   const char* op = "kv_dequantize";
-  const cuda::Call on(cache);
+  const cuda::Call on(op, cache);
   check_device(op, "block_table", block_table, cache);
   check_device(op, "seq_lens", seq_lens, cache);
   cuda::check_aligned(op, "cache", cache);

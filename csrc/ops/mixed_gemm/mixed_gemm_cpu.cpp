@@ -2,6 +2,7 @@
 
 #include "ops/mixed_gemm/mixed_gemm_args.h"
 #include "ops/mixed_gemm/mixed_gemm_plan.h"
+#include "torch/cpu_call.h"
 
 namespace resq {
 namespace {
@@ -18,6 +19,7 @@ Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
 #if defined(__x86_64__)
   if (tasks.plan.amx) kernel = cpu::amx::mixed_gemm_tasks;
 #endif
+  log_cpu_kernel("mixed_gemm", tasks.plan.amx ? cpu::Isa::kAmx : cpu::vector_isa());
   torch::stable::parallel_for(0, tasks.plan.tasks(), tasks.plan.grain,
                               [&](int64_t begin, int64_t end) { kernel(tasks, begin, end); });
   return call.out;

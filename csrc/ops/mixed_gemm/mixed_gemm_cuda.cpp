@@ -13,11 +13,18 @@ const char* kernel_name(cuda::MixedGemmKernel kernel) {
   }
 }
 
+std::string describe(const cuda::MixedGemmChoice& choice) {
+  std::ostringstream text;
+  text << kernel_name(choice.kernel) << " " << choice.tile_rows << "x" << choice.tile_columns
+       << " splits=" << choice.splits;
+  return text.str();
+}
+
 Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
                   const Tensor& packed_weight, const Tensor& weight_scale, const Tensor& weight_sum,
                   const std::optional<Tensor>& bias, ScalarType out_dtype) {
   const char* op = "mixed_gemm";
-  const cuda::Call on(q_lo);
+  const cuda::Call on(op, q_lo);
   const MixedGemmCall call =
       mixed_gemm_call(q_lo, q_hi, params, packed_weight, weight_scale, weight_sum, bias, out_dtype);
   const MixedGemmParams& p = call.params;
@@ -33,18 +40,17 @@ Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
   const cuda::MixedGemmChoice choice = cuda::mixed_gemm_choice(
       {p.rows, p.n, p.k_lo, p.k_hi, p.q_lo_packed}, on.family(), on.device().sms);
   const Tensor workspace = allocate(q_lo, {choice.workspace_bytes}, ScalarType::Byte);
+  const cuda::Stream stream = on.stream(logs_kernels() ? ", " + describe(choice) : "");
   void* scratch = choice.workspace_bytes ? workspace.mutable_data_ptr() : nullptr;
   switch (choice.kernel) {
     case cuda::MixedGemmKernel::kSmallBatch: {
       const CudaLayout layout = cuda::weight_layout(on.family());
-      cuda::mixed_gemm_small_batch(p, choice, layout, scratch, on.stream());
+      cuda::mixed_gemm_small_batch(p, choice, layout, scratch, stream);
       break;
     }
-    case cuda::MixedGemmKernel::kSm80:
-      cuda::mixed_gemm_sm80(p, choice, scratch, on.stream());
-      break;
+    case cuda::MixedGemmKernel::kSm80: cuda::mixed_gemm_sm80(p, choice, scratch, stream); break;
     case cuda::MixedGemmKernel::kSm90:
-      cuda::mixed_gemm_sm90(p, choice, scratch, on.device(), on.stream());
+      cuda::mixed_gemm_sm90(p, choice, scratch, on.device(), stream);
       break;
   }
   return call.out;
@@ -56,10 +62,7 @@ std::string mixed_gemm_kernel(int64_t rows, int64_t n, int64_t k_lo, int64_t k_h
   const cuda::Device on = cuda::device(static_cast<int>(device));
   const cuda::MixedGemmChoice choice =
       cuda::mixed_gemm_choice({rows, n, k_lo, k_hi, packed}, cuda::current_family(on), on.sms);
-  std::ostringstream text;
-  text << kernel_name(choice.kernel) << " " << choice.tile_rows << "x" << choice.tile_columns
-       << " splits=" << choice.splits;
-  return text.str();
+  return describe(choice);
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> mixed_quantize(const Tensor& x, int64_t n_hi, int64_t lo_bits,
                                                   std::optional<bool> packed, bool symmetric,
                                                   double clip) {
-  const cuda::Call on(x);
+  const cuda::Call on("mixed_quantize", x);
   const MixedQuantizeCall call = mixed_quantize_call(x, {n_hi, lo_bits, packed, symmetric, clip},
                                                      cuda::packs_activations(on.family()));
   cuda::check_row_count("mixed_quantize", "x", call.params.rows);

@@ -7,7 +7,7 @@ namespace resq {
 namespace {
 
 Tensor pack_weight(const Tensor& codes_lo, const Tensor& codes_hi) {
-  const cuda::Call on(codes_lo);
+  const cuda::Call on("pack_weight", codes_lo);
   const PackWeightCall call = pack_weight_call(codes_lo, codes_hi, cuda_packed_weight_bytes);
   cuda::pack_weight(call.params, cuda::weight_layout(on.family()), on.stream());
   return call.packed;

@@ -2,6 +2,7 @@
 
 #include "cpu/variants.h"
 #include "ops/rms_norm_quantize/rms_norm_quantize_args.h"
+#include "torch/cpu_call.h"
 
 namespace resq {
 namespace cpu {
@@ -18,6 +19,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_quantize(
                              /*packed_default=*/false);
   const RmsNormQuantizeParams& p = call.params;
   const auto kernel = RESQ_ROWS_KERNEL(rms_norm_quantize);
+  log_cpu_kernel("rms_norm_quantize");
   torch::stable::parallel_for(0, p.rows, rows_per_thread(p.out.k_lo + p.out.k_hi),
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return {call.out.q_lo, call.out.q_hi, call.out.params, call.new_residual};

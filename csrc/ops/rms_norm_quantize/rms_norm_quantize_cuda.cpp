@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_quantize(
     const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
     double eps, int64_t n_hi, int64_t lo_bits, std::optional<bool> packed, bool symmetric,
     double clip) {
-  const cuda::Call on(x);
+  const cuda::Call on("rms_norm_quantize", x);
   const RmsNormQuantizeCall call =
       rms_norm_quantize_call(x, residual, weight, eps, {n_hi, lo_bits, packed, symmetric, clip},
                              cuda::packs_activations(on.family()));

@@ -2,6 +2,7 @@
 
 #include "cpu/variants.h"
 #include "ops/silu_mul_hadamard_quantize/silu_mul_hadamard_quantize_args.h"
+#include "torch/cpu_call.h"
 
 namespace resq {
 namespace cpu {
@@ -17,6 +18,7 @@ std::tuple<Tensor, Tensor, Tensor> silu_mul_hadamard_quantize(const Tensor& gate
       gate_up, hadamard, {n_hi, lo_bits, packed, symmetric, clip}, /*packed_default=*/false);
   const SiluMulHadamardQuantizeParams& p = call.params;
   const auto kernel = RESQ_ROWS_KERNEL(silu_mul_hadamard_quantize);
+  log_cpu_kernel("silu_mul_hadamard_quantize");
   torch::stable::parallel_for(0, p.rows, rows_per_thread(p.n),
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return {call.out.q_lo, call.out.q_hi, call.out.params};

@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor, Tensor> silu_mul_hadamard_quantize(const Tensor& gate
                                                               std::optional<bool> packed,
                                                               bool symmetric, double clip) {
   const char* op = "silu_mul_hadamard_quantize";
-  const cuda::Call on(gate_up);
+  const cuda::Call on(op, gate_up);
   const SiluMulHadamardQuantizeCall call = silu_mul_hadamard_quantize_call(
       cuda::aligned_rows(gate_up), hadamard, {n_hi, lo_bits, packed, symmetric, clip},
       cuda::packs_activations(on.family()));

@@ -10,7 +10,7 @@ namespace {
 
 std::tuple<Tensor, Tensor> unpack_weight(const Tensor& packed_weight, int64_t n, int64_t k_lo,
                                          int64_t k_hi) {
-  const cuda::Call on(packed_weight);
+  const cuda::Call on("unpack_weight", packed_weight);
   const UnpackWeightCall call =
       unpack_weight_call(packed_weight, n, k_lo, k_hi, cuda_packed_weight_bytes);
   cuda::unpack_weight(call.params, cuda::weight_layout(on.family()), on.stream());
