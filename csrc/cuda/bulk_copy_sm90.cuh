@@ -17,6 +17,20 @@ __device__ inline void bulk_copy(void* shared, const void* global, uint32_t byte
       : "memory");
 }
 
+// The same of bytes that are read once: the second-level cache gives up their lines first.
+__device__ inline void bulk_copy_streaming(void* shared, const void* global, uint32_t bytes,
+                                           uint64_t* barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .b64 policy;\n"
+      "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1], %2, [%3], policy;\n"
+      "}" ::"r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
 // The same, written at the same place in every block of the cluster that `blocks` names by bits,
 // reporting to the barrier at the same place in each.
 __device__ inline void bulk_copy_multicast(void* shared, const void* global, uint32_t bytes,

@@ -109,6 +109,16 @@ class Ring {
     return before == kAttendWarps - 1;
   }
 
+  // Eight rows are all that read these bytes in a decode step: what should stay in the second-level
+  // cache are the states. Of more rows, every sixteen read them again.
+  static __device__ void copy(uint8_t* to, const uint8_t* from, uint32_t bytes, uint64_t* full) {
+    if constexpr (kTiles == 1) {
+      bulk_copy_streaming(to, from, bytes, full);
+    } else {
+      bulk_copy(to, from, bytes, full);
+    }
+  }
+
   // One thread starts the copies of a step, if there is one.
   __device__ void fetch(int step, int stage) {
     const TilePlace* places = shared_.places + step * kAttendWarps;
@@ -123,8 +133,7 @@ class Ring {
       mbarrier_arrive_expect(full, pages * S::kPageBytes);
 #pragma unroll 1
       for (int i = 0; i < pages; ++i) {
-        bulk_copy(to + i * S::kPageBytes, cache + places[i * S::kPageTiles].keys, S::kPageBytes,
-                  full);
+        copy(to + i * S::kPageBytes, cache + places[i * S::kPageTiles].keys, S::kPageBytes, full);
       }
       return;
     }
@@ -134,9 +143,9 @@ class Ring {
     for (int i = 0; i < count; ++i) {
       const TilePlace place = places[i];
       const uint8_t* keys = cache + place.keys;
-      bulk_copy(to + S::keys(i), keys, kKvTileBytes, full);
-      bulk_copy(to + S::metadata(i), keys + place.metadata, S::kMetadataBytes, full);
-      bulk_copy(to + S::values(i), keys + values, kKvTileBytes, full);
+      copy(to + S::keys(i), keys, kKvTileBytes, full);
+      copy(to + S::metadata(i), keys + place.metadata, S::kMetadataBytes, full);
+      copy(to + S::values(i), keys + values, kKvTileBytes, full);
     }
   }
 
