@@ -275,3 +275,18 @@ def test_kv_attention_agrees_with_the_cpu_s(heads: tuple, page_size: int) -> Non
             one = torch.tensor([0, 1], dtype=torch.int32, device="cuda")
             again = torch.ops.resq.kv_attention(*alone, one, heads[2] ** -0.5)
             assert same_bits(again.cpu(), result[1:2])
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kv_attention_of_a_slice_in_every_output_dtype(dtype: torch.dtype, heads: tuple) -> None:
+    lengths, (n_q, _, head_dim) = [1100, 70], heads
+    append, cache, slots, table = cached(lengths, heads, 64, torch.float32)
+    torch.ops.resq.kv_append(*append, cache, slots)
+    where = on("cuda", (cache, table, torch.tensor(lengths).int(), torch.tensor([0, 2, 5]).int()))
+    q = torch.randn(5, n_q + 3, head_dim, device="cuda").to(dtype)[:, 2:-1]
+    attention = torch.ops.resq.kv_attention
+    exact = attention(q.float(), *where, 0.1)
+    for out_dtype in DTYPES:
+        out = attention(q, *where, 0.1, out_dtype=out_dtype)
+        assert same_bits(out.cpu(), exact.to(out_dtype).cpu())
