@@ -15,7 +15,7 @@ REQUIRED = {
     "mixed_quantize": {"sm_80": ["LDG.128"]},
     "rms_norm_quantize": {"sm_80": ["LDG.128"]},
     "kv_append_kernel": {"sm_80": ["STG.128"]},
-    "kv_dequantize_kernel": {"sm_80": ["LDG.128", "STG.128"]},
+    "kv_dequantize_kernel": {"sm_80": ["LDGSTS.128", "STG.128"]},
     "kv_attention_kernel": {
         arch: ["HMMA.16816.F32", "LDGSTS.128", "LDS.128"] for arch in ("sm_80", "sm_90")
     },
