@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t stride = is_query ? p.q_stride : p.k_stride;
   const auto row_start = [&](int64_t token) { return token * stride + head * kHeadDim; };
 
-#pragma unroll
+#pragma unroll 4  // eight rows of addresses at once spill registers
   for (int r = 0; r < kRows; ++r) {
     const int64_t token = first_token + first_row + r;
     const bool there = token < p.tokens;
