@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,12 +21,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from resq_kernels import hadamard as _hadamard
-from resq_kernels import kv_pages, reference
+from resq_kernels import kv_pages, ops, reference
 from resq_kernels.formats import MixedTensor, unpack_int4
 from resq_kernels.testing.fake_quant import fake_quantized
+
+_QUANTIZERS = ("mixed_quantize", "rms_norm_quantize", "silu_mul_hadamard_quantize")
 
 
 def edge_share(dtype: torch.dtype) -> float:
@@ -71,10 +73,9 @@ def lockstep(model: nn.Module, run: Callable[[], Any]) -> Iterator[tuple[Any, Ag
     Raises:
         RuntimeError: the block quantized more or fewer tensors than `run`.
     """
-    recorder = _Recorder()
-    with recorder:
+    with _recorded() as codes:
         answer = run()
-    follower = _Follower(recorder.codes, edge_share(next(model.parameters()).dtype))
+    follower = _Follower(codes, edge_share(next(model.parameters()).dtype))
     with fake_quantized(model, follower):
         yield answer, follower.agreement
     if follower.codes:
@@ -84,27 +85,39 @@ def lockstep(model: nn.Module, run: Callable[[], Any]) -> Iterator[tuple[Any, Ag
         )
 
 
-class _Recorder(TorchDispatchMode):
-    """Keeps what every quantizing operator answered, in order."""
+@contextlib.contextmanager
+def _recorded() -> Iterator[deque[MixedTensor | torch.Tensor]]:
+    """What every quantizing operator answers inside the block, in order, on the CPU.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.codes: deque[MixedTensor | torch.Tensor] = deque()
+    The functions that the modules call are replaced: a dispatch mode would see more, but torch's
+    CausalBias (nn.prefill) cannot be made under one.
+    """
+    codes: deque[MixedTensor | torch.Tensor] = deque()
+    right = {name: getattr(ops, name) for name in (*_QUANTIZERS, "kv_append")}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        answer = func(*args, **(kwargs or {}))
-        name = str(func)
-        if name.startswith("resq.kv_append"):
-            k, cache, slots = args[0], args[5].cpu(), args[6].cpu()
-            rows = kv_pages.read_tokens(cache, slots, k.shape[-1])
-            self.codes.extend(part.dequantize() for part in rows)
-        elif name.startswith("resq.") and "quantize" in name:
-            q_lo, q_hi, params = (part.cpu() for part in answer[:3])
-            q_lo = unpack_int4(q_lo) if q_lo.dtype == torch.uint8 else q_lo
-            self.codes.append(MixedTensor(q_lo, q_hi, params))
+    def quantize(name: str, *args: Any, **kwargs: Any) -> Any:
+        answer = right[name](*args, **kwargs)
+        mixed = answer if isinstance(answer, MixedTensor) else answer[0]
+        q_lo, q_hi, params = (part.cpu() for part in mixed)
+        q_lo = unpack_int4(q_lo) if q_lo.dtype == torch.uint8 else q_lo
+        codes.append(MixedTensor(q_lo, q_hi, params))
         return answer
+
+    def append(*args: Any, **kwargs: Any) -> Any:
+        answer = right["kv_append"](*args, **kwargs)
+        k, cache, slots = args[0], args[5].cpu(), args[6].cpu()
+        rows = kv_pages.read_tokens(cache, slots, k.shape[-1])
+        codes.extend(part.dequantize() for part in rows)
+        return answer
+
+    for name in _QUANTIZERS:
+        setattr(ops, name, functools.partial(quantize, name))
+    ops.kv_append = append
+    try:
+        yield codes
+    finally:
+        for name, function in right.items():
+            setattr(ops, name, function)
 
 
 class _Follower:

@@ -10,6 +10,7 @@ import torch
 
 from resq_kernels import ResQConfig
 from resq_kernels.evaluate import perplexity
+from resq_kernels.nn import prefill
 from resq_kernels.testing.lockstep import Agreement, lockstep
 from resq_kernels.testing.quantized_models import random_quantized
 
@@ -60,6 +61,15 @@ def test_paths_agree_along_the_same_codes(model_type: str, options: dict[str, An
     kept = 2 * heads if model.model.layers[0].self_attn.kv_bits == 4 else 0
     assert agreement.rows == 96 * 2 * (4 + kept)
     assert 0 <= agreement.flipped < agreement.values / 500
+
+
+def test_the_prefill_of_long_steps_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA does with more than 64 new tokens: float16 attention over dequantized pages."""
+    monkeypatch.setattr(prefill, "is_faster", lambda device_type, new, batch_invariant: True)
+    difference, agreement = compare(random_quantized("llama"), tokens(96))
+    assert agreement.refused <= 2
+    assert abs(difference) < 1e-3
+    assert agreement.rows == 96 * 2 * (4 + 4)
 
 
 def test_bfloat16_model_agrees() -> None:
