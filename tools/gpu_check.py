@@ -28,10 +28,12 @@ BENCHMARKS = {
     "quantize": ["--batch", "1,16,256,2048"],
     "hadamard": ["--batch", "1,16,256,2048"],
     "attention": ["--batch", "1,8,64", "--context", "1024,8192,32768"],
+    "prefill": ["--batch", "1,8", "--context", "2048,16384"],
     "model": ["--batch", "1,8", "--context", "1024", "--layers", "4"],
 }
 LIMIT_SECONDS = {"tests": 200, "memcheck": 75, "racecheck": 75}
-LIMIT_SECONDS |= {"gemm": 100, "quantize": 40, "hadamard": 30, "attention": 60, "model": 120}
+LIMIT_SECONDS |= {"gemm": 100, "quantize": 40, "hadamard": 30, "attention": 60, "prefill": 60}
+LIMIT_SECONDS |= {"model": 120}
 STEPS = tuple(LIMIT_SECONDS)
 TAIL = 20000  # characters of a step's output that the report keeps: all rows of a benchmark
 Result = dict[str, object]

@@ -29,6 +29,7 @@ above 1 ours is faster.
   quantize   the three quantizing operators beside the same in plain torch
   hadamard   the transform beside dense matrix products
   attention  one decode step over 4-bit pages beside torch's attention on 16-bit caches
+  prefill    attention of many new tokens, over dequantized pages, beside kv_attention
   model      prefill, decode and memory of a model with random weights beside BF16 transformers
 
 examples:
@@ -44,6 +45,7 @@ MODULES = {
     "quantize": "resq_kernels.testing.bench_quantize",
     "hadamard": "resq_kernels.testing.bench_hadamard",
     "attention": "resq_kernels.testing.bench_kv_attention",
+    "prefill": "resq_kernels.testing.bench_prefill",
     "model": "resq_kernels.testing.bench_model",
 }
 CPU_COLD_MB = 128
@@ -69,14 +71,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch",
         type=_list_of(at_least(1)),
         metavar="M,...",
-        help="rows of the activations; attention, model: sequences (default: gemm 1,4,16,64,512; "
-        "attention 1,8; model 1; else 1,16,512)",
+        help="rows of the activations; attention, prefill, model: sequences (default: gemm "
+        "1,4,16,64,512; attention 1,8; prefill, model 1; else 1,16,512)",
     )
     parser.add_argument(
         "--context",
         type=_list_of(at_least(1)),
         metavar="T,...",
-        help="attention, model: tokens of each sequence before the step (default: 4096; model 128)",
+        help="attention, model: tokens of each sequence before the step (default: 4096; model "
+        "128); prefill: with those of the step (default: 2048)",
     )
     parser.add_argument(
         "--layers",

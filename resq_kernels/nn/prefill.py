@@ -111,9 +111,9 @@ def attend(
     token_bytes = 2 * cache.shape[1] * head_dim * dtype.itemsize
     parts, row = [], 0
     for first, count, new, length in calls(lengths, token_bytes):
-        own = slice(first, first + count)
-        k, v = ops.kv_dequantize(cache, block_table[own], seq_lens[own], length, head_dim, dtype)
-        rows = q[row : row + count * new].to(dtype).view(count, new, n_q, head_dim)
+        own = (x.narrow(0, first, count) for x in (block_table, seq_lens))
+        k, v = ops.kv_dequantize(cache, *own, length, head_dim, dtype)
+        rows = q.narrow(0, row, count * new).to(dtype).view(count, new, n_q, head_dim)
         out = scaled_dot_product_attention(
             *(x.transpose(1, 2) for x in (rows, k, v)),
             causal_lower_right(new, length),

@@ -43,6 +43,7 @@ BENCHES = {
     "quantize": ("--batch", "1,3"),
     "hadamard": ("--batch", "1,3"),
     "attention": ("--batch", "1,2", "--context", "70"),
+    "prefill": ("--batch", "1,2", "--context", "70"),
     "model": ("--batch", "1,2", "--context", "7", "--layers", "2"),
 }
 
@@ -142,6 +143,17 @@ def test_attention(figures: Callable[[str], dict[str, Any]]) -> None:
         assert row["bytes_floor_us"] == round(row["batch"] * 70 * 2 * 88 / 1e4, 2)
 
 
+def test_prefill(figures: Callable[[str], dict[str, Any]]) -> None:
+    rows = figures("prefill")["rows"]
+    steps = [32, 64, 70]
+    assert [row["baseline"] for row in rows] == ["kv_attention", "SDPA bf16"] * 2 * len(steps)
+    assert [row["shape"][1] for row in rows[::2]] == steps * 2
+    for row in rows:
+        new = row["shape"][1]
+        assert row["shape"] == [row["batch"], new, 70, *HEADS]
+        assert row["bytes_floor_us"] == round(row["batch"] * (70 * 176 + new * 4 * 64 * 6) / 1e4, 2)
+
+
 def test_model(figures: Callable[[str], dict[str, Any]]) -> None:
     rows = figures("model")["rows"]
     assert [(row["op"], row["batch"]) for row in rows] == [
@@ -205,6 +217,10 @@ def one_value(result: Any) -> None:
     result.view(-1)[5] *= 1.01
 
 
+def a_value(result: Any) -> None:
+    result[1][0, 0, 0, 5] += 0.5
+
+
 def a_head(result: Any) -> None:
     result[-1, 1] = result[-1, 0]
 
@@ -219,6 +235,7 @@ def a_head(result: Any) -> None:
         ("quantize", "silu_mul_hadamard_quantize", one_low_code, "1x384", 4),
         ("hadamard", "hadamard", one_value, "1x192", 0),
         ("attention", "kv_attention", a_head, "1x70", 0),
+        ("prefill", "kv_dequantize", a_value, "1x32/70", 0),
     ],
 )
 def test_a_kernel_that_is_wrong_is_not_timed(
@@ -243,7 +260,8 @@ def test_a_kernel_that_is_wrong_is_not_timed(
     options = ("--shapes", "llama-3-8b", "--rounds", 1, "--cold-mb", 0, "--out", tmp_path / "x")
     result = resq("bench", name, *BENCHES[name], *options)
     assert result.code == 1
-    assert result.sentence == f"{op}: llama-3-8b {place}: differs from the reference"
+    what = "prefill" if name == "prefill" else op
+    assert result.sentence == f"{what}: llama-3-8b {place}: differs from the reference"
     assert len(timed) == timed_before
     assert not list(tmp_path.iterdir())
 
@@ -261,8 +279,8 @@ def test_a_model_that_is_wrong_is_not_timed(
 ) -> None:
     right = ops.kv_attention
 
-    def wrong(q: torch.Tensor, *args: Any) -> torch.Tensor:
-        return right(q * 1.05 if len(q) == queries else q, *args)
+    def wrong(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return right(q * 1.05 if len(q) == queries else q, *args, **kwargs)
 
     def untouched(*_: Any, **__: Any) -> Any:
         raise AssertionError("timed")

@@ -22,6 +22,7 @@ from resq_kernels.testing import (
     bench_kv_attention,
     bench_mixed_gemm,
     bench_models,
+    bench_prefill,
     bench_quantize,
     cuda_timing,
 )
@@ -30,7 +31,7 @@ from resq_kernels.testing.timing import Timing
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "qwen2.5-0.5b"
-MODULES = [bench_mixed_gemm, bench_hadamard, bench_quantize, bench_kv_attention]
+MODULES = [bench_mixed_gemm, bench_hadamard, bench_quantize, bench_kv_attention, bench_prefill]
 
 
 @pytest.fixture
@@ -53,6 +54,10 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
         # Its matrices come from a cache of real tensors.
         monkeypatch.setattr(module, "kron_transform", lambda *_: lambda x: x)
     monkeypatch.setattr(bench_kv_attention, "check", lambda *_: True)
+    monkeypatch.setattr(bench_prefill, "agrees", lambda *_: True)
+    for module in (bench_prefill, bench_prefill.prefill):
+        # It asks the device for its kernels; where results go does not depend on the mask.
+        monkeypatch.setattr(module, "causal_lower_right", lambda *_: None)
     monkeypatch.setattr(torch.ops.resq, "cuda_family", lambda _: "sm90", raising=False)
     monkeypatch.setattr(torch.ops.resq, "mixed_gemm_kernel", lambda *_: "sm90", raising=False)
     monkeypatch.setattr(cuda_timing, "read_bandwidth", lambda: 3e12)
