@@ -189,8 +189,8 @@ def moved_by(op: str, change: Callable[[Any], None]) -> Callable[..., Any]:
     """The operator with a result that `change` spoils in place."""
     right = getattr(ops, op)
 
-    def wrong(*args: Any) -> Any:
-        result = right(*args)
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        result = right(*args, **kwargs)
         change(result)
         return result
 
