@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/numbers.cuh"
+#include "cuda/rotate_rows.cuh"
 #include "ops/kv_append/kv_append_cuda.h"
 
 namespace resq::cuda {
@@ -148,25 +149,14 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  float sums[kRows] = {};
-  const auto rotate = [&](auto add_product) {
-    const auto* u = static_cast<const Rotation*>(p.rotation.data) + dim +
-                    (p.shared_rotation ? 0 : kv_head * kHeadDim * kHeadDim);
-#pragma unroll 16
-    for (int d = 0; d < kHeadDim; ++d) {
-      const float weight = number(u[d * kHeadDim]);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        sums[r] = add_product(weight, loaded[d][first_row + r], sums[r]);
-    }
-  };
-  if (p.rotation.data && is_query) {
-    rotate([](float a, float b, float sum) { return fmaf(a, b, sum); });
-  } else if (p.rotation.data) {
-    rotate([](float a, float b, float sum) { return __fadd_rn(sum, __fmul_rn(a, b)); });
+  float sums[kRows];
+  const int matrix = p.shared_rotation ? 0 : kv_head;
+  if (is_query) {
+    const auto fused = [](float a, float b, float sum) { return fmaf(a, b, sum); };
+    rotate_rows<Rotation>(p.rotation, matrix, loaded, first_row, dim, fused, sums);
   } else {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) sums[r] = loaded[dim][first_row + r];
+    const auto apart = [](float a, float b, float sum) { return __fadd_rn(sum, __fmul_rn(a, b)); };
+    rotate_rows<Rotation>(p.rotation, matrix, loaded, first_row, dim, apart, sums);
   }
   if (is_query) {
 #pragma unroll

@@ -8,8 +8,9 @@
 namespace resq {
 
 struct KvAppendCall {
-  KvAppendParams params;  // rotated_q is the caller's to allocate
+  KvAppendParams params;
   RopeRotation rope;
+  Tensor rotated_q;  // float32 [tokens, n_q, head_dim], or nothing [0] without q
 };
 
 inline KvAppendCall kv_append_call(const Tensor& k, const Tensor& v,
@@ -33,10 +34,14 @@ inline KvAppendCall kv_append_call(const Tensor& k, const Tensor& v,
       fail(op, "q", "a multiple of k's " + std::to_string(n_kv) + " heads", describe(*q));
     }
   }
+  const int64_t n_q = q ? q->size(1) : 0;
+  Tensor rotated_q =
+      allocate(k, q ? std::vector<int64_t>{tokens, n_q, head_dim} : std::vector<int64_t>{0},
+               ScalarType::Float);
   const KvAppendParams params{.k = k.const_data_ptr(),
                               .v = v.const_data_ptr(),
                               .q = q ? q->const_data_ptr() : nullptr,
-                              .rotated_q = nullptr,
+                              .rotated_q = rotated_q.mutable_data_ptr<float>(),
                               .cos = RopeRotation::array(op, rope.cos),
                               .sin = RopeRotation::array(op, rope.sin),
                               .rotation = RopeRotation::array(op, rope.rotation),
@@ -45,7 +50,7 @@ inline KvAppendCall kv_append_call(const Tensor& k, const Tensor& v,
                               .type = float_type(op, "k", k),
                               .tokens = tokens,
                               .n_kv = n_kv,
-                              .n_q = q ? q->size(1) : 0,
+                              .n_q = n_q,
                               .head_dim = head_dim,
                               .page_size = page_size,
                               .k_stride = token_stride(k),
@@ -54,16 +59,7 @@ inline KvAppendCall kv_append_call(const Tensor& k, const Tensor& v,
                               .slots = cache.size(0) * page_size,
                               .shared_rotation = rope.shared_rotation(),
                               .uniform = hi_bits == 4};
-  return {params, rope};
-}
-
-// The operator's answer: q' float32 [tokens, n_q, head_dim], or nothing [0] without q.
-inline Tensor allocate_rotated_q(KvAppendCall& call, const Tensor& k,
-                                 const std::optional<Tensor>& q) {
-  if (!q) return allocate(k, {0}, ScalarType::Float);
-  Tensor rotated = allocate(k, {q->size(0), q->size(1), q->size(2)}, ScalarType::Float);
-  call.params.rotated_q = rotated.mutable_data_ptr<float>();
-  return rotated;
+  return {params, rope, rotated_q};
 }
 
 }  // namespace resq

@@ -57,16 +57,15 @@ Tensor kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& 
                  const std::optional<Tensor>& sin, const std::optional<Tensor>& key_rotation,
                  Tensor cache, const Tensor& slot_mapping, int64_t hi_bits,
                  const std::optional<Tensor>& q) {
-  KvAppendCall call = kv_append_call(k, v, cos, sin, key_rotation, cache, slot_mapping, hi_bits, q,
-                                     RopeForm::kFloat32);
+  const KvAppendCall call = kv_append_call(k, v, cos, sin, key_rotation, cache, slot_mapping,
+                                           hi_bits, q, RopeForm::kFloat32);
   check_slots(slot_mapping, call.params.slots);
-  Tensor rotated_q = allocate_rotated_q(call, k, q);
   const KvAppendParams& params = call.params;
-  if (params.n_kv == 0) return rotated_q;
+  if (params.n_kv == 0) return call.rotated_q;
   log_cpu_kernel("kv_append");
   for_rows(params, KvAppendGroups(params, params.n_kv), variant().append);
   for_rows(params, KvAppendGroups(params, params.n_q), variant().rotate);
-  return rotated_q;
+  return call.rotated_q;
 }
 
 }  // namespace

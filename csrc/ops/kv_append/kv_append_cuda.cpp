@@ -12,8 +12,8 @@ Tensor kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& 
                  const std::optional<Tensor>& q) {
   const char* op = "kv_append";
   const cuda::Call on(op, k);
-  KvAppendCall call = kv_append_call(k, v, cos, sin, key_rotation, cache, slot_mapping, hi_bits, q,
-                                     RopeForm::kAsGiven);
+  const KvAppendCall call = kv_append_call(k, v, cos, sin, key_rotation, cache, slot_mapping,
+                                           hi_bits, q, RopeForm::kAsGiven);
   check_device(op, "v", v, k);
   if (cos) check_device(op, "cos", *cos, k);
   if (sin) check_device(op, "sin", *sin, k);
@@ -25,9 +25,8 @@ Tensor kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& 
   cuda::check_aligned_tokens(op, "v", v);
   if (q) cuda::check_aligned_tokens(op, "q", *q);
   cuda::check_aligned(op, "cache", cache);
-  Tensor rotated_q = allocate_rotated_q(call, k, q);
   cuda::kv_append(call.params, on.device(), on.stream());
-  return rotated_q;
+  return call.rotated_q;
 }
 
 }  // namespace

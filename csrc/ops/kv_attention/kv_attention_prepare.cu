@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/numbers.cuh"
+#include "cuda/rotate_rows.cuh"
 #include "ops/kv_attention/kv_attention_cuda.h"
 
 namespace resq::cuda {
@@ -35,20 +36,10 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  float sums[kRows] = {};
-  if (p.rotation.data) {
-    const auto* u = static_cast<const Rotation*>(p.rotation.data) + dim +
-                    (p.shared_rotation ? 0 : kv_head * kHeadDim * kHeadDim);
-#pragma unroll 16
-    for (int d = 0; d < kHeadDim; ++d) {
-      const float weight = number(u[d * kHeadDim]);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) sums[r] = fmaf(weight, loaded[d][first_row + r], sums[r]);
-    }
-  } else {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) sums[r] = loaded[dim][first_row + r];
-  }
+  float sums[kRows];
+  const auto fused = [](float a, float b, float sum) { return fmaf(a, b, sum); };
+  rotate_rows<Rotation>(p.rotation, p.shared_rotation ? 0 : kv_head, loaded, first_row, dim, fused,
+                        sums);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int row = first_row + r;
