@@ -13,8 +13,6 @@ from resq_kernels.nn.linear import ResQLinear
 # 3): weights of whole blocks, one after the other, are the packed weight of all their rows.
 _BLOCK_ROWS = 64
 
-Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"]
-
 
 class MergedLinears:
     """[y_1 | y_2 | ...] of linears that read the same rows, by one `mixed_gemm`.
@@ -29,7 +27,7 @@ class MergedLinears:
     def __init__(self) -> None:
         # Of the linears that were merged: their states, and the addresses of the slices they got;
         # the tensors that these are slices of.
-        self._merged: tuple[list[tuple[Any, ...]], list[int], Weight] | None = None
+        self._merged: tuple[list[tuple[Any, ...]], list[int], list[Any]] | None = None
 
     def __call__(self, x: torch.Tensor | MixedTensor, *linears: ResQLinear) -> torch.Tensor:
         """[..., N_1 + N_2 + ...] of x [..., K]; each part is what `linears` answer.
@@ -49,13 +47,13 @@ class MergedLinears:
             return
         # Made for later calls too, which may be outside of the caller's inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            parts = [linear.weight_tensors() for linear in linears]
-            whole = tuple(
-                None if same[0] is None else torch.cat([t.detach() for t in same])
-                for same in zip(*parts, strict=True)
-            )
-            for linear, slices in zip(linears, _slices(whole, linears), strict=True):
-                linear.adopt(*slices)
+            whole, slices = [], []
+            for same in zip(*(linear.weight_tensors() for linear in linears), strict=True):
+                joined = None if same[0] is None else torch.cat([t.detach() for t in same])
+                whole.append(joined)
+                slices.append(same if joined is None else joined.split([len(t) for t in same]))
+            for linear, own in zip(linears, zip(*slices, strict=True), strict=True):
+                linear.adopt(*own)
         self._merged = (_states(linears), _addresses(linears), whole)
 
     def _holds(self, linears: tuple[ResQLinear, ...]) -> bool:
@@ -118,14 +116,3 @@ def _reading(linear: ResQLinear) -> tuple[Any, ...]:
     """What has to be the same: how rows are read and what they are answered in."""
     options = (linear.lo_bits, linear.symmetric, linear.clip, linear.dtype)
     return (linear.in_features, linear.high_columns, linear.bias is not None, *options)
-
-
-def _slices(whole: Weight, linears: tuple[ResQLinear, ...]) -> list[Weight]:
-    """The slices of `whole` for each linear."""
-    columns = []
-    for i, tensor in enumerate(whole):
-        lengths = [
-            0 if tensor is None else linear.weight_tensors()[i].shape[0] for linear in linears
-        ]
-        columns.append([None] * len(linears) if tensor is None else tensor.split(lengths))
-    return list(zip(*columns, strict=True))
