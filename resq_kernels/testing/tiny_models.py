@@ -24,6 +24,17 @@ def make_tokenizer() -> Any:
     )
 
 
+# Llama-3.2's.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
 def make_model(model_type: str = "llama", *, seed: int = 0, **options: Any) -> Any:
     """A randomly initialised float32 model: 2 layers, hidden 128, 4 query and 2 kv heads of 64.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import emulation
 import pytest
 import torch
-from kv_cases import DTYPES, HEAD_DIMS, fill_pages
+from kv_cases import DTYPES, HEAD_DIMS, fill_pages, hard_rows
 
 from resq_kernels import ops
 
@@ -13,17 +13,7 @@ LENGTHS = [1, 0, 70, 33]
 
 
 def arguments(head_dim: int, page_size: int = 32, n_kv: int = 3) -> tuple[torch.Tensor, ...]:
-    k, v = (
-        [
-            torch.randn(length, n_kv, head_dim)
-            * torch.exp2(torch.randint(-20, 12, (length, n_kv, 1)).float())
-            for length in LENGTHS
-        ]
-        for _ in "kv"
-    )
-    k[2][3, 0, 5], v[2][4, 1, head_dim - 1] = torch.nan, torch.inf
-    k[2][5:40] = 65504 * (2 * torch.rand(35, n_kv, head_dim) - 1)
-    k[2][5:40, :, 0], k[2][5:40, :, 1] = -65504, 65504
+    k, v = hard_rows(LENGTHS, n_kv, head_dim)
     pages = fill_pages(k, v, page_size)
     return pages.cache, pages.block_table, pages.seq_lens
 

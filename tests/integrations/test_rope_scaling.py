@@ -10,15 +10,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from resq_kernels import kv_pages, ops
+from resq_kernels.testing.tiny_models import LLAMA3_ROPE
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 PLAIN = {"rope_type": "default", "rope_theta": 500000.0}
 POSITIONS = torch.tensor([0, 1, 2, 63, 8191, 8192, 70000, 131071])
 
@@ -37,11 +30,11 @@ def angles(parameters: dict[str, Any], head_dim: int) -> tuple[torch.Tensor, tor
     return cos[0], sin[0]
 
 
-@pytest.mark.parametrize("parameters", [PLAIN, LLAMA3], ids=["default", "llama3"])
+@pytest.mark.parametrize("parameters", [PLAIN, LLAMA3_ROPE], ids=["default", "llama3"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_rope_is_that_of_transformers(parameters: dict[str, Any], head_dim: int) -> None:
     cos, sin = angles(parameters, head_dim)
-    other = angles(LLAMA3 if parameters is PLAIN else PLAIN, head_dim)
+    other = angles(LLAMA3_ROPE if parameters is PLAIN else PLAIN, head_dim)
     assert not torch.equal(cos, other[0]), "the scaling has no effect on these positions"
     q, k = torch.randn(len(POSITIONS), 4, head_dim), torch.randn(len(POSITIONS), 2, head_dim)
     cache = torch.zeros(kv_pages.cache_shape(1, 2, 32, head_dim), dtype=torch.uint8)

@@ -14,6 +14,7 @@ from resq_kernels.nn.mlp import ResQMLP
 from resq_kernels.nn.norm import ResQRMSNorm
 from resq_kernels.testing.fake_quant import fake_quantized
 from resq_kernels.testing.quantized_models import random_quantized
+from resq_kernels.testing.tiny_models import LLAMA3_ROPE
 
 # A model's two paths quantize the same floats up to rounding, so almost all codes agree; a value on
 # the edge of two codes may go the other way, and all after it see that. So every module is compared
@@ -221,14 +222,7 @@ def test_copies_are_independent() -> None:
                 "head_dim": 64,
                 "rms_norm_eps": 1e-5,
                 "max_position_embeddings": 131072,
-                "rope_parameters": {
-                    "rope_type": "llama3",
-                    "rope_theta": 500000.0,
-                    "factor": 32.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 8192,
-                },
+                "rope_parameters": LLAMA3_ROPE,
             },
         ),
         (

@@ -50,6 +50,24 @@ class Pages:
         return k.dequantize().double(), v.dequantize().double()
 
 
+def hard_rows(
+    lengths: list[int], n_kv: int, head_dim: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """k and v of many magnitudes; the third sequence also has NaN and the largest numbers."""
+    k, v = (
+        [
+            torch.randn(length, n_kv, head_dim)
+            * torch.exp2(torch.randint(-20, 12, (length, n_kv, 1)).float())
+            for length in lengths
+        ]
+        for _ in "kv"
+    )
+    k[2][3, 0, 5], v[2][4, 1, head_dim - 1] = torch.nan, torch.inf
+    k[2][5:40] = 65504 * (2 * torch.rand(35, n_kv, head_dim) - 1)
+    k[2][5:40, :, 0], k[2][5:40, :, 1] = -65504, 65504
+    return k, v
+
+
 def fill_pages(
     k: list[torch.Tensor],
     v: list[torch.Tensor],

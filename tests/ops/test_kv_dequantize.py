@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from kv_cases import DTYPES, HEAD_DIMS, Pages, fill_pages
+from forced_isa import ISAS, words_under
+from kv_cases import DTYPES, HEAD_DIMS, Pages, fill_pages, hard_rows
 
 from resq_kernels import ops, reference
 
-ISAS = ["scalar", "avx2", "avx512vnni"]
 LENGTHS = [1, 0, 130, 77]
 
 
 def make(head_dim: int, page_size: int = 64, hi_bits: int = 8, n_kv: int = 3) -> Pages:
     """Rows of many magnitudes, with NaN, the largest numbers, and constant parts."""
-    k, v = (
-        [
-            torch.randn(length, n_kv, head_dim)
-            * torch.exp2(torch.randint(-20, 12, (length, n_kv, 1)).float())
-            for length in LENGTHS
-        ]
-        for _ in "kv"
-    )
-    k[2][3, 0, 5], v[2][4, 1, head_dim - 1] = torch.nan, torch.inf
-    k[2][5:40] = 65504 * (2 * torch.rand(35, n_kv, head_dim) - 1)
-    k[2][5:40, :, 0], k[2][5:40, :, 1] = -65504, 65504
+    k, v = hard_rows(LENGTHS, n_kv, head_dim)
     v[3][7] = -3.7
     return fill_pages(k, v, page_size, hi_bits)
 
@@ -142,16 +129,7 @@ def digest() -> str:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_bits_are_the_same_on_every_isa(isa: str) -> None:
-    if ISAS.index(isa) > ISAS.index(torch.ops.resq.cpu_isa()):
-        pytest.skip(f"this machine has no {isa}")
-    result = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "RESQ_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == [isa, digest()]
+    assert words_under(isa, __file__) == [isa, digest()]
 
 
 if __name__ == "__main__":

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from forced_isa import ISAS, words_under
 from kv_cases import DTYPES, HEAD_DIMS, cos_sin, fill_pages
 
 from resq_kernels import kv_pages, ops
-
-ISAS = ["scalar", "avx2", "avx512vnni", "amx"]
 
 
 @functools.cache
@@ -55,16 +51,7 @@ def digests() -> tuple[str, str]:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_kv_ops_have_the_same_bits_on_every_isa(isa: str) -> None:
-    if ISAS.index(isa) > ISAS.index(torch.ops.resq.cpu_isa()):
-        pytest.skip(f"this machine has no {isa}")
-    result = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "RESQ_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == [isa, *digests()]
+    assert words_under(isa, __file__) == [isa, *digests()]
 
 
 if __name__ == "__main__":
