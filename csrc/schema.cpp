@@ -25,6 +25,9 @@ RESQ_LIBRARY_EXPANDED(RESQ_NAMESPACE, m) {
       "unpack_weight(Tensor packed_weight, SymInt n, SymInt k_lo, SymInt k_hi) "
       "-> (Tensor codes_lo, Tensor codes_hi)");
   m.def(
+      "embedding(Tensor ids, Tensor packed_weight, Tensor weight_scale, SymInt k_lo, SymInt k_hi, "
+      "ScalarType dtype) -> Tensor");
+  m.def(
       "mixed_gemm(Tensor q_lo, Tensor q_hi, Tensor params, Tensor packed_weight, "
       "Tensor weight_scale, Tensor weight_sum, Tensor? bias, ScalarType out_dtype) -> Tensor");
   m.def(

@@ -11,9 +11,11 @@ from resq_kernels.formats import split_columns
 SUPPORTED = ("llama", "qwen2")
 """`model_type` of the configurations that this package reads."""
 
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING_MODULE, HEAD_MODULE = "model.embed_tokens", "lm_head"
+EMBEDDING = f"{EMBEDDING_MODULE}.weight"
 FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
+HEAD = f"{HEAD_MODULE}.weight"
+HEAD_GAIN = f"{HEAD_MODULE}.gain"
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 O_PROJ = "self_attn.o_proj"

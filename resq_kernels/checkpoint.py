@@ -38,7 +38,10 @@ _CONFIG_KEYS = (
     "symmetric",
     "activation_clip",
     "kv_bits",
+    "embedding_bits",
 )
+# What folders of format 1, which had neither key, mean.
+_FORMAT_1 = {"embedding_bits": 16, "tied_head": False}
 _DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -249,6 +252,11 @@ class ShardWriter:
         self._pending[name] = tensor
         self._pending_bytes += size
 
+    def add_all(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Queues several tensors by name."""
+        for name, tensor in tensors.items():
+            self.add(name, tensor)
+
     def _flush(self) -> None:
         path = self.folder / f"shard-{len(self._shards) + 1:05d}.unfinished"
         save_tensors(path, self._pending)
@@ -281,7 +289,7 @@ def tensors_hash(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def quantization_config(
-    config: ResQConfig, basis_hash: str, rotation_hash: str
+    config: ResQConfig, basis_hash: str, rotation_hash: str, tied_head: bool
 ) -> dict[str, object]:
     """The `quantization_config` of config.json: docs/formats.md section 6."""
     return {
@@ -290,13 +298,14 @@ def quantization_config(
         **{key: getattr(config, key) for key in _CONFIG_KEYS},
         "weight_bits": [4, 8],
         "hadamard": config.rotates,
+        "tied_head": tied_head,
         "basis_hash": basis_hash,
         "rotation_hash": rotation_hash,
     }
 
 
-def parse_quantization_config(entry: Mapping[str, Any]) -> ResQConfig:
-    """The options that a quantized folder was made with.
+def parse_quantization_config(entry: Mapping[str, Any]) -> tuple[ResQConfig, bool]:
+    """The options that a quantized folder was made with, and whether its head is tied.
 
     Raises:
         CheckpointError: another method, a newer format, or a missing or impossible value.
@@ -314,7 +323,9 @@ def parse_quantization_config(entry: Mapping[str, Any]) -> ResQConfig:
             f"quantization_config: format_version: expected 1 to {FORMAT_VERSION}, "
             f"got {version!r}{hint}"
         )
-    missing = [k for k in (*_CONFIG_KEYS, "basis_hash", "rotation_hash") if k not in entry]
+    entry = (_FORMAT_1 if version == 1 else {}) | dict(entry)
+    keys = (*_CONFIG_KEYS, "tied_head", "basis_hash", "rotation_hash")
+    missing = [key for key in keys if key not in entry]
     if missing:
         raise CheckpointError(
             f"quantization_config: {', '.join(missing)}: expected a value, got nothing"
@@ -328,11 +339,17 @@ def parse_quantization_config(entry: Mapping[str, Any]) -> ResQConfig:
             raise CheckpointError(
                 f"quantization_config: {key}: expected {expected}, got {entry.get(key)!r}"
             )
-    return config
+    tied = entry["tied_head"]
+    if not isinstance(tied, bool) or (tied and config.embedding_bits != 8):
+        raise CheckpointError(
+            f"quantization_config: tied_head: expected false, or true with embedding_bits 8, "
+            f"got {tied!r} with {config.embedding_bits}"
+        )
+    return config, tied
 
 
 def quantized_tensors(
-    shape: ModelShape, config: ResQConfig
+    shape: ModelShape, config: ResQConfig, tied_head: bool
 ) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
     """Name -> (shape, allowed dtypes) of every tensor of a quantized folder.
 
@@ -340,8 +357,21 @@ def quantized_tensors(
         ValueError: a linear's columns do not split as `high_fraction` demands.
     """
     expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
-    for name in (architecture.EMBEDDING, architecture.HEAD):
-        expected[name] = ((shape.vocab, shape.hidden), FLOAT_DTYPES)
+
+    def linear(stem: str, rows: int, k_lo: int, k_hi: int) -> None:
+        expected[f"{stem}.weight_lo"] = ((rows, k_lo // 2), (torch.uint8,))
+        expected[f"{stem}.weight_hi"] = ((rows, k_hi), (torch.int8,))
+        expected[f"{stem}.weight_scale"] = ((rows, 2), (torch.float32,))
+
+    if config.embedding_bits == 8:
+        linear(architecture.EMBEDDING_MODULE, shape.vocab, 0, shape.hidden)
+        if not tied_head:
+            linear(architecture.HEAD_MODULE, shape.vocab, 0, shape.hidden)
+        elif config.rotates:
+            expected[architecture.HEAD_GAIN] = ((shape.hidden, shape.hidden), FLOAT_DTYPES)
+    else:
+        for name in (architecture.EMBEDDING, architecture.HEAD):
+            expected[name] = ((shape.vocab, shape.hidden), FLOAT_DTYPES)
     expected[architecture.FINAL_NORM] = ((shape.hidden,), FLOAT_DTYPES)
     for layer in range(shape.layers):
         prefix = layer_prefix(layer)
@@ -350,10 +380,7 @@ def quantized_tensors(
         for name in architecture.LINEARS:
             rows, columns = shape.linear(name)
             k_hi = shape.high_columns(name, config.high_fraction)
-            stem = prefix + name
-            expected[f"{stem}.weight_lo"] = ((rows, (columns - k_hi) // 2), (torch.uint8,))
-            expected[f"{stem}.weight_hi"] = ((rows, k_hi), (torch.int8,))
-            expected[f"{stem}.weight_scale"] = ((rows, 2), (torch.float32,))
+            linear(prefix + name, rows, columns - k_hi, k_hi)
         for name in architecture.QKV if shape.qkv_bias else ():
             expected[f"{prefix}{name}.bias"] = ((shape.linear(name)[0],), FLOAT_DTYPES)
         if config.rotates:
@@ -380,10 +407,10 @@ def validate(folder: Path | str) -> ResQConfig:
         raise CheckpointError(
             f"{reader.folder}: config.json: quantization_config: expected an object, got {entry!r}"
         )
-    config = parse_quantization_config(entry)
+    config, tied_head = parse_quantization_config(entry)
     try:
         shape = ModelShape.from_config(reader.config)
-        expected = quantized_tensors(shape, config)
+        expected = quantized_tensors(shape, config, tied_head)
     except ValueError as error:
         raise CheckpointError(f"{reader.folder}: {error}") from error
     if shape.tied:
@@ -392,8 +419,8 @@ def validate(folder: Path | str) -> ResQConfig:
         )
     for name, (size, dtypes) in expected.items():
         reader.check(name, size, dtypes)
-    decoder = re.compile(r"model\.layers\.\d+\.")
-    extra = sorted(n for n in reader.tensors if decoder.match(n) and n not in expected)
+    ours = re.compile(r"model\.layers\.\d+\.|model\.embed_tokens\.|lm_head\.")
+    extra = sorted(n for n in reader.tensors if ours.match(n) and n not in expected)
     if extra:
         raise CheckpointError(f"{reader.folder}: {extra[0]}: expected no such tensor, found one")
     for name in expected:

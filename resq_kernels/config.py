@@ -23,6 +23,7 @@ class ResQConfig:
         symmetric: symmetric instead of asymmetric activations.
         activation_clip: factor on the range of the activations, in (0, 1].
         kv_bits: 4 (mixed 4/8 with method "resq", uniform 4 otherwise) or 16 (cache not quantized).
+        embedding_bits: 8 (embedding and head in INT8, one scale a row) or 16 (not quantized).
         samples, seqlen: calibration windows and their length in tokens.
         damping: GPTQ's diagonal damping as a share of the mean diagonal.
         seed: seed of the rotations and of the choice of calibration windows.
@@ -41,6 +42,7 @@ class ResQConfig:
     symmetric: bool = False
     activation_clip: float = 1.0
     kv_bits: int = 4
+    embedding_bits: int = 8
     samples: int = 128
     seqlen: int = 2048
     damping: float = 0.01
@@ -51,6 +53,7 @@ class ResQConfig:
         _one_of("weights", self.weights, WEIGHT_METHODS)
         _one_of("lo_bits", self.lo_bits, (4, 8))
         _one_of("kv_bits", self.kv_bits, (4, 16))
+        _one_of("embedding_bits", self.embedding_bits, (8, 16))
         if self.method != "resq" and self.high_fraction == ResQConfig.high_fraction:
             object.__setattr__(self, "high_fraction", 0.0)
         if not 0.0 <= self.high_fraction < 1.0 or not math.isfinite(self.high_fraction):

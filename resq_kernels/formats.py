@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class MixedTensor(NamedTuple):

@@ -113,6 +113,23 @@ def silu_mul_hadamard_quantize(
     return mixed_quantize(product, n_hi, lo_bits, packed, symmetric, clip)
 
 
+def embedding(
+    ids: torch.Tensor,
+    codes_lo: torch.Tensor,
+    codes_hi: torch.Tensor,
+    weight_scale: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Rows `ids` of scale * code, one float32 product, in `dtype`.
+
+    Takes the canonical codes (uint8 [N, K_lo / 2], int8 [N, K_hi]) instead of a packed weight.
+    """
+    scale_lo, scale_hi = weight_scale[ids].split(1, dim=-1)
+    return torch.cat([scale_lo * unpack_int4(codes_lo[ids]), scale_hi * codes_hi[ids]], dim=-1).to(
+        dtype
+    )
+
+
 def mixed_gemm(
     q_lo: torch.Tensor,
     q_hi: torch.Tensor,

@@ -91,6 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="4 quantizes keys and values (default), 16 leaves them",
     )
     parser.add_argument(
+        "--embedding-bits",
+        type=int,
+        choices=(8, 16),
+        default=defaults.embedding_bits,
+        help="8 quantizes embedding and head (default), 16 leaves them",
+    )
+    parser.add_argument(
         "--symmetric", action="store_true", help="symmetric instead of asymmetric activations"
     )
     parser.add_argument(
@@ -167,6 +174,7 @@ def _config(args: argparse.Namespace, seqlen: int) -> ResQConfig:
         weights=args.weights,
         lo_bits=args.lo_bits,
         kv_bits=args.kv_bits,
+        embedding_bits=args.embedding_bits,
         symmetric=args.symmetric,
         activation_clip=args.activation_clip,
         damping=args.damping,

@@ -62,12 +62,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 def part_of(name: str) -> str:
     """The part that a tensor belongs to, by its name (docs/formats.md, section 6)."""
+    if "embed_tokens" in name:
+        return "embedding"
+    if name.startswith("lm_head."):
+        return "head"
     if name.endswith(".weight_scale"):
         return "linear_scales"
     if any(projection in name for projection in _PROJECTIONS):
         return "other" if name.endswith(".bias") else "linears"
-    if name.endswith(".key_rotation"):
-        return "key_rotations"
-    if "embed_tokens" in name:
-        return "embedding"
-    return "head" if name.startswith("lm_head.") else "other"
+    return "key_rotations" if name.endswith(".key_rotation") else "other"

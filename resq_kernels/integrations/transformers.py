@@ -48,14 +48,15 @@ class ResQQuantizer(HfQuantizer):
                 "quantized: run `resq quantize MODEL OUT` (or resq_kernels.quantize) and load OUT"
             )
         super().__init__(quantization_config, **kwargs)
-        self.config = checkpoint.parse_quantization_config(quantization_config.to_dict())
+        entry = quantization_config.to_dict()
+        self.config, self.tied_head = checkpoint.parse_quantization_config(entry)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         if checkpoint_files:
             checkpoint.validate(Path(checkpoint_files[0]).parent)
-        prepare(model, self.config)
+        prepare(model, self.config, self.tied_head)
         return model
 
     def _process_model_after_weight_loading(
@@ -81,7 +82,7 @@ class ResQQuantizer(HfQuantizer):
         return True
 
 
-def prepare(model: PreTrainedModel, config: ResQConfig) -> None:
+def prepare(model: PreTrainedModel, config: ResQConfig, tied_head: bool) -> None:
     """Swaps the modules of a model (`nn.convert`) and has transformers pass what they need.
 
     Raises:
@@ -94,7 +95,7 @@ def prepare(model: PreTrainedModel, config: ResQConfig) -> None:
             "ResQ: distributed_config: expected None, tensor parallelism is not supported in "
             f"transformers; got {model.config.distributed_config}"
         )
-    convert(model, config)
+    convert(model, config, tied_head)
     register_attention()
     model.config._attn_implementation = ATTENTION if config.kv_bits == 4 else "sdpa"
 

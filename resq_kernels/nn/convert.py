@@ -11,10 +11,12 @@ from resq_kernels.nn.attention import ResQAttention
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.mlp import ResQMLP
 from resq_kernels.nn.norm import ResQRMSNorm
+from resq_kernels.nn.vocabulary import ResQEmbedding, TiedHead
 
 
-def convert(model: nn.Module, config: ResQConfig) -> None:
-    """Replaces, in place, norms, attention and MLP of every decoder layer; the last norm stays.
+def convert(model: nn.Module, config: ResQConfig, tied_head: bool) -> None:
+    """Replaces, in place, norms, attention and MLP of every decoder layer, and a vocabulary in 8
+    bits; the last norm stays.
 
     The new parameters have the names, shapes and dtypes of a checkpoint (docs/formats.md section
     6), on the device and in the dtype of the ones they replace, and no values yet: load them, then
@@ -23,6 +25,7 @@ def convert(model: nn.Module, config: ResQConfig) -> None:
     Args:
         model: `LlamaForCausalLM`, `Qwen2ForCausalLM` or another head on the same decoder.
         config: how the checkpoint was quantized.
+        tied_head: whether the head reads the embedding's matrix; with `embedding_bits` 8 only.
 
     Raises:
         ValueError: another architecture, or columns that do not split as `high_fraction` demands.
@@ -31,6 +34,8 @@ def convert(model: nn.Module, config: ResQConfig) -> None:
     decoder = getattr(model, model.base_model_prefix, model)
     for index, layer in enumerate(decoder.layers):
         _convert_layer(layer, index, shape, config)
+    if config.embedding_bits == 8:
+        _convert_vocabulary(model, decoder, config, tied_head)
 
 
 def pack(model: nn.Module) -> None:
@@ -85,4 +90,22 @@ def _convert_layer(layer: nn.Module, index: int, shape: ModelShape, config: ResQ
     layer.mlp = ResQMLP(
         *(linear(name) for name in (*architecture.GATE_UP, architecture.DOWN_PROJ)),
         hadamard=config.rotates,
+    )
+
+
+def _convert_vocabulary(
+    model: nn.Module, decoder: nn.Module, config: ResQConfig, tied_head: bool
+) -> None:
+    like = decoder.embed_tokens.weight
+    place = {"dtype": like.dtype, "device": like.device}
+    decoder.embed_tokens = ResQEmbedding(*like.shape, **place)
+    # The first floating parameter has the model's dtype for transformers: not a scale.
+    decoder._modules = {"norm": decoder.norm, **decoder._modules}
+    if not hasattr(model, "lm_head"):
+        return
+    vocabulary, hidden = like.shape
+    model.lm_head = (
+        TiedHead(decoder.embed_tokens, config.rotates)
+        if tied_head
+        else ResQLinear(hidden, vocabulary, high_columns=hidden, **place)
     )

@@ -33,11 +33,14 @@ def check_shape(shape: ModelShape, config: ResQConfig) -> None:
         kv_pages.low_dims(shape.head_dim)
 
 
-def work_bytes(shape: ModelShape, windows: int, seqlen: int, item_bytes: int) -> int:
+def work_bytes(
+    shape: ModelShape, config: ResQConfig, windows: int, seqlen: int, item_bytes: int
+) -> int:
     """Disk space of the work folder when it is fullest, the result included, within a few percent.
 
     Args:
         shape: sizes of the model.
+        config: the options, for those of the vocabulary.
         windows, seqlen: calibration tokens.
         item_bytes: size of an element of the embedding.
     """
@@ -47,7 +50,10 @@ def work_bytes(shape: ModelShape, windows: int, seqlen: int, item_bytes: int) ->
     moments = 8 * (3 * shape.hidden**2 + shape.layers * (6 * head + 3 * shape.intermediate))
     states = 4 * 4 * windows * seqlen * shape.hidden
     # Layers are there twice when they are joined; hidden states are gone by then.
-    joined = 2 * quantized + 2 * shape.vocab * shape.hidden * item_bytes
+    vocabulary = 2 * shape.vocab * shape.hidden * item_bytes
+    if config.embedding_bits == 8:
+        vocabulary = (1 if shape.tied else 2) * shape.vocab * (shape.hidden + 8)
+    joined = 2 * quantized + vocabulary
     return moments + max(states + quantized, joined)
 
 

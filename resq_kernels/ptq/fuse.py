@@ -1,18 +1,15 @@
-"""Multiplies the rotations into the weights: the model computes the same function."""
+"""Multiplies the rotations into a layer's weights: the model computes the same function."""
 
 from __future__ import annotations
 
 import torch
 
-from resq_kernels import architecture, hadamard
+from resq_kernels import hadamard
 from resq_kernels.architecture import DOWN_PROJ, GATE_UP, O_PROJ, QKV, ModelShape
 from resq_kernels.formats import split_columns
 from resq_kernels.ptq.decoder import Layer
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.source import SourceModel
-
-VOCAB_ROWS = 8192
-"""Rows of the embedding or head that are rotated in float64 at once."""
 
 Q_PROJ, K_PROJ, V_PROJ = QKV
 UP_PROJ = GATE_UP[1]
@@ -78,28 +75,3 @@ def fuse_layer(
         o_order=order,
         hadamard=True,
     )
-
-
-def fuse_embedding(model: SourceModel, rotation: Rotation | None) -> torch.Tensor:
-    """The embedding E U_A in its source dtype."""
-    return _rotate_rows(model, architecture.EMBEDDING, None, rotation)
-
-
-def fuse_head(model: SourceModel, rotation: Rotation | None) -> torch.Tensor:
-    """The head W diag(g) U_A in its source dtype, g the gain of the final norm."""
-    gain = model.load(architecture.FINAL_NORM).double() if rotation is not None else None
-    return _rotate_rows(model, model.head, gain, rotation)
-
-
-def _rotate_rows(
-    model: SourceModel, name: str, gain: torch.Tensor | None, rotation: Rotation | None
-) -> torch.Tensor:
-    matrix = model.reader.load(name)
-    for start in range(0, len(matrix), VOCAB_ROWS):
-        rows = matrix[start : start + VOCAB_ROWS].double()
-        model.check_finite(name, rows)
-        if gain is not None:
-            rows = rows * gain
-        if rotation is not None:
-            matrix[start : start + VOCAB_ROWS] = (rows @ rotation.hidden).to(matrix.dtype)
-    return matrix

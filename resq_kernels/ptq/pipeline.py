@@ -63,7 +63,7 @@ def quantize_folder(
     inputs = fingerprint([source / "config.json", *model.reader.files], calibration, config)
     if resume and (report := finished_report(out, inputs)):
         return report
-    check_disk(out, work_bytes(model.shape, *calibration.shape, model.item_bytes))
+    check_disk(out, work_bytes(model.shape, config, *calibration.shape, model.item_bytes))
     work = Workspace.open(out, inputs, resume)
     rope = rope_tables(model.reader.config, source, calibration.shape[1])
 

@@ -18,11 +18,12 @@ from resq_kernels.architecture import (
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq.calibrate import batches, gram, layer_bar
 from resq_kernels.ptq.decoder import DecoderLayer, Rope
-from resq_kernels.ptq.fuse import fuse_embedding, fuse_layer
+from resq_kernels.ptq.fuse import fuse_layer
 from resq_kernels.ptq.gptq import gptq
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.rounded import RoundedWeight, output_error, round_to_nearest
 from resq_kernels.ptq.source import SourceModel
+from resq_kernels.ptq.vocabulary import embed
 from resq_kernels.ptq.workspace import Workspace
 
 ERROR_SUFFIX = ".error"
@@ -57,10 +58,8 @@ def quantize(
             continue
         states = work.hidden(f"rounded-{index:05d}", size)
         if index == 0 and not states.exists:
-            embedding = fuse_embedding(model, rotation)
-            states.begin().copy_(embedding[tokens].float())
+            states.begin().copy_(embed(model, rotation, tokens, config))
             states.finish()
-            del embedding
         after = work.hidden(f"rounded-{index + 1:05d}", size)
         layer = fuse_layer(model, index, rotation, config.high_fraction, device)
         step = DecoderLayer(model.shape, layer, rope, config)

@@ -20,11 +20,11 @@ from resq_kernels.checkpoint import (
 )
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq.basis import Basis
-from resq_kernels.ptq.fuse import fuse_embedding, fuse_head
 from resq_kernels.ptq.quantize import ERROR_SUFFIX, piece_name
 from resq_kernels.ptq.report import JSON_FILE
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.source import SourceModel
+from resq_kernels.ptq.vocabulary import embedding_tensors, head_tensors, tied_head
 from resq_kernels.ptq.workspace import Workspace
 
 # Everything that makes a folder usable besides its weights.
@@ -58,14 +58,13 @@ def save(
     shutil.rmtree(folder, ignore_errors=True)  # an interrupted attempt
     folder.mkdir()
     writer = ShardWriter(folder)
-    writer.add(architecture.EMBEDDING, fuse_embedding(model, rotation))
-    for index in range(model.shape.layers):
-        for name, tensor in work.load(piece_name(index)).items():
-            if not name.endswith(ERROR_SUFFIX):
-                writer.add(name, tensor)
     norm = model.reader.load(architecture.FINAL_NORM)
+    writer.add_all(embedding_tensors(model, rotation, config))
+    for index in range(model.shape.layers):
+        piece = work.load(piece_name(index))
+        writer.add_all({n: t for n, t in piece.items() if not n.endswith(ERROR_SUFFIX)})
     writer.add(architecture.FINAL_NORM, norm if rotation is None else torch.ones_like(norm))
-    writer.add(architecture.HEAD, fuse_head(model, rotation))
+    writer.add_all(head_tensors(model, rotation, config))
     writer.finish()
     rotations = [] if rotation is None else [key[None] for key in rotation.keys]
     settings = dict(model.reader.config)
@@ -74,6 +73,7 @@ def save(
         config,
         basis_hash=tensors_hash(() if basis is None else basis.matrices()),
         rotation_hash=tensors_hash(rotations),
+        tied_head=tied_head(model, config),
     )
     for pattern in COPIED:
         for path in sorted(model.reader.folder.glob(pattern)):

@@ -139,7 +139,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of all parameters and buffers, packed weights and their sums included."""
+    """Bytes of all parameters and buffers of a module, packed weights and their sums included."""
     return nbytes(*model.parameters(), *model.buffers())
 
 
@@ -177,7 +177,7 @@ def _rows(
     shape, depth = bench_models.shape(name), ours.config.num_hidden_layers
     products = batch * depth * sum(n * k for n, k in map(shape.linear, LINEARS))
     # Everything is read once; of the embedding only the rows of the tokens, unless it is the head.
-    embedding = 0 if shape.tied else nbytes(ours.get_input_embeddings().weight)
+    embedding = 0 if shape.tied else weight_bytes(ours.get_input_embeddings())
     passes = {key: prefill(model, ids) for key, model in models.items()}
     for kind, tokens, candidates in (("prefill", context, passes), ("decode", 1, steps)):
         place: Row = {"model": name, "layer": f"{kind} {context}", "batch": batch}

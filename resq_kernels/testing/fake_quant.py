@@ -21,6 +21,7 @@ from resq_kernels.nn.attention import ResQAttention, named_cache
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.mlp import ResQMLP
 from resq_kernels.nn.norm import ResQRMSNorm
+from resq_kernels.nn.vocabulary import ResQEmbedding, TiedHead
 
 
 @contextlib.contextmanager
@@ -122,8 +123,20 @@ def _turn(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([-second, first], dim=-1)
 
 
+def _embedding(rounding: Any, embedding: ResQEmbedding, ids: torch.Tensor) -> torch.Tensor:
+    return reference.embedding(
+        ids, *embedding.codes(), embedding.weight_scale.detach(), embedding.dtype
+    )
+
+
+def _tied_head(rounding: Any, head: TiedHead, x: torch.Tensor) -> torch.Tensor:
+    return _linear(rounding, head.embedding, head.turned(x))
+
+
 _FAKES = {
     ResQLinear: _linear,
+    ResQEmbedding: _embedding,
+    TiedHead: _tied_head,
     ResQRMSNorm: _norm,
     ResQMLP: _mlp,
     ResQAttention: _attention,

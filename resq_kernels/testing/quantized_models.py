@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from resq_kernels import checkpoint
 from resq_kernels.config import ResQConfig
@@ -12,6 +13,7 @@ from resq_kernels.integrations.transformers import ResQQuantizationConfig, ResQQ
 from resq_kernels.nn.attention import ResQAttention
 from resq_kernels.nn.convert import pack
 from resq_kernels.nn.linear import ResQLinear
+from resq_kernels.nn.vocabulary import ResQEmbedding, TiedHead
 from resq_kernels.testing.tiny_models import make_model
 
 # Standard deviation of codes drawn uniformly from all 16, and from all 256.
@@ -47,7 +49,11 @@ def randomize(model: Any, options: ResQConfig, seed: int = 0) -> None:
         options: how it is quantized.
         seed: seed of all values.
     """
-    prepare(model, options)
+    tied_head = model.config.tie_word_embeddings and options.embedding_bits == 8
+    if model.config.tie_word_embeddings:  # as `resq quantize` leaves it
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), False)
+    prepare(model, options, tied_head)
     torch.manual_seed(seed)
     rotations = []
     for module in model.modules():
@@ -55,20 +61,28 @@ def randomize(model: Any, options: ResQConfig, seed: int = 0) -> None:
             module.weight_lo.random_(0, 256)
             module.weight_hi.random_(-128, 128)
             spread = 0.5 + torch.rand(module.out_features, 2)
-            module.weight_scale.copy_(spread * module.in_features**-0.5 / _CODE_DEVIATION)
+            # A linear answers numbers as large as its input, an embedding numbers around 1.
+            terms = 1 if isinstance(module, ResQEmbedding) else module.in_features
+            module.weight_scale.copy_(spread * terms**-0.5 / _CODE_DEVIATION)
             if module.bias is not None:
                 module.bias.normal_(std=0.3)
         elif isinstance(module, ResQAttention) and module.key_rotation is not None:
-            orthogonal = torch.linalg.qr(torch.randn(module.head_dim, module.head_dim))[0]
-            module.key_rotation.copy_(orthogonal)
+            module.key_rotation.copy_(_orthogonal(module.head_dim))
             rotations.append(module.key_rotation)
+        elif isinstance(module, TiedHead) and module.gain is not None:
+            turn = _orthogonal(len(module.gain))
+            module.gain.copy_(turn.T @ ((0.5 + torch.rand(len(turn), 1)) * turn))
     for layer in model.model.layers:
         layer.input_layernorm.weight.uniform_(0.5, 1.5)
         layer.post_attention_layernorm.weight.uniform_(0.5, 1.5)
     pack(model)
-    entry = checkpoint.quantization_config(
-        options, checkpoint.tensors_hash(()), checkpoint.tensors_hash(rotations)
-    )
+    hashes = checkpoint.tensors_hash(()), checkpoint.tensors_hash(rotations)
+    entry = checkpoint.quantization_config(options, *hashes, tied_head)
     model.config.quantization_config = ResQQuantizationConfig(**entry)
     model.hf_quantizer = ResQQuantizer(model.config.quantization_config, pre_quantized=True)
     model.is_quantized = True
+
+
+def _orthogonal(size: int) -> torch.Tensor:
+    """A random orthogonal matrix [size, size]."""
+    return torch.linalg.qr(torch.randn(size, size))[0]

@@ -60,6 +60,12 @@ def dequantize_arguments(_: emulation.Emulated) -> tuple:
     return (pages.cache, pages.block_table, pages.seq_lens, 45, 64, torch.float16)
 
 
+def embedding_arguments(device: emulation.Emulated) -> tuple:
+    codes = torch.zeros(N, 0, dtype=torch.uint8), torch.ones(N, 64, dtype=torch.int8)
+    packed = device.pack_weight(*codes).clone()
+    return (torch.randint(0, N, (ROWS, 2)), packed, torch.ones(N, 2), 0, 64, torch.bfloat16)
+
+
 # operator -> its arguments; `packed` is given, because its default depends on the device.
 SAMPLES = {
     "mixed_quantize": lambda _: (torch.randn(ROWS, K), HIGH, 4, True),
@@ -74,6 +80,7 @@ SAMPLES = {
     ),
     "silu_mul_hadamard_quantize": lambda _: (torch.randn(ROWS, 2 * WIDE), True, 0, 4, True),
     "hadamard": lambda _: (torch.randn(2, ROWS, WIDE).bfloat16(),),
+    "embedding": embedding_arguments,
     "mixed_gemm": gemm_arguments,
     "kv_append": append_arguments,
     "kv_attention": attention_arguments,

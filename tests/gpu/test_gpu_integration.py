@@ -130,7 +130,7 @@ def test_opcheck() -> None:
     x = torch.randn(5, HIDDEN, device="cuda", dtype=torch.float16)
     gate_up = torch.randn(5, 2 * 448, device="cuda")
     weight = Weight(96, 448, 64)
-    rows = on("cuda", activations(5, 448, 64))
+    rows, tokens = on("cuda", activations(5, 448, 64)), torch.arange(5, device="cuda")
     samples = {
         "mixed_quantize": (x, HIGH),
         "rms_norm_quantize": (x, x.clone(), None, 1e-5, HIGH),
@@ -138,9 +138,10 @@ def test_opcheck() -> None:
         "hadamard": (gate_up,),
         "pack_weight": on("cuda", weight.codes),
         "unpack_weight": (weight.arguments("cuda")[0], 96, 448, 64),
+        "embedding": (tokens, *weight.arguments("cuda")[:2], 448, 64, torch.bfloat16),
         "mixed_gemm": (*rows, *weight.arguments("cuda"), None, torch.float16),
     }
-    q, tokens = torch.randn(5, 8, 128, device="cuda"), torch.arange(5, device="cuda")
+    q = torch.randn(5, 8, 128, device="cuda")
     cache = append(q[:, :2].contiguous())
     table, length = tokens[None, :4].int(), tokens[4:].int() + 1
     samples["kv_append"] = (q, q, None, None, None, append(q), tokens)

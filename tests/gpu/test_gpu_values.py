@@ -87,6 +87,20 @@ def test_unpack_weight_inverts_pack_weight(n: int, k_lo: int, k_hi: int) -> None
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, k_lo, k_hi", [(70, 208, 40), (320, 0, 128), (128256, 0, 2048)])
+def test_embedding_has_the_cpu_s_bits(n: int, k_lo: int, k_hi: int, dtype: torch.dtype) -> None:
+    weight, ids = Weight(n, k_lo, k_hi), torch.randint(0, n, (3, 50))
+    expected, result = (
+        torch.ops.resq.embedding(
+            ids.to(device), *weight.arguments(device)[:2], k_lo, k_hi, dtype
+        ).cpu()
+        for device in ("cpu", "cuda")
+    )
+    assert same_bits(result, expected)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "rows, k, n_hi", [(3, 1, 0), (5, 250, 30), (130, 4096, 512), (7, 8192, 1024)]
 )

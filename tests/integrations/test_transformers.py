@@ -77,7 +77,7 @@ def test_model_without_a_head(folder: Path) -> None:
 def test_codes_are_not_kept_twice(folder: Path) -> None:
     model = resq_kernels.from_pretrained(folder)
     linears = [module for module in model.modules() if isinstance(module, ResQLinear)]
-    assert len(linears) == 14
+    assert len(linears) == 16  # with the embedding and the head
     assert all(m.is_packed and m.weight_lo is None and m.weight_hi is None for m in linears)
 
 
@@ -124,7 +124,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format_version": 2}, "format_version: expected 1 to 1, got 2; a newer resq_kernels"),
+        ({"format_version": 3}, "format_version: expected 1 to 2, got 3; a newer resq_kernels"),
         ({"rotation_hash": "sha256:0"}, "key_rotation: expected the hash sha256:0"),
         ({"kv_bits": 5}, "kv_bits: expected one of 4, 16, got 5"),
         ({"high_fraction": 0.25}, "expected uint8"),

@@ -243,7 +243,8 @@ def test_real_widths(model_type: str, sizes: dict[str, Any]) -> None:
     model = random_quantized(model_type, num_hidden_layers=1, **sizes)
     for name, rows in row_errors(model, tokens(1, 24)).items():
         assert rows.median() < ROUNDING[name] and rows.max() < FLIPPED_CODE, name
-    linears = [module for module in model.modules() if isinstance(module, ResQLinear)]
+    layers = model.model.layers.modules()
+    linears = [module for module in layers if isinstance(module, ResQLinear)]
     assert [m.bias is not None for m in linears] == 3 * [model_type == "qwen2"] + 4 * [False]
     assert isinstance(model.model.layers[0].self_attn, ResQAttention)
 

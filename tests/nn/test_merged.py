@@ -179,7 +179,7 @@ def test_a_model_multiplies_four_times_a_layer(products: list[int]) -> None:
         ids = torch.randint(3, 250, (2, 9))
         products.clear()
         expected = model(ids, use_cache=False).logits
-        assert len(products) == 4 * model.config.num_hidden_layers
+        assert len(products) == 4 * model.config.num_hidden_layers + 1  # and the head's
         twin = copy.deepcopy(model)
         assert torch.equal(twin(ids, use_cache=False).logits, expected)
         twin.model.layers[0].self_attn.k_proj.weight_scale.data.mul_(2)

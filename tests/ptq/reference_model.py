@@ -30,9 +30,15 @@ class ReferenceModel:
         reader = CheckpointReader(folder)
         self.shape = ModelShape.from_config(reader.config)
         rope = rope_tables(reader.config, reader.folder, seqlen)
-        self.embedding = reader.load(architecture.EMBEDDING).float()
+        self.embedding = _vocabulary(reader, architecture.EMBEDDING_MODULE)
         self.norm = reader.load(architecture.FINAL_NORM).float()
-        self.head = reader.load(architecture.HEAD).float()
+        tied = reader.config["quantization_config"]["tied_head"]
+        self.head = self.embedding if tied else _vocabulary(reader, architecture.HEAD_MODULE)
+        self.gain = (
+            reader.load(architecture.HEAD_GAIN).float()
+            if architecture.HEAD_GAIN in reader
+            else torch.eye(self.shape.hidden)
+        )
         self.layers = [
             DecoderLayer(self.shape, self._layer(reader, index), rope, self.config)
             for index in range(self.shape.layers)
@@ -43,9 +49,7 @@ class ReferenceModel:
         weights, biases = {}, {}
         for name in LINEARS:
             stem = prefix + name
-            scale = reader.load(f"{stem}.weight_scale")
-            low, high = unpack_int4(reader.load(f"{stem}.weight_lo")), f"{stem}.weight_hi"
-            weights[name] = torch.cat([low * scale[:, :1], reader.load(high) * scale[:, 1:]], dim=1)
+            weights[name] = _weight(reader, stem)
             if f"{stem}.bias" in reader:
                 biases[name] = reader.load(f"{stem}.bias").float()
         return Layer(
@@ -63,4 +67,19 @@ class ReferenceModel:
         x = self.embedding[tokens]
         for layer in self.layers:
             x = layer.forward(x)
-        return reference.rms_norm(x, self.norm, self.shape.norm_eps) @ self.head.T
+        x = reference.rms_norm(x, self.norm, self.shape.norm_eps) @ self.gain
+        if self.config.embedding_bits == 8:
+            x = reference.mixed_quantize(x, x.shape[-1]).dequantize()
+        return x @ self.head.T
+
+
+def _weight(reader: CheckpointReader, stem: str) -> torch.Tensor:
+    scale, high = reader.load(f"{stem}.weight_scale"), reader.load(f"{stem}.weight_hi")
+    low = unpack_int4(reader.load(f"{stem}.weight_lo"))
+    return torch.cat([low * scale[:, :1], high * scale[:, 1:]], dim=1)
+
+
+def _vocabulary(reader: CheckpointReader, module: str) -> torch.Tensor:
+    """float32 [vocab, hidden], stored in 16 or in 8 bits."""
+    name = f"{module}.weight"
+    return reader.load(name).float() if name in reader else _weight(reader, module)

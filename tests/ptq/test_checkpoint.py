@@ -130,14 +130,18 @@ def test_key_rotation_of_another_model(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("format_version", 2, "format_version: expected 1 to 1, got 2; a newer resq_kernels"),
-        ("format_version", "1", "format_version: expected 1 to 1, got '1'"),
+        ("format_version", 3, "format_version: expected 1 to 2, got 3; a newer resq_kernels"),
+        ("format_version", "1", "format_version: expected 1 to 2, got '1'"),
         ("quant_method", "gptq", "quant_method: expected 'resq', got 'gptq'"),
         ("lo_bits", 3, "lo_bits: expected one of 4, 8, got 3"),
         ("hadamard", False, "hadamard: expected True, got False"),
         ("weight_bits", [4], "weight_bits: expected [4, 8], got [4]"),
         ("high_fraction", 0.3, "high_fraction 0.3 of"),
+        ("embedding_bits", 4, "embedding_bits: expected one of 8, 16, got 4"),
+        ("tied_head", 1, "tied_head: expected false, or true with embedding_bits 8, got 1"),
         ("seed", None, None),
+        ("embedding_bits", None, None),
+        ("tied_head", None, None),
     ],
 )
 def test_wrong_quantization_config(copy: Path, key: str, value: object, words: str | None) -> None:
@@ -149,6 +153,27 @@ def test_wrong_quantization_config(copy: Path, key: str, value: object, words: s
 
     edit_config(copy, change)
     assert (words or f"{key}: expected a value, got nothing") in refusal(copy)
+
+
+def test_the_head_that_the_configuration_names(copy: Path) -> None:
+    edit_config(copy, lambda content: content["quantization_config"].update(tied_head=True))
+    assert "lm_head.gain: expected a tensor, found nothing" in refusal(copy)
+    edit_tensors(copy, lambda tensors: tensors.update({"lm_head.gain": torch.eye(128)}))
+    assert "lm_head.weight_hi: expected no such tensor, found one" in refusal(copy)
+
+
+def test_a_folder_of_format_1(llama: Path, tmp_path: Path) -> None:
+    """It had no key of the vocabulary, which was in 16 bits."""
+    config = ResQConfig(weights="rtn", embedding_bits=16)
+    quantize_folder(llama, tmp_path / "out", torch.randint(0, 256, (2, 32)), config, progress=False)
+
+    def older(content: dict) -> None:
+        entry = content["quantization_config"]
+        entry["format_version"] = 1
+        del entry["embedding_bits"], entry["tied_head"]
+
+    edit_config(tmp_path / "out", older)
+    assert validate(tmp_path / "out") == config
 
 
 def test_other_architecture_and_tied_head(copy: Path) -> None:

@@ -14,9 +14,10 @@ from resq_kernels.config import ResQConfig
 from resq_kernels.ptq.basis import find_basis
 from resq_kernels.ptq.calibrate import calibrate
 from resq_kernels.ptq.decoder import DecoderLayer, rope_tables
-from resq_kernels.ptq.fuse import fuse_embedding, fuse_head, fuse_layer
+from resq_kernels.ptq.fuse import fuse_layer
 from resq_kernels.ptq.rotate import Rotation, rotate
 from resq_kernels.ptq.source import SourceModel
+from resq_kernels.ptq.vocabulary import embedding_tensors, head_tensors
 from resq_kernels.ptq.workspace import Workspace
 
 CONFIGS = {
@@ -44,6 +45,16 @@ def reference_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
+
+
+def fuse_embedding(model: SourceModel, rotation: Rotation | None) -> torch.Tensor:
+    (tensor,) = embedding_tensors(model, rotation, ResQConfig(embedding_bits=16)).values()
+    return tensor
+
+
+def fuse_head(model: SourceModel, rotation: Rotation | None) -> torch.Tensor:
+    (tensor,) = head_tensors(model, rotation, ResQConfig(embedding_bits=16)).values()
+    return tensor
 
 
 def exact_rows(

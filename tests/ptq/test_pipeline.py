@@ -38,8 +38,12 @@ def test_quantized_folder_is_complete(
     assert (out / "tokenizer.json").read_bytes() == (any_model / "tokenizer.json").read_bytes()
     before, after = CheckpointReader(any_model), CheckpointReader(out)
     assert after.config["tie_word_embeddings"] is False
-    assert after.info("lm_head.weight").dtype == before.info("model.embed_tokens.weight").dtype
-    rotated = method != "rtn"
+    rotated, tied = method != "rtn", before.config["tie_word_embeddings"]
+    assert after.config["quantization_config"]["tied_head"] is tied
+    assert ("lm_head.weight_hi" in after) is not tied
+    assert ("lm_head.gain" in after) is (tied and rotated)
+    if tied and rotated:
+        assert after.info("lm_head.gain").dtype == before.info("model.embed_tokens.weight").dtype
     assert ("model.layers.1.self_attn.key_rotation" in after) == rotated
     name = "model.layers.1.input_layernorm.weight"
     gain = after.load(name)
@@ -172,5 +176,7 @@ def test_disk_estimate_covers_the_work_folder(
     windows = torch.randint(0, 256, (64, 48))
     quantize_folder(llama, tmp_path / "out", windows, ResQConfig(method=method), progress=False)
     model = SourceModel(llama)
-    needed = check.work_bytes(model.shape, *windows.shape, model.item_bytes)
+    needed = check.work_bytes(
+        model.shape, ResQConfig(method=method), *windows.shape, model.item_bytes
+    )
     assert max(sizes) < needed < 4 * max(sizes)

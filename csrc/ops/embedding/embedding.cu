@@ -1,0 +1,57 @@
+// A block makes one row. 32 neighbouring columns of a row stand in 64 bytes of the layout, so that
+// a warp's loads are two sectors; its stores are contiguous.
+#include <cuda_runtime.h>
+
+#include "core/int4.h"
+#include "cuda/numbers.cuh"
+#include "ops/embedding/embedding_cuda.h"
+
+namespace resq::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+__device__ void store(float* to, float value) { *to = value; }
+__device__ void store(Half* to, float value) {
+  to->bits = __half_as_ushort(__float2half_rn(value));
+}
+__device__ void store(BFloat16* to, float value) {
+  to->bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+}
+
+template <CudaLayout kLayout>
+__global__ void __launch_bounds__(kThreads)
+    embedding_kernel(const __grid_constant__ EmbeddingParams p) {
+  const int64_t id = p.ids[blockIdx.x];
+  if (id < 0 || id >= p.n) __trap();
+  const int64_t row = id % kCudaBlockRows;
+  const uint8_t* block = p.packed_weight + id / kCudaBlockRows * cuda_block_bytes(p.k_lo, p.k_hi);
+  const float scale_lo = p.weight_scale[2 * id], scale_hi = p.weight_scale[2 * id + 1];
+  for (int64_t column = threadIdx.x; column < p.columns(); column += kThreads) {
+    float value;
+    if (column < p.k_lo) {
+      const NibblePlace place = cuda_lo_place(kLayout, row, column);
+      const uint8_t pair = block[place.byte];
+      value = scale_lo *
+              static_cast<float>(place.high ? unpack_int4_odd(pair) : unpack_int4_even(pair));
+    } else {
+      const uint8_t code = block[cuda_hi_byte(p.k_lo, row, column - p.k_lo)];
+      value = scale_hi * static_cast<float>(static_cast<int8_t>(code));
+    }
+    with_number_type(p.type, [&]<class T>(NumberType<T>) {
+      store(static_cast<T*>(p.y) + blockIdx.x * p.columns() + column, value);
+    });
+  }
+}
+
+}  // namespace
+
+void embedding(const EmbeddingParams& p, CudaLayout layout, Stream stream) {
+  if (p.count == 0 || p.columns() == 0) return;
+  const auto kernel = layout == CudaLayout::kMma ? embedding_kernel<CudaLayout::kMma>
+                                                 : embedding_kernel<CudaLayout::kWgmma>;
+  kernel<<<static_cast<unsigned>(p.count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
+  check_launch("embedding");
+}
+
+}  // namespace resq::cuda

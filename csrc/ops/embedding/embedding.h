@@ -1,0 +1,23 @@
+// embedding: rows of a packed weight as floats, for a model whose vocabulary is quantized.
+//
+//   y[i, k] = scale_p[ids[i]] * code[ids[i], k]      p = the part of column k
+//
+// One float32 product, which float16 and bfloat16 round once more.
+#pragma once
+
+#include "core/float16.h"
+
+namespace resq {
+
+struct EmbeddingParams {
+  void* y;                       // [count, k_lo + k_hi] of `type`
+  const int64_t* ids;            // [count], each 0 to n - 1
+  const uint8_t* packed_weight;  // [n, k_lo + k_hi] in the layout of the device
+  const float* weight_scale;     // [n, 2]
+  FloatType type;
+  int64_t count, n, k_lo, k_hi;
+
+  RESQ_HOST_DEVICE int64_t columns() const { return k_lo + k_hi; }
+};
+
+}  // namespace resq

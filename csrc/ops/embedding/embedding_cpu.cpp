@@ -1,0 +1,64 @@
+// embedding on CPUs. A token's row is a few microseconds of scalar code beside the milliseconds of
+// the pass that follows, so there is one variant.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "core/packed_weight.h"
+#include "ops/embedding/embedding_args.h"
+#include "torch/cpu_call.h"
+
+namespace resq {
+namespace {
+
+void convert(float value, float* to) { *to = value; }
+void convert(float value, Half* to) { *to = to_half(value); }
+void convert(float value, BFloat16* to) { *to = to_bfloat16(value); }
+
+template <class T>
+void row(const EmbeddingParams& p, int64_t index) {
+  const int64_t id = p.ids[index], in_block = id % kPackedBlockRows;
+  const uint8_t* block =
+      p.packed_weight + id / kPackedBlockRows * packed_block_bytes(p.k_lo, p.k_hi);
+  const float* scale = p.weight_scale + 2 * id;
+  T* y = static_cast<T*>(p.y) + index * p.columns();
+  for (int64_t column = 0; column < p.k_lo; ++column) {
+    const int shift = packed_lo_is_high_nibble(column) ? 4 : 0;
+    const int stored = block[packed_lo_byte(in_block, column)] >> shift & 15;
+    convert(scale[0] * static_cast<float>(stored - kPackedOffsetLo), y + column);
+  }
+  for (int64_t column = 0; column < p.k_hi; ++column) {
+    const int stored = block[packed_hi_byte(p.k_lo, in_block, column)];
+    convert(scale[1] * static_cast<float>(stored - kPackedOffsetHi), y + p.k_lo + column);
+  }
+}
+
+auto row_of(FloatType type) {
+  switch (type) {
+    case FloatType::kFloat32: return row<float>;
+    case FloatType::kFloat16: return row<Half>;
+    default: return row<BFloat16>;
+  }
+}
+
+Tensor embedding(const Tensor& ids, const Tensor& packed_weight, const Tensor& weight_scale,
+                 int64_t k_lo, int64_t k_hi, ScalarType dtype) {
+  const EmbeddingCall call =
+      embedding_call(ids, packed_weight, weight_scale, k_lo, k_hi, dtype, packed_weight_bytes);
+  const EmbeddingParams& p = call.params;
+  for (int64_t i = 0; i < p.count; ++i) {
+    if (p.ids[i] >= 0 && p.ids[i] < p.n) continue;
+    fail("embedding", "ids", "0 to " + std::to_string(p.n - 1), std::to_string(p.ids[i]));
+  }
+  log_cpu_kernel("embedding", cpu::Isa::kScalar);
+  torch::stable::parallel_for(0, p.count, rows_per_thread(p.columns()),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t index = begin; index < end; ++index)
+                                  row_of(p.type)(p, index);
+                              });
+  return call.y;
+}
+
+}  // namespace
+}  // namespace resq
+
+STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) { m.impl("embedding", TORCH_BOX(&resq::embedding)); }

@@ -1,0 +1,81 @@
+"""The embedding and the head of a model whose vocabulary is in 8 bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from resq_kernels import ops
+from resq_kernels.nn.linear import ResQLinear
+
+
+class ResQEmbedding(ResQLinear):
+    """Rows of a quantized matrix [vocabulary, hidden]; as a linear layer, the head tied to it.
+
+    Parameters, packing and state are those of `ResQLinear`; all columns are INT8.
+
+    Args:
+        vocabulary, hidden: rows and columns.
+        dtype: compute dtype, of the answer.
+        device: where the parameters are made.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        hidden: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(hidden, vocabulary, high_columns=hidden, dtype=dtype, device=device)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """scale * code of the rows `ids` int64 [...], in the compute dtype [..., hidden].
+
+        Raises:
+            RuntimeError: not packed, or an id is none (`ops.embedding`).
+        """
+        if not self.is_packed:
+            raise RuntimeError("ResQEmbedding: expected a packed weight: call pack() after loading")
+        k_lo = self.in_features - self.high_columns
+        where = (self.packed_weight, self.weight_scale, k_lo, self.high_columns)
+        return ops.embedding(ids, *where, self.dtype)
+
+
+class TiedHead(nn.Module):
+    """logits = (x G) E^T: the head of a model that ties it to the embedding E.
+
+    A rotation U of the hidden states makes the embedding E U and the head E diag(g) U, g the gain
+    of the final norm: two matrices. G = U^T diag(g) U [hidden, hidden] turns one into the other, E
+    diag(g) U = (E U) G, so that the vocabulary is stored and read once.
+
+    Args:
+        embedding: E, whose packed weight is the head's too; it stays the module of its owner.
+        rotated: whether there is a G; without a rotation the norm keeps its gain.
+
+    Attributes:
+        gain: G [hidden, hidden] in the compute dtype, symmetric; or None.
+    """
+
+    def __init__(self, embedding: ResQEmbedding, rotated: bool) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple: not a second owner of its parameters
+        self.gain = None
+        if rotated:
+            place = {"dtype": embedding.dtype, "device": embedding.weight_scale.device}
+            self.gain = nn.Parameter(torch.eye(embedding.in_features, **place), False)
+
+    @property
+    def embedding(self) -> ResQEmbedding:
+        """The module whose weight this is."""
+        return self._embedding[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [..., vocabulary] of x [..., hidden], in x's dtype."""
+        return ResQLinear.forward(self.embedding, self.turned(x))
+
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        """x G, what the embedding's matrix multiplies."""
+        return x if self.gain is None else F.linear(x, self.gain)
