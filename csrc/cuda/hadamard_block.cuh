@@ -4,6 +4,7 @@
 // results of the first stay in registers. It is loaded twice.
 #pragma once
 
+#include "cuda/dependent_launch.cuh"
 #include "cuda/launch.h"
 #include "cuda/row_hadamard.cuh"
 
@@ -123,8 +124,8 @@ inline void launch_hadamard(const char* op, Kernel kernel, const HadamardLayout&
   if (layout.shared_bytes > 48 * 1024 - 1024) {
     allow_shared_bytes(op, reinterpret_cast<const void*>(kernel), layout.shared_bytes);
   }
-  kernel<<<static_cast<unsigned>(blocks), kHadamardThreads, layout.shared_bytes,
-           static_cast<cudaStream_t>(stream)>>>(arguments...);
+  launch_dependent(kernel, static_cast<unsigned>(blocks), kHadamardThreads, layout.shared_bytes,
+                   stream, arguments...);
   check_launch(op);
 }
 

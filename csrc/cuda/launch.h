@@ -9,7 +9,10 @@
 
 namespace resq::cuda {
 
-using Stream = void*;  // a cudaStream_t
+struct Stream {
+  void* handle;                     // a cudaStream_t
+  bool dependent_launches = false;  // whether kernels may be launched as in dependent_launch.cuh
+};
 
 struct Device {
   int major, minor;  // compute capability

@@ -5,6 +5,9 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <cstdlib>
+#include <string>
+
 #include "cuda/launch.h"
 #include "torch/allocate.h"
 #include "torch/log_kernel.h"
@@ -28,19 +31,28 @@ namespace resq::cuda {
 
 #ifdef RESQ_EMULATED
 inline int device_index(const Tensor&) { return 0; }
-inline Stream current_stream(int) { return nullptr; }
+inline void* current_stream(int) { return nullptr; }
 struct DeviceGuard {
   explicit DeviceGuard(int) {}
 };
 #else
 inline int device_index(const Tensor& tensor) { return tensor.get_device_index(); }
-inline Stream current_stream(int index) {
+inline void* current_stream(int index) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   return stream;
 }
 using torch::stable::accelerator::DeviceGuard;
 #endif
+
+// RESQ_DEPENDENT_LAUNCHES=0: every kernel starts after the end of the one before, on sm_90 too.
+inline bool dependent_launches() {
+  static const bool wanted = [] {
+    const char* value = std::getenv("RESQ_DEPENDENT_LAUNCHES");
+    return !value || std::string(value) != "0";
+  }();
+  return wanted;
+}
 
 // Makes the tensor's device current for as long as it lives. Make it before the outputs.
 class Call {
@@ -58,7 +70,7 @@ class Call {
   // To launch on; `kernel` names the one of several in the log.
   Stream stream(const std::string& kernel = "") const {
     if (logs_kernels()) log_kernel(op_, std::string("cuda ") + family_name(family_) + kernel);
-    return current_stream(index_);
+    return {current_stream(index_), family_ == Family::kSm90 && dependent_launches()};
   }
 
  private:

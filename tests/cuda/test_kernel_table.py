@@ -26,6 +26,19 @@ REQUIRED = {
 }
 
 
+# What csrc/cuda/dependent_launch.cuh launches.
+DEPENDENT = (
+    "mixed_quantize_kernel",
+    "rms_norm_quantize_kernel",
+    "silu_mul_",
+    "hadamard_kernel",
+    "mixed_gemm_",
+    "kv_append_kernel",
+    "kv_attention_sm90_kernel",
+    "kv_attention_merge_sm90_kernel",
+)
+
+
 @pytest.fixture(scope="module")
 def built() -> dict[str, dict[str, tool.Kernel]]:
     if not tool.LIBRARY.exists():
@@ -60,6 +73,14 @@ def test_hopper_code_does_not_emulate_int4(built: dict) -> None:
                 assert not [key for key in kernel["key"] if ".S4" in key or ".U4" in key], name
                 if name.startswith("mixed_gemm"):
                     assert "CALL" not in kernel["key"], (name, arch)
+
+
+def test_every_dependent_launch_waits_for_the_kernel_before_it(built: dict) -> None:
+    for name, per_arch in built.items():
+        for arch, kernel in per_arch.items():
+            dependent = arch.startswith("sm_90") and name.startswith(DEPENDENT)
+            assert ("ACQBULK" in kernel["key"]) == dependent, (name, arch)
+            assert dependent or "PREEXIT" not in kernel["key"], (name, arch)
 
 
 @pytest.mark.parametrize("word", sorted(REQUIRED))

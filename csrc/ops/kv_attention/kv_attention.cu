@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks(kTiles))
 void kv_attention_attend(const KvAttentionCuda& call, const Device& device, Stream stream) {
   launch_attend(call, device, [&](auto head_dim, auto tiles, unsigned blocks) {
     kv_attention_kernel<head_dim, tiles>
-        <<<blocks, kAttendThreads, 0, static_cast<cudaStream_t>(stream)>>>(call);
+        <<<blocks, kAttendThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(call);
   });
 }
 

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kHeadDim)
 
 void kv_attention_merge(const KvAttentionCuda& call, Stream stream) {
   const auto rows = static_cast<unsigned>(call.tokens * call.params.n_q);
-  const auto launched = static_cast<cudaStream_t>(stream);
+  const auto launched = static_cast<cudaStream_t>(stream.handle);
   if (call.params.head_dim == 128) {
     kv_attention_merge_kernel<128><<<rows, 128, 0, launched>>>(call);
   } else {

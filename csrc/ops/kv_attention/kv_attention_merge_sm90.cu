@@ -1,7 +1,7 @@
 // The merging kernel of sm_90: its blocks read the lengths while the attention kernel ends.
 #include <cuda_runtime.h>
 
-#include "cuda/dependent_launch_sm90.cuh"
+#include "cuda/dependent_launch.cuh"
 #include "ops/kv_attention/kv_attention_merge.cuh"
 
 namespace resq::cuda {

@@ -58,7 +58,7 @@ void launch(const KvAttentionCuda& call, float* out, Stream stream) {
   if (p.rotation.type == FloatType::kBFloat16) {
     kernel = kv_attention_prepare_kernel<kHeadDim, BFloat16>;
   }
-  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(call, out);
+  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(call, out);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/bulk_copy_sm90.cuh"
-#include "cuda/dependent_launch_sm90.cuh"
+#include "cuda/dependent_launch.cuh"
 #include "ops/kv_attention/kv_attention_attend.cuh"
 
 namespace resq::cuda {

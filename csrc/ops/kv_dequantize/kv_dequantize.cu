@@ -128,7 +128,7 @@ void launch(const KvDequantizeParams& p, Stream stream) {
   if (p.type == FloatType::kFloat16) kernel = kv_dequantize_kernel<kHeadDim, Half>;
   if (p.type == FloatType::kBFloat16) kernel = kv_dequantize_kernel<kHeadDim, BFloat16>;
   const auto blocks = static_cast<unsigned>(ceil_div(p.items(), kWarps));
-  kernel<<<blocks, kWarps * 32, 0, static_cast<cudaStream_t>(stream)>>>(p);
+  kernel<<<blocks, kWarps * 32, 0, static_cast<cudaStream_t>(stream.handle)>>>(p);
 }
 
 }  // namespace

@@ -18,7 +18,8 @@ void launch_tile(const MixedGemmParams& p, int splits, void* workspace, Stream s
   const SplitPlanes planes = split_planes(p, workspace);
   const dim3 grid(static_cast<unsigned>(ceil_div(p.rows, kRows) * ceil_div(p.n, sm80::kColumns)),
                   static_cast<unsigned>(splits));
-  kernel<<<grid, C::kThreads, C::kSharedBytes, static_cast<cudaStream_t>(stream)>>>(p, k, planes);
+  kernel<<<grid, C::kThreads, C::kSharedBytes, static_cast<cudaStream_t>(stream.handle)>>>(p, k,
+                                                                                           planes);
   check_launch("mixed_gemm");
   if (splits > 1) mixed_gemm_add_splits(p, k, planes, stream);
 }

@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include "cuda/dependent_launch.cuh"
 #include "cuda/tensor_map.h"
 #include "ops/mixed_gemm/mixed_gemm_cuda.h"
 #include "ops/mixed_gemm/mixed_gemm_pad_rows.h"
@@ -19,11 +20,11 @@ namespace {
 constexpr const char* kOp = "mixed_gemm";
 
 void launch_unpack(const uint8_t* nibbles, int64_t rows, int64_t row_bytes, uint8_t* out,
-                   int64_t stride, cudaStream_t stream) {
+                   int64_t stride, Stream stream) {
   const int64_t blocks_per_row = ceil_div(stride, kSm90RowBytes * kRowsThreads);
   const auto grid = static_cast<unsigned>(blocks_per_row * rows);
-  mixed_gemm_unpack_rows_kernel<<<grid, kRowsThreads, 0, stream>>>(
-      nibbles, row_bytes, out, stride, static_cast<unsigned>(blocks_per_row));
+  launch_dependent(mixed_gemm_unpack_rows_kernel, grid, kRowsThreads, 0, stream, nibbles, row_bytes,
+                   out, stride, static_cast<unsigned>(blocks_per_row));
   check_launch(kOp);
 }
 
@@ -47,7 +48,7 @@ int clusters_at_once(const void* kernel, const cudaLaunchConfig_t& config, int b
 
 template <int kTokens, class Out>
 void launch_kernel(Sm90Launch launch, const uint8_t* q_lo, const uint8_t* q_hi,
-                   const Sm90Rows& rows, int sms, cudaStream_t stream) {
+                   const Sm90Rows& rows, int sms, Stream stream) {
   const MixedGemmParams& p = launch.p;
   constexpr Sm90Cluster kCluster = sm90_cluster(kTokens);
   constexpr int kBox = kTokens / kCluster.weights;  // tokens of one copy
@@ -63,25 +64,28 @@ void launch_kernel(Sm90Launch launch, const uint8_t* q_lo, const uint8_t* q_hi,
   const void* address = reinterpret_cast<const void*>(kernel);
   allow_shared_bytes(kOp, address, kShared);
 
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kCluster.blocks(), 1, 1};
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {kCluster.blocks(), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(kSm90Threads);
   config.dynamicSmemBytes = kShared;
-  config.stream = stream;
-  config.attrs = &cluster;
+  config.stream = static_cast<cudaStream_t>(stream.handle);
+  config.attrs = attributes;
   config.numAttrs = 1;
   config.gridDim = dim3(kCluster.blocks());
   config.gridDim.x *=
       std::min(launch.tiles, clusters_at_once(address, config, kCluster.blocks(), sms));
+  config.numAttrs = stream.dependent_launches ? 2 : 1;
   cudaLaunchKernelEx(&config, kernel, launch);
   check_launch(kOp);
 }
 
 template <int kTokens>
 void launch_of_type(const Sm90Launch& launch, const uint8_t* q_lo, const uint8_t* q_hi,
-                    const Sm90Rows& rows, int sms, cudaStream_t stream) {
+                    const Sm90Rows& rows, int sms, Stream stream) {
   switch (launch.p.out_type) {
     case FloatType::kFloat16:
       return launch_kernel<kTokens, __half>(launch, q_lo, q_hi, rows, sms, stream);
@@ -95,8 +99,7 @@ void launch_of_type(const Sm90Launch& launch, const uint8_t* q_lo, const uint8_t
 }  // namespace
 
 void mixed_gemm_sm90(const MixedGemmParams& p, const MixedGemmChoice& choice, void* workspace,
-                     const Device& device, Stream stream_handle) {
-  const auto stream = static_cast<cudaStream_t>(stream_handle);
+                     const Device& device, Stream stream) {
   const Sm90Rows rows = sm90_rows(p.rows, p.k_lo, p.q_lo_packed, p.k_hi);
   auto* space = static_cast<uint8_t*>(workspace);
   const auto* q_lo = static_cast<const uint8_t*>(p.q_lo);

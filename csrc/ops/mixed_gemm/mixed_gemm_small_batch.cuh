@@ -18,6 +18,7 @@
 #include <type_traits>
 
 #include "cuda/copy_sm80.cuh"
+#include "cuda/dependent_launch.cuh"
 #include "cuda/mma_sm80.cuh"
 #include "ops/mixed_gemm/mixed_gemm_epilogue.cuh"
 #include "ops/mixed_gemm/mixed_gemm_splits.cuh"
@@ -305,13 +306,20 @@ __global__ void __launch_bounds__(small_batch::kThreads,
       .rows = static_cast<int>(min(p.rows - int64_t{tile} * C::kRows, int64_t{C::kRows}))};
   const uint8_t* weight = p.packed_weight + int64_t{block} * cuda_block_bytes(p.k_lo, p.k_hi);
 
-  // The high part starts with empty registers: its first weights wait in the second-level cache.
   const uint8_t* weight_hi = weight + cuda_block_lo_bytes(p.k_lo);
-  if (k.has_lo(split) && k.has_hi(split)) {
-    const int ahead =
-        min(last - k.lo_units, C::kDepth * C::kChunkSteps) * static_cast<int>(kCudaStepBytes);
-    for (int i = threadIdx.x * 128; i < ahead; i += kThreads * 128) prefetch_line(weight_hi + i);
+  const auto prefetch = [&](const uint8_t* from, int steps) {
+    const int ahead = min(steps, C::kDepth * C::kChunkSteps) * static_cast<int>(kCudaStepBytes);
+    for (int i = threadIdx.x * 128; i < ahead; i += kThreads * 128) prefetch_line(from + i);
+  };
+  // Weights are on their way while the kernel before still makes the activations: into the
+  // second-level cache, because a register could hold what that kernel has yet to write.
+  if constexpr (kLayout == CudaLayout::kWgmma) {
+    prefetch(weight + int64_t{first} * kCudaStepBytes, last - first);
   }
+  wait_for_kernel_before();
+  allow_kernel_after();
+  // The high part starts with empty registers: its first weights wait in the second-level cache.
+  if (k.has_lo(split) && k.has_hi(split)) prefetch(weight_hi, last - k.lo_units);
 
   for (int i = threadIdx.x; i < 2 * C::kSumWords; i += kThreads) sums_lo[i] = 0;
   if (k.has_lo(split)) {

@@ -74,7 +74,7 @@ void pack_weight(const PackWeightParams& p, CudaLayout layout, Stream stream) {
   const auto grid = static_cast<unsigned>(needed < kMaxBlocks ? needed : kMaxBlocks);
   const auto kernel = layout == CudaLayout::kMma ? pack_weight_kernel<CudaLayout::kMma>
                                                  : pack_weight_kernel<CudaLayout::kWgmma>;
-  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
+  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(p);
   check_launch("pack_weight");
 }
 

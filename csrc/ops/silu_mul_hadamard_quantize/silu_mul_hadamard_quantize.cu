@@ -59,8 +59,10 @@ __global__ void __launch_bounds__(kHadamardThreads, kSplit || kTensor ? 1 : 2)
     });
     quantize_runs<kSplit>(p.out, row, [&](auto use) { result.for_each(use); }, exchange);
   };
+  if constexpr (kTensor) prepare_transform(shared, h);
+  wait_for_kernel_before();
+  allow_kernel_after();
   if constexpr (kTensor) {
-    prepare_transform(shared, h);
     for (int row = blockIdx.x; row < static_cast<int>(p.rows); row += gridDim.x) quantize(row);
   } else {
     quantize(blockIdx.x);
@@ -72,6 +74,8 @@ __global__ void __launch_bounds__(kHadamardThreads)
     silu_mul_quantize_kernel(const __grid_constant__ SiluMulHadamardQuantizeParams p,
                              bool aligned) {
   __shared__ RangeExchange<kHadamardWarps> exchange;
+  wait_for_kernel_before();
+  allow_kernel_after();
   quantize_runs<false>(
       p.out, blockIdx.x,
       [&](auto use) {
@@ -97,8 +101,8 @@ void silu_mul_hadamard_quantize(const SiluMulHadamardQuantizeParams& p,
 }
 
 void silu_mul_quantize(const SiluMulHadamardQuantizeParams& p, Stream stream) {
-  silu_mul_quantize_kernel<<<static_cast<unsigned>(p.rows), kHadamardThreads, 0,
-                             static_cast<cudaStream_t>(stream)>>>(p, p.n % 8 == 0);
+  launch_dependent(silu_mul_quantize_kernel, static_cast<unsigned>(p.rows), kHadamardThreads, 0,
+                   stream, p, p.n % 8 == 0);
   check_launch("silu_mul_hadamard_quantize");
 }
 
