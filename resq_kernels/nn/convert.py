@@ -8,6 +8,7 @@ from resq_kernels import architecture
 from resq_kernels.architecture import ModelShape
 from resq_kernels.config import ResQConfig
 from resq_kernels.nn.attention import ResQAttention
+from resq_kernels.nn.layer import CLASSES
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.mlp import ResQMLP
 from resq_kernels.nn.norm import ResQRMSNorm
@@ -15,8 +16,8 @@ from resq_kernels.nn.vocabulary import ResQEmbedding, TiedHead
 
 
 def convert(model: nn.Module, config: ResQConfig, tied_head: bool) -> None:
-    """Replaces, in place, norms, attention and MLP of every decoder layer, and a vocabulary in 8
-    bits; the last norm stays.
+    """Replaces, in place, norms, attention and MLP of every decoder layer, its `forward`, and a
+    vocabulary in 8 bits; the last norm stays.
 
     The new parameters have the names, shapes and dtypes of a checkpoint (docs/formats.md section
     6), on the device and in the dtype of the ones they replace, and no values yet: load them, then
@@ -76,6 +77,7 @@ def _convert_layer(layer: nn.Module, index: int, shape: ModelShape, config: ResQ
             shape.hidden, shape.norm_eps, high_columns=high_columns, **options, **place
         )
 
+    layer.__class__ = CLASSES.get(type(layer), type(layer))  # keeps all that it holds
     layer.input_layernorm = norm(architecture.QKV[0])
     layer.post_attention_layernorm = norm(architecture.GATE_UP[0])
     layer.self_attn = ResQAttention(

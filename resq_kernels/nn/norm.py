@@ -43,11 +43,16 @@ class ResQRMSNorm(nn.Module):
         weight = torch.ones(hidden_size, dtype=dtype, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)
 
-    def forward(self, x: torch.Tensor) -> MixedTensor:
-        """x [..., K] -> codes and scales of the normalized rows."""
-        quantized, _ = ops.rms_norm_quantize(
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> MixedTensor | tuple[MixedTensor, torch.Tensor]:
+        """x [..., K] -> codes and scales of the normalized rows.
+
+        With a residual [..., K]: those of x + residual, and that sum in x's dtype.
+        """
+        quantized, new_residual = ops.rms_norm_quantize(
             x,
-            None,
+            residual,
             self.weight,
             self.eps,
             self.high_columns,
@@ -55,7 +60,7 @@ class ResQRMSNorm(nn.Module):
             symmetric=self.symmetric,
             clip=self.clip,
         )
-        return quantized
+        return quantized if residual is None else (quantized, new_residual)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, high_columns={self.high_columns}"

@@ -59,11 +59,13 @@ def _linear(rounding: Any, layer: ResQLinear, x: torch.Tensor | MixedTensor) -> 
     return F.linear(x.dequantize(), layer.dequantize(), bias).to(dtype)
 
 
-def _norm(rounding: Any, norm: ResQRMSNorm, x: torch.Tensor) -> MixedTensor:
-    options = _options(norm)
-    return rounding.rms_norm_quantize(x, None, norm.weight, norm.eps, norm.high_columns, **options)[
-        0
-    ]
+def _norm(
+    rounding: Any, norm: ResQRMSNorm, x: torch.Tensor, residual: torch.Tensor | None = None
+) -> MixedTensor | tuple[MixedTensor, torch.Tensor]:
+    result = rounding.rms_norm_quantize(
+        x, residual, norm.weight, norm.eps, norm.high_columns, **_options(norm)
+    )
+    return result[0] if residual is None else result
 
 
 def _mlp(rounding: Any, mlp: ResQMLP, x: torch.Tensor | MixedTensor) -> torch.Tensor:

@@ -86,13 +86,14 @@ __device__ __forceinline__ void multiply_lo(int32_t (&d)[4], const uint4& w, con
 
 // The codes of one lane of a B fragment for one MMA, 32 columns: eight neighbours if the layout
 // splits them into even and odd ones, else four and, 16 columns on, four. `from` is at the first,
-// `left` columns before the end of the row; codes past it are zero.
+// `left` columns before the end of the row; codes past it are zero. No __ldg: the kernel before may
+// write the codes while this one runs already (dependent_launch.cuh).
 template <class P>
 __device__ __forceinline__ uint2 fetch_piece(const uint8_t* from, int left) {
   using Half = std::conditional_t<P::kNibbles, uint16_t, uint32_t>;
   using Whole = std::conditional_t<P::kNibbles, uint32_t, uint2>;
   if constexpr (P::kEvenOdd) {
-    const Whole v = left > 0 ? __ldg(reinterpret_cast<const Whole*>(from)) : Whole{};
+    const Whole v = left > 0 ? *reinterpret_cast<const Whole*>(from) : Whole{};
     if constexpr (P::kNibbles) {
       return {v, 0};
     } else {
@@ -100,8 +101,8 @@ __device__ __forceinline__ uint2 fetch_piece(const uint8_t* from, int left) {
     }
   } else {
     constexpr int kApart = 16 * P::kBits / 8;
-    const uint32_t x = left > 0 ? __ldg(reinterpret_cast<const Half*>(from)) : Half{0};
-    const uint32_t y = left > 16 ? __ldg(reinterpret_cast<const Half*>(from + kApart)) : Half{0};
+    const uint32_t x = left > 0 ? *reinterpret_cast<const Half*>(from) : Half{0};
+    const uint32_t y = left > 16 ? *reinterpret_cast<const Half*>(from + kApart) : Half{0};
     if constexpr (P::kNibbles) {
       return {x | y << 16, 0};
     } else {

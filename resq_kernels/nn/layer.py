@@ -1,0 +1,43 @@
+"""Decoder layers of transformers whose first residual sum is part of the second norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+
+class _ResidualInNorm:
+    """h = attention(norm(x)); x + h and its norm in one pass, instead of a sum and a norm.
+
+    The same bits: `rms_norm_quantize` rounds the sum to the dtype of the hidden states too. The
+    norm of the next layer could take the second sum the same way, but layers pass tensors on.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """[B, L, K] -> [B, L, K]; called as the layer of transformers that it replaces."""
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states), position_embeddings, attention_mask, **kwargs
+        )
+        normed, residual = self.post_attention_layernorm(attended, hidden_states)
+        return residual + self.mlp(normed)
+
+
+class ResQLlamaDecoderLayer(_ResidualInNorm, LlamaDecoderLayer):
+    """`LlamaDecoderLayer` over quantized modules."""
+
+
+class ResQQwen2DecoderLayer(_ResidualInNorm, Qwen2DecoderLayer):
+    """`Qwen2DecoderLayer` over quantized modules."""
+
+
+CLASSES = {LlamaDecoderLayer: ResQLlamaDecoderLayer, Qwen2DecoderLayer: ResQQwen2DecoderLayer}
+"""Layer of transformers -> what it becomes; another layer's own `forward` works as well."""

@@ -1,0 +1,44 @@
+"""A decoder layer with the residual sum in its second norm: the bits of transformers' own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from resq_kernels import ops
+from resq_kernels.nn import layer as layers
+from resq_kernels.testing.quantized_models import random_quantized
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_layers_have_the_bits_of_the_layers_they_replace(
+    model_type: str, dtype: torch.dtype
+) -> None:
+    model = random_quantized(model_type).to(dtype)
+    hidden = torch.randn(2, 9, 128, dtype=dtype)
+    rope = model.model.rotary_emb(hidden, torch.arange(9)[None])
+    for layer in model.model.layers:
+        (original,) = (base for base, ours in layers.CLASSES.items() if type(layer) is ours)
+        assert isinstance(layer, original)  # what transformers records hidden states of
+        expected = original.forward(layer, hidden, position_embeddings=rope)
+        assert torch.equal(layer(hidden, position_embeddings=rope), expected)
+
+
+def test_hidden_states_can_still_be_asked_for() -> None:
+    model, ids = random_quantized("llama"), torch.randint(3, 250, (2, 7))
+    states = model(ids, use_cache=False, output_hidden_states=True).hidden_states
+    assert len(states) == 3 and all(state.shape == (2, 7, 128) for state in states)
+
+
+def test_a_layer_adds_once_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of its two sums is the norm's: the residual reaches the kernel."""
+    given, right = [], ops.rms_norm_quantize
+    monkeypatch.setattr(
+        ops,
+        "rms_norm_quantize",
+        lambda *args, **options: given.append(args[1] is not None) or right(*args, **options),
+    )
+    model = random_quantized("qwen2")
+    model(torch.randint(3, 250, (1, 5)), use_cache=False)
+    assert given == 2 * [False, True]
