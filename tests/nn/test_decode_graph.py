@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from resq_kernels import DecodeGraph, ResQCache, ResQConfig, graph_decoding
@@ -149,14 +150,49 @@ def test_a_step_past_the_reservation_writes_nothing(model: Any) -> None:
 def test_inference_mode_inside_and_outside(model: Any) -> None:
     ids = tokens(1, 10)
     expected = ordinary(model, filled(model, ids[:, :9]), ids[:, 9:])
-    with torch.inference_mode():
-        inside = DecodeGraph(model, filled(model, ids[:, :8]), 40)
-        inside.step(ids[:, 8])
-    assert torch.equal(inside.step(ids[:, 9]), expected)
-    outside = DecodeGraph(model, filled(model, ids[:, :8]), 40)
-    outside.step(ids[:, 8])
-    with torch.inference_mode():
-        assert torch.equal(outside.step(ids[:, 9]), expected)
+    for new in (2, 40):  # into the pages of the prompt, and into new ones
+        with torch.inference_mode():
+            inside = DecodeGraph(model, filled(model, ids[:, :8]), new)
+            inside.step(ids[:, 8])
+        assert torch.equal(inside.step(ids[:, 9]), expected)
+        outside = DecodeGraph(model, filled(model, ids[:, :8]), new)
+        outside.step(ids[:, 8])
+        with torch.inference_mode():
+            assert torch.equal(outside.step(ids[:, 9]), expected)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that compute or copy: neither views nor plain allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        returns = [value.alias_info for value in func._schema.returns]
+        views = any(alias is not None and not alias.is_write for alias in returns)
+        self.count += not (views or "empty" in str(func) or "_unsafe_view" in str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_launches_of_a_layer(batch: int) -> None:
+    """The figures of docs/notes/0020-decode-graph.md."""
+    ids, steps, calls = tokens(batch, 20), [], []
+    for depth in (1, 2):
+        model = random_quantized("llama", num_hidden_layers=depth)
+        cache = filled(model, ids)
+        with Launches() as call:
+            ordinary(model, cache, ids[:, :1])
+        graph = DecodeGraph(model, filled(model, ids), 4)
+        with Launches() as step, torch.no_grad():
+            graph._pass()
+        calls.append(call.count)
+        steps.append(step.count)
+    assert steps[1] - steps[0] == 15
+    assert calls[1] - calls[0] == (15 if batch == 1 else 17)
 
 
 def fake_inputs(graph: DecodeGraph, mode: FakeTensorMode) -> None:
