@@ -50,7 +50,7 @@ sanitize: $(VENV)/.dependencies
 	$(BIN)/python tools/sanitize.py
 
 bench: $(VENV)/.built
-	@for name in gemm quantize hadamard attention "model --layers 2 --context 32"; do \
+	@for name in gemm quantize hadamard attention layer "model --layers 2 --context 32"; do \
 	  prefix=benchmarks/results/$$(date +%F)_bench-$${name%% *}_$$(nproc)-cores; \
 	  echo "resq bench $$name --out $$prefix"; \
 	  $(BIN)/resq bench $$name --out $$prefix || exit 1; done

@@ -11,17 +11,28 @@ from resq_kernels.config import ResQConfig
 
 if TYPE_CHECKING:
     from resq_kernels.api import from_pretrained, quantize
+    from resq_kernels.nn.decode_graph import DecodeGraph, graph_decoding
     from resq_kernels.nn.kv_cache import ResQCache
     from resq_kernels.nn.linear import ResQLinear
 
 __version__ = "0.1.0"
-__all__ = ["ResQCache", "ResQConfig", "ResQLinear", "from_pretrained", "quantize"]
+__all__ = [
+    "DecodeGraph",
+    "ResQCache",
+    "ResQConfig",
+    "ResQLinear",
+    "from_pretrained",
+    "graph_decoding",
+    "quantize",
+]
 
 # Loaded when asked for: what is behind them imports transformers.
 _LAZY = {
+    "DecodeGraph": "resq_kernels.nn.decode_graph",
     "ResQCache": "resq_kernels.nn.kv_cache",
     "ResQLinear": "resq_kernels.nn.linear",
     "from_pretrained": "resq_kernels.api",
+    "graph_decoding": "resq_kernels.nn.decode_graph",
     "quantize": "resq_kernels.api",
 }
 

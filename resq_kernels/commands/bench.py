@@ -30,12 +30,14 @@ above 1 ours is faster.
   hadamard   the transform beside dense matrix products
   attention  one decode step over 4-bit pages beside torch's attention on 16-bit caches
   prefill    attention of many new tokens, over dequantized pages, beside kv_attention
+  layer      one decoder layer, a decode step and a prefill, beside BF16 transformers
   model      prefill, decode and memory of a model with random weights beside BF16 transformers
 
 examples:
   resq bench
   resq bench gemm --shapes Llama-3-8B,Qwen2.5-7B --batch 1,16,512 --out results/gemm
   resq bench attention --shapes llama-3-8b --batch 1,8 --context 4096,32768
+  resq bench layer --shapes llama-3-8b --batch 1,8 --context 2048
   resq bench model --shapes llama-3-8b --layers 4 --batch 1,8 --context 512
 """
 
@@ -46,6 +48,7 @@ MODULES = {
     "hadamard": "resq_kernels.testing.bench_hadamard",
     "attention": "resq_kernels.testing.bench_kv_attention",
     "prefill": "resq_kernels.testing.bench_prefill",
+    "layer": "resq_kernels.testing.bench_layer",
     "model": "resq_kernels.testing.bench_model",
 }
 CPU_COLD_MB = 128
@@ -65,21 +68,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_list_of(_model),
         metavar="A,B,...",
         help=f"of these models: {', '.join(_all_models())} (default: gemm square, 4096 x 4096; "
-        "model llama-3.2-1b; else llama-3-8b)",
+        "layer, model llama-3.2-1b; else llama-3-8b)",
     )
     parser.add_argument(
         "--batch",
         type=_list_of(at_least(1)),
         metavar="M,...",
-        help="rows of the activations; attention, prefill, model: sequences (default: gemm "
-        "1,4,16,64,512; attention 1,8; prefill, model 1; else 1,16,512)",
+        help="rows of the activations; attention, prefill, layer, model: sequences (default: "
+        "gemm 1,4,16,64,512; attention 1,8; prefill, layer, model 1; else 1,16,512)",
     )
     parser.add_argument(
         "--context",
         type=_list_of(at_least(1)),
         metavar="T,...",
-        help="attention, model: tokens of each sequence before the step (default: 4096; model "
-        "128); prefill: with those of the step (default: 2048)",
+        help="attention, layer, model: tokens of each sequence before the step, and of a prefill "
+        "(default: 4096; layer, model 128); prefill: with those of the step (default: 2048)",
     )
     parser.add_argument(
         "--layers",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from resq_kernels.commands.output import CommandError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
 
 SUMMARY = "stream text from a 16-bit or quantized model"
 DESCRIPTION = """\
@@ -136,14 +138,16 @@ def stream(
         # top_k=0: the library's default of 50 would cut the distribution unasked.
         options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     ids = ids.to(model.device)
+    streamer = TimedStreamer(tokenizer, skip_special_tokens=True)
     start = time.perf_counter()
     tokens = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
-        streamer=TimedStreamer(tokenizer, skip_special_tokens=True),
+        streamer=streamer,
         pad_token_id=_pad_token(model, tokenizer),
         **options,
+        **_decoding(model, streamer),
     )[0]
     # The streamer is given the prompt first, then one token a step.
     first, last = times[1], times[-1]
@@ -156,6 +160,15 @@ def stream(
         decode_seconds=last - first,
         tokens_per_second=(new_tokens - 1) / (last - first) if new_tokens > 1 else None,
     )
+
+
+def _decoding(model: PreTrainedModel, streamer: BaseStreamer) -> dict[str, object]:
+    """The option that captures a step: on a GPU, for a model that it can be captured of."""
+    from resq_kernels.nn.decode_graph import graph_decoding, why_not
+
+    if model.device.type != "cuda" or why_not(model) is not None:
+        return {}
+    return {"custom_generate": functools.partial(graph_decoding, streamer=streamer)}
 
 
 def _pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import NoReturn
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
@@ -119,6 +121,12 @@ class ResQCache(Cache):
     def memory_bytes(self, reserved: bool = False) -> int:
         """Bytes of the pages that hold tokens; with `reserved`, of those kept for growth too."""
         return sum(layer.paged.memory_bytes(reserved) for layer in self.layers)
+
+
+def cache_name(model: nn.Module) -> str:
+    """Under which name a transformers model or decoder layer takes its cache: 5.24 changed it."""
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def paged_layer(cache: Cache, index: int) -> ResQCacheLayer:

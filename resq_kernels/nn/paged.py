@@ -35,6 +35,7 @@ class Step:
     seq_lens: torch.Tensor
     query_starts: torch.Tensor
     padded_length: int
+    _made: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def batch(self) -> int:
@@ -56,9 +57,26 @@ class Step:
 
     def slots(self, capacity: int) -> torch.Tensor:
         """int64 [B * L] cache slots if every sequence owns `capacity` of them; -1 for padding."""
+        return self._once("slots", capacity, self._slots)
+
+    def _slots(self, capacity: int) -> torch.Tensor:
         first = torch.arange(self.batch, device=self.positions.device) * capacity
         slots = self.positions.view(self.batch, -1) + first[:, None]
         return slots.flatten().where(self.positions >= 0, -1)
+
+    def table(self, pages: int) -> torch.Tensor:
+        """int32 [B, pages]: the block table if every sequence owns that many pages in a row."""
+        return self._once("table", pages, self._table)
+
+    def _table(self, pages: int) -> torch.Tensor:
+        device = self.positions.device
+        return torch.arange(self.batch * pages, dtype=torch.int32, device=device).view(-1, pages)
+
+    def _once(self, name: str, size: int, make: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """What the layers of a pass share: eight launches a pass and not a layer."""
+        if (name, size) not in self._made:
+            self._made[name, size] = make(size)
+        return self._made[name, size]
 
 
 @dataclass(eq=False)
@@ -222,9 +240,7 @@ class PagedKeysValues:
 
         `ops.kv_attention`, or `prefill.attend` where that is faster.
         """
-        table = torch.arange(self.pages.shape[0], dtype=torch.int32, device=q.device)
-        table = table.view(step.batch, self.pages_per_sequence)
-        rows = step.rows
+        table, rows = step.table(self.pages_per_sequence), step.rows
         if rows is not None:
             padded, q = q, q[rows]
         if prefill.is_faster(q.device.type, step.columns, batch_invariant):
@@ -237,16 +253,24 @@ class PagedKeysValues:
     def _reserve(self, step: Step, k: torch.Tensor) -> None:
         needed = -(-step.padded_length // self.page_size)
         if needed > self.pages_per_sequence:
-            per_sequence = max(needed, 2 * self.pages_per_sequence)
             chunk = self.page_size * token_bytes(k.shape[-1])
-            grown = torch.empty(
-                step.batch * per_sequence, k.shape[1], chunk, dtype=torch.uint8, device=k.device
-            )
-            if self.used_pages:
-                old = self._by_sequence()[:, : self.used_pages]
-                grown.view(step.batch, per_sequence, *grown.shape[1:])[:, : self.used_pages] = old
-            self.pages, self.pages_per_sequence = grown, per_sequence
+            per_sequence = max(needed, 2 * self.pages_per_sequence)
+            self._grow((step.batch, per_sequence, k.shape[1], chunk), k.device)
         self.used_pages = max(self.used_pages, needed)
+
+    def reserve(self, padded_length: int) -> None:
+        """Makes room for `padded_length` columns and no more, of a batch that has tokens."""
+        needed = -(-padded_length // self.page_size)
+        if needed > self.pages_per_sequence:
+            batch, _, heads, chunk = self._by_sequence().shape
+            self._grow((batch, needed, heads, chunk), self.pages.device)
+
+    def _grow(self, shape: tuple[int, int, int, int], device: torch.device) -> None:
+        """Moves the pages that hold tokens into new ones, [B, P, n_kv, bytes]."""
+        grown = torch.empty(shape, dtype=torch.uint8, device=device)
+        if self.used_pages:
+            grown[:, : self.used_pages] = self._by_sequence()[:, : self.used_pages]
+        self.pages, self.pages_per_sequence = grown.flatten(0, 1), shape[1]
 
     def _by_sequence(self) -> torch.Tensor:
         """The pages as [B, P, n_kv, bytes]."""

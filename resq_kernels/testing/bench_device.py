@@ -61,12 +61,14 @@ class BenchDevice:
         """Whether the device is a GPU."""
         return self.device == "cuda"
 
+    def copy_count(self, size: int) -> int:
+        """How many copies of `size` bytes leave nothing in the caches after a round trip."""
+        count = 1 + self.cold_bytes // max(size, 1)
+        return min(count, cuda_timing.MOST_COPIES) if self.on_gpu else count
+
     def copies(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """`tensor` and enough clones of it that a round trip leaves nothing in the caches."""
-        count = 1 + self.cold_bytes // max(tensor.numel() * tensor.element_size(), 1)
-        if self.on_gpu:
-            count = min(count, cuda_timing.MOST_COPIES)
-        return [tensor, *(tensor.clone() for _ in range(count - 1))]
+        return [tensor, *(tensor.clone() for _ in range(self.copy_count(nbytes(tensor)) - 1))]
 
     def available(
         self, makers: Iterable[tuple[str, Callable[[], Call]]], missing: dict[str, str]

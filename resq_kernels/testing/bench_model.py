@@ -2,8 +2,9 @@
 
 Both models have random weights. The quantized one is checked first: its logits against the
 reference path along its own codes (testing.lockstep), in float32 and in BF16, and a decode step
-against the same position of a longer prefill. Calls are timed as Python launches them, the way
-`generate` does.
+against the same position of a longer prefill. On a GPU calls are CUDA graphs (our decode step by
+`nn.DecodeGraph`), compared with the eager calls first and timed beside them; on a CPU they are
+eager, the way `generate` calls.
 
     resq bench model --shapes llama-3.2-1b --layers 4 --batch 1 --context 128
 """
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import inspect
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from resq_kernels.architecture import LINEARS
 from resq_kernels.config import ResQConfig
 from resq_kernels.nn.attention import ResQAttention
-from resq_kernels.testing import bench_models
+from resq_kernels.nn.kv_cache import cache_name
+from resq_kernels.testing import bench_graphs, bench_models, cuda_timing
 from resq_kernels.testing.bench_device import BenchDevice, Call, Row, Work, nbytes
 from resq_kernels.testing.lockstep import lockstep
 from resq_kernels.testing.quantized_models import randomize
@@ -99,9 +101,8 @@ def random_tokens(model: Any, batch: int, tokens: int) -> torch.Tensor:
 
 
 def given(model: Any, cache: Any) -> dict[str, Any]:
-    """The cache as an argument of this transformers: its name changed in 5.24."""
-    names = inspect.signature(model.forward).parameters
-    return {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
+    """The cache as an argument of a model or of a decoder layer."""
+    return {cache_name(model): cache, "use_cache": True}
 
 
 def filled_cache(model: Any, ids: torch.Tensor) -> DynamicCache:
@@ -113,13 +114,12 @@ def filled_cache(model: Any, ids: torch.Tensor) -> DynamicCache:
 
 def prefill(model: Any, ids: torch.Tensor) -> Call:
     """A pass over ids int64 [batch, tokens] that fills a new cache and answers the last logits."""
-    return lambda i: model(ids, use_cache=True, logits_to_keep=1)
+    return lambda i: model(ids, use_cache=True, logits_to_keep=1).logits
 
 
-def decode(model: Any, ids: torch.Tensor) -> tuple[Call, int]:
-    """A step after the tokens ids, which is then forgotten again; bytes of the cache."""
+def decode(model: Any, ids: torch.Tensor) -> tuple[Call, Any]:
+    """A step after the tokens ids, which is then forgotten again; its cache."""
     cache = filled_cache(model, ids)
-    size = cache_bytes(cache)
     token, argument = ids[:, -1:].contiguous(), given(model, cache)
 
     def step(i: int) -> torch.Tensor:
@@ -127,7 +127,16 @@ def decode(model: Any, ids: torch.Tensor) -> tuple[Call, int]:
         cache.crop(-1)
         return logits
 
-    return step, size
+    return step, cache
+
+
+def captured_decode(model: Any, ids: torch.Tensor, cache: Any) -> Call:
+    """`decode` as a CUDA graph, over the tokens ids that are in `cache` already."""
+    token = ids[:, -1:].contiguous()
+    if hasattr(cache.layers[0], "paged"):
+        return bench_graphs.decode_graph(model, cache, token)
+    one = bench_graphs.one_step_cache([(layer.keys, layer.values) for layer in cache.layers])
+    return cuda_timing.captured(lambda i: model(token, **given(model, one)).logits)
 
 
 def cache_bytes(cache: Any) -> int:
@@ -150,10 +159,11 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
     Args:
         bench: the device.
         args: the options of `resq bench`: shapes, batch, context, layers.
-        missing: nothing is missing here.
+        missing: gets name -> reason for each baseline that cannot be captured.
 
     Raises:
-        RuntimeError: the quantized model's results are not the reference's.
+        RuntimeError: the quantized model's results are not the reference's, or a captured call's
+            are not the eager one's.
     """
     for name in args.shapes:
         ours = build(name, args.layers, bench.device, quantized=True)
@@ -162,23 +172,33 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
         models = {"ours": ours, BASELINE: build(name, args.layers, bench.device, quantized=False)}
         for context in args.context:
             for batch in args.batch:
-                yield from _rows(bench, name, models, batch, context)
+                yield from _rows(bench, name, models, batch, context, missing)
 
 
 def _rows(
-    bench: BenchDevice, name: str, models: dict[str, Any], batch: int, context: int
+    bench: BenchDevice,
+    name: str,
+    models: dict[str, Any],
+    batch: int,
+    context: int,
+    missing: dict[str, str],
 ) -> Iterator[Row]:
     ours = models["ours"]
     ids = random_tokens(ours, batch, context)
     steps, caches = {}, {}
     for key, model in models.items():
         steps[key], caches[key] = decode(model, ids)
-    memory = {key: weight_bytes(model) + caches[key] for key, model in models.items()}
+    memory = {key: weight_bytes(m) + cache_bytes(caches[key]) for key, m in models.items()}
     shape, depth = bench_models.shape(name), ours.config.num_hidden_layers
     products = batch * depth * sum(n * k for n, k in map(shape.linear, LINEARS))
     # Everything is read once; of the embedding only the rows of the tokens, unless it is the head.
     embedding = 0 if shape.tied else weight_bytes(ours.get_input_embeddings())
     passes = {key: prefill(model, ids) for key, model in models.items()}
+    if bench.on_gpu:
+        graphs = {key: partial(captured_decode, models[key], ids, caches[key]) for key in models}
+        steps = bench_graphs.added(steps, graphs, STEP_TOLERANCE, missing)
+        graphs = {key: partial(cuda_timing.captured, call) for key, call in passes.items()}
+        passes = bench_graphs.added(passes, graphs, STEP_TOLERANCE, missing)
     for kind, tokens, candidates in (("prefill", context, passes), ("decode", 1, steps)):
         place: Row = {"model": name, "layer": f"{kind} {context}", "batch": batch}
         place |= {"shape": [batch, context], "layers": depth}
@@ -189,7 +209,8 @@ def _rows(
             products=products * tokens,
         )
         for row in bench.rows(work, bench.alternate(candidates, eager=True)):
-            for key, side in (("ours", "ours"), (BASELINE, "baseline")):
+            theirs = "ours" if row["baseline"].startswith("ours") else BASELINE
+            for key, side in (("ours", "ours"), (theirs, "baseline")):
                 speed = batch * tokens / row[f"{side}_us"] * 1e6
                 row[f"{side}_tokens_per_s"], row[f"{side}_bytes"] = round(speed, 2), memory[key]
             yield row

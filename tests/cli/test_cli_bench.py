@@ -13,7 +13,7 @@ import torch
 from cli_support import Result
 
 from resq_kernels import ops
-from resq_kernels.testing import bench_device, bench_models
+from resq_kernels.testing import bench_device, bench_layer, bench_models
 
 MACHINE_KEYS = {"date", "processor", "threads", "isa", "torch", "commit", "device", "clock"}
 FIGURES = {"command", "machine", "machine_after", "limits", "missing", "rows"}
@@ -44,6 +44,7 @@ BENCHES = {
     "hadamard": ("--batch", "1,3"),
     "attention": ("--batch", "1,2", "--context", "70"),
     "prefill": ("--batch", "1,2", "--context", "70"),
+    "layer": ("--batch", "1,2", "--context", "7"),
     "model": ("--batch", "1,2", "--context", "7", "--layers", "2"),
 }
 
@@ -152,6 +153,24 @@ def test_prefill(figures: Callable[[str], dict[str, Any]]) -> None:
         new = row["shape"][1]
         assert row["shape"] == [row["batch"], new, 70, *HEADS]
         assert row["bytes_floor_us"] == round(row["batch"] * (70 * 176 + new * 4 * 64 * 6) / 1e4, 2)
+
+
+def test_layer(figures: Callable[[str], dict[str, Any]]) -> None:
+    rows = figures("layer")["rows"]
+    places = [("prefill", 1), ("decode", 1), ("prefill", 2), ("decode", 2)]
+    assert [(row["layer"], row["batch"]) for row in rows] == [(f"{k} 7", b) for k, b in places]
+    products = 512 * 256 + 256 * 256 + 384 * 256 + 256 * 192
+    high, low = 512 + 256 + 384, 256
+    packed = high * (256 * 7 // 16 + 32) + low * 192 // 2 + (high + low) * 16
+    weights = packed + 2 * HIDDEN * 2 + 64 * 64 * 2  # gains and the key rotation
+    for row in rows:
+        decodes = row["op"] == "layer_decode"
+        tokens = row["batch"] * (1 if decodes else 7)
+        assert row["baseline"] == "transformers bf16" and row["shape"] == [row["batch"], 7]
+        assert row["products_floor_us"] == round(tokens * products / 1e5, 2)
+        cache = row["batch"] * (8 if decodes else 7) * 2 * 88
+        moved = weights + cache + 2 * tokens * HIDDEN * 2
+        assert row["bytes_floor_us"] == round(moved / 1e4, 2)
 
 
 def test_model(figures: Callable[[str], dict[str, Any]]) -> None:
@@ -267,6 +286,7 @@ def test_a_kernel_that_is_wrong_is_not_timed(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["layer", "model"])
 @pytest.mark.parametrize(
     ("queries", "sentence"),
     [
@@ -276,7 +296,11 @@ def test_a_kernel_that_is_wrong_is_not_timed(
     ],
 )
 def test_a_model_that_is_wrong_is_not_timed(
-    resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, queries: int, sentence: str
+    resq: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    queries: int,
+    sentence: str,
 ) -> None:
     right = ops.kv_attention
 
@@ -288,9 +312,25 @@ def test_a_model_that_is_wrong_is_not_timed(
 
     monkeypatch.setattr(ops, "kv_attention", wrong)
     monkeypatch.setattr(bench_device.BenchDevice, "alternate", untouched)
-    result = resq("bench", "model", *BENCHES["model"], "--shapes", "llama-3-8b")
+    result = resq("bench", name, *BENCHES[name], "--shapes", "llama-3-8b")
     assert result.code == 1
-    assert result.sentence.startswith(f"model: llama-3-8b: {sentence}")
+    assert result.sentence.startswith(f"{name}: llama-3-8b: {sentence}")
+
+
+def test_a_layer_s_step_that_is_not_the_ordinary_one_is_not_timed(
+    resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = bench_layer.prepared
+
+    def earlier(model: Any, cache: Any, batch: int, context: int) -> Any:
+        return right(model, cache, batch, context - 1)
+
+    monkeypatch.setattr(bench_layer, "prepared", earlier)
+    options = ("--shapes", "llama-3-8b", "--rounds", 1, "--cold-mb", 0)
+    result = resq("bench", "layer", *BENCHES["layer"], *options)
+    assert result.code == 1
+    sentence = "layer: llama-3-8b decode 1x7: differs from an ordinary call"
+    assert result.sentence == sentence and "layer_prefill" in result.out
 
 
 def test_out_writes_json_table_and_plot(resq: Callable[..., Result], tmp_path: Path) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from cli_support import POSITIONS, Result, byte_tokenizer, save
 from transformers import AutoModelForCausalLM
 
+from resq_kernels import graph_decoding
+from resq_kernels.commands import generate
 from resq_kernels.testing.tiny_models import make_model
 
 PROMPT = "def f(x)"
@@ -42,7 +47,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_commands_follow_each_other(
-    folders: tuple[Path, Path], text: Path, tmp_path: Path, resq: Callable[..., Result]
+    folders: tuple[Path, Path],
+    text: Path,
+    tmp_path: Path,
+    resq: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source, out = folders
     options = ("--calib", text, "--samples", 4, "--seqlen", 48)
@@ -84,6 +93,20 @@ def test_commands_follow_each_other(
         **ids, max_new_tokens=12, do_sample=False
     )
     assert generated.out == byte_tokenizer().decode(tokens[0], skip_special_tokens=True) + "\n"
+
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert generate._decoding(model, None) == {}
+    monkeypatch.setattr(type(model), "device", SimpleNamespace(type="cuda"))
+    options = generate._decoding(model, None)
+    monkeypatch.undo()
+    assert options["custom_generate"].func is graph_decoding
+
+    def prepared(_: Any, streamer: Any) -> dict[str, Any]:
+        return {"custom_generate": partial(graph_decoding, streamer=streamer)}
+
+    monkeypatch.setattr(generate, "_decoding", prepared)
+    steps = resq("generate", out, "--prompt", PROMPT, "--max-new-tokens", 12)
+    assert steps.out == generated.out, steps.err
 
     again = resq("quantize", out, tmp_path / "twice", "--calib", text)
     assert again.code == 1

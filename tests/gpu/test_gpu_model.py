@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from resq_kernels import DecodeGraph, ResQCache, graph_decoding
 from resq_kernels.testing.quantized_models import random_quantized
 
 # Relative distance of the logits. The devices differ by codes that fall on the other side of a
@@ -70,3 +71,46 @@ def test_a_long_prompt_does_not_depend_on_how_it_is_cut() -> None:
     # Both paths round q, K or their products, V and the weights to float16, 2^-11 each.
     for rows in (whole, cut):
         assert ((rows - exact[0]).norm(dim=-1) < 8 * 2**-11 * exact[0].norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@torch.no_grad()
+def test_a_captured_step_is_the_ordinary_one(family: str, padded: bool) -> None:
+    """Pages bit for bit, which holds every layer but the last's attention to its bits; logits up to
+    the order of a sum, as cuBLAS may take another kernel for the head during a capture."""
+    model = random_quantized(family, num_hidden_layers=3).cuda()
+    start, steps = 60, 75  # over two edges of pages
+    ids = torch.randint(0, model.config.vocab_size, (3, start + steps), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, : 7 * padded] = 0
+    caches = [ResQCache(model.config) for _ in range(2)]
+
+    def ordinary(cache: ResQCache, first: int, end: int) -> torch.Tensor:
+        positions = (mask[:, :end].cumsum(1) - 1).clamp_min(0)[:, first:]
+        options = {"attention_mask": mask[:, :end], "position_ids": positions}
+        part = ids[:, first:end]
+        return model(part, past_key_values=cache, use_cache=True, **options).logits[:, -1]
+
+    for cache in caches:
+        ordinary(cache, 0, start)
+    graph = DecodeGraph(model, caches[0], steps)
+    assert caches[0].get_seq_length() == start
+    for column in range(start, start + steps - 1):
+        expected = ordinary(caches[1], column, column + 1)
+        distance = (graph.step(ids[:, column]) - expected).norm() / expected.norm()
+        assert distance < 1e-5, column
+    tables = [cache.layers[-1].paged._by_sequence()[:, :2] for cache in caches]
+    assert torch.equal(*tables)  # the pages that are full in every sequence
+    last = start + steps - 1
+    logits = [ordinary(cache, last, last + 1) for cache in caches]  # the cache goes on
+    assert torch.equal(*logits)
+
+
+@torch.no_grad()
+def test_generate_by_captured_steps_answers_the_same_tokens() -> None:
+    model = random_quantized("llama", num_hidden_layers=2).cuda()
+    ids = torch.randint(0, model.config.vocab_size, (2, 17), device="cuda")
+    options = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, custom_generate=graph_decoding, **options), expected)

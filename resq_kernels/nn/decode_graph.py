@@ -1,0 +1,279 @@
+"""DecodeGraph: one more token of every sequence, as a CUDA graph instead of launches from Python.
+
+A step has to be the same launches on the same addresses every time, so whatever changes from step
+to step lives in tensors that the step itself advances: tokens, lengths, and what follows from the
+lengths (positions, slots). Pages are reserved beforehand (docs/notes/0020-decode-graph.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from resq_kernels.nn.attention import ResQAttention
+from resq_kernels.nn.kv_cache import ResQCache, ResQCacheLayer, cache_name
+from resq_kernels.nn.paged import Sequences, Step
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+    from transformers.cache_utils import Cache
+
+# Passes before the capture: the first loads kernels, makes workspaces and merges weights that were
+# moved since they were loaded; the second finds everything as the captured one will.
+WARMUPS = 2
+# RoPE whose frequencies depend on the longest position: transformers reads it on the host.
+_HOST_ROPE = ("dynamic", "longrope")
+
+
+class PreparedSequences(Sequences):
+    """Answers every layer that appends with one step, which is prepared outside of the pass."""
+
+    step: Step
+
+    def append(
+        self, batch: int, new: int, mask: torch.Tensor | None, device: torch.device
+    ) -> tuple[Sequences, Step]:
+        """This state, and its step."""
+        return self, self.step
+
+
+class DecodeGraph:
+    """Decoding steps of a quantized model that read nothing from the device and need no Python.
+
+    On CUDA a step is captured once and replayed; on a CPU the same step runs as Python calls it.
+    Logits and cache have the bits of an ordinary call. Between steps the cache may be used and
+    cropped as usual. The step reads the weights that the model has now: a model that is moved,
+    cast or loaded afterwards needs another `DecodeGraph`.
+
+    Args:
+        model: a quantized `LlamaForCausalLM` or `Qwen2ForCausalLM`.
+        cache: the model's cache with 4-bit pages, after at least one pass. Padding in the prompt
+            is fine; what a step appends counts as tokens, also for sequences that have ended.
+        max_new_tokens: steps that pages are reserved for.
+
+    Raises:
+        ValueError: a model that is not quantized, is on more than one device, or has a RoPE that
+            depends on the length; a cache that is empty, is not of 4-bit pages, or is not of this
+            model; max_new_tokens < 1.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: Cache, max_new_tokens: int) -> None:
+        layers = _checked_layers(model, cache, max_new_tokens)
+        self._model, self._cache, self._graph = model, cache, None
+        state, paged = layers[0].sequences, layers[0].paged
+        self._limit = state.length + max_new_tokens
+        batch, device = len(paged.pages) // paged.pages_per_sequence, paged.pages.device
+        # Made for later steps too, which may be outside of the caller's inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            for layer in layers:
+                layer.paged.reserve(self._limit)
+            self._pages = [layer.paged.pages for layer in layers]
+            self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+            self._lens = torch.zeros(batch, dtype=torch.int32, device=device)
+            self._starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+            # The same pages under another account: a pass over them leaves the cache's alone.
+            self._prepared, view = PreparedSequences(), ResQCache(model.config)
+            for own, layer in zip(view.layers, layers, strict=True):
+                own.sequences, own.paged = self._prepared, layer.paged
+            self._arguments = {cache_name(model): view, "use_cache": True, "logits_to_keep": 1}
+            if device.type == "cuda":
+                self._capture(state)
+            self._place(state)
+        self._account(state)
+
+    @torch.no_grad()
+    def step(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Appends one token to every sequence and answers the logits behind it.
+
+        Args:
+            token_ids: int64 [B].
+
+        Returns:
+            [B, vocabulary] in the model's dtype.
+
+        Raises:
+            ValueError: token_ids has another shape or dtype.
+            RuntimeError: there is no room left, or the cache has other pages than at the start.
+                Nothing is written.
+        """
+        layers = self._cache.layers
+        state = layers[0].sequences
+        if token_ids.shape != self._ids.shape[:1] or token_ids.dtype != torch.int64:
+            raise ValueError(
+                f"DecodeGraph: token_ids: expected int64 [{len(self._ids)}], got "
+                f"{token_ids.dtype} {list(token_ids.shape)}".replace("torch.", "")
+            )
+        pairs = zip(layers, self._pages, strict=True)
+        if any(layer.paged.pages is not pages for layer, pages in pairs):
+            raise RuntimeError(
+                "DecodeGraph: expected the pages that were reserved, got others: the cache has "
+                "grown, was reset or has other sequences; make another DecodeGraph"
+            )
+        if state.length >= self._limit:
+            raise RuntimeError(
+                f"DecodeGraph: expected at most {self._limit} columns, which pages were reserved "
+                f"for, got a step after {state.length}; make another DecodeGraph"
+            )
+        if state is not self._state:
+            self._place(state)
+        self._ids.copy_(token_ids[:, None])
+        if self._graph is None:
+            logits = self._pass()
+        else:
+            self._graph.replay()
+            logits = self._logits.clone()  # the next step overwrites them
+        length = state.length + 1
+        valid = None if self._valid is None else self._valid[:, :length]
+        self._account(Sequences(length, valid))
+        return logits
+
+    def _pass(self) -> torch.Tensor:
+        """The step itself: from `_ids` and `_lens` to logits [B, vocabulary] and longer `_lens`."""
+        positions, lens = self._lens.long(), self._lens + 1
+        self._prepared.step = Step(positions, None, lens, self._starts, self._limit)
+        out = self._model(self._ids, position_ids=positions[:, None], **self._arguments)
+        self._lens.copy_(lens)
+        return out.logits[:, -1]
+
+    def _capture(self, state: Sequences) -> None:
+        """Records `_pass`. The passes before it append at the end, where nothing is yet."""
+        with torch.cuda.device(self._ids.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARMUPS):
+                    self._place(state)
+                    self._pass()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._logits = self._pass()
+        self._graph = graph
+        # The graph reads these addresses, whatever becomes of the model's parameters.
+        tensors = (*self._model.parameters(), *self._model.buffers())
+        self._weights = [tensor.detach() for tensor in tensors]
+
+    def _place(self, state: Sequences) -> None:
+        """Sets the lengths to those of a state of the cache."""
+        if state.valid is None:
+            self._valid = None
+            self._lens.fill_(state.length)
+            return
+        room = state.valid.new_ones(len(self._lens), max(self._limit - state.length, 0))
+        self._valid = torch.cat([state.valid, room], dim=1)
+        self._lens.copy_(state.valid.sum(1))
+
+    def _account(self, state: Sequences) -> None:
+        """Writes into the cache's books what the pages hold."""
+        self._state = state
+        for layer in self._cache.layers:
+            layer.sequences = state
+            layer.paged.crop(state.length)
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """What `DecodeGraph` misses in a model, or None."""
+    attentions = [module for module in model.modules() if isinstance(module, ResQAttention)]
+    if not attentions or any(module.kv_bits != 4 for module in attentions):
+        return "expected a quantized model with 4-bit keys and values"
+    if len(devices := {str(tensor.device) for tensor in model.parameters()}) > 1:
+        return f"expected all weights on one device, got {', '.join(sorted(devices))}"
+    rotary = getattr(model, model.base_model_prefix).rotary_emb
+    if (rope := getattr(rotary, "rope_type", "default")) in _HOST_ROPE:
+        return f"expected a RoPE whose frequencies do not depend on the length, got {rope!r}"
+    return None
+
+
+def _checked_layers(
+    model: PreTrainedModel, cache: Cache, max_new_tokens: int
+) -> Sequence[ResQCacheLayer]:
+    """The layers of the cache, if steps over them can be prepared."""
+    if reason := why_not(model):
+        raise ValueError(f"DecodeGraph: model: {reason}")
+    layers, count = cache.layers, model.config.num_hidden_layers
+    kinds = {type(layer).__name__ for layer in layers}
+    if kinds != {ResQCacheLayer.__name__} or len(layers) != count or not layers[0].paged.used_pages:
+        columns = cache.get_seq_length() if layers else 0
+        raise ValueError(
+            f"DecodeGraph: cache: expected {count} layers of 4-bit pages that hold tokens (a pass "
+            f"of the model fills them), got {len(layers)} {' and '.join(sorted(kinds))} after "
+            f"{columns} columns"
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"DecodeGraph: max_new_tokens: expected at least 1, got {max_new_tokens}")
+    return layers
+
+
+@torch.no_grad()
+def graph_decoding(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: GenerationConfig,
+    streamer: Any = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Greedy search and sampling by `DecodeGraph`: for `model.generate`'s `custom_generate`.
+
+        model.generate(ids, max_new_tokens=100, custom_generate=graph_decoding)
+
+    Answers the tokens that generate answers without it, seed by seed. Its cache may be used
+    afterwards, as after any `generate`.
+
+    Args:
+        model: a quantized model.
+        input_ids: int64 [B, prompt].
+        logits_processor, stopping_criteria, generation_config: as generate makes them.
+        streamer: gets the new tokens. transformers 5.24 passes generate's own on to none but its
+            own loops: give it by `functools.partial` as well.
+        kwargs: the cache, under either name, and attention_mask [B, prompt], nonzero where a token
+            is; what else generate passes is not used.
+
+    Returns:
+        int64 [B, prompt + new tokens].
+
+    Raises:
+        ValueError: beam search, or an answer other than tokens is asked for.
+    """
+    if generation_config.num_beams != 1 or generation_config.return_dict_in_generate:
+        raise ValueError(
+            "graph_decoding: expected one beam and an answer of tokens, got "
+            f"num_beams={generation_config.num_beams}, "
+            f"return_dict_in_generate={generation_config.return_dict_in_generate}"
+        )
+    name = cache_name(model)
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
+    first: dict[str, Any] = {name: cache, "use_cache": True, "logits_to_keep": 1}
+    seen = 0 if cache is None else cache.get_seq_length()
+    if (attention_mask := kwargs.get("attention_mask")) is not None:
+        positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+        first |= {"attention_mask": attention_mask, "position_ids": positions[:, seen:]}
+    out = model(input_ids[:, seen:], **first)
+    logits, cache, graph = out.logits[:, -1], out[name], None
+    pad = generation_config.pad_token_id
+    if pad is None and (pad := generation_config.eos_token_id) and not isinstance(pad, int):
+        pad = pad[0]
+    running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    while True:
+        scores = logits_processor(input_ids, logits.float())
+        if generation_config.do_sample:
+            new = torch.multinomial(scores.softmax(dim=-1), 1)[:, 0]
+        else:
+            new = scores.argmax(dim=-1)
+        if pad is not None:
+            new = new.where(running, pad)
+        input_ids = torch.cat([input_ids, new[:, None]], dim=1)
+        if streamer is not None:
+            streamer.put(new.cpu())
+        running &= ~stopping_criteria(input_ids, scores)
+        if not running.any():
+            break
+        if graph is None:
+            graph = DecodeGraph(model, cache, generation_config.max_length - input_ids.shape[1])
+        logits = graph.step(new)
+    if streamer is not None:
+        streamer.end()
+    return input_ids

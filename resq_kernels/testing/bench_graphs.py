@@ -1,0 +1,105 @@
+"""Whole models and layers as CUDA graphs, for benchmarks: ours and transformers' in BF16.
+
+A captured step of transformers needs a cache that does not grow: `OneStep` has room for one more
+token behind its context, and every step writes it there. That is what a static cache that is just
+long enough costs, without the mask that transformers adds for longer ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from resq_kernels.nn.decode_graph import DecodeGraph
+from resq_kernels.testing.bench_device import Call
+
+
+class OneStep(DynamicLayer):
+    """A layer of a cache whose last token is the step's, however often it is taken.
+
+    Args:
+        keys, values: [B, n_kv, context, D]; copied.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = pad(keys, (0, 0, 0, 1)), pad(values, (0, 0, 0, 1))
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values, the new ones [B, n_kv, 1, D] in the last place."""
+        self.keys[:, :, -1:] = key_states
+        self.values[:, :, -1:] = value_states
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """The context: tokens before the step."""
+        return self.keys.shape[-2] - 1
+
+
+def one_step_cache(layers: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
+    """A cache of `OneStep` with the keys and values of these layers."""
+    cache = DynamicCache()
+    cache.layers = [OneStep(keys, values) for keys, values in layers]
+    return cache
+
+
+def decode_graph(model: Any, cache: Any, token: torch.Tensor) -> Call:
+    """A step of a quantized model by `DecodeGraph`, which is then forgotten again.
+
+    Args:
+        model, cache: after the context.
+        token: int64 [B, 1].
+    """
+    graph = DecodeGraph(model, cache, 1)
+
+    def step(i: int) -> torch.Tensor:
+        logits = graph.step(token[:, 0])
+        cache.crop(-1)
+        return logits[:, None]
+
+    return step
+
+
+def added(
+    eager: Mapping[str, Call],
+    captured: Mapping[str, Callable[[], Call]],
+    tolerance: float,
+    missing: dict[str, str],
+) -> dict[str, Call]:
+    """The candidates of a GPU: "ours" as a graph, and beside it what else there is.
+
+    Args:
+        eager: "ours" and baselines as Python calls them; all answer logits [B, 1, vocabulary].
+        captured: key of `eager` -> function that makes the call as a graph.
+        tolerance: largest difference between the two, in the norm of the eager logits of a row.
+        missing: gets the reason for each baseline that cannot be captured.
+
+    Raises:
+        RuntimeError: a captured call answers something else than the eager one, or ours cannot
+            be captured.
+    """
+    found: dict[str, Call] = {}
+    for key, make in captured.items():
+        name = key if key == "ours" else f"{key} graph"
+        try:
+            call = make()
+        except RuntimeError as error:
+            if key == "ours":
+                raise
+            missing[name] = str(error).strip().splitlines()[0][:200]
+            continue
+        expected, result = (answer(0).double() for answer in (eager[key], call))
+        error = float(((result - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+        if not error <= tolerance:
+            raise RuntimeError(f"{name}: differs from the eager call by {error:.2g} of the norm")
+        found[name] = call
+    beside = {"ours eager" if key == "ours" else key: call for key, call in eager.items()}
+    return {"ours": found.pop("ours"), **beside, **found}
