@@ -191,8 +191,8 @@ def test_launches_of_a_layer(batch: int) -> None:
             graph._pass()
         calls.append(call.count)
         steps.append(step.count)
-    assert steps[1] - steps[0] == 15
-    assert calls[1] - calls[0] == (15 if batch == 1 else 17)
+    assert steps[1] - steps[0] == 14
+    assert calls[1] - calls[0] == (14 if batch == 1 else 16)
 
 
 def fake_inputs(graph: DecodeGraph, mode: FakeTensorMode) -> None:
