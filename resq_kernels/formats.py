@@ -52,6 +52,15 @@ def split_columns(columns: int, high_fraction: float, name: str = "input dimensi
     return columns - k_hi, k_hi
 
 
+def join_heads(x: torch.Tensor, high_dims: int) -> torch.Tensor:
+    """[..., n, D] -> [..., n * D]: the low dims of every head, then the last `high_dims` of every
+    head, the order of o_proj's columns (docs/formats.md section 6)."""
+    if high_dims == 0:
+        return x.flatten(-2)
+    low, high = x.split([x.shape[-1] - high_dims, high_dims], dim=-1)
+    return torch.cat([low.flatten(-2), high.flatten(-2)], dim=-1)
+
+
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     """Signed codes in [-8, 7], int8 [..., K] with even K -> uint8 [..., K / 2]."""
     nibbles = (codes & 15).to(torch.uint8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from resq_kernels import kv_pages
+from resq_kernels.formats import join_heads
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
@@ -94,6 +95,7 @@ def kv_attention(
     sin: torch.Tensor | None = None,
     key_rotation: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    high_dims: int | None = None,
 ) -> torch.Tensor:
     """Causal GQA attention over the pages; arguments as in `ops.kv_attention`.
 
@@ -109,7 +111,8 @@ def kv_attention(
         slots = block_table[i].long()[position // page_size] * page_size + position % page_size
         k, v = (rows.dequantize() for rows in kv_pages.read_tokens(cache, slots, head_dim))
         out[begin:end] = attend(rotated[begin:end], k, v, scale)
-    return out.to(out_dtype or q.dtype)
+    out = out.to(out_dtype or q.dtype)
+    return out if high_dims is None else join_heads(out, high_dims)
 
 
 def kv_dequantize(

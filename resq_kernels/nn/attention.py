@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from resq_kernels.formats import MixedTensor
+from resq_kernels.formats import MixedTensor, join_heads
 from resq_kernels.nn.linear import ResQLinear, keep_dtype
 from resq_kernels.nn.merged import MergedLinears
 from resq_kernels.nn.paged import PagedKeysValues, Sequences
@@ -104,11 +104,7 @@ class ResQAttention(nn.Module):
         heads = together.unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         attend = self._attend_pages if self.kv_bits == 4 else self._attend_float
-        out = attend(q, k, v, *position_embeddings, attention_mask, cache)
-        if self.head_high:
-            low, high = out.split([self.head_dim - self.head_high, self.head_high], dim=-1)
-            return self.o_proj(torch.cat([low.flatten(-2), high.flatten(-2)], dim=-1)), None
-        return self.o_proj(out.flatten(-2)), None
+        return self.o_proj(attend(q, k, v, *position_embeddings, attention_mask, cache)), None
 
     def _attend_pages(
         self,
@@ -120,7 +116,7 @@ class ResQAttention(nn.Module):
         mask: torch.Tensor | None,
         cache: Cache | None,
     ) -> torch.Tensor:
-        """[B, L, n_q, D]; keys and values go through the pages of the cache or of this pass."""
+        """[B, L, n_q D]; keys and values go through the pages of the cache or of this pass."""
         batch, new = q.shape[:2]
         if cache is None:
             _, step = Sequences().append(batch, new, mask, q.device)
@@ -139,8 +135,10 @@ class ResQAttention(nn.Module):
         rotated = paged.append(
             step, k_rows, v_rows, cos, sin, self.key_rotation, self.hi_bits, q_rows
         )
-        out = paged.attend(step, rotated, self.scaling, q.dtype, self.batch_invariant)
-        return out.view(q.shape)
+        out = paged.attend(
+            step, rotated, self.scaling, q.dtype, self.head_high, self.batch_invariant
+        )
+        return out.view(batch, new, -1)
 
     def _attend_float(
         self,
@@ -152,7 +150,7 @@ class ResQAttention(nn.Module):
         mask: torch.Tensor | None,
         cache: Cache | None,
     ) -> torch.Tensor:
-        """[B, L, n_q, D] with 16-bit keys and values; the key rotation cancels and is left out."""
+        """[B, L, n_q D] with 16-bit keys and values; the key rotation cancels and is left out."""
         q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)
         v = v.transpose(1, 2)
         if cache is not None:
@@ -161,7 +159,7 @@ class ResQAttention(nn.Module):
         out = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=self.scaling, enable_gqa=True
         )
-        return out.transpose(1, 2)
+        return join_heads(out.transpose(1, 2), self.head_high)
 
     def extra_repr(self) -> str:
         return (

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from resq_kernels import ops
+from resq_kernels.formats import join_heads
 from resq_kernels.kv_pages import DEFAULT_PAGE_SIZE, token_bytes
 from resq_kernels.nn import prefill
 
@@ -234,20 +235,25 @@ class PagedKeysValues:
         q: torch.Tensor,
         scale: float,
         dtype: torch.dtype,
+        high_dims: int = 0,
         batch_invariant: bool = False,
     ) -> torch.Tensor:
-        """[B * L, n_q, D] in `dtype` of rotated q [B * L, n_q, D]; zero for padding.
+        """[B * L, n_q D] in `dtype` of rotated q [B * L, n_q, D]; zero for padding.
 
+        Heads are joined as `formats.join_heads` does.
         `ops.kv_attention`, or `prefill.attend` where that is faster.
         """
         table, rows = step.table(self.pages_per_sequence), step.rows
         if rows is not None:
-            padded, q = q, q[rows]
+            padded, q = q.flatten(1), q[rows]
         if prefill.is_faster(q.device.type, step.columns, batch_invariant):
-            out = prefill.attend(q, self.pages, table, step.seq_lens, step.lengths, scale).to(dtype)
+            out = prefill.attend(q, self.pages, table, step.seq_lens, step.lengths, scale)
+            out = join_heads(out.to(dtype), high_dims)
         else:
             where = (table, step.seq_lens, step.query_starts)
-            out = ops.kv_attention(q, self.pages, *where, scale, out_dtype=dtype)
+            out = ops.kv_attention(
+                q, self.pages, *where, scale, out_dtype=dtype, high_dims=high_dims
+            )
         return out if rows is None else out.new_zeros(padded.shape).index_copy(0, rows, out)
 
     def _reserve(self, step: Step, k: torch.Tensor) -> None:

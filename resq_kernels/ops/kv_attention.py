@@ -18,6 +18,7 @@ def kv_attention(
     sin: torch.Tensor | None = None,
     key_rotation: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    high_dims: int | None = None,
 ) -> torch.Tensor:
     """Causal grouped-query attention of all sequences over 4-bit pages: prefill, chunked prefill
     and decode.
@@ -45,10 +46,13 @@ def kv_attention(
             cos and sin None as well, q is q' (as `kv_append` answers it), and nothing is launched
             before the attention.
         out_dtype: float32, float16 or bfloat16; None for q's.
+        high_dims: None, or 0 to D: the answer in the column order of o_proj's input, the first D -
+            high_dims dims of every head, then the last high_dims of every head (docs/formats.md
+            section 6).
 
     Returns:
-        [T, n_q_heads, D] in out_dtype; zeros for queries that see no token; NaN where a visible
-        row or the query holds NaN.
+        [T, n_q_heads, D] in out_dtype, [T, n_q_heads * D] with high_dims; zeros for queries that
+        see no token; NaN where a visible row or the query holds NaN.
 
     Raises:
         RuntimeError: a shape, dtype, length or page is not as above; nothing is computed.
@@ -56,7 +60,17 @@ def kv_attention(
     Source: arXiv 2412.14363, section 4; docs/formats.md section 5.
     """
     return torch.ops.resq.kv_attention(
-        q, cache, block_table, seq_lens, query_starts, scale, cos, sin, key_rotation, out_dtype
+        q,
+        cache,
+        block_table,
+        seq_lens,
+        query_starts,
+        scale,
+        cos,
+        sin,
+        key_rotation,
+        out_dtype,
+        high_dims,
     )
 
 
@@ -72,6 +86,8 @@ def _fake(
     sin: torch.Tensor | None = None,
     key_rotation: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    high_dims: int | None = None,
 ) -> torch.Tensor:
     torch._check(q.dim() == 3, lambda: f"kv_attention: q: expected 3 dimensions, got {q.dim()}")
-    return q.new_empty(q.shape, dtype=out_dtype)
+    shape = q.shape if high_dims is None else (q.shape[0], q.shape[1] * q.shape[2])
+    return q.new_empty(shape, dtype=out_dtype)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from resq_kernels import reference
-from resq_kernels.formats import MixedTensor
+from resq_kernels.formats import MixedTensor, join_heads
 from resq_kernels.nn.attention import ResQAttention, named_cache
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.mlp import ResQMLP
@@ -114,9 +114,7 @@ def _attention(
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k, v, visible, scale=scale, enable_gqa=True
     ).transpose(1, 2)
-    low = attention.head_dim - attention.head_high
-    out = torch.cat([out[..., :low].flatten(-2), out[..., low:].flatten(-2)], dim=-1)
-    return attention.o_proj(out.to(dtype)), None
+    return attention.o_proj(join_heads(out, attention.head_high).to(dtype)), None
 
 
 def _turn(x: torch.Tensor) -> torch.Tensor:

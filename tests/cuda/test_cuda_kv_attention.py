@@ -16,6 +16,7 @@ import pytest
 import torch
 from kv_cases import DTYPES, HEAD_DIMS, Pages, cos_sin, fill_pages, page_slots, rotations
 
+from resq_kernels.formats import join_heads
 from resq_kernels.reference_attention import attend, rope
 
 ROUNDING = {torch.float32: 2.0**-22, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -46,6 +47,11 @@ class Case:
             "query_starts": self.starts,
         } | changes
         return device.kv_attention(*arguments.values(), self.scale, *self.rest)
+
+    def joined(self, device: emulation.Emulated, high_dims: int) -> torch.Tensor:
+        """The answer in the order of o_proj's columns."""
+        where = (self.pages.cache, self.pages.block_table, self.pages.seq_lens, self.starts)
+        return device.kv_attention(self.q, *where, self.scale, *self.rest, None, high_dims)
 
     def wrong_rows(self, out: torch.Tensor) -> list[str]:
         """What lies outside the tolerance."""
@@ -99,6 +105,17 @@ def make(
     pages = fill_pages(k, v, page_size, hi_bits)
     q = torch.randn(sum(counts) + padding, n_kv * group, head_dim).to(dtype)
     return Case(k, v, pages, counts, scale or head_dim**-0.5, q)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("lengths", [[70, 5], [1100, 1]], ids=str)  # one split, and a merge
+def test_high_dims_are_the_same_numbers_in_the_order_of_o_proj(
+    device: emulation.Emulated, lengths: list[int], head_dim: int
+) -> None:
+    case = make(lengths, [2, 1], head_dim, dtype=torch.bfloat16)
+    apart = case.run(device)
+    for high_dims in (0, 1, head_dim // 8, head_dim):
+        assert torch.equal(case.joined(device, high_dims), join_heads(apart, high_dims))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -191,8 +191,8 @@ def test_launches_of_a_layer(batch: int) -> None:
             graph._pass()
         calls.append(call.count)
         steps.append(step.count)
-    assert steps[1] - steps[0] == 14
-    assert calls[1] - calls[0] == (14 if batch == 1 else 16)
+    assert steps[1] - steps[0] == 11
+    assert calls[1] - calls[0] == (11 if batch == 1 else 13)
 
 
 def fake_inputs(graph: DecodeGraph, mode: FakeTensorMode) -> None:

@@ -220,7 +220,7 @@ def test_padded_batches_and_chunks_through_the_cache_s_pages(
         k, v = torch.randn(2, batch * width, n_kv, head_dim)
         q = torch.randn(batch * width, n_q, head_dim)
         rotated = paged.append(step, k, v, None, None, rotation, 8, q)
-        out = paged.attend(step, rotated, scale, torch.float16)
+        out = paged.attend(step, rotated, scale, torch.float16).view(q.shape)
         assert out.dtype == torch.float16
         assert not out[~fresh.flatten()].any()  # padding
         for i in range(batch):

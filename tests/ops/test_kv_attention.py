@@ -16,6 +16,7 @@ from kv_cases import (
 )
 
 from resq_kernels import kv_pages, ops, reference
+from resq_kernels.formats import join_heads
 from resq_kernels.reference_attention import attend, rope
 
 
@@ -149,6 +150,30 @@ def test_out_dtype_rounds_the_same_numbers(dtype: torch.dtype) -> None:
         assert torch.equal(out, exact.to(out_dtype))
         assert reference.kv_attention(*arguments, out_dtype=out_dtype).dtype == out_dtype
     assert not torch.equal(exact, exact.to(torch.bfloat16).float())
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("lengths", [[70, 5], [2100, 1]], ids=str)  # one split, and several
+def test_high_dims_are_the_same_numbers_in_the_order_of_o_proj(
+    lengths: list[int], head_dim: int
+) -> None:
+    pages = random_pages(lengths, 2, head_dim)
+    q = torch.randn(4, 6, head_dim)  # a row beyond the last sequence
+    arguments = (q, pages.cache, pages.block_table, pages.seq_lens, starts([2, 1]), 0.1)
+    apart = ops.kv_attention(*arguments)
+    for high_dims in (0, 1, head_dim // 8, 24, head_dim):
+        for out_dtype in DTYPES:
+            out = ops.kv_attention(*arguments, out_dtype=out_dtype, high_dims=high_dims)
+            assert torch.equal(out, join_heads(apart, high_dims).to(out_dtype))
+    shapes = {reference.kv_attention(*arguments, high_dims=8).shape, out.shape}
+    assert shapes == {(4, 6 * head_dim)}
+    assert torch.equal(ops.kv_attention(*arguments, high_dims=0).view(q.shape), apart)
+
+
+def test_join_heads_puts_the_low_dims_first() -> None:
+    x = torch.arange(8).view(1, 2, 4)
+    assert join_heads(x, 1).tolist() == [[0, 1, 2, 4, 5, 6, 3, 7]]
+    assert join_heads(x, 0).tolist() == [list(range(8))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -402,11 +427,13 @@ def arguments() -> dict[str, object]:
         ("cos", lambda t: None, r"cos: expected a tensor, because .* given, got None"),
         ("sin", lambda t: t[:3], r"sin: expected .*\[5, 64\] contiguous, got float32 \[3, 64\]"),
         ("key_rotation", lambda t: t.repeat(2, 1, 1), r"key_rotation: expected 1 or 2 \(the kv"),
+        ("high_dims", lambda _: 65, "high_dims: expected 0 to 64, got 65"),
+        ("high_dims", lambda _: -1, "high_dims: expected 0 to 64, got -1"),
     ],
 )
 def test_kv_attention_refuses(name: str, change: object, message: str) -> None:
     values = arguments()
-    values[name] = change(values[name])
+    values[name] = change(values.get(name))
     with pytest.raises(RuntimeError, match="kv_attention: " + message):
         ops.kv_attention(**values)
 
@@ -417,6 +444,8 @@ def test_kv_attention_passes_opcheck() -> None:
     values["q"] = values["q"].bfloat16()
     torch.library.opcheck(torch.ops.resq.kv_attention.default, tuple(values.values())[:6])
     values["q"], values["out_dtype"] = torch.randn(5, 9, 64)[:, 2:6], torch.float16
+    torch.library.opcheck(torch.ops.resq.kv_attention.default, tuple(values.values()))
+    values["high_dims"] = 8
     torch.library.opcheck(torch.ops.resq.kv_attention.default, tuple(values.values()))
 
 

@@ -22,7 +22,7 @@ inline constexpr int kTaskRows = 64;  // rows (query, head) that share the unpac
 
 struct KvAttentionParams {
   const void* q;               // [tokens, n_q, head_dim] of `q_type`, tokens q_stride apart
-  void* out;                   // [tokens, n_q, head_dim] of `out_type`
+  void* out;                   // [tokens, n_q * head_dim] of `out_type`, as KvOutputRow says
   const uint8_t* cache;        // [pages, n_kv, page_size * token_bytes]
   const int32_t* block_table;  // [sequences, max_pages]
   FloatArray cos;              // [tokens, head_dim] or null; float32 on CPUs
@@ -33,8 +33,23 @@ struct KvAttentionParams {
   int64_t n_q, n_kv, head_dim, page_size, max_pages;
   float scale;  // of the scores, times log2(e)
   bool shared_rotation;
+  int64_t high_dims;  // of a head that stand behind all heads' low dims; 0: heads one by one
 
   RESQ_HOST_DEVICE int64_t group() const { return n_q / n_kv; }
+};
+
+// Where the answer of a head goes: the column order that o_proj reads (docs/formats.md section 6).
+struct KvOutputRow {
+  int64_t low, high;  // in `out`, where dim 0 is and where it would be beside the high dims
+  int64_t low_dims;
+
+  RESQ_HOST_DEVICE KvOutputRow(const KvAttentionParams& p, int64_t token, int64_t head)
+      : low_dims(p.head_dim - p.high_dims) {
+    const int64_t first = token * p.n_q * p.head_dim;
+    low = first + head * low_dims;
+    high = first + p.n_q * low_dims + head * p.high_dims - low_dims;
+  }
+  RESQ_HOST_DEVICE int64_t index(int64_t dim) const { return (dim < low_dims ? low : high) + dim; }
 };
 
 // Some queries of one sequence with the heads of one group. Row r is query r / group, head

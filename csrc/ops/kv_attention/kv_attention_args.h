@@ -14,13 +14,11 @@ struct KvAttentionCall {
   Tensor out;
 };
 
-inline KvAttentionCall kv_attention_call(const Tensor& q, const Tensor& cache,
-                                         const Tensor& block_table, const Tensor& seq_lens,
-                                         const Tensor& query_starts, double scale,
-                                         const std::optional<Tensor>& cos,
-                                         const std::optional<Tensor>& sin,
-                                         const std::optional<Tensor>& key_rotation,
-                                         std::optional<ScalarType> out_dtype, RopeForm form) {
+inline KvAttentionCall kv_attention_call(
+    const Tensor& q, const Tensor& cache, const Tensor& block_table, const Tensor& seq_lens,
+    const Tensor& query_starts, double scale, const std::optional<Tensor>& cos,
+    const std::optional<Tensor>& sin, const std::optional<Tensor>& key_rotation,
+    std::optional<ScalarType> out_dtype, std::optional<int64_t> high_dims, RopeForm form) {
   const char* op = "kv_attention";
   check_token_heads(op, "q", q, float_dtypes(), {kAnySize, kAnySize, kAnySize});
   check_head_dim(op, "q", q);
@@ -41,7 +39,12 @@ inline KvAttentionCall kv_attention_call(const Tensor& q, const Tensor& cache,
       out_type != ScalarType::BFloat16) {
     fail(op, "out_dtype", "float32, float16 or bfloat16", dtype_name(out_type));
   }
-  Tensor out = allocate(q, {tokens, n_q, head_dim}, out_type);
+  if (high_dims && (*high_dims < 0 || *high_dims > head_dim)) {
+    fail(op, "high_dims", "0 to " + std::to_string(head_dim), std::to_string(*high_dims));
+  }
+  const std::vector<int64_t> heads_apart = {tokens, n_q, head_dim},
+                             joined = {tokens, n_q * head_dim};
+  Tensor out = allocate(q, high_dims ? joined : heads_apart, out_type);
   const double log2_e = 1.4426950408889634;
   const KvAttentionParams params{.q = q.const_data_ptr(),
                                  .out = out.mutable_data_ptr(),
@@ -59,7 +62,8 @@ inline KvAttentionCall kv_attention_call(const Tensor& q, const Tensor& cache,
                                  .page_size = page_size,
                                  .max_pages = block_table.size(1),
                                  .scale = static_cast<float>(scale * log2_e),
-                                 .shared_rotation = rope.shared_rotation()};
+                                 .shared_rotation = rope.shared_rotation(),
+                                 .high_dims = high_dims.value_or(0)};
   return {params, rope, out};
 }
 

@@ -267,13 +267,14 @@ __device__ inline void attend_items(const KvAttentionCuda& call, Shared& shared,
     for (int n = 0; n < kTiles; ++n) {
       const int row = n * kTileRows + threadIdx.x / kThreadsPerRow;
       if (row >= item.rows) continue;
-      const int64_t index = item.token(group, row) * p.n_q + item.head(group, row);
+      const int64_t token = item.token(group, row), head = item.head(group, row);
+      const int64_t index = token * p.n_q + head;
       if (call.states) {
         store_state<kHeadDim>(total[n], call.states + (index * call.splits() + item.split) *
                                                           kv_cuda_state_floats(kHeadDim));
       } else {
         const int dim = threadIdx.x % kThreadsPerRow * (kHeadDim / kThreadsPerRow);
-        store_row(total[n], p.out_type, p.out, index * kHeadDim + dim);
+        store_row(total[n], p, {p, token, head}, dim);
       }
     }
   }

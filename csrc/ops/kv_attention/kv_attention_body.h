@@ -336,7 +336,14 @@ inline void write_out(const KvAttentionParams& p, const KvAttentionTask& task,
       for (int d = 0; d < kHeadDim; ++d) row[d] = state[d] * inverse;
     }
     const int64_t token = task.first_query + r / group, head = task.kv_head * group + r % group;
-    store_row(row, kHeadDim, p.out_type, p.out, (token * p.n_q + head) * kHeadDim);
+    alignas(64) uint8_t rounded[kHeadDim * sizeof(float)];
+    store_row(row, kHeadDim, p.out_type, rounded, 0);
+    const int64_t size = p.out_type == FloatType::kFloat32 ? 4 : 2;
+    const KvOutputRow to(p, token, head);
+    auto* out = static_cast<uint8_t*>(p.out);
+    __builtin_memcpy(out + to.low * size, rounded, to.low_dims * size);
+    __builtin_memcpy(out + to.index(to.low_dims) * size, rounded + to.low_dims * size,
+                     p.high_dims * size);
   }
 }
 

@@ -104,11 +104,11 @@ void run(const KvAttentionParams& p, const std::vector<KvAttentionTask>& tasks) 
 Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_table,
                     const Tensor& seq_lens, const Tensor& query_starts, double scale,
                     const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                    const std::optional<Tensor>& key_rotation,
-                    std::optional<ScalarType> out_dtype) {
+                    const std::optional<Tensor>& key_rotation, std::optional<ScalarType> out_dtype,
+                    std::optional<int64_t> high_dims) {
   const KvAttentionCall call =
       kv_attention_call(q, cache, block_table, seq_lens, query_starts, scale, cos, sin,
-                        key_rotation, out_dtype, RopeForm::kFloat32);
+                        key_rotation, out_dtype, high_dims, RopeForm::kFloat32);
   const KvAttentionLengths lengths =
       kv_attention_lengths(call, block_table, seq_lens, query_starts, cache.size(0));
   const int64_t answered = lengths.sequences > 0 ? lengths.query_starts[lengths.sequences] : 0;

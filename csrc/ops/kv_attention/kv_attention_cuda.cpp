@@ -9,13 +9,13 @@ namespace {
 Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_table,
                     const Tensor& seq_lens, const Tensor& query_starts, double scale,
                     const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                    const std::optional<Tensor>& key_rotation,
-                    std::optional<ScalarType> out_dtype) {
+                    const std::optional<Tensor>& key_rotation, std::optional<ScalarType> out_dtype,
+                    std::optional<int64_t> high_dims) {
   const char* op = "kv_attention";
   const cuda::Call on(op, q);
   const KvAttentionCall call =
       kv_attention_call(q, cache, block_table, seq_lens, query_starts, scale, cos, sin,
-                        key_rotation, out_dtype, RopeForm::kAsGiven);
+                        key_rotation, out_dtype, high_dims, RopeForm::kAsGiven);
   check_device(op, "cache", cache, q);
   check_device(op, "block_table", block_table, q);
   check_device(op, "seq_lens", seq_lens, q);

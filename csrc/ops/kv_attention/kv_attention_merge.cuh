@@ -28,7 +28,9 @@ template <int kHeadDim, class Wait>
 __device__ inline void merge_row(const KvAttentionCuda& call, Wait wait) {
   constexpr int kFloats = kv_cuda_state_floats(kHeadDim);
   const int64_t row = blockIdx.x, most = call.splits();
-  const int visible = visible_tokens(call, static_cast<int>(row / call.params.n_q));
+  const auto heads = static_cast<unsigned>(call.params.n_q);
+  const unsigned token = blockIdx.x / heads, head = blockIdx.x % heads;
+  const int visible = visible_tokens(call, static_cast<int>(token));
   const int splits = (max(visible, 0) + kSplitTokens - 1) / kSplitTokens;
   wait();
   const float* states = call.states + row * most * kFloats;
@@ -47,7 +49,7 @@ __device__ inline void merge_row(const KvAttentionCuda& call, Wait wait) {
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) total.merge(parts[s]);
   }
-  store_row(total, call.params.out_type, call.params.out, row * kHeadDim + threadIdx.x);
+  store_row(total, call.params, {call.params, token, head}, static_cast<int>(threadIdx.x));
 }
 
 }  // namespace resq::cuda

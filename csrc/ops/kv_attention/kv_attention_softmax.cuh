@@ -3,6 +3,7 @@
 // instance of the kernel.
 #pragma once
 
+#include "ops/kv_attention/kv_attention.h"
 #include "ops/kv_attention/kv_attention_products.cuh"
 
 namespace resq::cuda {
@@ -217,20 +218,19 @@ struct RowState {
   }
 };
 
-// Writes a row's dims; zeros if it has seen no token.
+// Writes a row's dims from `dim` on; zeros if it has seen no token.
 template <int kCount>
-__device__ inline void store_row(const RowState<kCount>& state, FloatType type, void* out,
-                                 int64_t index) {
+__device__ inline void store_row(const RowState<kCount>& state, const KvAttentionParams& p,
+                                 const KvOutputRow& to, int dim) {
   const float inverse = state.sum == 0.0f ? 0.0f : __fdiv_rn(1.0f, state.sum);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const float value = __fmul_rn(state.values[i], inverse);
-    switch (type) {
-      case FloatType::kFloat32: static_cast<float*>(out)[index + i] = value; break;
-      case FloatType::kFloat16:
-        static_cast<__half*>(out)[index + i] = __float2half_rn(value);
-        break;
-      case FloatType::kBFloat16: static_cast<BFloat16*>(out)[index + i] = to_bfloat16(value); break;
+    const int64_t index = to.index(dim + i);
+    switch (p.out_type) {
+      case FloatType::kFloat32: static_cast<float*>(p.out)[index] = value; break;
+      case FloatType::kFloat16: static_cast<__half*>(p.out)[index] = __float2half_rn(value); break;
+      case FloatType::kBFloat16: static_cast<BFloat16*>(p.out)[index] = to_bfloat16(value); break;
     }
   }
 }
