@@ -29,7 +29,7 @@ BENCHMARKS = {
     "hadamard": ["--batch", "1,16,256,2048"],
     "attention": ["--batch", "1,8,64", "--context", "1024,8192,32768"],
     "prefill": ["--batch", "1,8", "--context", "2048,16384"],
-    "layer": ["--batch", "1,8", "--context", "1024"],
+    "layer": ["--batch", "1,8", "--context", "2048"],
     "model": ["--batch", "1,8", "--context", "1024", "--layers", "4"],
 }
 LIMIT_SECONDS = {"tests": 200, "memcheck": 75, "racecheck": 75}
