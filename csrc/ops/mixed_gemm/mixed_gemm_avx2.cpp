@@ -77,6 +77,7 @@ class Tile {
 
 struct Simd {
   static constexpr int kTileRows = mixed_gemm_tile_rows(Isa::kAvx2);
+  static constexpr int64_t kPrefetchBytes = 0;
   template <int kRows>
   using Tile = cpu::avx2::Tile<kRows>;
 };

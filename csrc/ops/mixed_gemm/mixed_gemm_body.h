@@ -4,6 +4,7 @@
 //
 // Simd offers:
 //   kTileRows                         rows of the largest tile
+//   kPrefetchBytes                    how far ahead a single tile asks for its weights; 0: not
 //   Tile<kRows>                       kRows x 32 int32 sums, zero at first, with
 //     add_group<kHigh>(weight, words)   adds 8 columns of K; `weight` is a group of the packed
 //                                       layout (128 bytes, or 256 of the high part), `words` the
@@ -67,7 +68,7 @@ void fill_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t ind
 }
 
 // Sums of kRows activation rows x 32 columns over one part of K: [kRows][kBlock]. Each step asks
-// for half as many bytes of `ahead` as it uses of `weight`, if not null.
+// for half as many bytes of `ahead` as it uses of `weight`; without, for what it will use later.
 template <int kRows, bool kHigh>
 inline void accumulate(const uint8_t* weight, const int8_t* words, int64_t k, const uint8_t* ahead,
                        uint32_t* out) {
@@ -78,6 +79,10 @@ inline void accumulate(const uint8_t* weight, const int8_t* words, int64_t k, co
     if (ahead) {
       for (int64_t line = 0; line < kGroupBytes / 2; line += 64) {
         __builtin_prefetch(ahead + group * kGroupBytes / 2 + line, 0, 2);
+      }
+    } else if constexpr (Simd::kPrefetchBytes > 0) {
+      for (int64_t line = 0; line < kGroupBytes; line += 64) {
+        __builtin_prefetch(weight + Simd::kPrefetchBytes + line);
       }
     }
     tile.template add_group<kHigh>(weight, words);
@@ -127,8 +132,7 @@ void mixed_gemm_tasks(const MixedGemmTasks& tasks, int64_t begin, int64_t end) {
     for (int64_t tile = 0; tile < panel.tiles; ++tile) {
       // With more than one tile the memory would idle while the others read the block from the
       // cache: the first two fetch half of the next block each (M = 16: 10 % faster). A single tile
-      // streams at the speed of the hardware prefetcher, and no distance of software prefetch
-      // from 512 bytes to 16 KB improved on that.
+      // is one stream, which the hardware's prefetchers follow (Simd::kPrefetchBytes).
       const bool fetches = panel.tiles > 1 && tile < 2 && block + 1 < plan.blocks;
       const uint8_t* ahead = fetches ? weight + block_bytes + tile * block_bytes / 2 : nullptr;
       const int64_t first = panel.tile_begin(tile);

@@ -38,6 +38,7 @@ class Tile {
 
 struct Simd {
   static constexpr int kTileRows = mixed_gemm_tile_rows(Isa::kScalar);
+  static constexpr int64_t kPrefetchBytes = 0;
   template <int kRows>
   using Tile = cpu::scalar::Tile<kRows>;
 };
