@@ -8,6 +8,8 @@ import torch
 
 FORMAT_VERSION = 2
 
+_SUM_ROWS = 1024
+
 
 class MixedTensor(NamedTuple):
     """A mixed 4/8-bit activation, x ~ scale * (code - zero), per row and part.
@@ -80,9 +82,12 @@ def weight_sums(codes_lo: torch.Tensor, codes_hi: torch.Tensor) -> torch.Tensor:
         codes_lo: uint8 [N, K_lo / 2] packed 4-bit codes.
         codes_hi: int8 [N, K_hi].
     """
-    return torch.stack(
-        [unpack_int4(codes_lo).sum(1, dtype=torch.int32), codes_hi.sum(1, dtype=torch.int32)], dim=1
-    )
+    sums = torch.empty(len(codes_lo), 2, dtype=torch.int32, device=codes_lo.device)
+    # torch converts what it sums: four bytes a code, a gigabyte for a vocabulary.
+    for part, lo, hi in zip(*(t.split(_SUM_ROWS) for t in (sums, codes_lo, codes_hi)), strict=True):
+        part[:, 0] = unpack_int4(lo).sum(1, dtype=torch.int32)
+        part[:, 1] = hi.sum(1, dtype=torch.int32)
+    return sums
 
 
 def packed_weight_bytes(n: int, k_lo: int, k_hi: int, device_type: str = "cpu") -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 from torch import nn
 
 from resq_kernels import architecture
@@ -41,14 +43,33 @@ def convert(model: nn.Module, config: ResQConfig, tied_head: bool) -> None:
 
 def pack(model: nn.Module) -> None:
     """Packs every `ResQLinear` for the kernel of its device and merges those that read the same
-    rows; no parameter is left trainable."""
+    rows; no parameter is left trainable.
+
+    Module by module, so that what one lets go of is there for the next: packing everything before
+    merging left a process with twice the memory (Llama-3.2-1B: 1.73 GB, not 0.8). On a CPU a loaded
+    parameter lies in a file that is mapped into memory, all of it as long as one is left there.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+    for module in model.modules():
+        if isinstance(module, (ResQAttention, ResQMLP)):
+            for linear in module.children():
+                linear.pack()
+            module.merge()
     for module in model.modules():
         if isinstance(module, ResQLinear):
             module.pack()
-    for module in model.modules():
-        if isinstance(module, (ResQAttention, ResQMLP)):
-            module.merge()
     model.requires_grad_(False)
+    _return_freed_memory()
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps what packing freed between tensors that live: 0.2 GB beside the 0.8 of
+    Llama-3.2-1B."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _convert_layer(layer: nn.Module, index: int, shape: ModelShape, config: ResQConfig) -> None:

@@ -193,3 +193,11 @@ def test_loading_says_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -
         warnings.simplefilter("error")
         AutoModelForCausalLM.from_pretrained(folder)
     assert "resq" not in capfd.readouterr().err.lower()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_a_loaded_model_keeps_no_file_mapped(folder: Path) -> None:
+    """Its memory is its own: packed codes, and copies of everything else."""
+    model = resq_kernels.from_pretrained(folder)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert model(torch.ones(1, 3, dtype=torch.int64)).logits.isfinite().all()

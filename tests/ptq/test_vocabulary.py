@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODELS
+from ptq_models import MODELS
 from transformers import AutoModelForCausalLM
 
 from resq_kernels import architecture
