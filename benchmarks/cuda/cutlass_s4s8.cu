@@ -65,13 +65,24 @@ struct Product {
       cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, MainLoop, Epilogue>>;
 };
 
+template <int kTokens>
+using Cooperative = typename Product<Shape<_128, Int<kTokens>, _128>, Shape<_2, _1, _1>,
+                                     cutlass::gemm::KernelTmaWarpSpecializedCooperative,
+                                     cutlass::epilogue::TmaWarpSpecializedCooperative>::Gemm;
 using FewTokens = Product<Shape<_64, _32, _128>, Shape<_1, _1, _1>,
                           cutlass::gemm::KernelTmaWarpSpecializedPingpong,
                           cutlass::epilogue::TmaWarpSpecialized>::Gemm;
-using ManyTokens = Product<Shape<_128, _128, _128>, Shape<_2, _1, _1>,
-                           cutlass::gemm::KernelTmaWarpSpecializedCooperative,
-                           cutlass::epilogue::TmaWarpSpecializedCooperative>::Gemm;
-constexpr int kFewTokens = 64;
+// The widest tile makes the most of a converted weight, but half of it is empty for 128 tokens.
+using SomeTokens = Cooperative<128>;
+using ManyTokens = Cooperative<256>;
+
+// Calls `use` with the configuration for m tokens, as a null pointer to its adapter.
+template <class Use>
+auto choose(int m, const Use& use) {
+  if (m <= 64) return use(static_cast<FewTokens*>(nullptr));
+  if (m <= 128) return use(static_cast<SomeTokens*>(nullptr));
+  return use(static_cast<ManyTokens*>(nullptr));
+}
 
 struct Call {
   const void *weight, *x;
@@ -99,23 +110,16 @@ struct Call {
   }
 };
 
-template <class Gemm>
-cutlass::Status launch(const Call& call, void* workspace, cudaStream_t stream) {
-  const auto arguments = call.arguments<Gemm>();
-  const cutlass::Status possible = Gemm::can_implement(arguments);
-  if (possible != cutlass::Status::kSuccess) return possible;
-  Gemm gemm;
-  return gemm.run(arguments, workspace, stream);
-}
-
 }  // namespace
+
+#pragma GCC visibility push(default)
 
 // Bytes of workspace that a call needs, aligned to 16.
 extern "C" int64_t cutlass_s4s8_workspace(int m, int n, int k) {
   const Call call{nullptr, nullptr, nullptr, nullptr, nullptr, m, n, k};
-  return static_cast<int64_t>(m <= kFewTokens
-                                  ? FewTokens::get_workspace_size(call.arguments<FewTokens>())
-                                  : ManyTokens::get_workspace_size(call.arguments<ManyTokens>()));
+  return choose(m, [&]<class Gemm>(Gemm*) {
+    return static_cast<int64_t>(Gemm::get_workspace_size(call.arguments<Gemm>()));
+  });
 }
 
 // Launches one product on `stream`; returns 0, or a code that cutlass_s4s8_error explains.
@@ -125,11 +129,18 @@ extern "C" int cutlass_s4s8_launch(const void* weight, const void* x, const floa
                                    const float* row_scale, void* y, int m, int n, int k,
                                    void* workspace, void* stream) {
   const Call call{weight, x, weight_scale, row_scale, y, m, n, k};
-  const auto on = static_cast<cudaStream_t>(stream);
-  return static_cast<int>(m <= kFewTokens ? launch<FewTokens>(call, workspace, on)
-                                          : launch<ManyTokens>(call, workspace, on));
+  return choose(m, [&]<class Gemm>(Gemm*) {
+    const auto arguments = call.arguments<Gemm>();
+    cutlass::Status status = Gemm::can_implement(arguments);
+    if (status == cutlass::Status::kSuccess) {
+      status = Gemm().run(arguments, workspace, static_cast<cudaStream_t>(stream));
+    }
+    return static_cast<int>(status);
+  });
 }
 
 extern "C" const char* cutlass_s4s8_error(int code) {
   return cutlassGetStatusString(static_cast<cutlass::Status>(code));
 }
+
+#pragma GCC visibility pop
