@@ -109,10 +109,11 @@ def _cutlass_s4s8(bench: BenchDevice, x: torch.Tensor, w: torch.Tensor) -> Call:
     Its result is checked here, before anything of it is timed.
     """
     product = cutlass_s4s8.load()
-    codes = torch.randint(-8, 8, w.shape, dtype=torch.int8, device=w.device)
+    (n, k), m = w.shape, len(x)
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=w.device)
     x8 = torch.randint(-128, 128, x.shape, dtype=torch.int8, device=x.device)
     scales = [torch.rand(len(t), device=t.device) + 0.5 for t in (w, x)]
-    y = torch.empty(len(x), len(w), dtype=torch.bfloat16, device=x.device)
-    weights = bench.copies(formats.pack_int4(codes))
-    cutlass_s4s8.check(product(weights[0], x8, *scales, y), codes, x8, *scales)
+    y = torch.empty(m, n, dtype=torch.bfloat16, device=x.device)
+    weights = bench.copies(packed)
+    cutlass_s4s8.check(product(packed, x8, *scales, y), formats.unpack_int4(packed), x8, *scales)
     return lambda i: product(weights[i % len(weights)], x8, *scales, y)
