@@ -19,8 +19,6 @@ namespace {
 using cute::_1;
 using cute::_128;
 using cute::_2;
-using cute::_32;
-using cute::_64;
 using cute::Int;
 using cute::Shape;
 using cute::Stride;
@@ -47,41 +45,34 @@ struct Scales {
   using Tree = Times<OfToken, Times<OfWeight, cutlass::epilogue::fusion::Sm90AccFetch, float>, Out>;
 };
 
-// Tile: weights x tokens x K. MainSchedule and EpilogueSchedule: the builder's tags.
-template <class Tile, class Cluster, class MainSchedule, class EpilogueSchedule>
+// 128 weights by kTokens tokens a tile, two warpgroups, the tokens shared by two blocks. Stream-K
+// splits K where there are fewer tiles than multiprocessors, or a last turn with few of them.
+template <int kTokens>
 struct Product {
+  using Tile = Shape<_128, Int<kTokens>, _128>;
+  using Cluster = Shape<_2, _1, _1>;
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, int32_t, float, void,
       cutlass::layout::ColumnMajor, kOutAlignment, Out, cutlass::layout::ColumnMajor, kOutAlignment,
-      EpilogueSchedule, typename Scales<Tile>::Tree>::CollectiveOp;
+      cutlass::epilogue::TmaWarpSpecializedCooperative, typename Scales<Tile>::Tree>::CollectiveOp;
   using MainLoop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Weight, cutlass::layout::RowMajor,
       kWeightAlignment, Code, cutlass::layout::ColumnMajor, kCodeAlignment, int32_t, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
           sizeof(typename Epilogue::SharedStorage))>,
-      MainSchedule>::CollectiveOp;
-  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
-      cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, MainLoop, Epilogue>>;
+      cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
+  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<cutlass::gemm::kernel::GemmUniversal<
+      Shape<int, int, int, int>, MainLoop, Epilogue, cutlass::gemm::StreamKScheduler>>;
 };
 
-template <int kTokens>
-using Cooperative = typename Product<Shape<_128, Int<kTokens>, _128>, Shape<_2, _1, _1>,
-                                     cutlass::gemm::KernelTmaWarpSpecializedCooperative,
-                                     cutlass::epilogue::TmaWarpSpecializedCooperative>::Gemm;
-using FewTokens = Product<Shape<_64, _32, _128>, Shape<_1, _1, _1>,
-                          cutlass::gemm::KernelTmaWarpSpecializedPingpong,
-                          cutlass::epilogue::TmaWarpSpecialized>::Gemm;
-// The widest tile makes the most of a converted weight, but half of it is empty for 128 tokens.
-using SomeTokens = Cooperative<128>;
-using ManyTokens = Cooperative<256>;
-
-// Calls `use` with the configuration for m tokens, as a null pointer to its adapter.
+// Calls `use` with the configuration for m tokens, as a null pointer to its adapter. The widest
+// tile makes the most of a converted weight, but half of it is empty for 128 tokens.
 template <class Use>
 auto choose(int m, const Use& use) {
-  if (m <= 64) return use(static_cast<FewTokens*>(nullptr));
-  if (m <= 128) return use(static_cast<SomeTokens*>(nullptr));
-  return use(static_cast<ManyTokens*>(nullptr));
+  if (m <= 64) return use(static_cast<Product<32>::Gemm*>(nullptr));
+  if (m <= 128) return use(static_cast<Product<128>::Gemm*>(nullptr));
+  return use(static_cast<Product<256>::Gemm*>(nullptr));
 }
 
 struct Call {
@@ -114,7 +105,7 @@ struct Call {
 
 #pragma GCC visibility push(default)
 
-// Bytes of workspace that a call needs, aligned to 16.
+// Bytes of workspace that a call needs.
 extern "C" int64_t cutlass_s4s8_workspace(int m, int n, int k) {
   const Call call{nullptr, nullptr, nullptr, nullptr, nullptr, m, n, k};
   return choose(m, [&]<class Gemm>(Gemm*) {

@@ -113,7 +113,9 @@ def _cutlass_s4s8(bench: BenchDevice, x: torch.Tensor, w: torch.Tensor) -> Call:
     packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=w.device)
     x8 = torch.randint(-128, 128, x.shape, dtype=torch.int8, device=x.device)
     scales = [torch.rand(len(t), device=t.device) + 0.5 for t in (w, x)]
-    y = torch.empty(m, n, dtype=torch.bfloat16, device=x.device)
+    others = (x8, *scales, torch.empty(m, n, dtype=torch.bfloat16, device=x.device))
+    workspace = product.workspace(m, n, k, x.device)
+    y = product(packed, *others, workspace)
+    cutlass_s4s8.check(y, formats.unpack_int4(packed), x8, *scales)
     weights = bench.copies(packed)
-    cutlass_s4s8.check(product(packed, x8, *scales, y), formats.unpack_int4(packed), x8, *scales)
-    return lambda i: product(weights[i % len(weights)], x8, *scales, y)
+    return lambda i: product(weights[i % len(weights)], *others, workspace)

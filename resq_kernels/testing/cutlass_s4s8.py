@@ -25,6 +25,17 @@ class CutlassS4S8:
         library.cutlass_s4s8_workspace.restype = ctypes.c_int64
         library.cutlass_s4s8_error.restype = ctypes.c_char_p
 
+    def workspace(self, m: int, n: int, k: int, device: torch.device) -> torch.Tensor:
+        """What calls of one size need, uint8; calls on one stream can share it.
+
+        Raises:
+            ValueError: N or K do not fit the kernel's 16-byte copies.
+        """
+        if k % 32 or n % 8:
+            raise ValueError(f"cutlass_s4s8: expected N % 8 == 0 and K % 32 == 0, got {n} and {k}")
+        size = self._library.cutlass_s4s8_workspace(m, n, k)
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
     def __call__(
         self,
         weight: torch.Tensor,
@@ -32,6 +43,7 @@ class CutlassS4S8:
         weight_scale: torch.Tensor,
         row_scale: torch.Tensor,
         out: torch.Tensor,
+        workspace: torch.Tensor,
     ) -> torch.Tensor:
         """Writes x times the weight's transpose, scaled, into `out`, and returns it.
 
@@ -41,21 +53,17 @@ class CutlassS4S8:
             weight_scale: float32 [N].
             row_scale: float32 [M].
             out: bfloat16 [M, N].
+            workspace: of `workspace`, written.
 
         Raises:
-            ValueError: N or K do not fit the kernel's 16-byte copies.
             RuntimeError: CUTLASS refuses the call.
         """
         (m, k), n = x.shape, len(weight)
-        if k % 32 or n % 8:
-            raise ValueError(f"cutlass_s4s8: expected N % 8 == 0 and K % 32 == 0, got {n} and {k}")
-        size = self._library.cutlass_s4s8_workspace(m, n, k)
-        workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
         stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
-        tensors = [weight, x, weight_scale, row_scale, out]
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+        tensors = [weight, x, weight_scale, row_scale, out, workspace]
+        *pointers, scratch = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
         code = self._library.cutlass_s4s8_launch(
-            *pointers, m, n, k, ctypes.c_void_p(workspace.data_ptr()), ctypes.c_void_p(stream)
+            *pointers, m, n, k, scratch, ctypes.c_void_p(stream)
         )
         if code:
             error = self._library.cutlass_s4s8_error(code).decode()

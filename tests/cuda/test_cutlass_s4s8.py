@@ -13,6 +13,7 @@ import torch
 from resq_kernels.formats import pack_int4
 from resq_kernels.testing.cutlass_s4s8 import CutlassS4S8, check
 
+MULTIPROCESSORS = 8
 # M -> (N, K): each configuration (up to 64, up to 128, more tokens) with whole and partial tiles,
 # K with and without a tail of its 128 columns, more stages than fit at once.
 SIZES = {
@@ -59,10 +60,12 @@ class Case(NamedTuple):
         """The product with a packed weight, every access checked."""
         y = torch.full((len(self.x), len(weight)), torch.nan, dtype=torch.bfloat16)
         product, cuda_emu = CutlassS4S8(library()), emulation.emulator()
-        tensors = [weight, *self[1:], y]
-        with emulation.registered(tensors), cuda_emu.options(arch=90, sms=4, check="all"):
-            product(*tensors)
-            cuda_emu.check()
+        with cuda_emu.options(arch=90, sms=MULTIPROCESSORS, check="all"):
+            workspace = product.workspace(len(self.x), *self.codes.shape, y.device)
+            tensors = [weight, *self[1:], y, workspace]
+            with emulation.registered(tensors):
+                product(*tensors)
+                cuda_emu.check()
         return y
 
 
@@ -83,6 +86,14 @@ def test_equals_the_integer_product(size: tuple[int, int, int]) -> None:
     expected = (sums.float() * case.weight_scale * case.row_scale[:, None]).bfloat16()
     assert torch.equal(y, expected)
     check(y, *case)
+
+
+@pytest.mark.parametrize("m", [16, 128, 200])
+def test_blocks_that_share_the_columns_of_a_tile_add_up(m: int) -> None:
+    with emulation.emulator().options(arch=90, sms=MULTIPROCESSORS):
+        assert len(CutlassS4S8(library()).workspace(m, 128, 8192, torch.device("cpu"))) > 0
+    case = make_case(m, 128, 8192)
+    check(case.run(pack_int4(case.codes)), *case)
 
 
 def test_extreme_codes_are_exact() -> None:

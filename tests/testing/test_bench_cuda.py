@@ -35,6 +35,20 @@ MODEL = "qwen2.5-0.5b"
 MODULES = [bench_mixed_gemm, bench_hadamard, bench_quantize, bench_kv_attention, bench_prefill]
 
 
+class FakeCutlass:
+    """cutlass_s4s8.CutlassS4S8 for tensors without data."""
+
+    def workspace(self, m: int, n: int, k: int, device: torch.device) -> torch.Tensor:
+        return torch.empty(m, dtype=torch.uint8, device=device)
+
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+        assert all(tensor.device.type == "cuda" for tensor in tensors)
+        weight, x, weight_scale, row_scale, out, _ = tensors
+        assert weight.shape == (len(weight_scale), x.shape[1] // 2)
+        assert out.shape == (len(row_scale), len(weight)) and len(x) == len(row_scale)
+        return out
+
+
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     """Fake CUDA tensors, results taken for right, every candidate called; name -> its devices."""
@@ -61,7 +75,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
         monkeypatch.setattr(module, "causal_lower_right", lambda *_: None)
     monkeypatch.setattr(torch.ops.resq, "cuda_family", lambda _: "sm90", raising=False)
     monkeypatch.setattr(torch.ops.resq, "mixed_gemm_kernel", lambda *_: "sm90", raising=False)
-    monkeypatch.setattr(cutlass_s4s8, "load", lambda: lambda *tensors: tensors[-1])
+    monkeypatch.setattr(cutlass_s4s8, "load", FakeCutlass)
     monkeypatch.setattr(cutlass_s4s8, "check", lambda *_: None)
     monkeypatch.setattr(cuda_timing, "read_bandwidth", lambda: 3e12)
     monkeypatch.setattr(cuda_timing, "copy_bandwidth", lambda: 2e12)
