@@ -6,7 +6,8 @@ the wheel is tagged py3-none. torch's headers are found without importing torch,
 for.
 
 Knobs: CXX, MAX_JOBS, RESQ_SANITIZE=address,undefined (CPU test builds); RESQ_CUDA=auto|0|1,
-CUDA_HOME, CUTLASS_PATH, RESQ_CUDA_ARCHS (default "80;86;89;90a;ptx").
+CUDA_HOME, CUTLASS_PATH, RESQ_CUDA_ARCHS (default "80;86;89;90a;ptx"); RESQ_CUDA_BENCHMARKS=1 with
+--inplace also builds what `resq bench` compares with (benchmarks/cuda/cutlass_s4s8.so).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11, our floor
 DEFAULT_ARCHS = "80;86;89;90a;ptx"
+CUTLASS_BENCHMARK = "benchmarks/cuda/cutlass_s4s8.cu"
 NO_TORCH = """resq_kernels: PyTorch >= 2.11 must be installed before this package is built:
   pip install torch            # or torch==2.13.0, or a CUDA build
   pip install --no-build-isolation ."""
@@ -91,7 +93,7 @@ def gencode(source: str) -> str:
     if source.endswith("_sm80.cu"):
         flags = [f"arch=compute_{a},code=sm_{a}" for a in real if a.startswith("8")]
         flags = flags or ["arch=compute_80,code=compute_80"]  # the launcher must link
-    elif source.endswith("_sm90.cu"):
+    elif source.endswith("_sm90.cu") or source == CUTLASS_BENCHMARK:
         flags = ["arch=compute_90a,code=sm_90a"]
     else:
         flags = [f"arch=compute_{a},code=sm_{a}" for a in (arch.rstrip("a") for arch in real)]
@@ -193,6 +195,10 @@ CUDA_SOURCES = sources(cuda=True)
 EXTENSIONS = [Extension("resq_kernels._C_cpu", sources(cuda=False))]
 if NVCC:
     EXTENSIONS.append(Extension("resq_kernels._C_cuda", CUDA_SOURCES))
+if os.environ.get("RESQ_CUDA_BENCHMARKS", "0") != "0":
+    if not NVCC:
+        sys.exit("resq_kernels: RESQ_CUDA_BENCHMARKS: expected nvcc, found none")
+    EXTENSIONS.append(Extension("benchmarks.cuda.cutlass_s4s8", [CUTLASS_BENCHMARK]))
 
 setup(
     ext_modules=EXTENSIONS,

@@ -1,4 +1,5 @@
-"""What a user would run instead of mixed_gemm: every matrix product that this torch offers.
+"""What a user would run instead of mixed_gemm: every matrix product that this torch offers, and
+CUTLASS's own of 4-bit weights and 8-bit activations.
 
 Each alternative is called once when it is made; one that this build or device does not have is
 left out with the reason.
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional
 
+from resq_kernels import formats
+from resq_kernels.testing import cutlass_s4s8
 from resq_kernels.testing.bench_device import BenchDevice, Call
 
 INT4_GROUP = 128
@@ -48,6 +51,7 @@ def _cuda(
     yield "torch._scaled_mm fp8", lambda: _fp8(bench, x, w)
     yield "torch._int_mm", lambda: _int8(bench, x, w)
     yield f"torch int4 g{INT4_GROUP}", lambda: _int4_cuda(bench, x, w)
+    yield "CUTLASS s4 x s8", lambda: _cutlass_s4s8(bench, x, w)
 
 
 def _linear(bench: BenchDevice, x: torch.Tensor, w: torch.Tensor) -> Call:
@@ -97,3 +101,18 @@ def _int4_scales(w: torch.Tensor) -> torch.Tensor:
     if k % INT4_GROUP:
         raise ValueError(f"takes columns in groups of {INT4_GROUP}, got {k}")
     return torch.rand(k // INT4_GROUP, n, 2, device=w.device).bfloat16()
+
+
+def _cutlass_s4s8(bench: BenchDevice, x: torch.Tensor, w: torch.Tensor) -> Call:
+    """All columns in 4 bits, one scale a row on both sides, no zero points: less work than ours.
+
+    Its result is checked here, before anything of it is timed.
+    """
+    product = cutlass_s4s8.load()
+    codes = torch.randint(-8, 8, w.shape, dtype=torch.int8, device=w.device)
+    x8 = torch.randint(-128, 128, x.shape, dtype=torch.int8, device=x.device)
+    scales = [torch.rand(len(t), device=t.device) + 0.5 for t in (w, x)]
+    y = torch.empty(len(x), len(w), dtype=torch.bfloat16, device=x.device)
+    weights = bench.copies(formats.pack_int4(codes))
+    cutlass_s4s8.check(product(weights[0], x8, *scales, y), codes, x8, *scales)
+    return lambda i: product(weights[i % len(weights)], x8, *scales, y)

@@ -25,6 +25,7 @@ from resq_kernels.testing import (
     bench_prefill,
     bench_quantize,
     cuda_timing,
+    cutlass_s4s8,
 )
 from resq_kernels.testing.bench_device import BenchDevice
 from resq_kernels.testing.timing import Timing
@@ -60,6 +61,8 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
         monkeypatch.setattr(module, "causal_lower_right", lambda *_: None)
     monkeypatch.setattr(torch.ops.resq, "cuda_family", lambda _: "sm90", raising=False)
     monkeypatch.setattr(torch.ops.resq, "mixed_gemm_kernel", lambda *_: "sm90", raising=False)
+    monkeypatch.setattr(cutlass_s4s8, "load", lambda: lambda *tensors: tensors[-1])
+    monkeypatch.setattr(cutlass_s4s8, "check", lambda *_: None)
     monkeypatch.setattr(cuda_timing, "read_bandwidth", lambda: 3e12)
     monkeypatch.setattr(cuda_timing, "copy_bandwidth", lambda: 2e12)
     monkeypatch.setattr(cuda_timing, "int8_rate", lambda _: 1e15)
@@ -80,7 +83,7 @@ def test_every_candidate_stays_on_the_gpu(
     assert {row["baseline"] for row in rows} == set(fake_cuda) - {"ours"}
     if module is bench_mixed_gemm:
         names = {"F.linear bf16", "F.linear fp16", "torch._scaled_mm fp8", "torch._int_mm"}
-        assert set(fake_cuda) == names | {"ours", "torch int4 g128"}
+        assert set(fake_cuda) == names | {"ours", "torch int4 g128", "CUTLASS s4 x s8"}
         assert missing["torch._int_mm"] == "takes more than 16 rows, got 1"
         first = rows[0]
         assert first["products_floor_us"] == round(1152 * 896 / 0.5e15 * 1e6, 2)
@@ -96,6 +99,7 @@ def test_an_alternative_that_cannot_run_is_left_out_with_the_reason(
         raise RuntimeError("torch._scaled_mm is only supported on newer devices\nat some line")
 
     monkeypatch.setattr(torch, "_scaled_mm", refused)
+    monkeypatch.setattr(cutlass_s4s8, "LIBRARY", Path("nowhere/cutlass_s4s8.so"))
     monkeypatch.setattr(BenchDevice, "attempt", lambda _, call: call(0))
     missing: dict[str, str] = {}
     bench = BenchDevice(device="cuda", cold_bytes=0)
@@ -103,7 +107,9 @@ def test_an_alternative_that_cannot_run_is_left_out_with_the_reason(
         found = bench_gemm_baselines.baselines(bench, 32, 256, 256, missing)
     assert "torch._scaled_mm fp8" not in found and len(found) == 4
     assert missing == {
-        "torch._scaled_mm fp8": "torch._scaled_mm is only supported on newer devices"
+        "torch._scaled_mm fp8": "torch._scaled_mm is only supported on newer devices",
+        "CUTLASS s4 x s8": "expected benchmarks/cuda/cutlass_s4s8.so, found none "
+        "(docs/cuda.md: how to build it)",
     }
 
 
