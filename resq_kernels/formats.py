@@ -82,12 +82,14 @@ def weight_sums(codes_lo: torch.Tensor, codes_hi: torch.Tensor) -> torch.Tensor:
         codes_lo: uint8 [N, K_lo / 2] packed 4-bit codes.
         codes_hi: int8 [N, K_hi].
     """
-    sums = torch.empty(len(codes_lo), 2, dtype=torch.int32, device=codes_lo.device)
     # torch converts what it sums: four bytes a code, a gigabyte for a vocabulary.
-    for part, lo, hi in zip(*(t.split(_SUM_ROWS) for t in (sums, codes_lo, codes_hi)), strict=True):
-        part[:, 0] = unpack_int4(lo).sum(1, dtype=torch.int32)
-        part[:, 1] = hi.sum(1, dtype=torch.int32)
-    return sums
+    parts = zip(codes_lo.split(_SUM_ROWS), codes_hi.split(_SUM_ROWS), strict=True)
+    return torch.cat(
+        [
+            torch.stack([codes.sum(1, dtype=torch.int32) for codes in (unpack_int4(lo), hi)], dim=1)
+            for lo, hi in parts
+        ]
+    )
 
 
 def packed_weight_bytes(n: int, k_lo: int, k_hi: int, device_type: str = "cpu") -> int:
