@@ -37,6 +37,15 @@ __device__ inline float load_number(FloatArray numbers, int64_t index) {
   });
 }
 
+// One number, rounded to nearest even.
+__device__ inline void store_number(void* numbers, FloatType type, int64_t index, float value) {
+  switch (type) {
+    case FloatType::kFloat32: static_cast<float*>(numbers)[index] = value; break;
+    case FloatType::kFloat16: static_cast<__half*>(numbers)[index] = __float2half_rn(value); break;
+    case FloatType::kBFloat16: static_cast<BFloat16*>(numbers)[index] = to_bfloat16(value); break;
+  }
+}
+
 // kCount numbers from `index` on, in one access; the address is a multiple of their size.
 template <int kCount>
 __device__ inline void load_numbers(FloatArray numbers, int64_t index, float (&out)[kCount]) {

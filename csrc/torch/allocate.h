@@ -38,9 +38,7 @@ inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, Sc
 // The tensor itself if it is contiguous, or a copy in allocated memory.
 inline Tensor contiguous_rows(const Tensor& tensor) {
   if (tensor.is_contiguous()) return tensor;
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
-  Tensor copy = allocate(tensor, sizes, tensor.scalar_type());
+  Tensor copy = allocate(tensor, sizes_of(tensor), tensor.scalar_type());
   torch::stable::copy_(copy, tensor);
   return copy;
 }

@@ -38,11 +38,25 @@ inline std::string describe(const Tensor& tensor) {
   return text.str();
 }
 
+inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
+  return sizes;
+}
+
 [[noreturn]] inline void fail(const char* op, const char* argument, const std::string& expected,
                               const std::string& got) {
   std::ostringstream text;
   text << op << ": " << argument << ": expected " << expected << ", got " << got;
   throw std::runtime_error(text.str());
+}
+
+// A dtype that an argument asks an output to have.
+inline void check_float_dtype(const char* op, const char* argument, ScalarType dtype) {
+  if (dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16) {
+    return;
+  }
+  fail(op, argument, "float32, float16 or bfloat16", dtype_name(dtype));
 }
 
 inline constexpr int64_t kAnySize = -1;

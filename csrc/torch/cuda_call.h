@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include <cstdlib>
 #include <string>
 
 #include "cuda/launch.h"
@@ -47,10 +46,7 @@ using torch::stable::accelerator::DeviceGuard;
 
 // RESQ_DEPENDENT_LAUNCHES=0: every kernel starts after the end of the one before, on sm_90 too.
 inline bool dependent_launches() {
-  static const bool wanted = [] {
-    const char* value = std::getenv("RESQ_DEPENDENT_LAUNCHES");
-    return !value || std::string(value) != "0";
-  }();
+  static const bool wanted = environment_switch("RESQ_DEPENDENT_LAUNCHES", true);
   return wanted;
 }
 
@@ -101,9 +97,7 @@ inline void check_aligned_tokens(const char* op, const char* argument, const Ten
 // The tensor itself, or a contiguous copy if it is contiguous at an address that is not aligned.
 inline Tensor aligned_rows(const Tensor& tensor) {
   if (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0) return tensor;
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
-  Tensor copy = allocate(tensor, sizes, tensor.scalar_type());
+  Tensor copy = allocate(tensor, sizes_of(tensor), tensor.scalar_type());
   torch::stable::copy_(copy, tensor);
   return copy;
 }

@@ -2,18 +2,16 @@
 #pragma once
 
 #include <cstdio>
-#include <cstdlib>
 #include <mutex>
 #include <set>
 #include <string>
 
+#include "torch/environment.h"
+
 namespace resq {
 
 inline bool logs_kernels() {
-  static const bool wanted = [] {
-    const char* value = std::getenv("RESQ_LOG_KERNELS");
-    return value && *value && std::string(value) != "0";
-  }();
+  static const bool wanted = environment_switch("RESQ_LOG_KERNELS", false);
   return wanted;
 }
 

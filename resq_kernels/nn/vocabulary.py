@@ -39,9 +39,8 @@ class ResQEmbedding(ResQLinear):
         """
         if not self.is_packed:
             raise RuntimeError("ResQEmbedding: expected a packed weight: call pack() after loading")
-        k_lo = self.in_features - self.high_columns
-        where = (self.packed_weight, self.weight_scale, k_lo, self.high_columns)
-        return ops.embedding(ids, *where, self.dtype)
+        weight = (self.packed_weight, self.weight_scale)
+        return ops.embedding(ids, *weight, 0, self.in_features, self.dtype)
 
 
 class TiedHead(nn.Module):

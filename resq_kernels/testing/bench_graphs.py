@@ -68,6 +68,12 @@ def decode_graph(model: Any, cache: Any, token: torch.Tensor) -> Call:
     return step
 
 
+def errors(result: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """|result - expected| / |expected| of each token, of [batch, tokens, columns], on the CPU."""
+    result, expected = result.cpu().double(), expected.cpu().double()
+    return (result - expected).norm(dim=-1) / expected.norm(dim=-1)
+
+
 def added(
     eager: Mapping[str, Call],
     captured: Mapping[str, Callable[[], Call]],
@@ -96,9 +102,8 @@ def added(
                 raise
             missing[name] = str(error).strip().splitlines()[0][:200]
             continue
-        expected, result = (answer(0).double() for answer in (eager[key], call))
-        error = float(((result - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
-        if not error <= tolerance:
+        expected, result = (answer(0) for answer in (eager[key], call))
+        if not (error := float(errors(result, expected).max())) <= tolerance:
             raise RuntimeError(f"{name}: differs from the eager call by {error:.2g} of the norm")
         found[name] = call
     beside = {"ours eager" if key == "ours" else key: call for key, call in eager.items()}

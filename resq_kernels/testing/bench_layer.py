@@ -19,11 +19,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from resq_kernels import kv_pages
 from resq_kernels.architecture import LINEARS
-from resq_kernels.config import ResQConfig
 from resq_kernels.nn.attention import ResQAttention
 from resq_kernels.nn.decode_graph import PreparedSequences
 from resq_kernels.nn.kv_cache import ResQCache
@@ -32,7 +30,6 @@ from resq_kernels.nn.paged import Sequences, Step
 from resq_kernels.testing import bench_graphs, bench_model, bench_models, cuda_timing
 from resq_kernels.testing.bench_device import BenchDevice, Call, Row, Work, nbytes
 from resq_kernels.testing.bench_kv_attention import random_cache
-from resq_kernels.testing.quantized_models import randomize
 
 MODELS = bench_models.names()
 DEFAULTS = {"shapes": ["llama-3.2-1b"], "batch": [1], "context": [128]}
@@ -40,19 +37,6 @@ BASELINE, COMPILED = "transformers bf16", "torch.compile bf16"
 Copies = list[tuple[Any, dict[str, Any]]]  # layers, each with its own cache as arguments
 VOCABULARY = 512  # of the model that the layer is taken from: for the check alone
 TOLERANCE = 2e-2  # of the norm of a token: what BF16 rounds differently where operators are fused
-
-
-@torch.no_grad()
-def build(name: str, device: str, *, quantized: bool) -> Any:
-    """A model of one layer and a small vocabulary with random weights."""
-    fields = bench_models.configuration(name, 1) | {"vocab_size": VOCABULARY}
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**fields), dtype=torch.bfloat16
-        )
-    if quantized:
-        randomize(model, ResQConfig(high_fraction=bench_models.HIGH_FRACTION))
-    return model.eval()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +88,7 @@ def with_cache(layer: Any, cache: Any) -> dict[str, Any]:
 
 def copies(bench: BenchDevice, layer: Any, cache: Any) -> Copies:
     """The layer and its cache, often enough that a round trip leaves nothing in the caches."""
-    size = nbytes(*layer.parameters(), *layer.buffers())
+    size = bench_model.weight_bytes(layer)
     size += 0 if cache is None else bench_model.cache_bytes(cache)
     found = [(layer, with_cache(layer, cache))]
     for _ in range(bench.copy_count(size) - 1):
@@ -144,15 +128,10 @@ def compiled(tokens: Tokens, layers: Copies) -> Call:
     """The layer under torch.compile, as one graph, compared with the eager layer."""
     torch.compiler.reset()  # another shape is not a recompilation, of which there is a limit
     call = tokens.rotated(layers, torch.compile(run_layer, fullgraph=True, dynamic=False))
-    if (error := distance(call(0), tokens.rotated(layers, run_layer)(0))) > TOLERANCE:
+    expected = tokens.rotated(layers, run_layer)(0)
+    if (error := float(bench_graphs.errors(call(0), expected).max())) > TOLERANCE:
         raise RuntimeError(f"differs from the eager layer by {error:.2g} of the norm")
     return call
-
-
-def distance(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest |result - expected| / |expected| of a token."""
-    result, expected = result.double(), expected.double()
-    return float(((result - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 
 @torch.no_grad()
@@ -168,10 +147,11 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
         RuntimeError: a result differs from the reference, or a call from the ordinary one.
     """
     for name in args.shapes:
-        ours = build(name, bench.device, quantized=True)
+        build = partial(bench_model.build, name, 1, bench.device, vocab_size=VOCABULARY)
+        ours = build(quantized=True)
         if reason := bench_model.why_wrong(ours):
             raise RuntimeError(f"layer: {name}: {reason}")
-        theirs = build(name, bench.device, quantized=False)
+        theirs = build(quantized=False)
         for context in args.context:
             for batch in args.batch:
                 for decodes in (False, True):
@@ -209,11 +189,12 @@ def _rows(
         makers = [(COMPILED, partial(compiled, tokens, layers))]
         candidates |= bench.available(makers, missing)
         for key, call in candidates.items():
-            if (error := distance(cuda_timing.captured(call)(0), call(0))) > TOLERANCE:
+            replayed = cuda_timing.captured(call)(0)
+            if (error := float(bench_graphs.errors(replayed, call(0)).max())) > TOLERANCE:
                 raise RuntimeError(f"{what}: {key}: as a graph it differs by {error:.2g}")
     size = bench_models.shape(name)
     cached = kv_pages.token_bytes(heads[2]) * heads[1] * batch * (context + decodes)
-    moved = nbytes(*layer.parameters(), *layer.buffers()) + cached + 2 * nbytes(tokens.hidden)
+    moved = bench_model.weight_bytes(layer) + cached + 2 * nbytes(tokens.hidden)
     work = Work(
         op=f"layer_{kind}",
         place={"model": name, "layer": f"{kind} {context}", "batch": batch}

@@ -43,9 +43,10 @@ STEP_TOLERANCE = 2e-2  # the head's BF16 product may sum in another order for on
 
 
 @torch.no_grad()
-def build(name: str, layers: int | None, device: str, *, quantized: bool) -> Any:
-    """A model of this shape with random weights, in BF16 beside its 4-bit parts."""
-    config = AutoConfig.for_model(**bench_models.configuration(name, layers))
+def build(name: str, layers: int | None, device: str, *, quantized: bool, **sizes: Any) -> Any:
+    """A model of this shape with random weights, in BF16 beside its 4-bit parts; `sizes` replace
+    fields of its configuration."""
+    config = AutoConfig.for_model(**bench_models.configuration(name, layers) | sizes)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if quantized:
@@ -65,7 +66,7 @@ def why_wrong(model: Any) -> str | None:
         with lockstep(model, lambda ids=ids: model(ids, **options).logits) as (logits, agreement):
             expected = model.to("cpu")(ids.cpu(), **options).logits
         model.to(device)
-        if (error := float(_errors(logits, expected).median())) > most_error:
+        if (error := float(bench_graphs.errors(logits, expected).median())) > most_error:
             return f"{dtype}: logits differ from the reference by {error:.2g} of their norm"
         if agreement.refused > most_refused * agreement.rows:
             counts = f"{agreement.refused} of {agreement.rows}"
@@ -86,13 +87,7 @@ def _step_error(model: Any) -> float:
     step = model(ids[:, -1:], **given(model, cache)).logits
     for attention in attentions:
         attention.batch_invariant = False
-    return float(_errors(step, whole).max())
-
-
-def _errors(result: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """|result - expected| / |expected| of each token, of logits [batch, tokens, vocabulary]."""
-    result, expected = result.cpu().double(), expected.cpu().double()
-    return (result - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return float(bench_graphs.errors(step, whole).max())
 
 
 def random_tokens(model: Any, batch: int, tokens: int) -> torch.Tensor:

@@ -11,14 +11,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__device__ void store(float* to, float value) { *to = value; }
-__device__ void store(Half* to, float value) {
-  to->bits = __half_as_ushort(__float2half_rn(value));
-}
-__device__ void store(BFloat16* to, float value) {
-  to->bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
-}
-
 template <CudaLayout kLayout>
 __global__ void __launch_bounds__(kThreads)
     embedding_kernel(const __grid_constant__ EmbeddingParams p) {
@@ -38,9 +30,7 @@ __global__ void __launch_bounds__(kThreads)
       const uint8_t code = block[cuda_hi_byte(p.k_lo, row, column - p.k_lo)];
       value = scale_hi * static_cast<float>(static_cast<int8_t>(code));
     }
-    with_number_type(p.type, [&]<class T>(NumberType<T>) {
-      store(static_cast<T*>(p.y) + blockIdx.x * p.columns() + column, value);
-    });
+    store_number(p.y, p.type, blockIdx.x * p.columns() + column, value);
   }
 }
 

@@ -21,16 +21,13 @@ inline EmbeddingCall embedding_call(const Tensor& ids, const Tensor& packed_weig
     fail(op, "k_lo, k_hi", "none negative and k_lo even",
          std::to_string(k_lo) + ", " + std::to_string(k_hi));
   }
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < ids.dim(); ++i) sizes.push_back(ids.size(i));
   if (ids.scalar_type() != ScalarType::Long) fail(op, "ids", "int64", describe(ids));
   check_tensor(op, "weight_scale", weight_scale, {ScalarType::Float}, {kAnySize, 2});
   const int64_t n = weight_scale.size(0);
   check_tensor(op, "packed_weight", packed_weight, {ScalarType::Byte},
                {packed_bytes(n, k_lo, k_hi)});
-  if (dtype != ScalarType::Float && dtype != ScalarType::Half && dtype != ScalarType::BFloat16) {
-    fail(op, "dtype", "float32, float16 or bfloat16", dtype_name(dtype));
-  }
+  check_float_dtype(op, "dtype", dtype);
+  std::vector<int64_t> sizes = sizes_of(ids);
   sizes.push_back(k_lo + k_hi);
   Tensor rows = contiguous_rows(ids), y = allocate(packed_weight, sizes, dtype);
   return {{.y = y.mutable_data_ptr(),

@@ -35,10 +35,7 @@ inline KvAttentionCall kv_attention_call(
   check_tensor(op, "query_starts", query_starts, {ScalarType::Int}, {sequences + 1});
   RopeRotation rope(op, cos, sin, key_rotation, tokens, n_kv, head_dim, form);
   const ScalarType out_type = out_dtype.value_or(q.scalar_type());
-  if (out_type != ScalarType::Float && out_type != ScalarType::Half &&
-      out_type != ScalarType::BFloat16) {
-    fail(op, "out_dtype", "float32, float16 or bfloat16", dtype_name(out_type));
-  }
+  check_float_dtype(op, "out_dtype", out_type);
   if (high_dims && (*high_dims < 0 || *high_dims > head_dim)) {
     fail(op, "high_dims", "0 to " + std::to_string(head_dim), std::to_string(*high_dims));
   }

@@ -3,6 +3,7 @@
 // instance of the kernel.
 #pragma once
 
+#include "cuda/numbers.cuh"
 #include "ops/kv_attention/kv_attention.h"
 #include "ops/kv_attention/kv_attention_products.cuh"
 
@@ -226,12 +227,7 @@ __device__ inline void store_row(const RowState<kCount>& state, const KvAttentio
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const float value = __fmul_rn(state.values[i], inverse);
-    const int64_t index = to.index(dim + i);
-    switch (p.out_type) {
-      case FloatType::kFloat32: static_cast<float*>(p.out)[index] = value; break;
-      case FloatType::kFloat16: static_cast<__half*>(p.out)[index] = __float2half_rn(value); break;
-      case FloatType::kBFloat16: static_cast<BFloat16*>(p.out)[index] = to_bfloat16(value); break;
-    }
+    store_number(p.out, p.out_type, to.index(dim + i), value);
   }
 }
 

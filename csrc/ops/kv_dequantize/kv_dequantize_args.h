@@ -25,9 +25,7 @@ inline KvDequantizeCall kv_dequantize_call(const Tensor& cache, const Tensor& bl
   check_tensor(op, "block_table", block_table, {ScalarType::Int}, {kAnySize, kAnySize});
   const int64_t sequences = block_table.size(0);
   check_tensor(op, "seq_lens", seq_lens, {ScalarType::Int}, {sequences});
-  if (dtype != ScalarType::Float && dtype != ScalarType::Half && dtype != ScalarType::BFloat16) {
-    fail(op, "dtype", "float32, float16 or bfloat16", dtype_name(dtype));
-  }
+  check_float_dtype(op, "dtype", dtype);
   const std::vector<int64_t> shape = {sequences, max_tokens, n_kv, head_dim};
   Tensor k = allocate(cache, shape, dtype), v = allocate(cache, shape, dtype);
   const KvDequantizeParams params{.k = k.mutable_data_ptr(),

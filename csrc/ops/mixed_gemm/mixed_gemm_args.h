@@ -53,10 +53,7 @@ inline MixedGemmCall mixed_gemm_call(const Tensor& q_lo, const Tensor& q_hi, con
   check_device(op, "packed_weight", packed_weight, q_lo);
   check_device(op, "weight_scale", weight_scale, q_lo);
   check_device(op, "weight_sum", weight_sum, q_lo);
-  if (out_dtype != ScalarType::Float && out_dtype != ScalarType::Half &&
-      out_dtype != ScalarType::BFloat16) {
-    fail(op, "out_dtype", "float32, float16 or bfloat16", dtype_name(out_dtype));
-  }
+  check_float_dtype(op, "out_dtype", out_dtype);
 
   Tensor out = allocate(q_lo, with_last(q_lo, n), out_dtype);
   return {{.rows = row_count(q_lo),
