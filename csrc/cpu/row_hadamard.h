@@ -1,9 +1,6 @@
 // The Hadamard transform of one float32 row in place, unscaled. Every output is the same sequence
 // of additions on every instruction set.
-// Included inside the namespace of an instruction set, after its verbs (cpu/simd_*.h).
-#pragma once
-
-#include "cpu/row_access.h"
+// Included inside the namespace of an instruction set.
 
 // The stages kHalf, 2 kHalf, ... below kRadix on the vectors a[0], a[1], ...; the recursion is what
 // makes g++ keep them in registers (with a loop over the stages 8192 elements took 8.7 us,
@@ -25,11 +22,11 @@ inline void butterflies(Vec (&a)[kRadix]) {
 template <int kRadix, bool kFirst>
 inline void sylvester_pass(float* x, int64_t n, int64_t h) {
   for (int64_t base = 0; base < n; base += kRadix * h) {
-    for (int64_t i = base; i < base + h; i += Vec::kLanes) {
+    for (int64_t i = base; i < base + h; i += kLanes) {
       Vec a[kRadix];
       for (int r = 0; r < kRadix; ++r) {
         a[r] = load(x + i + r * h);
-        if (kFirst) a[r] = hadamard_lanes(a[r], Vec::kLanes);
+        if (kFirst) a[r] = hadamard_lanes(a[r], kLanes);
       }
       butterflies<1>(a);
       for (int r = 0; r < kRadix; ++r) store(x + i + r * h, a[r]);
@@ -50,13 +47,13 @@ inline int64_t sylvester_pass(float* x, int64_t n, int64_t h, int64_t power) {
 // Kronecker factor Sylvester(power), contiguous; x is padded to a multiple of kLanes. Three stages
 // a pass: a row of 57 KB and more leaves the first cache between passes.
 inline void sylvester_stages(float* x, int64_t n, int64_t power) {
-  if (power < Vec::kLanes) {
-    for (int64_t i = 0; i < n; i += Vec::kLanes) {
+  if (power < kLanes) {
+    for (int64_t i = 0; i < n; i += kLanes) {
       store(x + i, hadamard_lanes(load(x + i), power));
     }
     return;
   }
-  int64_t h = sylvester_pass<true>(x, n, Vec::kLanes, power);
+  int64_t h = sylvester_pass<true>(x, n, kLanes, power);
   while (h < power) h = sylvester_pass<false>(x, n, h, power);
 }
 
@@ -64,8 +61,8 @@ constexpr int64_t kTableFloats = 16 * kPaleyTile;  // one table: 16 lines
 
 // One vector of the 16 sums of four lines.
 inline void tabulate(Vec a, Vec b, Vec c, Vec d, float* table) {
-  const Vec first[4] = {a + b, b - a, a - b, set1(0.0f) - (a + b)};
-  const Vec second[4] = {c + d, d - c, c - d, set1(0.0f) - (c + d)};
+  const Vec first[4] = {a + b, b - a, a - b, 0.0f - (a + b)};
+  const Vec second[4] = {c + d, d - c, c - d, 0.0f - (c + d)};
   for (int e = 0; e < 16; ++e) store(table + e * kPaleyTile, first[e % 4] + second[e / 4]);
 }
 
@@ -74,7 +71,7 @@ template <int kStreams>
 inline void tabulate_groups(const float* x, int64_t stride, int64_t rows, int64_t first,
                             int64_t count, float* table) {
   for (int64_t j = 4 * first; j < 4 * (first + count); j += 4, table += kStreams * kTableFloats) {
-    for (int64_t v = 0; v < kPaleyTile; v += Vec::kLanes) {
+    for (int64_t v = 0; v < kPaleyTile; v += kLanes) {
       const float* p = x + j * kStreams * stride + v;
       if constexpr (kStreams == 1) {
         tabulate(load(p), load(p + stride), load(p + 2 * stride), load(p + 3 * stride), table + v);
@@ -101,7 +98,7 @@ inline void add_groups(const float* x, float* y, int64_t stride, const PaleyFact
                        int64_t first, int64_t count, const float* table, float* partial) {
   // Four chains of additions hide their latency: the vectors of one row, or of two or four rows.
   // Vector c of a row belongs to stream c % kStreams.
-  constexpr int kChains = 4, kVectors = kStreams * kPaleyTile / Vec::kLanes;
+  constexpr int kChains = 4, kVectors = kStreams * kPaleyTile / kLanes;
   constexpr int kRows = kVectors < kChains ? kChains / kVectors : 1;
   const int64_t groups = factor.groups;
   for (int64_t i = 0; i < factor.rows; i += kRows) {
@@ -111,7 +108,7 @@ inline void add_groups(const float* x, float* y, int64_t stride, const PaleyFact
       int64_t row[kChains], column[kChains], line[kChains];
       for (int c = 0; c < kChains; ++c) {
         row[c] = (start + c) / kVectors;
-        column[c] = (start + c) % kVectors / kStreams * Vec::kLanes;
+        column[c] = (start + c) % kVectors / kStreams * kLanes;
         line[c] = (i + row[c]) * kStreams + c % kStreams;
       }
       for (int c = 0; c < kChains; ++c) {

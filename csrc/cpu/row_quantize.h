@@ -1,47 +1,39 @@
 // One float32 row -> codes and (scale, zero): docs/formats.md section 2.
-// Included inside the namespace of an instruction set, after its verbs (cpu/simd_*.h).
-#pragma once
-
-#include "cpu/row_access.h"
+// Included inside the namespace of an instruction set.
 
 struct Range {
-  float lo, hi;  // widened to contain 0, which no scale depends on
+  float min, max;  // widened to contain 0, which no scale depends on
   bool finite;
 };
 
 inline Range row_range(const float* x, int64_t k) {
   constexpr int kUnroll = 4;  // hides the latency of min and max
-  Vec lo[kUnroll], hi[kUnroll], nan[kUnroll];
-  for (int u = 0; u < kUnroll; ++u) lo[u] = hi[u] = nan[u] = set1(0.0f);
+  Vec low[kUnroll] = {}, high[kUnroll] = {}, nan[kUnroll] = {};
   int64_t i = 0;
-  for (; i + kUnroll * Vec::kLanes <= k; i += kUnroll * Vec::kLanes) {
+  for (; i + kUnroll * kLanes <= k; i += kUnroll * kLanes) {
     for (int u = 0; u < kUnroll; ++u) {
-      const Vec v = load(x + i + u * Vec::kLanes);
-      lo[u] = min(lo[u], v);
-      hi[u] = max(hi[u], v);
+      const Vec v = load(x + i + u * kLanes);
+      low[u] = min(low[u], v);
+      high[u] = max(high[u], v);
       nan[u] = nan[u] + (v - v);  // 0, or NaN for good once v is NaN or infinite
     }
   }
-  for (; i < k; i += Vec::kLanes) {
+  for (; i < k; i += kLanes) {
     const Vec v = load_up_to(x + i, k - i);
-    lo[0] = min(lo[0], v);
-    hi[0] = max(hi[0], v);
+    low[0] = min(low[0], v);
+    high[0] = max(high[0], v);
     nan[0] = nan[0] + (v - v);
   }
   for (int u = 1; u < kUnroll; ++u) {
-    lo[0] = min(lo[0], lo[u]);
-    hi[0] = max(hi[0], hi[u]);
+    low[0] = min(low[0], low[u]);
+    high[0] = max(high[0], high[u]);
     nan[0] = nan[0] + nan[u];
   }
-  float lows[Vec::kLanes], highs[Vec::kLanes], nans[Vec::kLanes];
-  store(lows, lo[0]);
-  store(highs, hi[0]);
-  store(nans, nan[0]);
-  Range range{lows[0], highs[0], true};
-  for (int lane = 0; lane < Vec::kLanes; ++lane) {
-    range.lo = lows[lane] < range.lo ? lows[lane] : range.lo;
-    range.hi = highs[lane] > range.hi ? highs[lane] : range.hi;
-    range.finite = range.finite && nans[lane] == 0.0f;
+  Range range{low[0][0], high[0][0], true};
+  for (int lane = 0; lane < kLanes; ++lane) {
+    range.min = low[0][lane] < range.min ? low[0][lane] : range.min;
+    range.max = high[0][lane] > range.max ? high[0][lane] : range.max;
+    range.finite = range.finite && nan[0][lane] == 0.0f;
   }
   return range;
 }
@@ -59,9 +51,9 @@ struct Coder {
   Vec inv_scale, zero, lowest, highest;
 };
 
-inline void write_containers(const float* x, int64_t k, const Coder& code, int8_t* codes) {
+inline void write_codes(const float* x, int64_t k, const Coder& code, int8_t* codes) {
   int64_t i = 0;
-  for (; i + Vec::kLanes <= k; i += Vec::kLanes) store(codes + i, code(load(x + i)));
+  for (; i + kLanes <= k; i += kLanes) store(codes + i, code(load(x + i)));
   if (i < k) store_up_to(codes + i, code(load_up_to(x + i, k - i)), k - i);
 }
 
@@ -70,9 +62,9 @@ inline void write_nibbles(const float* x, int64_t k, const Coder& code, uint8_t*
   for (int64_t i = 0; i < k; i += kBlock) {
     int8_t codes[kBlock];
     const int64_t count = k - i < kBlock ? k - i : kBlock;
-    write_containers(x + i, count, code, codes);
+    write_codes(x + i, count, code, codes);
     for (int64_t j = 0; j < count / 2; ++j) {
-      bytes[i / 2 + j] = static_cast<uint8_t>((codes[2 * j] & 15) | ((codes[2 * j + 1] & 15) << 4));
+      bytes[i / 2 + j] = pack_int4(codes[2 * j], codes[2 * j + 1]);
     }
   }
 }
@@ -90,15 +82,15 @@ inline void quantize_part(const float* x, int64_t k, int bits, bool packed, cons
     std::memset(codes, 0, static_cast<size_t>(packed ? k / 2 : k));
     return;
   }
-  const float lo = range.lo * rows.clip, hi = range.hi * rows.clip;
+  const float low = range.min * rows.clip, high = range.max * rows.clip;
   const ScaleZero q =
-      rows.symmetric ? symmetric_scale(lo, hi, bits) : asymmetric_scale(lo, hi, bits);
+      rows.symmetric ? symmetric_scale(low, high, bits) : asymmetric_scale(low, high, bits);
   params[0] = q.scale;
   params[1] = q.zero;
   if (packed) {
     write_nibbles(x, k, Coder(q, bits), static_cast<uint8_t*>(codes));
   } else {
-    write_containers(x, k, Coder(q, bits), static_cast<int8_t*>(codes));
+    write_codes(x, k, Coder(q, bits), static_cast<int8_t*>(codes));
   }
 }
 

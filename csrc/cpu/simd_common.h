@@ -1,8 +1,7 @@
-// Everything that the instruction-set files need and that must not be compiled for their
-// instruction set: an inline function that two files compile for different targets under one name
-// would be merged by the linker, and a machine without AVX-512 could run the AVX-512 copy. So this
-// comes before `#pragma GCC target`, and all that comes after it lives in the instruction set's
-// namespace.
+// What every instruction set shares and what must not be compiled for one of them: an inline
+// function that two files compile for different targets under one name would be merged by the
+// linker, and a machine without AVX-512 could run the AVX-512 copy. So this comes before
+// `#pragma GCC target`, and all that comes after it lives in the instruction set's namespace.
 #pragma once
 
 #if defined(__x86_64__)
@@ -14,16 +13,31 @@
 #pragma GCC diagnostic pop
 #endif
 
+#include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "core/float16.h"
 #include "core/hadamard.h"
 #include "core/host_device.h"
 #include "core/int4.h"
 #include "core/quantize.h"
+#include "cpu/isa.h"
 #include "cpu/row_buffer.h"
+
+namespace resq::cpu {
+
+// GNU vectors of any power of two of numbers: registers, and parts of rows narrower or wider.
+template <int kWidth>
+struct Vectors {
+  typedef float Vec __attribute__((vector_size(kWidth * sizeof(float))));
+  typedef int32_t IVec __attribute__((vector_size(kWidth * sizeof(int32_t))));
+};
+
+}  // namespace resq::cpu

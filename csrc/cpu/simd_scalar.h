@@ -1,72 +1,58 @@
-// The verbs over four floats in GNU vector arithmetic: SSE2 on x86-64, NEON on aarch64.
-#pragma once
+// The operations of cpu/simd.h on four lanes, portable: SSE2 on x86-64, NEON on aarch64. Included
+// inside the namespace of an instruction set.
 
-#include "cpu/simd_common.h"
+inline constexpr int kLanes = 4;
+using Vec = Vectors<kLanes>::Vec;
+using IVec = Vectors<kLanes>::IVec;
 
-namespace resq::cpu::scalar {
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-struct Vec {
-  static constexpr int kLanes = 4;
-  using Floats = float __attribute__((vector_size(16)));
-  using Ints = int32_t __attribute__((vector_size(16)));
-  Floats v;
-};
-
-inline Vec set1(float x) { return {Vec::Floats{x, x, x, x}}; }
-inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
-inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
-inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
-inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
-
-// a < b ? a : b: the second operand if either is NaN, as on x86.
-inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
-inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
-
-// Half to even. Adding 1.5 * 2^23 rounds below 2^22; larger values are clamped there, which the
-// callers cannot see: codes and exponents end far below.
-inline Vec round(Vec a) {
-  const Vec limit = set1(0x1p22f), magic = set1(0x1.8p23f);
-  a = min(limit, max(set1(-0x1p22f), a));
-  return (a + magic) - magic;
+// Adding 1.5 * 2^23 rounds below 2^22; larger values are clamped there, which the callers cannot
+// see: codes and exponents end far below.
+inline Vec round(Vec x) {
+  const Vec limit = Vec{} + 0x1p22f;
+  x = min(limit, max(-limit, x));
+  return (x + 0x1.8p23f) - 0x1.8p23f;
 }
-
-// 2^n of integers n in [-126, 127]; 0 at n = -127.
-inline Vec exp2_int(Vec n) {
-  const Vec::Ints exponent = (__builtin_convertvector(n.v, Vec::Ints) + 127) << 23;
-  return {std::bit_cast<Vec::Floats>(exponent)};
+inline IVec round_to_int(Vec x) {
+  return __builtin_bit_cast(IVec, x + 0x1.8p23f) - std::bit_cast<int32_t>(0x1.8p23f);
 }
 
 inline Vec load(const float* p) {
-  Vec a;
-  std::memcpy(&a.v, p, sizeof(a.v));
-  return a;
+  Vec x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
 }
 inline Vec load(const Half* p) {
-  return {Vec::Floats{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
+  return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
 }
 inline Vec load(const BFloat16* p) {
-  return {Vec::Floats{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
+  return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
 }
-inline void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof(a.v)); }
-inline void store(Half* p, Vec a) {
-  for (int i = 0; i < Vec::kLanes; ++i) p[i] = to_half(a.v[i]);
+inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof(x)); }
+inline void store(Half* p, Vec x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = to_half(x[i]);
 }
-inline void store(BFloat16* p, Vec a) {
-  for (int i = 0; i < Vec::kLanes; ++i) p[i] = to_bfloat16(a.v[i]);
+inline void store(BFloat16* p, Vec x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = to_bfloat16(x[i]);
 }
-
-// Integers in [-128, 127] as bytes.
-inline void store(int8_t* p, Vec a) {
-  for (int i = 0; i < Vec::kLanes; ++i) p[i] = static_cast<int8_t>(a.v[i]);
+inline void store(int8_t* p, Vec x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(x[i]);
 }
 
-// The stages h = 1, 2, ... below min(width, kLanes) of a Hadamard transform, inside the register.
-inline Vec hadamard_lanes(Vec a, int64_t width) {
-  const Vec::Floats b = a.v;
-  if (width >= 2) a.v = Vec::Floats{b[0] + b[1], b[0] - b[1], b[2] + b[3], b[2] - b[3]};
-  const Vec::Floats c = a.v;
-  if (width >= 4) a.v = Vec::Floats{c[0] + c[2], c[1] + c[3], c[0] - c[2], c[1] - c[3]};
-  return a;
+inline IVec dot_pairs(IVec sums, IVec a, IVec b) {
+  using Unsigned = uint32_t __attribute__((vector_size(sizeof(IVec))));
+  const IVec low = ((a << 16) >> 16) * ((b << 16) >> 16), high = (a >> 16) * (b >> 16);
+  return (IVec)((Unsigned)sums + (Unsigned)low + (Unsigned)high);
 }
 
-}  // namespace resq::cpu::scalar
+inline Vec hadamard_lanes(Vec x, int64_t width) {
+  const Vec a = x;
+  if (width >= 2) x = Vec{a[0] + a[1], a[0] - a[1], a[2] + a[3], a[2] - a[3]};
+  const Vec b = x;
+  if (width >= 4) x = Vec{b[0] + b[2], b[1] + b[3], b[0] - b[2], b[1] - b[3]};
+  return x;
+}
+
+#include "cpu/simd.h"

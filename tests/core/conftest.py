@@ -1,4 +1,4 @@
-"""Builds the test-only module `resq_core`, which shows csrc/core and the vector verbs to Python."""
+"""Builds the test-only module `resq_core`: csrc/core and the SIMD operations for Python."""
 
 from __future__ import annotations
 

@@ -8,15 +8,19 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "cpu/simd_scalar.h"
-#include "cpu/tile_config.h"
-#include "ops/mixed_gemm/mixed_gemm_plan.h"
+#include "cpu/simd_common.h"
+#include "ops/mixed_gemm/cpu/plan.h"
+#include "ops/mixed_gemm/cpu/tile_config.h"
 
 namespace resq::cpu::emulated {
-using namespace scalar;
-
+namespace {
+#include "cpu/simd_scalar.h"
 #include "emulated_tiles.h"
-#include "ops/mixed_gemm/mixed_gemm_tiles_body.h"
+
+// clang-format off: the body needs what stands above it
+#include "ops/mixed_gemm/cpu/amx_body.h"
+// clang-format on
+}  // namespace
 }  // namespace resq::cpu::emulated
 
 namespace py = pybind11;
@@ -60,7 +64,7 @@ Array<float> mixed_gemm_over_tiles(const Array<int8_t>& q_lo, const Array<uint8_
   if (!tasks.plan.amx) throw std::invalid_argument("so few rows do not run on tiles");
   const int64_t count = tasks.plan.tasks();
   for (int64_t run = 0; run < runs; ++run) {
-    resq::cpu::emulated::mixed_gemm_tasks(tasks, run * count / runs, (run + 1) * count / runs);
+    resq::cpu::emulated::run_tasks(tasks, run * count / runs, (run + 1) * count / runs);
   }
   return out;
 }
@@ -81,8 +85,8 @@ void define_mixed_gemm(py::module_& m) {
   py::class_<MixedGemmPlan>(m, "MixedGemmPlan")
       .def_readonly("panels", &MixedGemmPlan::panels)
       .def_readonly("blocks", &MixedGemmPlan::blocks)
-      .def_readonly("panel_rows", &MixedGemmPlan::panel_rows)
-      .def_readonly("tile_rows", &MixedGemmPlan::tile_rows)
+      .def_readonly("panel_m", &MixedGemmPlan::panel_m)
+      .def_readonly("tile_m", &MixedGemmPlan::tile_m)
       .def_readonly("grain", &MixedGemmPlan::grain)
       .def_readonly("amx", &MixedGemmPlan::amx);
   m.def("mixed_gemm_plan", resq::mixed_gemm_plan);

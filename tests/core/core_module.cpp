@@ -1,4 +1,4 @@
-// csrc/core and the vector verbs as a Python module, for the exhaustive tests only.
+// csrc/core and the SIMD operations as a Python module, for the exhaustive tests only.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,7 +13,7 @@
 #include "core/quantize.h"
 #include "core_cuda_choice.h"
 #include "core_mixed_gemm.h"
-#include "verbs.h"
+#include "core_simd.h"
 
 namespace py = pybind11;
 
@@ -21,23 +21,6 @@ namespace {
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
-
-template <class To, class From>
-Array<To> apply(void (*map)(const From*, To*, int64_t), const Array<From>& x) {
-  if (x.size() % 16 != 0) throw std::invalid_argument("expected a multiple of 16 elements");
-  Array<To> y(x.size());
-  map(x.data(), y.mutable_data(), x.size());
-  return y;
-}
-
-resq::cpu::Verbs verbs(const std::string& isa) {
-#if defined(__x86_64__)
-  if (isa == "avx2") return resq::cpu::avx2::verbs();
-  if (isa == "avx512vnni") return resq::cpu::avx512vnni::verbs();
-#endif
-  if (isa == "scalar") return resq::cpu::scalar::verbs();
-  throw std::invalid_argument("no such instruction set: " + isa);
-}
 
 // The plan of n as (power, [(order, streams, table_offsets [rows, groups])]).
 py::tuple plan(int64_t n) {
@@ -79,7 +62,6 @@ void define_packed_weight_cuda(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(resq_core, m) {
-  using resq::cpu::Verbs;
   m.def("pack_int4", py::vectorize(resq::pack_int4));
   m.def("unpack_int4_even", py::vectorize(resq::unpack_int4_even));
   m.def("unpack_int4_odd", py::vectorize(resq::unpack_int4_odd));
@@ -104,16 +86,5 @@ PYBIND11_MODULE(resq_core, m) {
   m.def("hadamard_plan", plan);
   m.attr("PALEY_TILE") = resq::kPaleyTile;
   m.attr("PALEY_TABLES") = resq::kPaleyTables;
-  m.def("verbs", verbs);
-  py::class_<Verbs>(m, "Verbs")
-      .def_readonly("lanes", &Verbs::lanes)
-      .def("exp", [](const Verbs& v, Array<float> x) { return apply(v.exp, x); })
-      .def("silu", [](const Verbs& v, Array<float> x) { return apply(v.silu, x); })
-      .def("round", [](const Verbs& v, Array<float> x) { return apply(v.round, x); })
-      .def("to_float16", [](const Verbs& v, Array<float> x) { return apply(v.to_float16, x); })
-      .def("to_bfloat16", [](const Verbs& v, Array<float> x) { return apply(v.to_bfloat16, x); })
-      .def("from_float16",
-           [](const Verbs& v, Array<uint16_t> x) { return apply(v.from_float16, x); })
-      .def("from_bfloat16",
-           [](const Verbs& v, Array<uint16_t> x) { return apply(v.from_bfloat16, x); });
+  define_simd(m);
 }

@@ -1,7 +1,6 @@
 // The tile registers of AMX-INT8 in plain C++, as the instruction set reference defines them: what
-// csrc/cpu/tiles_amx.h does by instructions. What the processor refuses throws.
+// csrc/ops/mixed_gemm/cpu/tiles_amx.h does by instructions. What the processor refuses throws.
 // Included inside a namespace.
-#pragma once
 
 class Tiles {
  public:

@@ -83,16 +83,14 @@ def test_plans_cover_every_row_once_within_the_cache(core: ModuleType, isa: str)
         for k_lo, k_hi in [(0, 0), (0, 24), (2, 0), (1792, 256), (3584, 512), (25872, 3696)]:
             plan = core.mixed_gemm_plan(rows, 4096, k_lo, k_hi, getattr(core.Isa, isa))
             assert plan.blocks == 128
-            covered = sum(
-                min(plan.panel_rows, rows - i * plan.panel_rows) for i in range(plan.panels)
-            )
+            covered = sum(min(plan.panel_m, rows - i * plan.panel_m) for i in range(plan.panels))
             assert covered == rows
-            assert plan.panels == 0 or (plan.panels - 1) * plan.panel_rows < rows
+            assert plan.panels == 0 or (plan.panels - 1) * plan.panel_m < rows
             limit = (1280 if plan.amx else 768) * 1024
-            one_tile = plan.panel_rows <= plan.tile_rows
-            assert one_tile or plan.panel_rows * (k_lo + k_hi) <= limit
+            one_tile = plan.panel_m <= plan.tile_m
+            assert one_tile or plan.panel_m * (k_lo + k_hi) <= limit
             # No AMX tile of a panel but the last of all is padded.
-            assert not plan.amx or plan.panel_rows % 16 == 0
+            assert not plan.amx or plan.panel_m % 16 == 0
 
 
 def rows_of_codes(generator: np.random.Generator, low: int, *shape: int) -> np.ndarray:

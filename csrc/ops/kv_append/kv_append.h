@@ -44,18 +44,4 @@ struct KvAppendGroups {
   int64_t head(int64_t group, int64_t row) const { return group * heads + row % heads; }
 };
 
-// Appends, or rotates, rows [begin, end) of group `group`.
-namespace scalar {
-void kv_append_rows(const KvAppendParams&, int64_t group, int64_t begin, int64_t end);
-void kv_rotate_queries(const KvAppendParams&, int64_t group, int64_t begin, int64_t end);
-}  // namespace scalar
-namespace avx2 {
-void kv_append_rows(const KvAppendParams&, int64_t group, int64_t begin, int64_t end);
-void kv_rotate_queries(const KvAppendParams&, int64_t group, int64_t begin, int64_t end);
-}  // namespace avx2
-namespace avx512vnni {
-void kv_append_rows(const KvAppendParams&, int64_t group, int64_t begin, int64_t end);
-void kv_rotate_queries(const KvAppendParams&, int64_t group, int64_t begin, int64_t end);
-}  // namespace avx512vnni
-
 }  // namespace resq

@@ -2,27 +2,14 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "cpu/isa.h"
 #include "ops/kv_append/kv_append_args.h"
 #include "torch/cpu_call.h"
 
+#define RESQ_ISA_BODY "ops/kv_append/kv_append_body.h"
+#include "cpu/foreach_isa.h"
+
 namespace resq {
 namespace {
-
-// What an instruction set does with rows of k and v, and with rows of q.
-struct Variant {
-  decltype(&scalar::kv_append_rows) append, rotate;
-};
-
-Variant variant() {
-  switch (cpu::vector_isa()) {
-#if defined(__x86_64__)
-    case cpu::Isa::kAvx512Vnni: return {avx512vnni::kv_append_rows, avx512vnni::kv_rotate_queries};
-    case cpu::Isa::kAvx2: return {avx2::kv_append_rows, avx2::kv_rotate_queries};
-#endif
-    default: return {scalar::kv_append_rows, scalar::kv_rotate_queries};
-  }
-}
 
 // Every slot lies inside the cache, or is negative.
 void check_slots(const Tensor& slot_mapping, int64_t slots) {
@@ -41,7 +28,7 @@ void check_slots(const Tensor& slot_mapping, int64_t slots) {
 constexpr int64_t kGrainRows = 16;
 
 void for_rows(const KvAppendParams& params, const KvAppendGroups& of,
-              decltype(Variant::append) run) {
+              void (*run)(const KvAppendParams&, int64_t, int64_t, int64_t)) {
   if (of.rows == 0) return;
   torch::stable::parallel_for(0, of.groups * of.rows, kGrainRows, [&](int64_t begin, int64_t end) {
     while (begin < end) {
@@ -63,8 +50,8 @@ Tensor kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& 
   const KvAppendParams& params = call.params;
   if (params.n_kv == 0) return call.rotated_q;
   log_cpu_kernel("kv_append");
-  for_rows(params, KvAppendGroups(params, params.n_kv), variant().append);
-  for_rows(params, KvAppendGroups(params, params.n_q), variant().rotate);
+  for_rows(params, KvAppendGroups(params, params.n_kv), RESQ_ISA_CHOOSE(kv_append_rows));
+  for_rows(params, KvAppendGroups(params, params.n_q), RESQ_ISA_CHOOSE(kv_rotate_queries));
   return call.rotated_q;
 }
 

@@ -72,19 +72,4 @@ constexpr int64_t kv_workspace_floats(int64_t head_dim, int64_t rows) {
   return kKeyBlock * (head_dim + 8) + rows * (2 * kv_state_floats(head_dim) + head_dim / 2 + 4);
 }
 
-// attend: all splits of a task, writes `out`. attend_split: one split into `states`
-// [rows, kv_state_floats]. merge_splits: states [splits, rows, ...] in order, writes `out`.
-#define RESQ_KV_ATTENTION_VARIANT(isa)                                                     \
-  namespace isa {                                                                          \
-  void attend(const KvAttentionParams&, const KvAttentionTask&, float* workspace);         \
-  void attend_split(const KvAttentionParams&, const KvAttentionTask&, int64_t split,       \
-                    float* states, float* workspace);                                      \
-  void merge_splits(const KvAttentionParams&, const KvAttentionTask&, const float* states, \
-                    float* workspace);                                                     \
-  }
-RESQ_KV_ATTENTION_VARIANT(scalar)
-RESQ_KV_ATTENTION_VARIANT(avx2)
-RESQ_KV_ATTENTION_VARIANT(avx512vnni)
-#undef RESQ_KV_ATTENTION_VARIANT
-
 }  // namespace resq

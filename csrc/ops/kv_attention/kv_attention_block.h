@@ -1,6 +1,5 @@
-// A block of 64 tokens of K and V as the integer products read it, and the products; included
-// inside the namespace of an instruction set, after cpu/lanes.h and the transposition (load_words,
-// load_metadata) of that set.
+// A block of 64 tokens of K and V as the integer products read it, and the products. Included
+// inside the namespace of an instruction set.
 //
 // The words of a tile stay packed, four or two registers of two 4-bit codes each; a product masks
 // them out in registers, beside the multiplications. Unpacking into a buffer first was bound by its
@@ -29,36 +28,44 @@ struct Block {
   float metadata[8][kKeyBlock];  // (scale, offset) of K low, K high, V low, V high
 };
 
-using EightInts = typename Vectors<8>::Ints;
+using EightIVec = Vectors<8>::IVec;
+
+#if defined(RESQ_ISA_AVX512VNNI)
+#include "ops/kv_attention/block_words_avx512vnni.h"
+#elif defined(RESQ_ISA_AVX2)
+#include "ops/kv_attention/block_words_avx2.h"
+#else
+#include "ops/kv_attention/block_words_scalar.h"
+#endif
 
 // Registers of eight words, stored: functions that return 32-byte vectors would have an ABI of
 // their own on the portable instruction set.
 
 // Bytes 2 `part` and 2 `part` + 1 of each word, as two 16-bit codes.
-inline void store_bytes(int32_t* out, const EightInts& words, int part) {
-  const EightInts pair = words >> (16 * part);
-  store(out, (pair & 0xff) | ((pair & 0xff00) << 8));
+inline void store_bytes(int32_t* out, const EightIVec& words, int part) {
+  const EightIVec pair = words >> (16 * part);
+  store_bits(out, (pair & 0xff) | ((pair & 0xff00) << 8));
 }
 
 // Byte `at` of each word: its low and its high nibble, as two 16-bit codes.
-inline void store_byte_nibbles(int32_t* out, const EightInts& words, int at) {
-  const EightInts byte = words >> (8 * at);
-  store(out, (byte & 0x0f) | ((byte & 0xf0) << 12));
+inline void store_byte_nibbles(int32_t* out, const EightIVec& words, int at) {
+  const EightIVec byte = words >> (8 * at);
+  store_bits(out, (byte & 0x0f) | ((byte & 0xf0) << 12));
 }
 
 // Nibbles n of four words (from `first` on), then nibbles n + 1 of the same words.
-inline void store_tail(int32_t* out, const EightInts& words, int n, int first) {
-  const EightInts low = (words >> (4 * n)) & 0x000f000f;
-  const EightInts high = (words >> (4 * n + 4)) & 0x000f000f;
-  store(out, __builtin_shuffle(low, high, EightInts{0, 1, 2, 3, 8, 9, 10, 11} + first));
+inline void store_tail(int32_t* out, const EightIVec& words, int n, int first) {
+  const EightIVec low = (words >> (4 * n)) & 0x000f000f;
+  const EightIVec high = (words >> (4 * n + 4)) & 0x000f000f;
+  store_bits(out, __builtin_shuffle(low, high, EightIVec{0, 1, 2, 3, 8, 9, 10, 11} + first));
 }
 
 // The words of lanes 4 g + i, g = 0..7, of a tile.
 struct LaneWords {
-  EightInts at[9];
+  EightIVec at[9];
 };
 inline void load_lanes(const uint8_t* tile, LaneWords (&lanes)[4]) {
-  EightInts last[4];
+  EightIVec last[4];
   load_words(tile + kv_word_byte(8, 0), 16, last);
   for (int i = 0; i < 4; ++i) {
     load_words(tile + kv_word_byte(0, i), 64, lanes[i].at);
@@ -75,12 +82,12 @@ inline void load_key_tile(const uint8_t* tile, int64_t at, Block<kHeadDim>* bloc
   LaneWords lanes[4];
   load_lanes(tile, lanes);
   for (int i = 0; i < 4; ++i) {
-    const EightInts* word = lanes[i].at;
+    const EightIVec* word = lanes[i].at;
     for (int group = 0; group < KvLayout<kHeadDim>::kTileTokens / 16; ++group) {
       for (int half = 0; half < 2; ++half) {
         const auto line = [&](int n) { return &block->keys[i][n][at + 16 * group + 8 * half]; };
-        for (int j = 0; j < kFull; ++j) store(line(j), word[3 * group + kFull * half + j]);
-        store(line(kFull), word[3 * group + 2 * kFull] >> (8 * half));
+        for (int j = 0; j < kFull; ++j) store_bits(line(j), word[3 * group + kFull * half + j]);
+        store_bits(line(kFull), word[3 * group + 2 * kFull] >> (8 * half));
         if constexpr (kHeadDim == 128) {
           store_bytes(line(kFull + 1), word[7 + half], 0);
           store_bytes(line(kFull + 2), word[7 + half], 1);
@@ -101,12 +108,12 @@ inline void load_value_tile(const uint8_t* tile, int64_t at, Block<kHeadDim>* bl
   LaneWords lanes[4];
   load_lanes(tile, lanes);
   for (int i = 0; i < 4; ++i) {
-    const EightInts* word = lanes[i].at;
+    const EightIVec* word = lanes[i].at;
     for (int group = 0; group < KvLayout<kHeadDim>::kTileTokens / 16; ++group) {
       for (int half = 0; half < 2; ++half) {
         int32_t* out = block->values[at / 2 + 8 * group + 4 * half + i];
-        for (int j = 0; j < kFull; ++j) store(out + 8 * j, word[3 * group + kFull * half + j]);
-        store(out + 8 * kFull, word[3 * group + 2 * kFull] >> (8 * half));
+        for (int j = 0; j < kFull; ++j) store_bits(out + 8 * j, word[3 * group + kFull * half + j]);
+        store_bits(out + 8 * kFull, word[3 * group + 2 * kFull] >> (8 * half));
         if constexpr (kHeadDim == 128) {
           store_bytes(out + kDirect, word[7 + half], 0);
           store_bytes(out + kDirect + 8, word[7 + half], 1);
@@ -147,39 +154,39 @@ inline constexpr PairOrder<kHeadDim> kPairOrder{};
 
 // sums[r] += the pair x[r] of every row times the pairs of all columns.
 template <int kRows, int kVectors>
-inline void multiply(Ints (&sums)[kRows][kVectors], const int16_t* x, int64_t stride,
-                     const Ints (&codes)[kVectors]) {
+inline void multiply(IVec (&sums)[kRows][kVectors], const int16_t* x, int64_t stride,
+                     const IVec (&codes)[kVectors]) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    const Ints pair = broadcast(load<int32_t>(x + r * stride));
+    const IVec pair = set1(load_bits<int32_t>(x + r * stride));
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sums[r][v] = dot_pairs(sums[r][v], pair, codes[v]);
   }
 }
 
 template <int kVectors>
-inline void load_codes(const int32_t* line, Ints (&codes)[kVectors]) {
+inline void load_codes(const int32_t* line, IVec (&codes)[kVectors]) {
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) codes[v] = load<Ints>(line + v * kLanes);
+  for (int v = 0; v < kVectors; ++v) codes[v] = load_bits<IVec>(line + v * kLanes);
 }
 
 template <int kRows, int kVectors>
-inline void store_sums(const Ints (&sums)[kRows][kVectors], int32_t* out, int64_t stride) {
+inline void store_sums(const IVec (&sums)[kRows][kVectors], int32_t* out, int64_t stride) {
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) store(out + r * stride + v * kLanes, sums[r][v]);
+    for (int v = 0; v < kVectors; ++v) store_bits(out + r * stride + v * kLanes, sums[r][v]);
   }
 }
 
 // kCount registers of a line of packed words, against as many pairs from `x` on.
 template <int kCount, int kRows, int kVectors>
-inline void multiply_nibbles(Ints (&sums)[kRows][kVectors], const int16_t* x, int64_t stride,
+inline void multiply_nibbles(IVec (&sums)[kRows][kVectors], const int16_t* x, int64_t stride,
                              const int32_t* line) {
 #pragma GCC unroll 4
   for (int n = 0; n < kCount; ++n) {
-    Ints codes[kVectors];
+    IVec codes[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      codes[v] = (load<Ints>(line + v * kLanes) >> (4 * n)) & 0x000f000f;
+      codes[v] = (load_bits<IVec>(line + v * kLanes) >> (4 * n)) & 0x000f000f;
     }
     multiply(sums, x + 2 * n, stride, codes);
   }
@@ -191,7 +198,7 @@ template <int kHeadDim, int kRows, int kVectors>
 inline void key_tile_products(const int16_t* q, const Block<kHeadDim>& block, int column,
                               int32_t* lo, int32_t* hi) {
   using Layout = BlockLayout<kHeadDim>;
-  Ints sums[kRows][kVectors] = {}, codes[kVectors];
+  IVec sums[kRows][kVectors] = {}, codes[kVectors];
   for (int i = 0; i < 4; ++i) {
     for (int j = 0; j < Layout::kFull; ++j, q += 8) {
       multiply_nibbles<4>(sums, q, kHeadDim, &block.keys[i][j][column]);
@@ -205,7 +212,7 @@ inline void key_tile_products(const int16_t* q, const Block<kHeadDim>& block, in
     }
   }
   store_sums(sums, lo + column, kKeyBlock);
-  Ints high[kRows][kVectors] = {};
+  IVec high[kRows][kVectors] = {};
   for (int i = 0; i < 4; ++i) {
     for (int part = 0; part < Layout::kDirectHigh; ++part, q += 2) {
       load_codes(&block.keys[i][Layout::kLines - Layout::kDirectHigh + part][column], codes);
@@ -223,21 +230,16 @@ inline void key_products(const int16_t* q, const Block<kHeadDim>& block, int32_t
   }
 }
 
-template <int n>
-inline Ints nibbles_and_next(const int32_t* words);
-
 // Codes of dims [kLanes v, kLanes (v + 1)) for the pair of tokens whose words are `words`.
 template <int kHeadDim, int v>
-inline Ints value_codes(const int32_t* words) {
+inline IVec value_codes(const int32_t* words) {
   constexpr int kFull = BlockLayout<kHeadDim>::kFull;
   constexpr int kOctet = v * kLanes / 8, kWord = kOctet / 4 < kFull ? kOctet / 4 : kFull;
   constexpr int kNibble = kOctet - 4 * kWord;
   if constexpr (kOctet >= 4 * kFull + 2) {
-    return load<Ints>(words + 8 * (kFull + 1) + v * kLanes - 8 * (4 * kFull + 2));
-  } else if constexpr (kLanes == 16) {
-    return nibbles_and_next<kNibble>(words + 8 * kWord);
+    return load_bits<IVec>(words + 8 * (kFull + 1) + v * kLanes - 8 * (4 * kFull + 2));
   } else {
-    return (load<Ints>(words + 8 * kWord + v * kLanes % 8) >> (4 * kNibble)) & 0x000f000f;
+    return load_nibbles<kNibble>(words + 8 * kWord + v * kLanes % 8);
   }
 }
 
@@ -247,9 +249,9 @@ template <int kHeadDim, int kRows, int kFirst, int... kVector>
 inline void value_tile_products(const int16_t* weights, int64_t stride,
                                 const Block<kHeadDim>& block, int32_t* out, int64_t out_stride,
                                 std::integer_sequence<int, kVector...>) {
-  Ints sums[kRows][sizeof...(kVector)] = {};
+  IVec sums[kRows][sizeof...(kVector)] = {};
   for (int pair = 0; pair < kKeyBlock / 2; ++pair) {
-    const Ints codes[] = {value_codes<kHeadDim, kFirst + kVector>(block.values[pair])...};
+    const IVec codes[] = {value_codes<kHeadDim, kFirst + kVector>(block.values[pair])...};
     multiply(sums, weights + 2 * pair, stride, codes);
   }
   store_sums(sums, out, out_stride);

@@ -1,9 +1,9 @@
-// The body of kv_attention; included inside the namespace of an instruction set that has defined
-// the vectors of cpu/lanes.h, after kv_attention_block.h.
+// The one CPU body of kv_attention. Included inside the namespace of an instruction set.
 
-namespace {
+#include "cpu/key_rotation.h"
+#include "ops/kv_attention/kv_attention_block.h"
 
-using Shorts = int16_t __attribute__((vector_size(sizeof(Ints) / 2)));
+using Shorts = int16_t __attribute__((vector_size(sizeof(IVec) / 2)));
 
 // A query row: q' ~ scale * integer per part, and the sums of q' as quantized.
 struct QueryRow {
@@ -40,28 +40,59 @@ struct Workspace {
   }
 };
 
-inline Ints lane_index() {
-  Ints index{};
-  for (int j = 0; j < kLanes; ++j) index[j] = j;
-  return index;
+// max is the second operand where either is NaN. Structs and not lambdas: g++ 12 compiles a lambda
+// for the baseline instruction set, whatever the pragma around it says.
+struct Sum {
+  template <class Vector>
+  Vector operator()(Vector a, Vector b) const {
+    return a + b;
+  }
+};
+struct Maximum {
+  template <class Vector>
+  Vector operator()(Vector a, Vector b) const {
+    return a > b ? a : b;
+  }
+  Vec operator()(Vec a, Vec b) const { return max(a, b); }
+};
+
+// Lanes j and j + kWidth / 2 meet, then the halves of what is left: 16 lanes fold in the same order
+// whatever the width of the registers that hold them.
+template <class Op, int kWidth>
+inline float fold_lanes(typename Vectors<kWidth>::Vec v) {
+  if constexpr (kWidth == 1) {
+    return v[0];
+  } else {
+    typename Vectors<kWidth / 2>::Vec low, high;
+    __builtin_memcpy(&low, &v, sizeof(low));
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+    return fold_lanes<Op, kWidth / 2>(Op()(low, high));
+  }
+}
+template <class Op>
+inline float fold(Vec (&v)[16 / kLanes]) {
+  for (int n = 16 / kLanes / 2; n >= 1; n /= 2) {
+    for (int j = 0; j < n; ++j) v[j] = Op()(v[j], v[j + n]);
+  }
+  return fold_lanes<Op, kLanes>(v[0]);
 }
 
 // 2^x for x <= 0, 0 below -127, NaN for NaN. The polynomial is a degree-6 minimax fit on
 // [-0.5, 0.5]: relative error 1e-8 before and 9e-8 after rounding.
-inline Floats exp2(Floats x) {
-  x = maximum(broadcast(-127.0f), x);
-  const Floats shifted = x + kRoundMagic;
-  const Floats f = x - (shifted - kRoundMagic);
-  const Ints n = __builtin_bit_cast(Ints, shifted) - std::bit_cast<int32_t>(kRoundMagic);
-  Floats y = f * 0x1.44138ap-13f + 0x1.5f0890p-10f;
+inline Vec exp2(Vec x) {
+  x = max(set1(-127.0f), x);
+  const Vec shifted = x + kRoundMagic;
+  const Vec f = x - (shifted - kRoundMagic);
+  const IVec n = __builtin_bit_cast(IVec, shifted) - std::bit_cast<int32_t>(kRoundMagic);
+  Vec y = f * 0x1.44138ap-13f + 0x1.5f0890p-10f;
   y = y * f + 0x1.3b2a54p-7f;
   y = y * f + 0x1.c6af6cp-5f;
   y = y * f + 0x1.ebfbe0p-3f;
   y = y * f + 0x1.62e430p-1f;
   y = y * f + 1.0f;
-  return y * __builtin_bit_cast(Floats, (n + 127) << 23);
+  return y * exp2_int(n);
 }
-inline float exp2(float x) { return exp2(broadcast(x))[0]; }
+inline float exp2(float x) { return exp2(set1(x))[0]; }
 
 // 16-bit integers of kCount numbers, rounded half to even to multiples of max|x| / 32767; answers
 // that scale and the sum of the multiples. NaN and infinities answer NaN for both.
@@ -103,9 +134,9 @@ inline void prepare_queries(const KvAttentionParams& p, const KvAttentionTask& t
       load_row(p.q, p.q_type, token * p.q_stride + head * kHeadDim, kHeadDim, x + r * kHeadDim);
       if (!p.cos.data) continue;
       const int64_t angles = token * kHeadDim;
-      rope<kHeadDim>(x + r * kHeadDim, p.cos.floats() + angles, p.sin.floats() + angles);
+      apply_rope<kHeadDim>(x + r * kHeadDim, p.cos.floats() + angles, p.sin.floats() + angles);
     }
-    if (rotation) rotate<kHeadDim>(x, count, rotation);
+    if (rotation) apply_key_rotation<kHeadDim>(x, count, rotation);
     for (int j = 0; j < count * kHeadDim; ++j) x[j] *= p.scale;
     for (int r = 0; r < count; ++r) {
       const float* row = x + r * kHeadDim;
@@ -115,7 +146,8 @@ inline void prepare_queries(const KvAttentionParams& p, const KvAttentionTask& t
       quantize_query<kHeadDim - kLow>(row + kLow, integers + kLow, &query.scale_hi, &query.sum_hi);
       int16_t* ordered = w.integers + (first + r) * kHeadDim;
       for (int n = 0; n < kHeadDim / 2; ++n) {
-        store(ordered + 2 * n, load<int32_t>(integers + 2 * kPairOrder<kHeadDim>.pair[n]));
+        store_bits(ordered + 2 * n,
+                   load_bits<int32_t>(integers + 2 * kPairOrder<kHeadDim>.pair[n]));
       }
     }
   }
@@ -171,16 +203,16 @@ inline void load_block(const KvAttentionParams& p, const KvAttentionTask& task, 
 }
 
 // Vector `v` of a row's 64 numbers.
-inline Floats numbers(const int32_t* sums, int v) {
-  return __builtin_convertvector(load<Ints>(sums + v * kLanes), Floats);
+inline Vec numbers(const int32_t* sums, int v) {
+  return __builtin_convertvector(load_bits<IVec>(sums + v * kLanes), Vec);
 }
-inline Floats numbers(const float* x, int v) { return load<Floats>(x + v * kLanes); }
+inline Vec numbers(const float* x, int v) { return load_bits<Vec>(x + v * kLanes); }
 
 // x where the token is visible, else `otherwise`.
 template <bool kFull>
-inline Floats in_sight(int v, int visible, Floats x, float otherwise) {
+inline Vec in_sight(int v, int visible, Vec x, float otherwise) {
   if constexpr (kFull) return x;
-  return lane_index() + v * kLanes < visible ? x : broadcast(otherwise);
+  return lane_index() + v * kLanes < visible ? x : set1(otherwise);
 }
 
 // Scores of one row and block -> 16-bit weights for the codes of V. `kFull` says that all tokens
@@ -191,33 +223,32 @@ inline BlockSoftmax block_softmax(const int32_t* sums_lo, const int32_t* sums_hi
                                   int16_t* weights_lo, int16_t* weights_hi) {
   constexpr int kVectors = kKeyBlock / kLanes, kVirtual = 16 / kLanes;
 
-  Floats scores[kVectors], largest[kVirtual];
-  for (int v = 0; v < kVirtual; ++v)
-    largest[v] = broadcast(-std::numeric_limits<float>::infinity());
+  Vec scores[kVectors], largest[kVirtual];
+  for (int v = 0; v < kVirtual; ++v) largest[v] = set1(-std::numeric_limits<float>::infinity());
   for (int v = 0; v < kVectors; ++v) {
-    const Floats lo = numbers(sums_lo, v) * q.scale_lo * numbers(metadata[0], v) +
-                      numbers(metadata[1], v) * q.sum_lo;
-    const Floats hi = numbers(sums_hi, v) * q.scale_hi * numbers(metadata[2], v) +
-                      numbers(metadata[3], v) * q.sum_hi;
+    const Vec lo = numbers(sums_lo, v) * q.scale_lo * numbers(metadata[0], v) +
+                   numbers(metadata[1], v) * q.sum_lo;
+    const Vec hi = numbers(sums_hi, v) * q.scale_hi * numbers(metadata[2], v) +
+                   numbers(metadata[3], v) * q.sum_hi;
     scores[v] = in_sight<kFull>(v, visible, lo + hi, -std::numeric_limits<float>::infinity());
-    largest[v % kVirtual] = maximum(scores[v], largest[v % kVirtual]);
+    largest[v % kVirtual] = max(scores[v], largest[v % kVirtual]);
   }
   BlockSoftmax out;
   out.max = fold<Maximum>(largest);
 
-  Floats lo[kVectors], hi[kVectors];
-  Floats sum[kVirtual] = {}, offset_lo[kVirtual] = {}, offset_hi[kVirtual] = {};
-  Floats top_lo[kVirtual] = {}, top_hi[kVirtual] = {};
+  Vec lo[kVectors], hi[kVectors];
+  Vec sum[kVirtual] = {}, offset_lo[kVirtual] = {}, offset_hi[kVirtual] = {};
+  Vec top_lo[kVirtual] = {}, top_hi[kVirtual] = {};
   for (int v = 0; v < kVectors; ++v) {
     const int lane = v % kVirtual;
-    const Floats weight = exp2(scores[v] - out.max);
+    const Vec weight = exp2(scores[v] - out.max);
     sum[lane] += weight;
     offset_lo[lane] += in_sight<kFull>(v, visible, weight * numbers(metadata[5], v), 0.0f);
     offset_hi[lane] += in_sight<kFull>(v, visible, weight * numbers(metadata[7], v), 0.0f);
     lo[v] = in_sight<kFull>(v, visible, weight * numbers(metadata[4], v), 0.0f);
     hi[v] = in_sight<kFull>(v, visible, weight * numbers(metadata[6], v), 0.0f);
-    top_lo[lane] = maximum(lo[v], top_lo[lane]);
-    top_hi[lane] = maximum(hi[v], top_hi[lane]);
+    top_lo[lane] = max(lo[v], top_lo[lane]);
+    top_hi[lane] = max(hi[v], top_hi[lane]);
   }
   out.sum = fold<Sum>(sum);
   out.offset_lo = fold<Sum>(offset_lo);
@@ -228,10 +259,10 @@ inline BlockSoftmax block_softmax(const int32_t* sums_lo, const int32_t* sums_hi
   out.factor_lo = largest_lo * (1.0f / 32767.0f);
   out.factor_hi = largest_hi * (1.0f / 32767.0f);
   for (int v = 0; v < kVectors; ++v) {
-    store(weights_lo + v * kLanes,
-          __builtin_convertvector(round_to_int(lo[v] * inverse_lo), Shorts));
-    store(weights_hi + v * kLanes,
-          __builtin_convertvector(round_to_int(hi[v] * inverse_hi), Shorts));
+    store_bits(weights_lo + v * kLanes,
+               __builtin_convertvector(round_to_int(lo[v] * inverse_lo), Shorts));
+    store_bits(weights_hi + v * kLanes,
+               __builtin_convertvector(round_to_int(hi[v] * inverse_hi), Shorts));
   }
   return out;
 }
@@ -379,18 +410,19 @@ inline void merge_all(const KvAttentionParams& p, const KvAttentionTask& task, c
   write_out<kHeadDim>(p, task, w);
 }
 
-}  // namespace
-
+// All splits of a task; writes `out`.
 void attend(const KvAttentionParams& p, const KvAttentionTask& task, float* workspace) {
   p.head_dim == 128 ? attend_task<128>(p, task, workspace) : attend_task<64>(p, task, workspace);
 }
 
+// One split into `states` [rows, kv_state_floats].
 void attend_split(const KvAttentionParams& p, const KvAttentionTask& task, int64_t split,
                   float* states, float* workspace) {
   p.head_dim == 128 ? attend_one_split<128>(p, task, split, states, workspace)
                     : attend_one_split<64>(p, task, split, states, workspace);
 }
 
+// States [splits, rows, kv_state_floats] in order; writes `out`.
 void merge_splits(const KvAttentionParams& p, const KvAttentionTask& task, const float* states,
                   float* workspace) {
   p.head_dim == 128 ? merge_all<128>(p, task, states, workspace)

@@ -5,30 +5,14 @@
 #include <atomic>
 #include <vector>
 
-#include "cpu/isa.h"
-#include "cpu/row_buffer.h"
 #include "ops/kv_attention/kv_attention_args.h"
 #include "torch/cpu_call.h"
 
+#define RESQ_ISA_BODY "ops/kv_attention/kv_attention_body.h"
+#include "cpu/foreach_isa.h"
+
 namespace resq {
 namespace {
-
-struct Variant {
-  decltype(&scalar::attend) attend;
-  decltype(&scalar::attend_split) attend_split;
-  decltype(&scalar::merge_splits) merge_splits;
-};
-
-Variant variant() {
-  switch (cpu::vector_isa()) {
-#if defined(__x86_64__)
-    case cpu::Isa::kAvx512Vnni:
-      return {avx512vnni::attend, avx512vnni::attend_split, avx512vnni::merge_splits};
-    case cpu::Isa::kAvx2: return {avx2::attend, avx2::attend_split, avx2::merge_splits};
-#endif
-    default: return {scalar::attend, scalar::attend_split, scalar::merge_splits};
-  }
-}
 
 // Blocks of queries that share the unpacking of a block of keys, the longest of a sequence first.
 std::vector<KvAttentionTask> make_tasks(const KvAttentionParams& p,
@@ -66,7 +50,6 @@ void for_each_task(int64_t count, int64_t workspace_floats, const Work& work) {
 constexpr int64_t kMaxStateBytes = int64_t{64} << 20;
 
 void run(const KvAttentionParams& p, const std::vector<KvAttentionTask>& tasks) {
-  const Variant best = variant();
   int64_t most_rows = 0, states = 0;
   struct Split {
     int64_t task, split, state;
@@ -82,22 +65,24 @@ void run(const KvAttentionParams& p, const std::vector<KvAttentionTask>& tasks) 
   const int64_t count = tasks.size(), threads = torch::stable::get_num_threads();
   const int64_t workspace = kv_workspace_floats(p.head_dim, most_rows);
   const int64_t state_floats = kv_state_floats(p.head_dim);
-  const bool few_tasks = count<4 * threads&& static_cast<int64_t>(splits.size())> count;
+  const bool few_tasks = count < 4 * threads && std::ssize(splits) > count;
   if (threads == 1 || !few_tasks ||
       states * state_floats * static_cast<int64_t>(sizeof(float)) > kMaxStateBytes) {
-    for_each_task(count, workspace,
-                  [&](int64_t i, float* memory) { best.attend(p, tasks[i], memory); });
+    const auto attend = RESQ_ISA_CHOOSE(attend);
+    for_each_task(count, workspace, [&](int64_t i, float* memory) { attend(p, tasks[i], memory); });
     return;
   }
+  const auto attend_split = RESQ_ISA_CHOOSE(attend_split);
+  const auto merge_splits = RESQ_ISA_CHOOSE(merge_splits);
   std::vector<float> state(states * state_floats);
   for_each_task(splits.size(), workspace, [&](int64_t i, float* memory) {
     const Split& s = splits[i];
-    best.attend_split(p, tasks[s.task], s.split, state.data() + s.state * state_floats, memory);
+    attend_split(p, tasks[s.task], s.split, state.data() + s.state * state_floats, memory);
   });
   std::vector<int64_t> first_state(tasks.size());
   for (size_t i = splits.size(); i-- > 0;) first_state[splits[i].task] = splits[i].state;
   for_each_task(count, workspace, [&](int64_t i, float* memory) {
-    best.merge_splits(p, tasks[i], state.data() + first_state[i] * state_floats, memory);
+    merge_splits(p, tasks[i], state.data() + first_state[i] * state_floats, memory);
   });
 }
 

@@ -42,13 +42,4 @@ struct KvDequantizeItem {
   }
 };
 
-#define RESQ_KV_DEQUANTIZE_VARIANT(isa)                                              \
-  namespace isa {                                                                    \
-  void kv_dequantize_items(const KvDequantizeParams& p, int64_t begin, int64_t end); \
-  }
-RESQ_KV_DEQUANTIZE_VARIANT(scalar)
-RESQ_KV_DEQUANTIZE_VARIANT(avx2)
-RESQ_KV_DEQUANTIZE_VARIANT(avx512vnni)
-#undef RESQ_KV_DEQUANTIZE_VARIANT
-
 }  // namespace resq

@@ -1,16 +1,15 @@
-// The body of kv_dequantize; included inside the namespace of an instruction set (see cpu/lanes.h).
-
-namespace {
+// The one CPU body of kv_dequantize. Included inside the namespace of an instruction set.
 
 template <int kHeadDim>
 inline constexpr KvRuns<kHeadDim> kRuns{};
 
-using FourInts = typename Vectors<4>::Ints;
-using FourFloats = typename Vectors<4>::Floats;
+using FourIVec = Vectors<4>::IVec;
+using FourVec = Vectors<4>::Vec;
 
-inline FourInts load_words(const uint8_t* tile, int byte, int step) {
-  return FourInts{load<int32_t>(tile + byte), load<int32_t>(tile + byte + step),
-                  load<int32_t>(tile + byte + 2 * step), load<int32_t>(tile + byte + 3 * step)};
+inline FourIVec load_words(const uint8_t* tile, int byte, int step) {
+  return FourIVec{load_bits<int32_t>(tile + byte), load_bits<int32_t>(tile + byte + step),
+                  load_bits<int32_t>(tile + byte + 2 * step),
+                  load_bits<int32_t>(tile + byte + 3 * step)};
 }
 
 // Row `t` of an octet of tokens. All shifts of a vector are the same: SSE2 has no others, and
@@ -18,19 +17,19 @@ inline FourInts load_words(const uint8_t* tile, int byte, int step) {
 template <int kHeadDim, bool kKey>
 inline void dequantize_row(const uint8_t* tile, const KvRun* runs, int t, const Half* ranges,
                            FloatType type, void* out, int64_t first) {
-  const FourFloats top = FourFloats{} + (type == FloatType::kFloat16 ? kKvLargest : INFINITY);
+  const FourVec top = FourVec{} + (type == FloatType::kFloat16 ? kKvLargest : INFINITY);
   alignas(64) float x[kHeadDim];
   for (int run = 0; run < kHeadDim / 8; ++run) {
     const KvRun& r = runs[run];
     const bool high = 8 * run >= KvLayout<kHeadDim>::kLowDims;
     const int levels = high ? kKvHighLevels : kKvLowLevels;
-    FourInts codes[2];
+    FourIVec codes[2];
     if constexpr (kKey) {
-      const FourInts words = load_words(tile, r.k(t, 0).word, r.step);
-      const FourInts even = words >> r.k(t, 0).shift & levels;
-      const FourInts odd = words >> r.k(t, 1).shift & levels;
-      codes[0] = __builtin_shuffle(even, odd, FourInts{0, 4, 1, 5});
-      codes[1] = __builtin_shuffle(even, odd, FourInts{2, 6, 3, 7});
+      const FourIVec words = load_words(tile, r.k(t, 0).word, r.step);
+      const FourIVec even = words >> r.k(t, 0).shift & levels;
+      const FourIVec odd = words >> r.k(t, 1).shift & levels;
+      codes[0] = __builtin_shuffle(even, odd, FourIVec{0, 4, 1, 5});
+      codes[1] = __builtin_shuffle(even, odd, FourIVec{2, 6, 3, 7});
     } else {
       for (int half = 0; half < 2; ++half) {
         const KvBits at = r.v(t, 4 * half);
@@ -40,8 +39,8 @@ inline void dequantize_row(const uint8_t* tile, const KvRun* runs, int t, const 
     const float scale = to_float(ranges[high ? 2 : 0]) / kKvScaleFactor;
     const float offset = to_float(ranges[high ? 3 : 1]);
     for (int half = 0; half < 2; ++half) {
-      const FourFloats value = __builtin_convertvector(codes[half], FourFloats) * scale + offset;
-      store(x + 8 * run + 4 * half, value > top ? top : value);  // NaN stays NaN
+      const FourVec value = __builtin_convertvector(codes[half], FourVec) * scale + offset;
+      store_bits(x + 8 * run + 4 * half, value > top ? top : value);  // NaN stays NaN
     }
   }
   store_row(x, kHeadDim, type, out, first);
@@ -78,8 +77,6 @@ inline void dequantize_item(const KvDequantizeParams& p, const KvDequantizeItem&
                                     runs.v[octet], t, ranges + 4, p.type, p.v, out);
   }
 }
-
-}  // namespace
 
 void kv_dequantize_items(const KvDequantizeParams& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {

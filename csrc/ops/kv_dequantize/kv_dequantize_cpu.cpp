@@ -4,22 +4,15 @@
 
 #include <tuple>
 
-#include "cpu/isa.h"
 #include "ops/kv_dequantize/kv_dequantize_args.h"
+#include "ops/kv_dequantize/kv_dequantize_runs.h"
 #include "torch/cpu_call.h"
+
+#define RESQ_ISA_BODY "ops/kv_dequantize/kv_dequantize_body.h"
+#include "cpu/foreach_isa.h"
 
 namespace resq {
 namespace {
-
-auto variant() {
-  switch (cpu::vector_isa()) {
-#if defined(__x86_64__)
-    case cpu::Isa::kAvx512Vnni: return avx512vnni::kv_dequantize_items;
-    case cpu::Isa::kAvx2: return avx2::kv_dequantize_items;
-#endif
-    default: return scalar::kv_dequantize_items;
-  }
-}
 
 // Every length fits max_tokens and its row of the block table; every page that it uses exists.
 void check_lengths(const KvDequantizeParams& p) {
@@ -56,9 +49,10 @@ std::tuple<Tensor, Tensor> kv_dequantize(const Tensor& cache, const Tensor& bloc
   constexpr int64_t kGrainItems = 4;  // an item is 4096 numbers, about 2 us with AVX2
   if (call.params.n_kv > 0) {
     log_cpu_kernel("kv_dequantize");
+    const auto kernel = RESQ_ISA_CHOOSE(kv_dequantize_items);
     torch::stable::parallel_for(
         0, call.params.items(), kGrainItems,
-        [&](int64_t begin, int64_t end) { variant()(call.params, begin, end); });
+        [&](int64_t begin, int64_t end) { kernel(call.params, begin, end); });
   }
   return {call.k, call.v};
 }

@@ -1,13 +1,12 @@
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/variants.h"
 #include "ops/rms_norm_quantize/rms_norm_quantize_args.h"
 #include "torch/cpu_call.h"
 
+#define RESQ_ISA_BODY "ops/rms_norm_quantize/rms_norm_quantize_body.h"
+#include "cpu/foreach_isa.h"
+
 namespace resq {
-namespace cpu {
-RESQ_DECLARE_ROWS_KERNEL(rms_norm_quantize, RmsNormQuantizeParams)
-}
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_quantize(
@@ -18,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_quantize(
       rms_norm_quantize_call(x, residual, weight, eps, {n_hi, lo_bits, packed, symmetric, clip},
                              /*packed_default=*/false);
   const RmsNormQuantizeParams& p = call.params;
-  const auto kernel = RESQ_ROWS_KERNEL(rms_norm_quantize);
+  const auto kernel = RESQ_ISA_CHOOSE(rms_norm_quantize_rows);
   log_cpu_kernel("rms_norm_quantize");
   torch::stable::parallel_for(0, p.rows, rows_per_thread(p.out.k_lo + p.out.k_hi),
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });

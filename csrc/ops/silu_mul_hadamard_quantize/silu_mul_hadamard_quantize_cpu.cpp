@@ -1,13 +1,12 @@
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/variants.h"
 #include "ops/silu_mul_hadamard_quantize/silu_mul_hadamard_quantize_args.h"
 #include "torch/cpu_call.h"
 
+#define RESQ_ISA_BODY "ops/silu_mul_hadamard_quantize/silu_mul_hadamard_quantize_body.h"
+#include "cpu/foreach_isa.h"
+
 namespace resq {
-namespace cpu {
-RESQ_DECLARE_ROWS_KERNEL(silu_mul_hadamard_quantize, SiluMulHadamardQuantizeParams)
-}
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> silu_mul_hadamard_quantize(const Tensor& gate_up, bool hadamard,
@@ -17,7 +16,7 @@ std::tuple<Tensor, Tensor, Tensor> silu_mul_hadamard_quantize(const Tensor& gate
   const SiluMulHadamardQuantizeCall call = silu_mul_hadamard_quantize_call(
       gate_up, hadamard, {n_hi, lo_bits, packed, symmetric, clip}, /*packed_default=*/false);
   const SiluMulHadamardQuantizeParams& p = call.params;
-  const auto kernel = RESQ_ROWS_KERNEL(silu_mul_hadamard_quantize);
+  const auto kernel = RESQ_ISA_CHOOSE(silu_mul_hadamard_quantize_rows);
   log_cpu_kernel("silu_mul_hadamard_quantize");
   torch::stable::parallel_for(0, p.rows, rows_per_thread(p.n),
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });

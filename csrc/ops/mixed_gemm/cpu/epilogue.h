@@ -1,11 +1,7 @@
-// What the bodies of mixed_gemm on CPUs share: the codes of an activation row, and the epilogue of
-// a row of sums. Included inside the namespace of an instruction set, after its verbs
-// (cpu/simd_*.h); local to the file, because other operators share the namespaces.
-#pragma once
+// What the vector and the AMX body of mixed_gemm share: the codes of a row of activations, and the
+// epilogue of a row of sums. Included inside the namespace of an instruction set.
 
-namespace {
-
-constexpr int64_t kBlock = kPackedBlockRows;
+constexpr int64_t kBlockN = kPackedBlockRows;
 
 // What the epilogue needs of one activation row and part.
 struct RowPart {
@@ -14,15 +10,15 @@ struct RowPart {
   uint32_t correction;  // storage offset of the weight codes x sum of the row's codes
 };
 
-struct Row {
+struct RowScales {
   RowPart lo, hi;
 };
 
-// What the epilogue needs of the columns of one weight block; columns past n hold zeros.
-struct Columns {
+// What the epilogue needs of the N of one weight block; zeros past the end.
+struct BlockScales {
   int64_t first, count;
-  float scale_lo[kBlock], scale_hi[kBlock], bias[kBlock];
-  uint32_t sum_lo[kBlock], sum_hi[kBlock];
+  float scale_lo[kBlockN], scale_hi[kBlockN], bias[kBlockN];
+  uint32_t sum_lo[kBlockN], sum_hi[kBlockN];
 };
 
 // Zeros are integers of magnitude at most 255; the test keeps the conversion defined for others.
@@ -52,8 +48,8 @@ int32_t pad_and_sum(int8_t* codes, int64_t k, int64_t padded) {
   return sum;
 }
 
-// The row's part of the epilogue, from the sums of its codes.
-Row make_row(const float* params, int32_t sum_lo, int32_t sum_hi) {
+// Of a row of activations, from the sums of its codes.
+RowScales make_row_scales(const float* params, int32_t sum_lo, int32_t sum_hi) {
   return {{params[0], exact_integer(params[1]), static_cast<uint32_t>(sum_lo) * kPackedOffsetLo},
           {params[2], exact_integer(params[3]), static_cast<uint32_t>(sum_hi) * kPackedOffsetHi}};
 }
@@ -64,10 +60,10 @@ float load_float(const void* data, FloatType type, int64_t i) {
   return static_cast<const float*>(data)[i];
 }
 
-void load_columns(const MixedGemmParams& p, int64_t block, Columns& c) {
-  c.first = block * kBlock;
-  c.count = std::min(kBlock, p.n - c.first);
-  for (int64_t j = 0; j < kBlock; ++j) {
+void load_block_scales(const MixedGemmParams& p, int64_t block, BlockScales& c) {
+  c.first = block * kBlockN;
+  c.count = std::min(kBlockN, p.n - c.first);
+  for (int64_t j = 0; j < kBlockN; ++j) {
     const bool inside = j < c.count;
     const int64_t n = inside ? c.first + j : 0;
     c.scale_lo[j] = inside ? p.weight_scale[2 * n] : 0.0f;
@@ -81,43 +77,25 @@ void load_columns(const MixedGemmParams& p, int64_t block, Columns& c) {
 // One part of the epilogue, without the sum of the two parts.
 void scale_sums(const uint32_t* sums, const RowPart& row, const uint32_t* weight_sum,
                 const float* weight_scale, float* y) {
-  for (int64_t j = 0; j < kBlock; ++j) {
+  for (int64_t j = 0; j < kBlockN; ++j) {
     const uint32_t d = sums[j] - row.correction - row.zero * weight_sum[j];
     y[j] = (static_cast<float>(static_cast<int32_t>(d)) * row.scale) * weight_scale[j];
   }
 }
 
-template <class T>
-void store_row(const float* y, T* out, int64_t count) {
-  T rounded[kBlock];
-  for (int64_t j = 0; j < kBlock; j += Vec::kLanes) store(rounded + j, load(y + j));
-  std::memcpy(out, rounded, static_cast<size_t>(count) * sizeof(T));
-}
-
-void store_row(const float* y, const MixedGemmParams& p, int64_t m, const Columns& c) {
-  const int64_t at = m * p.n + c.first;
-  switch (p.out_type) {
-    case FloatType::kFloat32: return store_row(y, static_cast<float*>(p.out) + at, c.count);
-    case FloatType::kFloat16: return store_row(y, static_cast<Half*>(p.out) + at, c.count);
-    case FloatType::kBFloat16: return store_row(y, static_cast<BFloat16*>(p.out) + at, c.count);
-  }
-}
-
-// The epilogue of row m: sums of both parts [kBlock] -> out.
-void finish_row(const MixedGemmParams& p, int64_t m, const Row& row, const uint32_t* sums_lo,
-                const uint32_t* sums_hi, const Columns& c) {
-  alignas(64) float y[kBlock] = {}, y_hi[kBlock];
+// The epilogue of row m: sums of both parts [kBlockN] -> out.
+void finish_row(const MixedGemmParams& p, int64_t m, const RowScales& row, const uint32_t* sums_lo,
+                const uint32_t* sums_hi, const BlockScales& c) {
+  alignas(64) float y[kBlockN] = {}, y_hi[kBlockN];
   if (p.k_lo) scale_sums(sums_lo, row.lo, c.sum_lo, c.scale_lo, y);
   if (p.k_hi) {
     scale_sums(sums_hi, row.hi, c.sum_hi, c.scale_hi, p.k_lo ? y_hi : y);
     if (p.k_lo) {
-      for (int64_t j = 0; j < kBlock; ++j) y[j] = y[j] + y_hi[j];
+      for (int64_t j = 0; j < kBlockN; ++j) y[j] = y[j] + y_hi[j];
     }
   }
   if (p.bias) {
-    for (int64_t j = 0; j < kBlock; ++j) y[j] = y[j] + c.bias[j];
+    for (int64_t j = 0; j < kBlockN; ++j) y[j] = y[j] + c.bias[j];
   }
-  store_row(y, p, m, c);
+  store_row(y, c.count, p.out_type, p.out, m * p.n + c.first);
 }
-
-}  // namespace

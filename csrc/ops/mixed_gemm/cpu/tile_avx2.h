@@ -1,20 +1,9 @@
 // AVX2: pmaddubsw for 4-bit codes, widening to 16 bits for 8-bit codes.
-#if defined(__x86_64__)
-#include <algorithm>
-#include <array>
-#include <utility>
 
-#include "cpu/simd_common.h"
-#include "ops/mixed_gemm/mixed_gemm_plan.h"
+inline constexpr int kTileM = mixed_gemm_tile_m(Isa::kAvx2);
+inline constexpr int64_t kPrefetchBytes = 0;
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#include "cpu/simd_avx2.h"
-
-namespace resq::cpu::avx2 {
-namespace {
-
-template <int kRows>
+template <int kM>
 class Tile {
  public:
   Tile() {
@@ -27,10 +16,10 @@ class Tile {
   void add_group(const uint8_t* weight, const int8_t* words) {
     for (int v = 0; v < 4; ++v) {
       const uint8_t* bytes = weight + 32 * v;
-      for (int r = 0; r < kRows; ++r) {
-        const __m256i q0 = word(words + r * kPackedWordBytes);
-        const __m256i q1 = word(words + (kRows + r) * kPackedWordBytes);
-        __m256i& sum = sums_[r][v];
+      for (int m = 0; m < kM; ++m) {
+        const __m256i q0 = word(words + m * kPackedWordBytes);
+        const __m256i q1 = word(words + (kM + m) * kPackedWordBytes);
+        __m256i& sum = sums_[m][v];
         if constexpr (kHigh) {
           sum = add_wide(add_wide(sum, load(bytes), q0), load(bytes + 128), q1);
         } else {
@@ -72,19 +61,5 @@ class Tile {
     return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
   }
 
-  __m256i sums_[kRows][4];  // 8 output columns each
+  __m256i sums_[kM][4];  // 8 output columns each
 };
-
-struct Simd {
-  static constexpr int kTileRows = mixed_gemm_tile_rows(Isa::kAvx2);
-  static constexpr int64_t kPrefetchBytes = 0;
-  template <int kRows>
-  using Tile = cpu::avx2::Tile<kRows>;
-};
-
-}  // namespace
-
-#include "ops/mixed_gemm/mixed_gemm_body.h"
-}  // namespace resq::cpu::avx2
-#pragma GCC pop_options
-#endif

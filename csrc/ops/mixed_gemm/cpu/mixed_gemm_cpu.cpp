@@ -1,8 +1,11 @@
 #include <torch/csrc/stable/library.h>
 
+#include "ops/mixed_gemm/cpu/plan.h"
 #include "ops/mixed_gemm/mixed_gemm_args.h"
-#include "ops/mixed_gemm/mixed_gemm_plan.h"
 #include "torch/cpu_call.h"
+
+#define RESQ_ISA_BODY "ops/mixed_gemm/cpu/body.h"
+#include "cpu/foreach_isa.h"
 
 namespace resq {
 namespace {
@@ -15,7 +18,7 @@ Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
   const MixedGemmParams& p = call.params;
   check_packed_bytes(p, packed_weight, packed_weight_bytes(p.n, p.k_lo, p.k_hi));
   const MixedGemmTasks tasks{p, mixed_gemm_plan(p.rows, p.n, p.k_lo, p.k_hi, cpu::current_isa())};
-  auto kernel = RESQ_ROWS_KERNEL(mixed_gemm_tasks);
+  auto kernel = RESQ_ISA_CHOOSE(run_tasks);
 #if defined(__x86_64__)
   if (tasks.plan.amx) kernel = cpu::amx::mixed_gemm_tasks;
 #endif

@@ -1,0 +1,148 @@
+// The vector body of mixed_gemm on CPUs. Included inside the namespace of an instruction set. M
+// counts rows of activations, N rows of weights, K what is summed over (plan.h).
+//
+// A set's tile_*.h offers
+//   kTileM                            M of the largest tile
+//   kPrefetchBytes                    how far ahead a single tile asks for its weights; 0: not
+//   Tile<kM>                          kM x 32 int32 sums, zero at first, with
+//     add_group<kHigh>(weight, words)   adds 8 of K; `weight` is a group of the packed layout (128
+//                                       bytes, or 256 of the high part), `words` the activation
+//                                       codes in the order [2][kM][4]
+//     store(uint32_t[kM][32])
+
+#if defined(RESQ_ISA_AVX512VNNI)
+#include "ops/mixed_gemm/cpu/tile_avx512vnni.h"
+#elif defined(RESQ_ISA_AVX2)
+#include "ops/mixed_gemm/cpu/tile_avx2.h"
+#else
+#include "ops/mixed_gemm/cpu/tile_scalar.h"
+#endif
+
+#include "ops/mixed_gemm/cpu/epilogue.h"
+
+// Activations of a panel: for each tile of kM rows, words of 4 codes in the order [K / 4][kM], so
+// that a tile reads one stream whatever kM is. The low parts of all tiles come first.
+struct Panel {
+  int64_t index = -1, first_m = 0, m = 0, tiles = 0;
+  RowScales* scales;
+  int8_t* lo;
+  int8_t* hi;
+  int8_t* row_codes;  // one row in its natural order, before its words are spread
+
+  // `padded_k`: rounded up to whole groups of the packed weight.
+  Panel(int64_t max_m, int64_t padded_k_lo, int64_t padded_k_hi) {
+    constexpr int64_t kScaleFloats = sizeof(RowScales) / sizeof(float);
+    const int64_t bytes = max_m * (padded_k_lo + padded_k_hi) + std::max(padded_k_lo, padded_k_hi);
+    float* scratch = thread_row_buffer().floats(max_m * kScaleFloats + ceil_div(bytes, 4));
+    scales = reinterpret_cast<RowScales*>(scratch);
+    lo = reinterpret_cast<int8_t*>(scratch + max_m * kScaleFloats);
+    hi = lo + max_m * padded_k_lo;
+    row_codes = hi + max_m * padded_k_hi;
+  }
+
+  int64_t tile_begin(int64_t tile) const { return tile * m / tiles; }
+};
+
+// Spreads the words of `padded_k` codes, `tile_m` words apart.
+void spread_words(const int8_t* codes, int64_t padded_k, int64_t tile_m, int8_t* words) {
+  for (int64_t i = 0; i < padded_k / kPackedWordBytes; ++i) {
+    std::memcpy(words + i * tile_m * kPackedWordBytes, codes + i * kPackedWordBytes,
+                kPackedWordBytes);
+  }
+}
+
+void fill_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t index, Panel& panel) {
+  const int64_t padded_k_lo = packed_columns(p.k_lo), padded_k_hi = packed_columns(p.k_hi);
+  panel.index = index;
+  panel.first_m = plan.first_m(index);
+  panel.m = std::min(plan.panel_m, p.rows - panel.first_m);
+  panel.tiles = ceil_div(panel.m, plan.tile_m);
+  for (int64_t tile = 0; tile < panel.tiles; ++tile) {
+    const int64_t begin = panel.tile_begin(tile), end = panel.tile_begin(tile + 1);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t m = panel.first_m + i, word = (i - begin) * kPackedWordBytes;
+      unpack_row(p, m, panel.row_codes);
+      const int32_t sum_lo = pad_and_sum(panel.row_codes, p.k_lo, padded_k_lo);
+      spread_words(panel.row_codes, padded_k_lo, end - begin,
+                   panel.lo + begin * padded_k_lo + word);
+      std::copy_n(p.q_hi + m * p.k_hi, p.k_hi, panel.row_codes);
+      const int32_t sum_hi = pad_and_sum(panel.row_codes, p.k_hi, padded_k_hi);
+      spread_words(panel.row_codes, padded_k_hi, end - begin,
+                   panel.hi + begin * padded_k_hi + word);
+      panel.scales[i] = make_row_scales(p.params + 4 * m, sum_lo, sum_hi);
+    }
+  }
+}
+
+// Sums of kM rows of activations x 32 of N over one part of K: [kM][kBlockN]. Prefetches `ahead` at
+// half the rate at which `weight` is consumed; without `ahead`, this stream of weights itself.
+template <int kM, bool kHigh>
+inline void accumulate(const uint8_t* weight, const int8_t* words, int64_t k, const uint8_t* ahead,
+                       uint32_t* out) {
+  Tile<kM> tile;
+  constexpr int64_t kGroupBytes = kPackedGroupColumns * kBlockN / (kHigh ? 1 : 2);
+  const int64_t groups = packed_columns(k) / kPackedGroupColumns;
+  for (int64_t group = 0; group < groups; ++group) {
+    if (ahead) {
+      for (int64_t line = 0; line < kGroupBytes / 2; line += 64) {
+        __builtin_prefetch(ahead + group * kGroupBytes / 2 + line, 0, 2);
+      }
+    } else if constexpr (kPrefetchBytes > 0) {
+      for (int64_t line = 0; line < kGroupBytes; line += 64) {
+        __builtin_prefetch(weight + kPrefetchBytes + line);
+      }
+    }
+    tile.template add_group<kHigh>(weight, words);
+    weight += kGroupBytes;
+    words += kPackedGroupColumns * kM;
+  }
+  tile.store(out);
+}
+
+template <int kM>
+void run_tile(const MixedGemmParams& p, const Panel& panel, int64_t first, const uint8_t* weight,
+              const uint8_t* ahead, const BlockScales& c) {
+  alignas(64) uint32_t sums_lo[kM][kBlockN], sums_hi[kM][kBlockN];
+  accumulate<kM, false>(weight, panel.lo + first * packed_columns(p.k_lo), p.k_lo, ahead,
+                        sums_lo[0]);
+  accumulate<kM, true>(weight + packed_block_lo_bytes(p.k_lo),
+                       panel.hi + first * packed_columns(p.k_hi), p.k_hi,
+                       ahead ? ahead + packed_block_lo_bytes(p.k_lo) / 2 : nullptr, sums_hi[0]);
+  for (int m = 0; m < kM; ++m) {
+    finish_row(p, panel.first_m + first + m, panel.scales[first + m], sums_lo[m], sums_hi[m], c);
+  }
+}
+
+using TileKernel = void (*)(const MixedGemmParams&, const Panel&, int64_t, const uint8_t*,
+                            const uint8_t*, const BlockScales&);
+
+template <int... kMMinusOne>
+constexpr std::array<TileKernel, sizeof...(kMMinusOne)> tile_kernels(
+    std::integer_sequence<int, kMMinusOne...>) {
+  return {run_tile<kMMinusOne + 1>...};
+}
+
+// Tasks [begin, end) of the plan.
+void run_tasks(const MixedGemmTasks& tasks, int64_t begin, int64_t end) {
+  static constexpr auto kTiles = tile_kernels(std::make_integer_sequence<int, kTileM>());
+  const MixedGemmParams& p = tasks.gemm;
+  const MixedGemmPlan& plan = tasks.plan;
+  Panel panel(plan.panel_m, packed_columns(p.k_lo), packed_columns(p.k_hi));
+  BlockScales scales;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t block = task % plan.blocks;
+    if (task / plan.blocks != panel.index) fill_panel(p, plan, task / plan.blocks, panel);
+    load_block_scales(p, block, scales);
+    const int64_t block_bytes = packed_block_bytes(p.k_lo, p.k_hi);
+    const uint8_t* weight = p.packed_weight + block * block_bytes;
+    for (int64_t tile = 0; tile < panel.tiles; ++tile) {
+      // With more than one tile the memory would idle while the others read the block from the
+      // cache: the first two fetch half of the next block each (M = 16: 10 % faster). A single tile
+      // is one stream, which the hardware's prefetchers follow (kPrefetchBytes).
+      const bool fetches = panel.tiles > 1 && tile < 2 && block + 1 < plan.blocks;
+      const uint8_t* ahead = fetches ? weight + block_bytes + tile * block_bytes / 2 : nullptr;
+      const int64_t first = panel.tile_begin(tile);
+      kTiles[panel.tile_begin(tile + 1) - first - 1](p, panel, first, weight, ahead, scales);
+    }
+  }
+}

@@ -1,0 +1,31 @@
+// Portable C++: what a machine without AVX2 runs, and the plainest statement of the two dots.
+
+inline constexpr int kTileM = mixed_gemm_tile_m(Isa::kScalar);
+inline constexpr int64_t kPrefetchBytes = 0;
+
+template <int kM>
+class Tile {
+ public:
+  template <bool kHigh>
+  void add_group(const uint8_t* weight, const int8_t* words) {
+    for (int m = 0; m < kM; ++m) {
+      const int8_t* q0 = words + m * kPackedWordBytes;
+      const int8_t* q1 = words + (kM + m) * kPackedWordBytes;
+      for (int n = 0; n < kPackedBlockRows; ++n) {
+        int32_t sum = 0;
+        for (int j = 0; j < kPackedWordBytes; ++j) {
+          const uint8_t byte = weight[4 * n + j];
+          const int w0 = kHigh ? byte : byte & 15;
+          const int w1 = kHigh ? weight[128 + 4 * n + j] : byte >> 4;
+          sum += w0 * q0[j] + w1 * q1[j];
+        }
+        sums_[m][n] += static_cast<uint32_t>(sum);
+      }
+    }
+  }
+
+  void store(uint32_t* out) const { std::memcpy(out, sums_, sizeof(sums_)); }
+
+ private:
+  uint32_t sums_[kM][kPackedBlockRows] = {};
+};
