@@ -1,12 +1,10 @@
 // Tensors that kv_append and kv_attention share: the cache, cos and sin, the key rotation.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <optional>
 
 #include "core/kv_page.h"
-#include "torch/mixed_rows.h"
+#include "torch/tensor.h"
 
 namespace resq {
 
@@ -40,7 +38,7 @@ inline int64_t token_stride(const Tensor& x) {
   return x.size(0) > 1 ? x.stride(0) : x.size(1) * x.size(2);
 }
 
-// uint8 [pages, n_kv, page_size * token_bytes]; answers page_size.
+// uint8 [pages, n_kv, page_size * token_bytes]; returns page_size.
 inline int64_t check_cache(const char* op, const Tensor& cache, int64_t n_kv, int64_t head_dim) {
   check_tensor(op, "cache", cache, {ScalarType::Byte}, {kAnySize, n_kv, kAnySize});
   const int64_t token_bytes =
@@ -61,7 +59,8 @@ enum class RopeForm { kFloat32, kAsGiven };
 struct RopeRotation {
   std::optional<Tensor> cos, sin, rotation;
 
-  RopeRotation(const char* op, const std::optional<Tensor>& cos_in,
+  // On the device of `like`.
+  RopeRotation(const char* op, const Tensor& like, const std::optional<Tensor>& cos_in,
                const std::optional<Tensor>& sin_in, const std::optional<Tensor>& rotation_in,
                int64_t tokens, int64_t n_kv, int64_t head_dim, RopeForm form)
       : cos(cos_in), sin(sin_in), rotation(rotation_in) {
@@ -71,9 +70,12 @@ struct RopeRotation {
     if (cos) {
       check_tensor(op, "cos", *cos, float_dtypes(), {tokens, head_dim});
       check_tensor(op, "sin", *sin, float_dtypes(), {tokens, head_dim});
+      check_device(op, "cos", *cos, like);
+      check_device(op, "sin", *sin, like);
     }
     if (rotation) {
       check_tensor(op, "key_rotation", *rotation, float_dtypes(), {kAnySize, head_dim, head_dim});
+      check_device(op, "key_rotation", *rotation, like);
       if (rotation->size(0) != 1 && rotation->size(0) != n_kv) {
         std::ostringstream expected;
         expected << "1 or " << n_kv << " (the kv heads) matrices";

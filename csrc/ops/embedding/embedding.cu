@@ -4,7 +4,7 @@
 
 #include "core/int4.h"
 #include "cuda/numbers.cuh"
-#include "ops/embedding/embedding_cuda.h"
+#include "ops/embedding/embedding.h"
 
 namespace resq::cuda {
 namespace {

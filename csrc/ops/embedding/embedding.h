@@ -6,6 +6,8 @@
 #pragma once
 
 #include "core/float16.h"
+#include "core/packed_weight_cuda.h"
+#include "cuda/launch.h"
 
 namespace resq {
 
@@ -19,5 +21,13 @@ struct EmbeddingParams {
 
   RESQ_HOST_DEVICE int64_t columns() const { return k_lo + k_hi; }
 };
+
+namespace cuda {
+
+// Rows of a layout of docs/formats.md section 3.3. Device pointers; an id that is none stops the
+// kernel.
+void embedding(const EmbeddingParams& p, CudaLayout layout, Stream stream);
+
+}  // namespace cuda
 
 }  // namespace resq

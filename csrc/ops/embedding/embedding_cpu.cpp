@@ -1,11 +1,8 @@
-// embedding on CPUs. A token's row is a few microseconds of scalar code beside the milliseconds of
-// the pass that follows, so there is one variant.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
+// embedding on CPUs. A token's row takes a few microseconds of scalar code and the pass that
+// follows milliseconds, so there is one variant.
 #include "core/packed_weight.h"
-#include "ops/embedding/embedding_args.h"
-#include "torch/cpu_call.h"
+#include "ops/embedding/embedding_torch.h"
+#include "torch/cpu_device.h"
 
 namespace resq {
 namespace {
@@ -40,25 +37,23 @@ auto row_of(FloatType type) {
   }
 }
 
-Tensor embedding(const Tensor& ids, const Tensor& packed_weight, const Tensor& weight_scale,
-                 int64_t k_lo, int64_t k_hi, ScalarType dtype) {
-  const EmbeddingCall call =
-      embedding_call(ids, packed_weight, weight_scale, k_lo, k_hi, dtype, packed_weight_bytes);
-  const EmbeddingParams& p = call.params;
+}  // namespace
+
+void run(const Cpu& device, const EmbeddingParams& p) {
   for (int64_t i = 0; i < p.count; ++i) {
     if (p.ids[i] >= 0 && p.ids[i] < p.n) continue;
     fail("embedding", "ids", "0 to " + std::to_string(p.n - 1), std::to_string(p.ids[i]));
   }
-  log_cpu_kernel("embedding", cpu::Isa::kScalar);
+  device.log(cpu::Isa::kScalar);
   torch::stable::parallel_for(0, p.count, rows_per_thread(p.columns()),
                               [&](int64_t begin, int64_t end) {
                                 for (int64_t index = begin; index < end; ++index)
                                   row_of(p.type)(p, index);
                               });
-  return call.y;
 }
 
-}  // namespace
 }  // namespace resq
 
-STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) { m.impl("embedding", TORCH_BOX(&resq::embedding)); }
+STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
+  m.impl("embedding", TORCH_BOX(&resq::embedding<resq::Cpu>));
+}

@@ -1,6 +1,6 @@
 // hadamard: a block transforms a row in shared memory. docs/notes/0011.
 #include "cuda/hadamard_block.cuh"
-#include "ops/hadamard/hadamard_cuda.h"
+#include "ops/hadamard/hadamard.h"
 
 namespace resq::cuda {
 namespace {

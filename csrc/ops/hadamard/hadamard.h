@@ -3,6 +3,7 @@
 
 #include "core/float16.h"
 #include "core/hadamard.h"
+#include "cuda/launch.h"
 
 namespace resq {
 
@@ -14,5 +15,15 @@ struct HadamardParams {
   const HadamardPlan* plan;
   float scale;  // the argument times 1 / sqrt(n)
 };
+
+namespace cuda {
+
+struct HadamardLayout;
+
+// Device pointers, x and y aligned to 16 bytes; 0 < rows < 2^31.
+void hadamard(const HadamardParams& p, const HadamardLayout& layout, const Device& device,
+              Stream stream);
+
+}  // namespace cuda
 
 }  // namespace resq

@@ -11,7 +11,7 @@
 #include "cuda/dependent_launch.cuh"
 #include "cuda/numbers.cuh"
 #include "cuda/rotate_rows.cuh"
-#include "ops/kv_append/kv_append_cuda.h"
+#include "ops/kv_append/kv_append.h"
 
 namespace resq::cuda {
 namespace {

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "core/kv_page.h"
+#include "cuda/launch.h"
 
 namespace resq {
 
@@ -43,5 +44,13 @@ struct KvAppendGroups {
   int64_t token(int64_t row) const { return row / heads; }
   int64_t head(int64_t group, int64_t row) const { return group * heads + row % heads; }
 };
+
+namespace cuda {
+
+// Device pointers; k, v and the cache aligned to 16 bytes. A slot beyond the cache stops the kernel
+// with a device error (slots are not read on the host).
+void kv_append(const KvAppendParams& p, const Device& device, Stream stream);
+
+}  // namespace cuda
 
 }  // namespace resq

@@ -38,7 +38,16 @@ struct KvAttentionParams {
   RESQ_HOST_DEVICE int64_t group() const { return n_q / n_kv; }
 };
 
-// Where the answer of a head goes: the column order that o_proj reads (docs/formats.md section 6).
+// The sequences of a call. Lengths and pages are on the device of q.
+struct KvAttentionBatch {
+  const int32_t* seq_lens;      // [sequences]
+  const int32_t* query_starts;  // [sequences + 1]
+  int64_t tokens;               // rows of q
+  int64_t sequences;
+  int64_t pages;  // of the cache
+};
+
+// Where the result of a head goes: the column order that o_proj reads (docs/formats.md section 6).
 struct KvOutputRow {
   int64_t low, high;  // in `out`, where dim 0 is and where it would be beside the high dims
   int64_t low_dims;

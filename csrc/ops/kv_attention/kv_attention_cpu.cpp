@@ -1,12 +1,10 @@
-// kv_attention on CPUs: cuts the work into tasks, picks the instruction set, registers the op.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
+// kv_attention on CPUs: cuts the work into tasks and their splits.
 #include <atomic>
+#include <cstring>
 #include <vector>
 
-#include "ops/kv_attention/kv_attention_args.h"
-#include "torch/cpu_call.h"
+#include "ops/kv_attention/kv_attention_torch.h"
+#include "torch/cpu_device.h"
 
 #define RESQ_ISA_BODY "ops/kv_attention/kv_attention_body.h"
 #include "cpu/foreach_isa.h"
@@ -14,13 +12,46 @@
 namespace resq {
 namespace {
 
+// query_starts ascends from 0 to at most the rows of q; every length fits its row of the block
+// table, and every page that it uses exists.
+void check_batch(const KvAttentionParams& p, const KvAttentionBatch& batch) {
+  const auto refuse = [](const char* argument, const std::string& expected, int64_t got,
+                         const char* of, int64_t index) {
+    std::ostringstream text;
+    text << got << " for " << of << " " << index;
+    fail("kv_attention", argument, expected, text.str());
+  };
+  const int64_t room = p.max_pages * p.page_size;
+  if (batch.query_starts[0] != 0) refuse("query_starts", "0", batch.query_starts[0], "sequence", 0);
+  for (int64_t s = 0; s < batch.sequences; ++s) {
+    const int64_t end = batch.query_starts[s + 1], length = batch.seq_lens[s];
+    if (end < batch.query_starts[s] || end > batch.tokens) {
+      refuse("query_starts",
+             "values that do not descend and are at most " + std::to_string(batch.tokens) +
+                 " (rows of q)",
+             end, "the end of sequence", s);
+    }
+    if (length < 0 || length > room) {
+      refuse("seq_lens",
+             "0 to " + std::to_string(room) + " tokens (block_table's pages x page size)", length,
+             "sequence", s);
+    }
+    for (int64_t i = 0; i < ceil_div(length, p.page_size); ++i) {
+      const int32_t page = p.block_table[s * p.max_pages + i];
+      if (page < 0 || page >= batch.pages) {
+        refuse("block_table", "pages from 0 to " + std::to_string(batch.pages - 1), page,
+               "a page of sequence", s);
+      }
+    }
+  }
+}
+
 // Blocks of queries that share the unpacking of a block of keys, the longest of a sequence first.
-std::vector<KvAttentionTask> make_tasks(const KvAttentionParams& p,
-                                        const KvAttentionLengths& lengths) {
+std::vector<KvAttentionTask> make_tasks(const KvAttentionParams& p, const KvAttentionBatch& batch) {
   const int64_t queries_per_task = std::max<int64_t>(1, kTaskRows / p.group());
   std::vector<KvAttentionTask> tasks;
-  for (int64_t s = 0; s < lengths.sequences; ++s) {
-    const int64_t begin = lengths.query_starts[s], count = lengths.query_starts[s + 1] - begin;
+  for (int64_t s = 0; s < batch.sequences; ++s) {
+    const int64_t begin = batch.query_starts[s], count = batch.query_starts[s + 1] - begin;
     for (int64_t block = ceil_div(count, queries_per_task) - 1; block >= 0; --block) {
       const int64_t first = block * queries_per_task;
       for (int64_t head = 0; head < p.n_kv; ++head) {
@@ -28,7 +59,7 @@ std::vector<KvAttentionTask> make_tasks(const KvAttentionParams& p,
                          .kv_head = head,
                          .first_query = begin + first,
                          .queries = std::min(queries_per_task, count - first),
-                         .visible = lengths.seq_lens[s] - count + first + 1});
+                         .visible = batch.seq_lens[s] - count + first + 1});
       }
     }
   }
@@ -49,7 +80,7 @@ void for_each_task(int64_t count, int64_t workspace_floats, const Work& work) {
 // More than this many bytes of split states, and tasks run whole instead.
 constexpr int64_t kMaxStateBytes = int64_t{64} << 20;
 
-void run(const KvAttentionParams& p, const std::vector<KvAttentionTask>& tasks) {
+void attend_tasks(const KvAttentionParams& p, const std::vector<KvAttentionTask>& tasks) {
   int64_t most_rows = 0, states = 0;
   struct Split {
     int64_t task, split, state;
@@ -86,28 +117,21 @@ void run(const KvAttentionParams& p, const std::vector<KvAttentionTask>& tasks) 
   });
 }
 
-Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_table,
-                    const Tensor& seq_lens, const Tensor& query_starts, double scale,
-                    const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                    const std::optional<Tensor>& key_rotation, std::optional<ScalarType> out_dtype,
-                    std::optional<int64_t> high_dims) {
-  const KvAttentionCall call =
-      kv_attention_call(q, cache, block_table, seq_lens, query_starts, scale, cos, sin,
-                        key_rotation, out_dtype, high_dims, RopeForm::kFloat32);
-  const KvAttentionLengths lengths =
-      kv_attention_lengths(call, block_table, seq_lens, query_starts, cache.size(0));
-  const int64_t answered = lengths.sequences > 0 ? lengths.query_starts[lengths.sequences] : 0;
-  if (answered < q.size(0)) {
-    Tensor out = call.out;
-    torch::stable::zero_(out);
+}  // namespace
+
+void run(const Cpu& device, const KvAttentionParams& p, const KvAttentionBatch& batch) {
+  check_batch(p, batch);
+  const int64_t numbers = batch.tokens * p.n_q * p.head_dim;
+  if (batch.query_starts[batch.sequences] < batch.tokens) {  // rows of no sequence
+    std::memset(p.out, 0, numbers * (p.out_type == FloatType::kFloat32 ? 4 : 2));
   }
-  if (q.numel() == 0) return call.out;
-  log_cpu_kernel("kv_attention");
-  run(call.params, make_tasks(call.params, lengths));
-  return call.out;
+  if (numbers == 0) return;
+  device.log();
+  attend_tasks(p, make_tasks(p, batch));
 }
 
-}  // namespace
 }  // namespace resq
 
-STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) { m.impl("kv_attention", TORCH_BOX(&resq::kv_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
+  m.impl("kv_attention", TORCH_BOX(&resq::kv_attention<resq::Cpu>));
+}

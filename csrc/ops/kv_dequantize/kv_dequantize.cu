@@ -7,7 +7,7 @@
 
 #include "cuda/chunk.cuh"
 #include "cuda/copy_sm80.cuh"
-#include "ops/kv_dequantize/kv_dequantize_cuda.h"
+#include "ops/kv_dequantize/kv_dequantize.h"
 #include "ops/kv_dequantize/kv_dequantize_runs.h"
 
 namespace resq::cuda {

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "core/kv_page.h"
+#include "cuda/launch.h"
 
 namespace resq {
 
@@ -41,5 +42,13 @@ struct KvDequantizeItem {
     first_token = (row - sequence * tiles) * static_cast<uint32_t>(kv_tile_tokens(p.head_dim));
   }
 };
+
+namespace cuda {
+
+// Device pointers; cache, k and v aligned to 16 bytes. A length or page that does not fit stops the
+// kernel with a device error (lengths are not read on the host).
+void kv_dequantize(const KvDequantizeParams& p, Stream stream);
+
+}  // namespace cuda
 
 }  // namespace resq

@@ -1,12 +1,6 @@
-// kv_dequantize on CPUs: checks, threads, the choice of the instruction set, the registration.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <tuple>
-
-#include "ops/kv_dequantize/kv_dequantize_args.h"
 #include "ops/kv_dequantize/kv_dequantize_runs.h"
-#include "torch/cpu_call.h"
+#include "ops/kv_dequantize/kv_dequantize_torch.h"
+#include "torch/cpu_device.h"
 
 #define RESQ_ISA_BODY "ops/kv_dequantize/kv_dequantize_body.h"
 #include "cpu/foreach_isa.h"
@@ -40,26 +34,20 @@ void check_lengths(const KvDequantizeParams& p) {
   }
 }
 
-std::tuple<Tensor, Tensor> kv_dequantize(const Tensor& cache, const Tensor& block_table,
-                                         const Tensor& seq_lens, int64_t max_tokens,
-                                         int64_t head_dim, ScalarType dtype) {
-  const KvDequantizeCall call =
-      kv_dequantize_call(cache, block_table, seq_lens, max_tokens, head_dim, dtype);
-  check_lengths(call.params);
+}  // namespace
+
+void run(const Cpu& device, const KvDequantizeParams& p) {
+  check_lengths(p);
+  if (p.n_kv == 0) return;
+  device.log();
+  const auto kernel = RESQ_ISA_CHOOSE(kv_dequantize_items);
   constexpr int64_t kGrainItems = 4;  // an item is 4096 numbers, about 2 us with AVX2
-  if (call.params.n_kv > 0) {
-    log_cpu_kernel("kv_dequantize");
-    const auto kernel = RESQ_ISA_CHOOSE(kv_dequantize_items);
-    torch::stable::parallel_for(
-        0, call.params.items(), kGrainItems,
-        [&](int64_t begin, int64_t end) { kernel(call.params, begin, end); });
-  }
-  return {call.k, call.v};
+  torch::stable::parallel_for(0, p.items(), kGrainItems,
+                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
-}  // namespace
 }  // namespace resq
 
 STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
-  m.impl("kv_dequantize", TORCH_BOX(&resq::kv_dequantize));
+  m.impl("kv_dequantize", TORCH_BOX(&resq::kv_dequantize<resq::Cpu>));
 }

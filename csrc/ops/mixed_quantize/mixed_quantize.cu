@@ -3,7 +3,7 @@
 #include "cuda/dependent_launch.cuh"
 #include "cuda/row_launch.cuh"
 #include "cuda/row_quantize.cuh"
-#include "ops/mixed_quantize/mixed_quantize_cuda.h"
+#include "ops/mixed_quantize/mixed_quantize.h"
 
 namespace resq::cuda {
 namespace {

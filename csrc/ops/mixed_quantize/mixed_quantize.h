@@ -4,6 +4,7 @@
 
 #include "core/float16.h"
 #include "core/quantize.h"
+#include "cuda/launch.h"
 
 namespace resq {
 
@@ -13,5 +14,12 @@ struct MixedQuantizeParams {
   FloatType x_type;
   MixedRows out;
 };
+
+namespace cuda {
+
+// Device pointers; 0 < rows < 2^31.
+void mixed_quantize(const MixedQuantizeParams& p, Stream stream);
+
+}  // namespace cuda
 
 }  // namespace resq

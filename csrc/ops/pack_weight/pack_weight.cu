@@ -3,7 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "core/int4.h"
-#include "ops/pack_weight/pack_weight_cuda.h"
+#include "ops/pack_weight/pack_weight.h"
 
 namespace resq::cuda {
 namespace {

@@ -4,6 +4,8 @@
 
 #include "core/int4.h"
 #include "core/packed_weight.h"
+#include "core/packed_weight_cuda.h"
+#include "cuda/launch.h"
 
 namespace resq {
 
@@ -38,5 +40,13 @@ inline void pack_weight_block(const PackWeightParams& p, int64_t block) {
     }
   }
 }
+
+namespace cuda {
+
+// Packs into a layout of docs/formats.md section 3.3. Device pointers; packed_weight has
+// cuda_packed_weight_bytes(n, k_lo, k_hi), aligned to 16 bytes.
+void pack_weight(const PackWeightParams& p, CudaLayout layout, Stream stream);
+
+}  // namespace cuda
 
 }  // namespace resq

@@ -3,7 +3,7 @@
 #include "cuda/dependent_launch.cuh"
 #include "cuda/row_launch.cuh"
 #include "cuda/row_quantize.cuh"
-#include "ops/rms_norm_quantize/rms_norm_quantize_cuda.h"
+#include "ops/rms_norm_quantize/rms_norm_quantize.h"
 
 namespace resq::cuda {
 namespace {

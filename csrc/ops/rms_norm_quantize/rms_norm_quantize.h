@@ -6,6 +6,7 @@
 
 #include "core/float16.h"
 #include "core/quantize.h"
+#include "cuda/launch.h"
 
 namespace resq {
 
@@ -20,5 +21,12 @@ struct RmsNormQuantizeParams {
   float eps;
   MixedRows out;
 };
+
+namespace cuda {
+
+// Device pointers; 0 < rows < 2^31.
+void rms_norm_quantize(const RmsNormQuantizeParams& p, Stream stream);
+
+}  // namespace cuda
 
 }  // namespace resq

@@ -3,7 +3,7 @@
 #include "cuda/hadamard_block.cuh"
 #include "cuda/row_quantize.cuh"
 #include "cuda/silu.cuh"
-#include "ops/silu_mul_hadamard_quantize/silu_mul_hadamard_quantize_cuda.h"
+#include "ops/silu_mul_hadamard_quantize/silu_mul_hadamard_quantize.h"
 
 namespace resq::cuda {
 namespace {

@@ -5,6 +5,7 @@
 #include "core/float16.h"
 #include "core/hadamard.h"
 #include "core/quantize.h"
+#include "cuda/launch.h"
 
 namespace resq {
 
@@ -17,5 +18,18 @@ struct SiluMulHadamardQuantizeParams {
   float scale;               // of the product: 1 / sqrt(n), or 1 without a transform
   MixedRows out;
 };
+
+namespace cuda {
+
+struct HadamardLayout;
+
+// Device pointers, gate_up aligned to 16 bytes; 0 < rows < 2^31; a plan.
+void silu_mul_hadamard_quantize(const SiluMulHadamardQuantizeParams& p,
+                                const HadamardLayout& layout, const Device& device, Stream stream);
+
+// Without a plan.
+void silu_mul_quantize(const SiluMulHadamardQuantizeParams& p, Stream stream);
+
+}  // namespace cuda
 
 }  // namespace resq

@@ -2,7 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "core/int4.h"
-#include "ops/unpack_weight/unpack_weight_cuda.h"
+#include "ops/unpack_weight/unpack_weight.h"
 
 namespace resq::cuda {
 namespace {

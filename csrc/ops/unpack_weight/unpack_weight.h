@@ -6,6 +6,8 @@
 
 #include "core/int4.h"
 #include "core/packed_weight.h"
+#include "core/packed_weight_cuda.h"
+#include "cuda/launch.h"
 
 namespace resq {
 
@@ -34,5 +36,13 @@ inline void unpack_weight_block(const UnpackWeightParams& p, int64_t block) {
     }
   }
 }
+
+namespace cuda {
+
+// Unpacks a layout of docs/formats.md section 3.3. Device pointers; packed_weight has
+// cuda_packed_weight_bytes(n, k_lo, k_hi).
+void unpack_weight(const UnpackWeightParams& p, CudaLayout layout, Stream stream);
+
+}  // namespace cuda
 
 }  // namespace resq

@@ -1,19 +1,10 @@
-// Tensors of mixed_gemm -> checked MixedGemmParams; the output is allocated here. The packed
-// weight's size is checked by the device that owns the layout.
+// mixed_gemm between torch and the kernels: checks, output, the operator of any device.
 #pragma once
 
-#include <optional>
-#include <vector>
-
 #include "ops/mixed_gemm/mixed_gemm.h"
-#include "torch/mixed_rows.h"
+#include "torch/tensor.h"
 
 namespace resq {
-
-struct MixedGemmCall {
-  MixedGemmParams params;
-  Tensor out;
-};
 
 // `bytes` is what the device's layout needs for p's shape.
 inline void check_packed_bytes(const MixedGemmParams& p, const Tensor& packed_weight,
@@ -26,11 +17,12 @@ inline void check_packed_bytes(const MixedGemmParams& p, const Tensor& packed_we
   fail("mixed_gemm", "packed_weight", expected.str(), got.str());
 }
 
-inline MixedGemmCall mixed_gemm_call(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
-                                     const Tensor& packed_weight, const Tensor& weight_scale,
-                                     const Tensor& weight_sum, const std::optional<Tensor>& bias,
-                                     ScalarType out_dtype) {
+template <class Device>
+Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
+                  const Tensor& packed_weight, const Tensor& weight_scale, const Tensor& weight_sum,
+                  const std::optional<Tensor>& bias, ScalarType out_dtype) {
   const char* op = "mixed_gemm";
+  const Device device(op, q_lo);
   const int64_t lo_bytes = last_dimension(op, "q_lo", q_lo);
   check_tensor(op, "q_lo", q_lo, {ScalarType::Byte, ScalarType::Char}, with_last(q_lo, lo_bytes));
   const bool packed = q_lo.scalar_type() == ScalarType::Byte;
@@ -55,23 +47,31 @@ inline MixedGemmCall mixed_gemm_call(const Tensor& q_lo, const Tensor& q_hi, con
   check_device(op, "weight_sum", weight_sum, q_lo);
   check_float_dtype(op, "out_dtype", out_dtype);
 
-  Tensor out = allocate(q_lo, with_last(q_lo, n), out_dtype);
-  return {{.rows = row_count(q_lo),
-           .n = n,
-           .k_lo = k_lo,
-           .k_hi = k_hi,
-           .q_lo = q_lo.const_data_ptr(),
-           .q_lo_packed = packed,
-           .q_hi = q_hi.const_data_ptr<int8_t>(),
-           .params = params.const_data_ptr<float>(),
-           .packed_weight = packed_weight.const_data_ptr<uint8_t>(),
-           .weight_scale = weight_scale.const_data_ptr<float>(),
-           .weight_sum = weight_sum.const_data_ptr<int32_t>(),
-           .bias = bias ? bias->const_data_ptr() : nullptr,
-           .bias_type = bias ? float_type(op, "bias", *bias) : FloatType::kFloat32,
-           .out = out.mutable_data_ptr(),
-           .out_type = float_type(op, "out", out)},
-          out};
+  const Tensor out = allocate(q_lo, with_last(q_lo, n), out_dtype);
+  const MixedGemmParams p{.rows = row_count(q_lo),
+                          .n = n,
+                          .k_lo = k_lo,
+                          .k_hi = k_hi,
+                          .q_lo = q_lo.const_data_ptr(),
+                          .q_lo_packed = packed,
+                          .q_hi = q_hi.const_data_ptr<int8_t>(),
+                          .params = params.const_data_ptr<float>(),
+                          .packed_weight = packed_weight.const_data_ptr<uint8_t>(),
+                          .weight_scale = weight_scale.const_data_ptr<float>(),
+                          .weight_sum = weight_sum.const_data_ptr<int32_t>(),
+                          .bias = bias ? bias->const_data_ptr() : nullptr,
+                          .bias_type = bias ? float_type(op, "bias", *bias) : FloatType::kFloat32,
+                          .out = out.mutable_data_ptr(),
+                          .out_type = float_type(op, "out", out)};
+  check_packed_bytes(p, packed_weight, device.packed_weight_bytes(n, k_lo, k_hi));
+  device.check_aligned("q_lo", q_lo);
+  device.check_aligned("q_hi", q_hi);
+  device.check_aligned("params", params);
+  device.check_aligned("packed_weight", packed_weight);
+  device.check_aligned("weight_scale", weight_scale);
+  device.check_aligned("weight_sum", weight_sum);
+  run(device, p);
+  return out;
 }
 
 }  // namespace resq

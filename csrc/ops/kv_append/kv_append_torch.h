@@ -1,0 +1,67 @@
+// kv_append between torch and the kernels: checks, output, the operator of any device.
+#pragma once
+
+#include "ops/kv_append/kv_append.h"
+#include "torch/kv_tensors.h"
+
+namespace resq {
+
+// Returns q' float32 [tokens, n_q, head_dim], or nothing [0] without q.
+template <class Device>
+Tensor kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& cos,
+                 const std::optional<Tensor>& sin, const std::optional<Tensor>& key_rotation,
+                 Tensor cache, const Tensor& slot_mapping, int64_t hi_bits,
+                 const std::optional<Tensor>& q) {
+  const char* op = "kv_append";
+  const Device device(op, k);
+  check_token_heads(op, "k", k, float_dtypes(), {kAnySize, kAnySize, kAnySize});
+  check_head_dim(op, "k", k);
+  const int64_t tokens = k.size(0), n_kv = k.size(1), head_dim = k.size(2);
+  check_token_heads(op, "v", v, {k.scalar_type()}, {tokens, n_kv, head_dim});
+  const RopeRotation rope(op, k, cos, sin, key_rotation, tokens, n_kv, head_dim, Device::kRopeForm);
+  const int64_t page_size = check_cache(op, cache, n_kv, head_dim);
+  check_tensor(op, "slot_mapping", slot_mapping, {ScalarType::Long}, {tokens});
+  if (hi_bits != 4 && hi_bits != 8) fail(op, "hi_bits", "4 or 8", std::to_string(hi_bits));
+  if (q) {
+    check_token_heads(op, "q", *q, {k.scalar_type()}, {tokens, kAnySize, head_dim});
+    if (n_kv == 0 ? q->size(1) != 0 : q->size(1) % n_kv != 0) {
+      fail(op, "q", "a multiple of k's " + std::to_string(n_kv) + " heads", describe(*q));
+    }
+    check_device(op, "q", *q, k);
+    device.check_aligned_tokens("q", *q);
+  }
+  check_device(op, "v", v, k);
+  check_device(op, "cache", cache, k);
+  check_device(op, "slot_mapping", slot_mapping, k);
+  device.check_aligned_tokens("k", k);
+  device.check_aligned_tokens("v", v);
+  device.check_aligned("cache", cache);
+  const int64_t n_q = q ? q->size(1) : 0;
+  const Tensor rotated_q =
+      allocate(k, q ? std::vector<int64_t>{tokens, n_q, head_dim} : std::vector<int64_t>{0},
+               ScalarType::Float);
+  run(device, KvAppendParams{.k = k.const_data_ptr(),
+                             .v = v.const_data_ptr(),
+                             .q = q ? q->const_data_ptr() : nullptr,
+                             .rotated_q = rotated_q.mutable_data_ptr<float>(),
+                             .cos = RopeRotation::array(op, rope.cos),
+                             .sin = RopeRotation::array(op, rope.sin),
+                             .rotation = RopeRotation::array(op, rope.rotation),
+                             .slot_mapping = slot_mapping.const_data_ptr<int64_t>(),
+                             .cache = cache.mutable_data_ptr<uint8_t>(),
+                             .type = float_type(op, "k", k),
+                             .tokens = tokens,
+                             .n_kv = n_kv,
+                             .n_q = n_q,
+                             .head_dim = head_dim,
+                             .page_size = page_size,
+                             .k_stride = token_stride(k),
+                             .v_stride = token_stride(v),
+                             .q_stride = q ? token_stride(*q) : 0,
+                             .slots = cache.size(0) * page_size,
+                             .shared_rotation = rope.shared_rotation(),
+                             .uniform = hi_bits == 4});
+  return rotated_q;
+}
+
+}  // namespace resq

@@ -1,0 +1,57 @@
+// rms_norm_quantize between torch and the kernels: checks, outputs, the operator of any device.
+#pragma once
+
+#include <tuple>
+
+#include "ops/rms_norm_quantize/rms_norm_quantize.h"
+#include "torch/tensor.h"
+
+namespace resq {
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_quantize(
+    const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
+    double eps, int64_t n_hi, int64_t lo_bits, std::optional<bool> packed, bool symmetric,
+    double clip) {
+  const char* op = "rms_norm_quantize";
+  const Device device(op, x);
+  const MixedOptions options{n_hi, lo_bits, packed, symmetric, clip};
+  const FloatType x_type = float_type(op, "x", x);
+  const int64_t columns = last_dimension(op, "x", x), rows = row_count(x);
+  if (residual &&
+      (sizes_of(*residual) != sizes_of(x) || residual->scalar_type() != x.scalar_type())) {
+    fail(op, "residual", "x's dtype and shape, " + describe(x), describe(*residual));
+  }
+  if (residual) check_device(op, "residual", *residual, x);
+  FloatType weight_type = FloatType::kFloat32;
+  if (weight) {
+    weight_type = float_type(op, "weight", *weight);
+    if (weight->dim() != 1 || weight->size(0) != columns) {
+      fail(op, "weight", "[" + std::to_string(columns) + "]", describe(*weight));
+    }
+    check_device(op, "weight", *weight, x);
+  }
+  if (!(eps >= 0.0)) fail(op, "eps", "0 or more", std::to_string(eps));
+  check_mixed_options(op, columns, options);
+  device.check_rows("x", rows);
+
+  const Tensor x_rows = contiguous_rows(x);
+  const Tensor residual_rows = residual ? contiguous_rows(*residual) : x_rows;
+  const Tensor weight_row = weight ? contiguous_rows(*weight) : x_rows;
+  const MixedOutput out = make_mixed_output(x, columns, options, device.packs_activations());
+  // An operator may not return its input: without a residual the caller takes x itself.
+  const std::vector<int64_t> sum_sizes = residual ? sizes_of(x) : std::vector<int64_t>{0};
+  const Tensor new_residual = allocate(x, sum_sizes, x.scalar_type());
+  run(device, RmsNormQuantizeParams{.rows = rows,
+                                    .x = x_rows.const_data_ptr(),
+                                    .residual = residual ? residual_rows.const_data_ptr() : nullptr,
+                                    .new_residual = new_residual.mutable_data_ptr(),
+                                    .x_type = x_type,
+                                    .weight = weight ? weight_row.const_data_ptr() : nullptr,
+                                    .weight_type = weight_type,
+                                    .eps = static_cast<float>(eps),
+                                    .out = out.rows});
+  return {out.q_lo, out.q_hi, out.params, new_residual};
+}
+
+}  // namespace resq

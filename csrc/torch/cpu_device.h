@@ -1,0 +1,51 @@
+// The CPU as the Device of an operator (ops/<op>/<op>_torch.h).
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "core/packed_weight.h"
+#include "cpu/isa.h"
+#include "torch/kv_tensors.h"
+#include "torch/log_kernel.h"
+#include "torch/tensor.h"
+
+namespace resq {
+
+class Cpu {
+ public:
+  static constexpr RopeForm kRopeForm = RopeForm::kFloat32;
+
+  Cpu(const char* op, const Tensor&) : op_(op) {}
+
+  bool packs_activations() const { return false; }
+  int64_t packed_weight_bytes(int64_t n, int64_t k_lo, int64_t k_hi) const {
+    return resq::packed_weight_bytes(n, k_lo, k_hi);
+  }
+
+  // What only CUDA's kernels ask for.
+  void check_rows(const char*, int64_t) const {}
+  void check_aligned(const char*, const Tensor&) const {}
+  void check_aligned_tokens(const char*, const Tensor&) const {}
+  Tensor aligned(const Tensor& tensor) const { return tensor; }
+
+  // Names the kernel that runs; `isa` where it is not the vector kernel of this process.
+  void log(cpu::Isa isa = cpu::vector_isa()) const {
+    if (logs_kernels()) log_kernel(op_, std::string("cpu ") + cpu::isa_name(isa));
+  }
+
+  // kernel(params, begin, end) over all rows, of `columns` numbers each, by as many threads as pay.
+  template <class Params>
+  void for_rows(int64_t rows, int64_t columns, void (*kernel)(const Params&, int64_t, int64_t),
+                const Params& params) const {
+    log();
+    torch::stable::parallel_for(0, rows, rows_per_thread(columns),
+                                [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+  }
+
+ private:
+  const char* op_;
+};
+
+}  // namespace resq
