@@ -191,7 +191,7 @@ def _all_models() -> list[str]:
     return [bench_models.SQUARE, *bench_models.names()]
 
 
-def _list_of(convert: Callable[[str], object]) -> Callable[[str], list]:
+def _list_of(convert: Callable[[str], object]) -> Callable[[str], list[object]]:
     return lambda text: [convert(part.strip()) for part in text.split(",")]
 
 
