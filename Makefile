@@ -16,7 +16,7 @@ help:
 	@echo "make sanitize     operators' tests under AddressSanitizer and UBSan"
 	@echo "make bench        benchmark the kernels on this machine, results under benchmarks/results/"
 	@echo "make gpu-check    on a machine with a GPU: tests, compute-sanitizer, benchmark, one report"
-	@echo "make lint         ruff, clang-format, mypy, clang-tidy (half a minute)"
+	@echo "make lint         ruff, clang-format, codespell, mypy, clang-tidy (half a minute)"
 	@echo "make format       let ruff and clang-format rewrite the files"
 	@echo "make wheel-check  build the wheel, install it in an empty environment, call an operator"
 
@@ -63,6 +63,7 @@ lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/codespell *.md docs csrc resq_kernels tests tools examples
 	$(BIN)/mypy
 	$(BIN)/python tools/clang_tidy.py
 
