@@ -8,15 +8,19 @@ SOURCES := setup.py pyproject.toml tools/compile_cuda.py $(shell find csrc -name
 
 CXX_FILES = $(shell find csrc tests resq_kernels -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: help demo test sanitize lint bench format wheel-check gpu-check clean
+# What a change of an operator or of a format meets first.
+QUICK = tests/ops tests/test_*.py tests/nn/test_weights.py tests/nn/test_resq_linear.py
+
+.PHONY: help demo test test-quick sanitize lint bench format wheel-check gpu-check clean
 
 help:
 	@echo "make demo         quantize the small Llama in examples/, compare, write out/demo/report.html"
 	@echo "make test         run the test suite"
+	@echo "make test-quick   values of every operator on the CPU, formats, layers, docs (a minute)"
 	@echo "make sanitize     operators' tests under AddressSanitizer and UBSan"
 	@echo "make bench        benchmark the kernels on this machine, results under benchmarks/results/"
 	@echo "make gpu-check    on a machine with a GPU: tests, compute-sanitizer, benchmark, one report"
-	@echo "make lint         ruff, clang-format and structure checks"
+	@echo "make lint         ruff, clang-format, codespell, mypy, clang-tidy (half a minute)"
 	@echo "make format       let ruff and clang-format rewrite the files"
 	@echo "make wheel-check  build the wheel, install it in an empty environment, call an operator"
 
@@ -46,6 +50,9 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	$(BIN)/python -m pytest tests
 
+test-quick: $(VENV)/.built
+	$(BIN)/python -m pytest -m "not slow" $(QUICK)
+
 sanitize: $(VENV)/.dependencies
 	$(BIN)/python tools/sanitize.py
 
@@ -63,6 +70,9 @@ lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/codespell *.md docs csrc resq_kernels tests tools examples
+	$(BIN)/mypy
+	$(BIN)/python tools/clang_tidy.py
 
 format: $(VENV)/.dependencies
 	$(BIN)/ruff check --fix .

@@ -203,12 +203,14 @@ class CheckpointReader:
     def load(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, in its stored dtype."""
         with safe_open(self.info(name).file, framework="pt") as stream:
-            return stream.get_tensor(name)
+            tensor: torch.Tensor = stream.get_tensor(name)
+        return tensor
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start <= row < stop of a matrix, in its stored dtype."""
         with safe_open(self.info(name).file, framework="pt") as stream:
-            return stream.get_slice(name)[start:stop]
+            rows: torch.Tensor = stream.get_slice(name)[start:stop]
+        return rows
 
     def check(
         self, name: str, shape: tuple[int, ...], dtypes: Iterable[torch.dtype] = FLOAT_DTYPES
@@ -284,7 +286,8 @@ def tensors_hash(tensors: Iterable[torch.Tensor]) -> str:
     """The hash of the bytes of tensors in order: "sha256:" and hex digits."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(data.numpy().data)
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -149,7 +149,8 @@ class _evaluating:
 def _logits(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
     """Logits of the positions with a target, [seqlen - 1, vocabulary], in the model's dtype."""
     ids = window.unsqueeze(0).to(model.device)
-    return model(input_ids=ids, use_cache=False).logits[0, :-1]
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits[0, :-1]
 
 
 def _window_sums(

@@ -39,7 +39,9 @@ class MixedTensor(NamedTuple):
         )
 
 
-def split_columns(columns: int, high_fraction: float, name: str = "input dimension") -> tuple:
+def split_columns(
+    columns: int, high_fraction: float, name: str = "input dimension"
+) -> tuple[int, int]:
     """Columns of the INT4 and of the INT8 part: (K_lo, K_hi), K_hi = high_fraction * K exactly.
 
     Raises:

@@ -156,4 +156,5 @@ def transform(x: torch.Tensor) -> torch.Tensor:
                 half *= 2
         else:
             y = torch.tensordot(y, dense.to(y), dims=([axis], [1])).movedim(-1, axis)
-    return (y * x.shape[-1] ** -0.5).reshape(x.shape)
+    scale: float = x.shape[-1] ** -0.5
+    return (y * scale).reshape(x.shape)

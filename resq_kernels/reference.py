@@ -9,12 +9,10 @@ import torch
 
 from resq_kernels import hadamard as _hadamard
 from resq_kernels.formats import MixedTensor, pack_int4, unpack_int4
-from resq_kernels.reference_attention import (  # noqa: F401  part of the specification
-    kv_append,
-    kv_attention,
-    kv_dequantize,
-    kv_fake_quantize,
-)
+from resq_kernels.reference_attention import kv_append as kv_append
+from resq_kernels.reference_attention import kv_attention as kv_attention
+from resq_kernels.reference_attention import kv_dequantize as kv_dequantize
+from resq_kernels.reference_attention import kv_fake_quantize as kv_fake_quantize
 
 MIN_SCALE = 2.0**-60
 

@@ -28,7 +28,7 @@ def search_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
     Source: arXiv 2412.14363, whose code searches the range as GPTQ's and QuaRot's do.
     """
-    half = 2 ** (bits - 1)
+    half: int = 2 ** (bits - 1)
     if weight.shape[1] == 0:
         return weight.new_zeros(weight.shape[0])
     amax = weight.abs().amax(1)

@@ -24,13 +24,21 @@ ALLOWED = {
     "kv_pages": {"formats"},
     "reference": LEAVES | {"reference_attention"},
     "reference_attention": LEAVES,
-    "weights": LEAVES | {"reference"},
+    "weights": LEAVES,
     "checkpoint": LEAVES,
+    "texts": set(),
+    "evaluate": set(),
     "ops": LEAVES | {"_library"},
-    "nn": LEAVES | {"ops", "checkpoint", "weights", "reference"},
-    "ptq": LEAVES | {"ops", "checkpoint", "weights", "reference"},
-    "integrations": LEAVES | {"nn", "checkpoint", "ops"},
+    "nn": LEAVES | {"ops", "weights"},
+    "ptq": LEAVES | {"checkpoint", "weights", "reference"},
+    "integrations": LEAVES | {"nn", "checkpoint"},
+    "api": LEAVES | {"ptq", "checkpoint"},
+    "commands": LEAVES | {"ptq", "nn", "evaluate", "texts", "_library", "testing"},
+    "cli": {"commands", "__version__"},
+    "__main__": {"cli"},
+    "__init__": LEAVES | {"_library", "integrations", "ops", "nn", "api"},
 }
+TESTING_FROM = {"bench.py", "evaluate.py"}  # of commands: `resq bench`, `resq eval --fake-quant`
 
 
 def imports(path: Path) -> set[str]:
@@ -53,6 +61,17 @@ def test_layer_imports_only_what_the_arrows_allow(layer: str) -> None:
     for path in paths:
         extra = imports(path) - ALLOWED[layer] - {layer}
         assert not extra, f"{path.relative_to(ROOT)} imports {sorted(extra)}"
+
+
+def test_every_layer_has_its_arrows() -> None:
+    found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py"}
+    found |= {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert found == set(ALLOWED) | {"testing"}
+
+
+def test_testing_is_imported_by_two_commands() -> None:
+    paths = (PACKAGE / "commands").iterdir()
+    assert {p.name for p in paths if p.suffix == ".py" and "testing" in imports(p)} == TESTING_FROM
 
 
 def includes(path: Path) -> list[str]:

@@ -47,9 +47,26 @@ def test_op_has_wrapper_reference_folder_tests_and_docs(op: str) -> None:
     assert f"## `{op}`" in (ROOT / "docs/ops.md").read_text()
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_wrapper_and_docs_have_the_arguments_of_the_schema(op: str) -> None:
+    schema = getattr(torch.ops.resq, op).default._schema
+    expected = [
+        (argument.name, argument.default_value if argument.has_default_value() else inspect._empty)
+        for argument in schema.arguments
+    ]
+    wrapper = inspect.signature(getattr(ops, op)).parameters.values()
+    assert [(parameter.name, parameter.default) for parameter in wrapper] == expected
+    text = (ROOT / "docs/ops.md").read_text()
+    found = re.search(rf"^## `{op}`\n`\((.*)\) -> (.*)`$", text, re.M)
+    assert found, f"docs/ops.md: {op}: expected `(arguments) -> results` under the title"
+    scope: dict[str, object] = {}
+    exec(f"def documented({found[1]}): ...", scope)
+    documented = inspect.signature(scope["documented"]).parameters.values()
+    assert [(parameter.name, parameter.default) for parameter in documented] == expected
+    assert found[2].count(",") + 1 == len(schema.returns)
+
+
 @pytest.mark.parametrize("op", sorted(set(OPS) - LAYOUT_ONLY - {"mixed_gemm", "embedding"}))
 def test_wrapper_takes_the_arguments_of_the_reference(op: str) -> None:
     wrapper = list(inspect.signature(getattr(ops, op)).parameters)
     assert wrapper == list(inspect.signature(getattr(reference, op)).parameters)
-    schema = getattr(torch.ops.resq, op).default._schema
-    assert wrapper == [argument.name for argument in schema.arguments]

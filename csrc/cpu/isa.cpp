@@ -100,7 +100,6 @@ Isa best_isa(Features have) {
 
 Isa select_isa(const std::string& forced, Features have) {
   if (forced.empty()) return best_isa(have);
-  std::string names;
   for (Isa isa : kAllIsas) {
     if (forced == isa_name(isa)) {
       const std::string missing = missing_features(isa, have);

@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from resq_kernels import _library
 from resq_kernels.commands import loading, output
-from resq_kernels.commands.arguments import at_least
-from resq_kernels.testing import bench_models, bench_report, cuda_timing
+from resq_kernels.commands.arguments import at_least, real
+from resq_kernels.testing import bench_compare, bench_models, bench_report, cuda_timing
 from resq_kernels.testing.bench_device import BenchDevice
 
 SUMMARY = "time the kernels beside what a user would run instead"
@@ -39,6 +40,8 @@ examples:
   resq bench attention --shapes llama-3-8b --batch 1,8 --context 4096,32768
   resq bench layer --shapes llama-3-8b --batch 1,8 --context 2048
   resq bench model --shapes llama-3-8b --layers 4 --batch 1,8 --context 512
+  resq bench gemm --compare old.json        # times again, exit code 1 if something is slower
+  resq bench --compare old.json new.json    # only compares
 """
 
 # Benchmark -> its module (rows, MODELS, DEFAULTS), imported when it is asked for.
@@ -119,18 +122,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PREFIX",
         help="write PREFIX.json, PREFIX.md and PREFIX.png (speedup over M)",
     )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar=("OLD", "NEW"),
+        help="compare this run with the JSON of an older one, or two files without running; "
+        "exit code 1 if something is slower",
+    )
+    parser.add_argument(
+        "--slower",
+        type=real(0.0, 1000.0),
+        default=5.0,
+        metavar="PERCENT",
+        help="with --compare: slower is a time that grew by more than this, with a ratio that fell "
+        "by as much (default: 5)",
+    )
+    parser.add_argument(
+        "--other-machine",
+        action="store_true",
+        help="with --compare: also compare runs of different machines",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the benchmark; writes --json and --out last.
+    """Runs the benchmark; writes --json and --out, then compares.
 
     Raises:
-        CommandError: the benchmark does not know one of the models, there is no such device, or
-            --cpu-time with threads or on a GPU.
+        CommandError: the benchmark does not know one of the models, there is no such device,
+            --cpu-time with threads or on a GPU, or something is slower than in --compare.
+        ValueError: the files of --compare cannot be compared.
         RuntimeError: a kernel's result differs from the reference.
     """
     output.check_json_target(args.json)
     output.check_json_target(args.out and f"{args.out}.json", "--out")
+    older, newer = _runs(args)
+    if older is not None and newer is not None:
+        _compare(args, older, newer)
+        return
     module = importlib.import_module(MODULES[args.benchmark])
     _complete(args, module)
     bench = BenchDevice(
@@ -141,6 +169,8 @@ def run(args: argparse.Namespace) -> None:
     )
     torch.manual_seed(0)
     machine = bench.machine()
+    if older is not None and not args.other_machine:
+        bench_compare.check_machines(older["machine"], machine)
     missing: dict[str, str] = {}
     rows = []
     print(bench_report.HEADER)
@@ -162,6 +192,34 @@ def run(args: argparse.Namespace) -> None:
         output.write_json(f"{args.out}.json", figures)
         for sentence in bench_report.write(Path(args.out), figures):
             sys.stderr.write(f"resq: {sentence}\n")
+    if older is not None:
+        _compare(args, older, figures)
+
+
+def _runs(args: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The figures of --compare: of OLD and of NEW, None for a file that is not given."""
+    paths = args.compare or []
+    if len(paths) > 2 or (len(paths) == 2 and args.out):
+        raise output.CommandError("--compare: expected OLD, or OLD and NEW without --out")
+    older, newer, *_ = [*map(bench_compare.read, paths), None, None]
+    return older, newer
+
+
+def _compare(args: argparse.Namespace, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Prints what became of every row that both runs have; fails if one is slower."""
+    if not args.other_machine:
+        bench_compare.check_machines(old["machine"], new["machine"])
+    rows = bench_compare.compare(old["rows"], new["rows"], args.slower)
+    print(output.table([bench_compare.cells(row) for row in rows], bench_compare.HEADER))
+    left_out = len(old["rows"]) + len(new["rows"]) - 2 * len(rows)
+    print(f"{len(rows)} rows in both, {left_out} in one alone")
+    if len(args.compare) > 1:
+        output.write_json(args.json, {"compare": args.compare, "rows": rows})
+    if slower := sum(row["slower"] for row in rows):
+        raise output.CommandError(
+            f"{slower} of {len(rows)} rows are more than {args.slower:g} % slower than in "
+            f"{args.compare[0]}"
+        )
 
 
 def _complete(args: argparse.Namespace, module: ModuleType) -> None:
@@ -191,7 +249,7 @@ def _all_models() -> list[str]:
     return [bench_models.SQUARE, *bench_models.names()]
 
 
-def _list_of(convert: Callable[[str], object]) -> Callable[[str], list]:
+def _list_of(convert: Callable[[str], object]) -> Callable[[str], list[object]]:
     return lambda text: [convert(part.strip()) for part in text.split(",")]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from resq_kernels import texts
 from resq_kernels.commands import loading, output
@@ -84,8 +85,8 @@ def run(args: argparse.Namespace) -> None:
     if args.reference and not wants_perplexity:
         raise CommandError("--reference: needs a text, add --text FILE or --dataset wikitext2")
     tokenizer = loading.load_tokenizer(args.model)
-    figures: dict[str, object] = {"model": args.model}
-    tokens = seqlen = None
+    figures: dict[str, Any] = {"model": args.model}
+    tokens, seqlen = None, 0
     if wants_perplexity:
         seqlen = loading.choose_seqlen(args.seqlen, config)
         source = args.text or texts.WIKITEXT2
@@ -127,7 +128,7 @@ def _path(model: PreTrainedModel, fake_quant: bool) -> contextlib.AbstractContex
     return fake_quantized(model)
 
 
-def _print(figures: dict[str, object]) -> None:
+def _print(figures: dict[str, Any]) -> None:
     rows = [("model", str(figures["model"]))]
     if figures["fake_quant"]:
         rows.append(("path", "reference (fake quantization in plain torch)"))
@@ -152,7 +153,7 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _harness() -> object:
+def _harness() -> ModuleType:
     try:
         import lm_eval
         import lm_eval.models.huggingface  # noqa: F401  registers HFLM
@@ -165,7 +166,7 @@ def _harness() -> object:
 
 
 def _run_tasks(
-    harness: object,
+    harness: ModuleType,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: list[str],

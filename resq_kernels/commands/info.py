@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         CommandError: MODEL cannot be read.
     """
     output.check_json_target(args.json)
-    figures: dict[str, object] = {
+    figures: dict[str, Any] = {
         "versions": versions(),
         "machine": machine(),
         "cpu": cpu(),
@@ -73,7 +74,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine() -> dict[str, object]:
+def machine() -> dict[str, Any]:
     """The processor, its cores, torch's threads and the memory in bytes."""
     pages, page = (os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_PAGE_SIZE"))
     return {
@@ -85,7 +86,7 @@ def machine() -> dict[str, object]:
     }
 
 
-def cpu() -> dict[str, object]:
+def cpu() -> dict[str, Any]:
     """CPU kernel variants: those built, the one that runs here, what each other one would need that
     the machine lacks, and whether the one was forced.
 
@@ -108,7 +109,7 @@ def built_cpu_variants(architecture: str) -> tuple[str, ...]:
     return ("scalar", *vector)
 
 
-def cuda() -> dict[str, object]:
+def cuda() -> dict[str, Any]:
     """Whether CUDA kernels run, the devices, and if they do not, why."""
     devices = []
     reason = _library.CUDA_MISSING or None
@@ -142,15 +143,15 @@ def _cuda_family(index: int) -> str:
         return f"none: {str(error).splitlines()[0]}"
 
 
-def model_figures(model: str) -> dict[str, object]:
+def model_figures(model: str) -> dict[str, Any]:
     """What a model is: its shape, its quantization, the bytes of each part (folders only).
 
     Raises:
         CommandError: there is no such model, or the folder is damaged.
     """
     config = loading.load_config(model)
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "vocab_size", "max_position_embeddings")
+    names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    names += ["num_key_value_heads", "vocab_size", "max_position_embeddings"]
     from resq_kernels.commands.sizes import part_sizes
 
     return {
@@ -162,7 +163,7 @@ def model_figures(model: str) -> dict[str, object]:
     }
 
 
-def _model_rows(figures: dict[str, object]) -> list[tuple[str, str]]:
+def _model_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     shape, quantized, parts = figures["shape"], figures["quantization"], figures["bytes"]
     rows = [
         ("model", f"{figures['name']} ({figures['architecture']})"),
@@ -179,7 +180,7 @@ def _model_rows(figures: dict[str, object]) -> list[tuple[str, str]]:
     return rows
 
 
-def _cpu_line(figures: dict[str, object]) -> str:
+def _cpu_line(figures: dict[str, Any]) -> str:
     """The variant that runs, and why no better one does."""
     line = f"{figures['chosen']} of {', '.join(figures['built'])}"
     if figures["forced_by_RESQ_CPU_ISA"]:
@@ -189,7 +190,7 @@ def _cpu_line(figures: dict[str, object]) -> str:
     return line
 
 
-def _cuda_line(figures: dict[str, object]) -> str:
+def _cuda_line(figures: dict[str, Any]) -> str:
     if not figures["used"]:
         return f"not used: {figures['why_not']}"
     return ", ".join(

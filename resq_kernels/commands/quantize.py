@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from resq_kernels import texts
 from resq_kernels.commands import loading, output
@@ -228,7 +228,7 @@ def _folder(model: str) -> Path:
     return Path(snapshot_download(model, allow_patterns=patterns))
 
 
-def _print(model: str, out: Path, report: dict[str, object]) -> None:
+def _print(model: str, out: Path, report: dict[str, Any]) -> None:
     layers = report["layers"]
     worst = max(layers, key=lambda layer: layer["error"])
     mean = sum(layer["error"] for layer in layers) / len(layers)

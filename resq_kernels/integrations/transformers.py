@@ -111,7 +111,7 @@ def register_attention() -> None:
 def padding_mask(
     *,
     kv_length: int,
-    mask_function: Callable | None = None,
+    mask_function: Callable[..., Any] | None = None,
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:

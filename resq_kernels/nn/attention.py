@@ -135,6 +135,7 @@ class ResQAttention(nn.Module):
         rotated = paged.append(
             step, k_rows, v_rows, cos, sin, self.key_rotation, self.hi_bits, q_rows
         )
+        assert rotated is not None  # queries were given
         out = paged.attend(
             step, rotated, self.scaling, q.dtype, self.head_high, self.batch_invariant
         )
@@ -174,7 +175,8 @@ class ResQAttention(nn.Module):
             for module in self.children():
                 module._apply(fn)
         kept = () if self.key_rotation is None else (self.key_rotation,)
-        return super()._apply(keep_dtype(fn, *kept), False)
+        nn.Module._apply(self, keep_dtype(fn, *kept), False)
+        return self
 
 
 def named_cache(cache: Cache | None, kwargs: dict[str, object]) -> Cache | None:

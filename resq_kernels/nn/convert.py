@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -16,8 +17,13 @@ from resq_kernels.nn.mlp import ResQMLP
 from resq_kernels.nn.norm import ResQRMSNorm
 from resq_kernels.nn.vocabulary import ResQEmbedding, TiedHead
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
 
-def convert(model: nn.Module, config: ResQConfig, tied_head: bool) -> None:
+
+def convert(model: PreTrainedModel, config: ResQConfig, tied_head: bool) -> None:
     """Replaces, in place, norms, attention and MLP of every decoder layer, its `forward`, and a
     vocabulary in 8 bits; the last norm stays.
 
@@ -55,7 +61,8 @@ def pack(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (ResQAttention, ResQMLP)):
             for linear in module.children():
-                linear.pack()
+                if isinstance(linear, ResQLinear):
+                    linear.pack()
             module.merge()
     for module in model.modules():
         if isinstance(module, ResQLinear):
@@ -72,14 +79,10 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _convert_layer(layer: nn.Module, index: int, shape: ModelShape, config: ResQConfig) -> None:
+def _convert_layer(
+    layer: LlamaDecoderLayer | Qwen2DecoderLayer, index: int, shape: ModelShape, config: ResQConfig
+) -> None:
     like = layer.self_attn.q_proj.weight
-    place = {"dtype": like.dtype, "device": like.device}
-    options = {
-        "lo_bits": config.lo_bits,
-        "symmetric": config.symmetric,
-        "clip": config.activation_clip,
-    }
 
     def linear(name: str) -> ResQLinear:
         rows, columns = shape.linear(name)
@@ -88,14 +91,23 @@ def _convert_layer(layer: nn.Module, index: int, shape: ModelShape, config: ResQ
             rows,
             shape.qkv_bias and name in architecture.QKV,
             high_columns=shape.high_columns(name, config.high_fraction),
-            **options,
-            **place,
+            lo_bits=config.lo_bits,
+            symmetric=config.symmetric,
+            clip=config.activation_clip,
+            dtype=like.dtype,
+            device=like.device,
         )
 
     def norm(first_reader: str) -> ResQRMSNorm:
-        high_columns = shape.high_columns(first_reader, config.high_fraction)
         return ResQRMSNorm(
-            shape.hidden, shape.norm_eps, high_columns=high_columns, **options, **place
+            shape.hidden,
+            shape.norm_eps,
+            high_columns=shape.high_columns(first_reader, config.high_fraction),
+            lo_bits=config.lo_bits,
+            symmetric=config.symmetric,
+            clip=config.activation_clip,
+            dtype=like.dtype,
+            device=like.device,
         )
 
     layer.__class__ = CLASSES.get(type(layer), type(layer))  # keeps all that it holds
@@ -117,18 +129,19 @@ def _convert_layer(layer: nn.Module, index: int, shape: ModelShape, config: ResQ
 
 
 def _convert_vocabulary(
-    model: nn.Module, decoder: nn.Module, config: ResQConfig, tied_head: bool
+    model: PreTrainedModel, decoder: LlamaModel | Qwen2Model, config: ResQConfig, tied_head: bool
 ) -> None:
     like = decoder.embed_tokens.weight
-    place = {"dtype": like.dtype, "device": like.device}
-    decoder.embed_tokens = ResQEmbedding(*like.shape, **place)
+    vocabulary, hidden = like.shape
+    decoder.embed_tokens = ResQEmbedding(vocabulary, hidden, dtype=like.dtype, device=like.device)
     # The first floating parameter has the model's dtype for transformers: not a scale.
     decoder._modules = {"norm": decoder.norm, **decoder._modules}
     if not hasattr(model, "lm_head"):
         return
-    vocabulary, hidden = like.shape
     model.lm_head = (
         TiedHead(decoder.embed_tokens, config.rotates)
         if tied_head
-        else ResQLinear(hidden, vocabulary, high_columns=hidden, **place)
+        else ResQLinear(
+            hidden, vocabulary, high_columns=hidden, dtype=like.dtype, device=like.device
+        )
     )

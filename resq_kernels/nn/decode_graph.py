@@ -61,10 +61,12 @@ class DecodeGraph:
 
     def __init__(self, model: PreTrainedModel, cache: Cache, max_new_tokens: int) -> None:
         layers = _checked_layers(model, cache, max_new_tokens)
-        self._model, self._cache, self._graph = model, cache, None
+        self._model, self._cache = model, cache
+        self._graph: torch.cuda.CUDAGraph | None = None
         state, paged = layers[0].sequences, layers[0].paged
         self._limit = state.length + max_new_tokens
-        batch, device = len(paged.pages) // paged.pages_per_sequence, paged.pages.device
+        pages = paged.held()
+        batch, device = len(pages) // paged.pages_per_sequence, pages.device
         # Made for later steps too, which may be outside of the caller's inference mode.
         with torch.inference_mode(False), torch.no_grad():
             for layer in layers:
@@ -135,7 +137,8 @@ class DecodeGraph:
         self._prepared.step = Step(positions, None, lens, self._starts, self._limit)
         out = self._model(self._ids, position_ids=positions[:, None], **self._arguments)
         self._lens.copy_(lens)
-        return out.logits[:, -1]
+        logits: torch.Tensor = out.logits
+        return logits[:, -1]
 
     def _capture(self, state: Sequences) -> None:
         """Records `_pass`. The passes before it append at the end, where nothing is yet."""
@@ -192,7 +195,8 @@ def _checked_layers(
     """The layers of the cache, if steps over them can be prepared."""
     if reason := why_not(model):
         raise ValueError(f"DecodeGraph: model: {reason}")
-    layers, count = cache.layers, model.config.num_hidden_layers
+    layers: Sequence[ResQCacheLayer] = cache.layers
+    count = model.config.num_hidden_layers
     kinds = {type(layer).__name__ for layer in layers}
     if kinds != {ResQCacheLayer.__name__} or len(layers) != count or not layers[0].paged.used_pages:
         columns = cache.get_seq_length() if layers else 0
@@ -252,10 +256,12 @@ def graph_decoding(
         positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
         first |= {"attention_mask": attention_mask, "position_ids": positions[:, seen:]}
     out = model(input_ids[:, seen:], **first)
-    logits, cache, graph = out.logits[:, -1], out[name], None
+    logits, cache = out.logits[:, -1], out[name]
+    graph: DecodeGraph | None = None
     pad = generation_config.pad_token_id
-    if pad is None and (pad := generation_config.eos_token_id) and not isinstance(pad, int):
-        pad = pad[0]
+    if pad is None:
+        ends = generation_config.eos_token_id
+        pad = ends[0] if isinstance(ends, list) and ends else ends
     running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     while True:
         scores = logits_processor(input_ids, logits.float())

@@ -138,8 +138,9 @@ def paged_layer(cache: Cache, index: int) -> ResQCacheLayer:
     Raises:
         ValueError: another kind of cache, or one that holds float keys and values.
     """
-    if index < len(cache.layers) and isinstance(cache.layers[index], ResQCacheLayer):
-        return cache.layers[index]
+    found = cache.layers[index] if index < len(cache.layers) else None
+    if isinstance(found, ResQCacheLayer):
+        return found
     start = Sequences()
     for at, layer in enumerate(cache.layers):
         if isinstance(layer, ResQCacheLayer):
@@ -158,4 +159,5 @@ def paged_layer(cache: Cache, index: int) -> ResQCacheLayer:
         cache.layer_class_to_replicate = ResQCacheLayer
     while len(cache.layers) <= index:
         cache.layers.append(cache.layer_class_to_replicate())
-    return cache.layers[index]
+    made: ResQCacheLayer = cache.layers[index]
+    return made

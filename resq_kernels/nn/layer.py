@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
@@ -15,6 +16,12 @@ class _ResidualInNorm:
     The same bits: `rms_norm_quantize` rounds the sum to the dtype of the hidden states too. The
     norm of the next layer could take the second sum the same way, but layers pass tensors on.
     """
+
+    # What the decoder layers of transformers hold.
+    self_attn: nn.Module
+    mlp: nn.Module
+    input_layernorm: nn.Module
+    post_attention_layernorm: nn.Module
 
     def forward(
         self,
@@ -28,7 +35,8 @@ class _ResidualInNorm:
             self.input_layernorm(hidden_states), position_embeddings, attention_mask, **kwargs
         )
         normed, residual = self.post_attention_layernorm(attended, hidden_states)
-        return residual + self.mlp(normed)
+        out: torch.Tensor = residual + self.mlp(normed)
+        return out
 
 
 class ResQLlamaDecoderLayer(_ResidualInNorm, LlamaDecoderLayer):

@@ -44,6 +44,11 @@ class ResQLinear(nn.Module):
     Source: arXiv 2412.14363, section 4.
     """
 
+    # Buffers, which nn.Module does not declare.
+    packed_weight: torch.Tensor | None
+    weight_sum: torch.Tensor | None
+    compute: torch.Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -71,8 +76,10 @@ class ResQLinear(nn.Module):
         def parameter(*shape: int, dtype: torch.dtype | None) -> nn.Parameter:
             return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device), False)
 
-        self.weight_lo = parameter(out_features, k_lo // 2, dtype=torch.uint8)
-        self.weight_hi = parameter(out_features, high_columns, dtype=torch.int8)
+        self.weight_lo: nn.Parameter | None = parameter(out_features, k_lo // 2, dtype=torch.uint8)
+        self.weight_hi: nn.Parameter | None = parameter(
+            out_features, high_columns, dtype=torch.int8
+        )
         self.weight_scale = parameter(out_features, 2, dtype=torch.float32)
         self.bias = parameter(out_features, dtype=dtype) if bias else None
         self.register_buffer("packed_weight", None, persistent=False)
@@ -98,9 +105,10 @@ class ResQLinear(nn.Module):
             dtype=linear.weight.dtype,
             device=linear.weight.device,
         )
-        layer.weight_lo.data, layer.weight_hi.data = codes_lo, codes_hi
+        for own, codes in zip(layer.codes(), (codes_lo, codes_hi), strict=True):
+            own.copy_(codes)
         layer.weight_scale.data = scale
-        if linear.bias is not None:
+        if layer.bias is not None:
             layer.bias.data = linear.bias.detach().clone()
         layer.pack()
         return layer
@@ -119,7 +127,7 @@ class ResQLinear(nn.Module):
         """Moves the codes into the layout that the kernel of their device reads."""
         if self.is_packed:
             return
-        weight_lo, weight_hi = self.weight_lo.detach(), self.weight_hi.detach()
+        weight_lo, weight_hi = self.codes()
         self.packed_weight = ops.pack_weight(weight_lo, weight_hi)
         self.weight_sum = weight_sums(weight_lo, weight_hi)
         self.weight_lo = self.weight_hi = None
@@ -134,8 +142,17 @@ class ResQLinear(nn.Module):
         self.packed_weight = self.weight_sum = None
         self.version += 1
 
-    def weight_tensors(self) -> tuple[torch.Tensor, ...]:
-        """What `multiply` takes: packed weight, scale [N, 2], sums [N, 2], bias [N] or None."""
+    def weight_tensors(
+        self,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What `multiply` takes: packed weight, scale [N, 2], sums [N, 2], bias [N] or None.
+
+        Raises:
+            RuntimeError: not packed.
+        """
+        if self.packed_weight is None or self.weight_sum is None:
+            kind = type(self).__name__
+            raise RuntimeError(f"{kind}: expected a packed weight: call pack() after loading")
         return self.packed_weight, self.weight_scale, self.weight_sum, self.bias
 
     def adopt(
@@ -148,12 +165,13 @@ class ResQLinear(nn.Module):
         """Takes equal tensors in place of its own: slices of a merged weight (nn/merged.py)."""
         self.packed_weight, self.weight_sum = packed_weight, weight_sum
         self.weight_scale.data = weight_scale
-        if bias is not None:
+        if self.bias is not None and bias is not None:
             self.bias.data = bias
 
     def codes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The canonical codes: uint8 [N, K_lo / 2] and int8 [N, K_hi]."""
-        if not self.is_packed:
+        if self.packed_weight is None:
+            assert self.weight_lo is not None and self.weight_hi is not None
             return self.weight_lo.detach(), self.weight_hi.detach()
         k_lo = self.in_features - self.high_columns
         return ops.unpack_weight(self.packed_weight, self.out_features, k_lo, self.high_columns)
@@ -176,19 +194,26 @@ class ResQLinear(nn.Module):
         Raises:
             RuntimeError: not packed, or x has another K.
         """
-        if not self.is_packed:
-            raise RuntimeError("ResQLinear: expected a packed weight: call pack() after loading")
         return self.multiply(x, *self.weight_tensors())
 
-    def multiply(self, x: torch.Tensor | MixedTensor, *weight: torch.Tensor | None) -> torch.Tensor:
+    def multiply(
+        self,
+        x: torch.Tensor | MixedTensor,
+        packed_weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        weight_sum: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
         """`mixed_gemm` of x, as this layer reads it, and `weight_tensors` with any number of rows.
 
         A tensor is quantized first and answered in its own dtype, a `MixedTensor` in the compute
         dtype.
         """
-        mixed = isinstance(x, MixedTensor)
-        out_dtype = self.dtype if mixed else x.dtype
-        return ops.mixed_gemm(*(x if mixed else self.quantize_input(x)), *weight, out_dtype)
+        if isinstance(x, MixedTensor):
+            codes, out_dtype = x, self.dtype
+        else:
+            codes, out_dtype = self.quantize_input(x), x.dtype
+        return ops.mixed_gemm(*codes, packed_weight, weight_scale, weight_sum, bias, out_dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -200,11 +225,11 @@ class ResQLinear(nn.Module):
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> ResQLinear:
         was_packed = self.is_packed
-        if was_packed:
+        if self.packed_weight is not None:
             here = self.packed_weight.device
             if fn(torch.empty(0, device=here)).device.type != here.type:
                 self.unpack()  # the other device's kernel has its own layout
-        super()._apply(keep_dtype(fn, self.weight_scale), recurse)
+        nn.Module._apply(self, keep_dtype(fn, self.weight_scale), recurse)
         self.version += 1
         if was_packed and not self.weight_scale.is_meta:
             self.pack()

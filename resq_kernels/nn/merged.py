@@ -39,6 +39,7 @@ class MergedLinears:
             if not self._may_merge_now(linears):
                 return torch.cat([linear(x) for linear in linears], dim=-1)
             self.merge(*linears)
+        assert self._merged is not None  # linears that are alike were merged
         return linears[0].multiply(x, *self._merged[2])
 
     def merge(self, *linears: ResQLinear) -> None:
@@ -107,7 +108,7 @@ def _alike(linears: tuple[ResQLinear, ...]) -> bool:
     first = linears[0]
     return all(
         _reading(linear) == _reading(first)
-        and linear.packed_weight.device == first.packed_weight.device
+        and linear.weight_scale.device == first.weight_scale.device
         for linear in linears
     )
 

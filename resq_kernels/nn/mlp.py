@@ -46,7 +46,8 @@ class ResQMLP(nn.Module):
             symmetric=down.symmetric,
             clip=down.clip,
         )
-        return down(hidden)
+        out: torch.Tensor = down(hidden)
+        return out
 
     def extra_repr(self) -> str:
         return f"hadamard={self.hadamard}"

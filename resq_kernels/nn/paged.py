@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -80,6 +80,9 @@ class Step:
         return self._made[name, size]
 
 
+Change = TypeVar("Change")  # what a change of a state answers
+
+
 @dataclass(eq=False)
 class Sequences:
     """What a batch has seen. Immutable: every change answers a new state.
@@ -96,10 +99,11 @@ class Sequences:
     valid: torch.Tensor | None = None
     _last: tuple[tuple[Any, ...], Any] | None = field(default=None, repr=False)
 
-    def _once(self, change: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    def _once(self, change: tuple[Any, ...], make: Callable[[], Change]) -> Change:
         if self._last is None or not all(map(_same, self._last[0], change)):
             self._last = (change, make())
-        return self._last[1]
+        after: Change = self._last[1]
+        return after
 
     def append(
         self, batch: int, new: int, mask: torch.Tensor | None, device: torch.device
@@ -227,7 +231,7 @@ class PagedKeysValues:
         RoPE and rotation, float32 (`ops.kv_append`)."""
         self._reserve(step, k)
         slots = step.slots(self.pages_per_sequence * self.page_size)
-        return ops.kv_append(k, v, cos, sin, key_rotation, self.pages, slots, hi_bits, q)
+        return ops.kv_append(k, v, cos, sin, key_rotation, self.held(), slots, hi_bits, q)
 
     def attend(
         self,
@@ -247,12 +251,12 @@ class PagedKeysValues:
         if rows is not None:
             padded, q = q.flatten(1), q[rows]
         if prefill.is_faster(q.device.type, step.columns, batch_invariant):
-            out = prefill.attend(q, self.pages, table, step.seq_lens, step.lengths, scale)
+            out = prefill.attend(q, self.held(), table, step.seq_lens, step.lengths, scale)
             out = join_heads(out.to(dtype), high_dims)
         else:
             where = (table, step.seq_lens, step.query_starts)
             out = ops.kv_attention(
-                q, self.pages, *where, scale, out_dtype=dtype, high_dims=high_dims
+                q, self.held(), *where, scale, out_dtype=dtype, high_dims=high_dims
             )
         return out if rows is None else out.new_zeros(padded.shape).index_copy(0, rows, out)
 
@@ -269,7 +273,7 @@ class PagedKeysValues:
         needed = -(-padded_length // self.page_size)
         if needed > self.pages_per_sequence:
             batch, _, heads, chunk = self._by_sequence().shape
-            self._grow((batch, needed, heads, chunk), self.pages.device)
+            self._grow((batch, needed, heads, chunk), self.held().device)
 
     def _grow(self, shape: tuple[int, int, int, int], device: torch.device) -> None:
         """Moves the pages that hold tokens into new ones, [B, P, n_kv, bytes]."""
@@ -280,7 +284,18 @@ class PagedKeysValues:
 
     def _by_sequence(self) -> torch.Tensor:
         """The pages as [B, P, n_kv, bytes]."""
-        return self.pages.view(-1, self.pages_per_sequence, *self.pages.shape[1:])
+        pages = self.held()
+        return pages.view(-1, self.pages_per_sequence, *pages.shape[1:])
+
+    def held(self) -> torch.Tensor:
+        """The pages.
+
+        Raises:
+            RuntimeError: there are none yet; the first `append` makes them.
+        """
+        if self.pages is None:
+            raise RuntimeError("PagedKeysValues: expected pages, got none before the first append")
+        return self.pages
 
     def crop(self, padded_length: int) -> None:
         """Gives the pages beyond `padded_length` columns up for reuse."""

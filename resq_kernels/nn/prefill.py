@@ -42,7 +42,7 @@ class Call(NamedTuple):
     """Neighbouring sequences with the same lengths, which one call of torch's attention takes."""
 
     first: int  # sequence
-    count: int
+    sequences: int
     new: int
     length: int
 
@@ -111,11 +111,13 @@ def attend(
     token_bytes = 2 * cache.shape[1] * head_dim * dtype.itemsize
     parts, row = [], 0
     for first, count, new, length in calls(lengths, token_bytes):
-        own = (x.narrow(0, first, count) for x in (block_table, seq_lens))
-        k, v = ops.kv_dequantize(cache, *own, length, head_dim, dtype)
+        own_table, own_lens = (x.narrow(0, first, count) for x in (block_table, seq_lens))
+        k, v = ops.kv_dequantize(cache, own_table, own_lens, length, head_dim, dtype)
         rows = q.narrow(0, row, count * new).to(dtype).view(count, new, n_q, head_dim)
         out = scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (rows, k, v)),
+            rows.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
             causal_lower_right(new, length),
             scale=scale,
             enable_gqa=True,

@@ -37,10 +37,8 @@ class ResQEmbedding(ResQLinear):
         Raises:
             RuntimeError: not packed, or an id is none (`ops.embedding`).
         """
-        if not self.is_packed:
-            raise RuntimeError("ResQEmbedding: expected a packed weight: call pack() after loading")
-        weight = (self.packed_weight, self.weight_scale)
-        return ops.embedding(ids, *weight, 0, self.in_features, self.dtype)
+        packed_weight, weight_scale, _, _ = self.weight_tensors()
+        return ops.embedding(ids, packed_weight, weight_scale, 0, self.in_features, self.dtype)
 
 
 class TiedHead(nn.Module):
@@ -61,10 +59,11 @@ class TiedHead(nn.Module):
     def __init__(self, embedding: ResQEmbedding, rotated: bool) -> None:
         super().__init__()
         self._embedding = (embedding,)  # in a tuple: not a second owner of its parameters
-        self.gain = None
+        self.gain: nn.Parameter | None = None
         if rotated:
-            place = {"dtype": embedding.dtype, "device": embedding.weight_scale.device}
-            self.gain = nn.Parameter(torch.eye(embedding.in_features, **place), False)
+            device = embedding.weight_scale.device
+            eye = torch.eye(embedding.in_features, dtype=embedding.dtype, device=device)
+            self.gain = nn.Parameter(eye, False)
 
     @property
     def embedding(self) -> ResQEmbedding:

@@ -38,7 +38,8 @@ def embedding(
 
     Source: docs/formats.md sections 3 and 6.
     """
-    return torch.ops.resq.embedding(ids, packed_weight, weight_scale, k_lo, k_hi, dtype)
+    y: torch.Tensor = torch.ops.resq.embedding(ids, packed_weight, weight_scale, k_lo, k_hi, dtype)
+    return y
 
 
 @torch.library.register_fake("resq::embedding")

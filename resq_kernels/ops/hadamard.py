@@ -25,7 +25,8 @@ def hadamard(x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
 
     Source: QuaRot (arXiv 2404.00456) section 3; matrices by Paley (1933) and Sylvester (1867).
     """
-    return torch.ops.resq.hadamard(x, scale)
+    y: torch.Tensor = torch.ops.resq.hadamard(x, scale)
+    return y
 
 
 @torch.library.register_fake("resq::hadamard")

@@ -59,7 +59,7 @@ def kv_attention(
 
     Source: arXiv 2412.14363, section 4; docs/formats.md section 5.
     """
-    return torch.ops.resq.kv_attention(
+    out: torch.Tensor = torch.ops.resq.kv_attention(
         q,
         cache,
         block_table,
@@ -72,6 +72,7 @@ def kv_attention(
         out_dtype,
         high_dims,
     )
+    return out
 
 
 @torch.library.register_fake("resq::kv_attention")

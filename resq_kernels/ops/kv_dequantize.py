@@ -40,7 +40,8 @@ def kv_dequantize(
 
     Source: arXiv 2412.14363, section 4 (mixed-precision cache); docs/formats.md section 5.
     """
-    return torch.ops.resq.kv_dequantize(cache, block_table, seq_lens, max_tokens, head_dim, dtype)
+    k, v = torch.ops.resq.kv_dequantize(cache, block_table, seq_lens, max_tokens, head_dim, dtype)
+    return k, v
 
 
 @torch.library.register_fake("resq::kv_dequantize")

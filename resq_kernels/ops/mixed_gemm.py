@@ -43,9 +43,10 @@ def mixed_gemm(
 
     Source: arXiv 2412.14363 section 4 (x W as the sum of its 4-bit and 8-bit parts).
     """
-    return torch.ops.resq.mixed_gemm(
+    y: torch.Tensor = torch.ops.resq.mixed_gemm(
         q_lo, q_hi, params, packed_weight, weight_scale, weight_sum, bias, out_dtype
     )
+    return y
 
 
 @torch.library.register_fake("resq::mixed_gemm")

@@ -49,7 +49,7 @@ def packs_activations(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     index = device.index if device.index is not None else torch.cuda.current_device()
-    return torch.ops.resq.cuda_family(index) == "sm80"
+    return str(torch.ops.resq.cuda_family(index)) == "sm80"
 
 
 def mixed_outputs(

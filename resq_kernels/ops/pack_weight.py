@@ -23,7 +23,8 @@ def pack_weight(codes_lo: torch.Tensor, codes_hi: torch.Tensor) -> torch.Tensor:
     Raises:
         RuntimeError: a dtype or shape differs, or a tensor is not contiguous.
     """
-    return torch.ops.resq.pack_weight(codes_lo, codes_hi)
+    packed: torch.Tensor = torch.ops.resq.pack_weight(codes_lo, codes_hi)
+    return packed
 
 
 @torch.library.register_fake("resq::pack_weight")

@@ -22,13 +22,14 @@ def rms_norm_quantize(
     """Adds the residual, normalizes each row and quantizes it, in one pass.
 
     Formula: h = x + residual, rounded to x's dtype; mixed_quantize(h / sqrt(mean(h^2) + eps) *
-    weight), all of it in float32. `mixed_quantize` explains the arguments that are not here.
+    weight), all of it in float32.
 
     Args:
         x: float32, float16 or bfloat16 [..., K], any strides.
         residual: x's dtype and shape, or None.
         weight: float32, float16 or bfloat16 [K], or None for ones.
         eps: added to the mean square, 0 or more.
+        n_hi, lo_bits, packed, symmetric, clip: as of `mixed_quantize`.
 
     Returns:
         (MixedTensor of the normalized rows, new_residual): new_residual is h, a new tensor of x's

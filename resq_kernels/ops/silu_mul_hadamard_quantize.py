@@ -20,11 +20,12 @@ def silu_mul_hadamard_quantize(
     """SwiGLU, the Hadamard transform of the whole row and its quantization, in one pass.
 
     Formula: mixed_quantize(H(silu(gate) * up)) with silu(g) = g / (1 + exp(-g)) and H as in
-    `hadamard`, all of it in float32. `mixed_quantize` explains the arguments that are not here.
+    `hadamard`, all of it in float32.
 
     Args:
         gate_up: float32, float16 or bfloat16 [..., 2 K], gate first, any strides.
         hadamard: False leaves H out; True needs a size K that `hadamard` takes.
+        n_hi, lo_bits, packed, symmetric, clip: as of `mixed_quantize`.
 
     Returns:
         MixedTensor of rows of K columns.

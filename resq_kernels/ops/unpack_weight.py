@@ -24,7 +24,8 @@ def unpack_weight(
         RuntimeError: the size of `packed_weight` is not that of n, k_lo and k_hi, or one of these
             is negative, or k_lo is odd.
     """
-    return torch.ops.resq.unpack_weight(packed_weight, n, k_lo, k_hi)
+    codes_lo, codes_hi = torch.ops.resq.unpack_weight(packed_weight, n, k_lo, k_hi)
+    return codes_lo, codes_hi
 
 
 @torch.library.register_fake("resq::unpack_weight")

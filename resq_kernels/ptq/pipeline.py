@@ -61,11 +61,12 @@ def quantize_folder(
     check_shape(model.shape, config)
     check_tokens(calibration, model.shape)
     inputs = fingerprint([source / "config.json", *model.reader.files], calibration, config)
-    if resume and (report := finished_report(out, inputs)):
-        return report
-    check_disk(out, work_bytes(model.shape, config, *calibration.shape, model.item_bytes))
+    if resume and (finished := finished_report(out, inputs)):
+        return finished
+    windows, seqlen = calibration.shape
+    check_disk(out, work_bytes(model.shape, config, windows, seqlen, model.item_bytes))
     work = Workspace.open(out, inputs, resume)
-    rope = rope_tables(model.reader.config, source, calibration.shape[1])
+    rope = rope_tables(model.reader.config, source, seqlen)
 
     basis = rotation = None
     if config.method == "resq":
@@ -85,8 +86,8 @@ def quantize_folder(
         "bytes_before": sum(path.stat().st_size for path in model.reader.files),
         "bytes_after": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "seconds": round(time.perf_counter() - began, 3),
-        "windows": calibration.shape[0],
-        "seqlen": calibration.shape[1],
+        "windows": windows,
+        "seqlen": seqlen,
         "config": config.to_dict(),
         "inputs": inputs,
     }

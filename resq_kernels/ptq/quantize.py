@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 
@@ -123,9 +124,7 @@ def _quantize_layer(
 
 def _moment(inputs: Callable[[slice], torch.Tensor], size: tuple[int, ...]) -> torch.Tensor:
     """E[x x^T] in float64 over all windows."""
-    total: torch.Tensor | int = 0
-    for part in batches(size[0], size[1]):
-        total = total + gram(inputs(part))
+    total = reduce(torch.add, (gram(inputs(part)) for part in batches(size[0], size[1])))
     return total / (size[0] * size[1])
 
 

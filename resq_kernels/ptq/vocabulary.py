@@ -56,7 +56,7 @@ def head_tensors(
     gain = None if rotation is None else model.load(FINAL_NORM).double()
     if not tied_head(model, config):
         return _tensors(model, model.head, gain, rotation, config, HEAD_MODULE)
-    if rotation is None:
+    if rotation is None or gain is None:
         return {}
     turn = rotation.hidden.mT @ (gain[:, None] * rotation.hidden)
     return {HEAD_GAIN: turn.to(model.reader.info(EMBEDDING).dtype)}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,8 +18,8 @@ from resq_kernels.testing.timing import Timing
 ROOT = Path(__file__).resolve().parents[2]
 INT8_CEILING = ROOT / "benchmarks/cuda/int8_ceiling.cu"  # in a checkout; a wheel has none
 
-Call = Callable[[int], object]
-Row = dict[str, object]
+Call = Callable[[int], Any]
+Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,8 +167,8 @@ class BenchDevice:
         ours = times["ours"]
         bandwidth = self.copy_bandwidth if work.copies else self.read_bandwidth
         bytes_floor = work.moved / bandwidth * 1e6
-        rate = self.products_per_second if work.products is not None else None
-        products_floor = work.products / rate * 1e6 if rate else None
+        rate = None if work.products is None else self.products_per_second
+        products_floor = work.products / rate * 1e6 if work.products and rate else None
         floor = max(bytes_floor, products_floor or 0.0)
         common: Row = {
             "op": work.op,
@@ -181,10 +182,9 @@ class BenchDevice:
             "checked": True,
         }
         others = [name for name in times if name != "ours"]
-        return [
-            common | timing.against(ours, name, times[name] if name else None)
-            for name in others or [None]
-        ]
+        if not others:
+            return [common | timing.against(ours, None, None)]
+        return [common | timing.against(ours, name, times[name]) for name in others]
 
 
 def nbytes(*values: object) -> int:

@@ -103,8 +103,8 @@ def added(
             missing[name] = str(error).strip().splitlines()[0][:200]
             continue
         expected, result = (answer(0) for answer in (eager[key], call))
-        if not (error := float(errors(result, expected).max())) <= tolerance:
-            raise RuntimeError(f"{name}: differs from the eager call by {error:.2g} of the norm")
+        if not (apart := float(errors(result, expected).max())) <= tolerance:
+            raise RuntimeError(f"{name}: differs from the eager call by {apart:.2g} of the norm")
         found[name] = call
     beside = {"ours eager" if key == "ours" else key: call for key, call in eager.items()}
     return {"ours": found.pop("ours"), **beside, **found}

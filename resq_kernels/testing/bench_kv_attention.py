@@ -104,7 +104,12 @@ def _dense(
     q = torch.randn(shape, device=bench.device, dtype=dtype)
     dense = torch.randn(2, batch, n_kv, context, head_dim, device=bench.device, dtype=dtype)
     caches, attention = bench.copies(dense), functional.scaled_dot_product_attention
-    return lambda i: attention(q, *caches[i % len(caches)], enable_gqa=not grouped)
+
+    def call(i: int) -> torch.Tensor:
+        k, v = caches[i % len(caches)]
+        return attention(q, k, v, enable_gqa=not grouped)
+
+    return call
 
 
 def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) -> Iterator[Row]:
@@ -134,7 +139,7 @@ def _rows(
     if not check(decode(q, cache, table), q, cache, table, context):
         raise RuntimeError(f"kv_attention: {model} {batch}x{context}: differs from the reference")
     caches = bench.copies(cache)
-    candidates = {"ours": lambda i: decode(q, caches[i % len(caches)], table)}
+    candidates: dict[str, Call] = {"ours": lambda i: decode(q, caches[i % len(caches)], table)}
     candidates |= bench.available(baselines(bench, batch, context, heads), missing)
     place: Row = {"model": model, "layer": f"decode {context}", "batch": batch}
     place["shape"] = [batch, context, *heads]

@@ -180,7 +180,7 @@ def _rows(
         keys, values = torch.randn(shape, dtype=torch.bfloat16, device=bench.device)
         float_cache = bench_graphs.one_step_cache([(keys, values)])
         ordinary = run_layer(layer, tokens.hidden, tokens.rope, with_cache(layer, pages))
-    candidates = {"ours": tokens.rotated(copies(bench, layer, cache), run_layer)}
+    candidates: dict[str, Call] = {"ours": tokens.rotated(copies(bench, layer, cache), run_layer)}
     if decodes and not torch.equal(candidates["ours"](0), ordinary):
         raise RuntimeError(f"{what}: differs from an ordinary call")
     layers = copies(bench, floats, float_cache)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from resq_kernels import formats, ops, reference
 from resq_kernels.testing import bench_gemm_baselines, bench_models
-from resq_kernels.testing.bench_device import BenchDevice, Row, Work, nbytes
+from resq_kernels.testing.bench_device import BenchDevice, Call, Row, Work, nbytes
 
 MODELS = (bench_models.SQUARE, *bench_models.names())
 DEFAULTS = {"shapes": [bench_models.SQUARE], "batch": [1, 4, 16, 64, 512]}
@@ -47,7 +48,9 @@ def differing(
         torch.cat([part.cpu()[row] for part, row in zip(parts, rows, strict=True)])
         for parts in zip(*activations, strict=True)
     ]
-    expected = reference.mixed_gemm(*sampled, *(part.cpu() for part in weight), None, OUT)
+    q_lo, q_hi, params = sampled
+    codes_lo, codes_hi, scale = (part.cpu() for part in weight)
+    expected = reference.mixed_gemm(q_lo, q_hi, params, codes_lo, codes_hi, scale, None, OUT)
     wanted = expected.split([len(row) for row in rows])
     return [
         len(y)
@@ -85,7 +88,7 @@ def layer_rows(
         if bench.on_gpu:
             packed = activation.q_lo.dtype == torch.uint8
             place["kernel"] = str(torch.ops.resq.mixed_gemm_kernel(m, n, k_lo, k_hi, packed, 0))
-        candidates = {"ours": lambda i, activation=activation: ours(activation, i)}
+        candidates: dict[str, Call] = {"ours": partial(ours, activation)}
         candidates |= bench_gemm_baselines.baselines(bench, m, n, k, missing)
         work = Work(
             op="mixed_gemm",

@@ -54,6 +54,10 @@ def build(name: str, layers: int | None, device: str, *, quantized: bool, **size
     return model.eval()
 
 
+def _logits(model: Any, ids: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    return model(ids, **options).logits
+
+
 @torch.no_grad()
 def why_wrong(model: Any) -> str | None:
     """What of a BF16 model differs from the reference, or None."""
@@ -63,7 +67,7 @@ def why_wrong(model: Any) -> str | None:
         model.to(dtype)
         model.model.rotary_emb = copy.deepcopy(rotary)  # its frequencies stay float32
         ids = random_tokens(model, SEQUENCES, tokens)
-        with lockstep(model, lambda ids=ids: model(ids, **options).logits) as (logits, agreement):
+        with lockstep(model, partial(_logits, model, ids, options)) as (logits, agreement):
             expected = model.to("cpu")(ids.cpu(), **options).logits
         model.to(device)
         if (error := float(bench_graphs.errors(logits, expected).median())) > most_error:

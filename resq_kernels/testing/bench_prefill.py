@@ -74,7 +74,7 @@ def _rows(
     if not (exact and agrees(out, direct(0))):
         raise RuntimeError(f"prefill: {model} {batch}x{new}/{context}: differs from the reference")
     dense = partial(_dense, bench, batch, new, context, heads)
-    candidates = {"ours": ours, "kv_attention": direct}
+    candidates: dict[str, Call] = {"ours": ours, "kv_attention": direct}
     candidates |= bench.available([("SDPA bf16", dense)], missing)
     place: Row = {"model": model, "layer": f"prefill {new}/{context}", "batch": batch}
     place["shape"] = [batch, new, context, *heads]
@@ -91,6 +91,11 @@ def _dense(
     q = torch.randn(batch, n_q, new, head_dim, device=bench.device, dtype=torch.bfloat16)
     shape = (2, batch, n_kv, context, head_dim)
     caches = bench.copies(torch.randn(shape, device=bench.device, dtype=torch.bfloat16))
-    return lambda i: scaled_dot_product_attention(
-        q, *caches[i % len(caches)], causal_lower_right(new, context), enable_gqa=True
-    )
+
+    def call(i: int) -> torch.Tensor:
+        k, v = caches[i % len(caches)]
+        return scaled_dot_product_attention(
+            q, k, v, causal_lower_right(new, context), enable_gqa=True
+        )
+
+    return call

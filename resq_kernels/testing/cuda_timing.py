@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,13 +76,13 @@ def capture(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def captured(call: Callable[[int], object]) -> Callable[[int], object]:
+def captured(call: Callable[[int], Any]) -> Callable[[int], Any]:
     """`call(0)` as a graph: the same answer, always in the same tensors."""
-    answers: list[object] = []
+    answers: list[Any] = []
     graph = capture(lambda index: answers.append(call(index)), 1)
     answer = answers[-1]  # of the captured call
 
-    def replay(index: int) -> object:
+    def replay(index: int) -> Any:
         graph.replay()
         return answer
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -133,7 +133,7 @@ def _tied_head(rounding: Any, head: TiedHead, x: torch.Tensor) -> torch.Tensor:
     return _linear(rounding, head.embedding, head.turned(x))
 
 
-_FAKES = {
+_FAKES: dict[type[nn.Module], Callable[..., Any]] = {
     ResQLinear: _linear,
     ResQEmbedding: _embedding,
     TiedHead: _tied_head,

@@ -58,8 +58,9 @@ def randomize(model: Any, options: ResQConfig, seed: int = 0) -> None:
     rotations = []
     for module in model.modules():
         if isinstance(module, ResQLinear):
-            module.weight_lo.random_(0, 256)
-            module.weight_hi.random_(-128, 128)
+            codes_lo, codes_hi = module.codes()
+            codes_lo.random_(0, 256)
+            codes_hi.random_(-128, 128)
             spread = 0.5 + torch.rand(module.out_features, 2)
             # A linear answers numbers as large as its input, an embedding numbers around 1.
             terms = 1 if isinstance(module, ResQEmbedding) else module.in_features

@@ -163,6 +163,7 @@ def test_unexpected_failure_names_its_type(
     assert (result.code, result.sentence) == (1, "KeyError: 'lost' (--debug shows where)")
 
 
+@pytest.mark.usefixtures("sigint")
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_with_their_code_and_without_files(
     llama: Path, tmp_path: Path, signum: signal.Signals, code: int
@@ -187,6 +188,7 @@ def test_signals_end_with_their_code_and_without_files(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.usefixtures("sigint")
 def test_interrupt_that_native_code_disguises_is_still_an_interrupt(
     resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,6 +118,7 @@ def test_what_cannot_be_quantized_is_refused_and_nothing_is_written(
         assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.usefixtures("sigint")
 def test_interrupted_run_is_resumed_to_the_same_bytes(
     text_file: Path, tmp_path: Path, resq: Callable[..., Result]
 ) -> None:

@@ -82,6 +82,7 @@ def test_embedding_refuses(change: dict, message: str) -> None:
         ops.embedding(*(given | change).values())
 
 
+@pytest.mark.slow
 def test_embedding_passes_opcheck_and_compiles() -> None:
     codes_lo, codes_hi, scale = weight(33, 56, 8)
     rest = (ops.pack_weight(codes_lo, codes_hi), scale, 56, 8, torch.bfloat16)

@@ -29,6 +29,7 @@ def run(isa: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_instruction_sets_give_the_same_bits() -> None:
     current = torch.ops.resq.cpu_isa()
     here = digests()
@@ -53,6 +54,7 @@ def test_digests_notice_one_bit() -> None:
     assert digest((x,)) == digest((x.clone(),)) != digest((y,))
 
 
+@pytest.mark.slow
 def test_unknown_instruction_set_is_refused() -> None:
     process = run("sse9")
     assert process.returncode != 0

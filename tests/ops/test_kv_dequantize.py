@@ -127,6 +127,7 @@ def digest() -> str:
     return values.hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_bits_are_the_same_on_every_isa(isa: str) -> None:
     assert words_under(isa, __file__) == [isa, digest()]

@@ -49,6 +49,7 @@ def digests() -> tuple[str, str]:
     return pages.hexdigest(), outputs.hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_kv_ops_have_the_same_bits_on_every_isa(isa: str) -> None:
     assert words_under(isa, __file__) == [isa, *digests()]

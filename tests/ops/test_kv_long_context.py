@@ -10,6 +10,7 @@ from kv_long_context import FLAT, USUAL, error_share
 from resq_kernels import ops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [FLAT, USUAL], ids=["flat", "usual"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_128k_tokens(head_dim: int, scale: float | None) -> None:

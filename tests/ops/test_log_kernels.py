@@ -24,6 +24,7 @@ except RuntimeError:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("value", "logged"), [("1", True), ("0", False), ("", False)])
 def test_kernels_are_named_once(value: str, logged: bool) -> None:
     isa = "avx2" if torch.ops.resq.cpu_isa() != "scalar" else "scalar"

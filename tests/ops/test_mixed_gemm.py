@@ -226,6 +226,7 @@ def digest() -> str:
     return sha.hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_mixed_gemm_has_the_same_bits_on_every_isa(isa: str) -> None:
     # The process's own variant is compared with the reference above; the others with it.
