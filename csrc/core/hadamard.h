@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "core/host_device.h"
@@ -80,7 +81,7 @@ inline std::vector<int64_t> hadamard_factors(int64_t n) {
         for (int64_t order : chosen) cost += order;
         if (best_cost < 0 || cost < best_cost || (cost == best_cost && candidate < best)) {
           best_cost = cost;
-          best = candidate;
+          best = std::move(candidate);
         }
         return;
       }

@@ -85,7 +85,8 @@ std::string missing_features(Isa isa, Features have) {
   std::string names;
   for (size_t i = 0; i < std::size(kFeatures); ++i) {
     if (kFeatures[i].isa > isa || (have >> i & 1)) continue;
-    names += (names.empty() ? "" : ", ") + std::string(kFeatures[i].name);
+    if (!names.empty()) names += ", ";
+    names += kFeatures[i].name;
   }
   return names;
 }

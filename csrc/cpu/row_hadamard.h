@@ -207,14 +207,14 @@ inline void paley_stage(float* x, int64_t n, int64_t inner, const PaleyFactor& f
       const int64_t count = blocks - b < pieces ? blocks - b : pieces;
       float* first = x + b * block;
       switch (inner) {
-#define RESQ_RUN(run)                                                                         \
-  case run:                                                                                   \
-    gathered_paley_tile<run>(first, inner, block, count, run, factor, table, partial, lines); \
-    break;
-        RESQ_RUN(1)
-        RESQ_RUN(2)
-        RESQ_RUN(4)
-        RESQ_RUN(8)
+#define RESQ_RUN(label, run)                                                                \
+  label:                                                                                    \
+  gathered_paley_tile<run>(first, inner, block, count, run, factor, table, partial, lines); \
+  break;
+        RESQ_RUN(case 1, 1)
+        RESQ_RUN(case 2, 2)
+        RESQ_RUN(case 4, 4)
+        RESQ_RUN(default, 8)  // inner <= 8 is a power of two: orders are 12 or more
 #undef RESQ_RUN
       }
     }

@@ -15,19 +15,19 @@ inline Range row_range(const float* x, int64_t k) {
       const Vec v = load(x + i + u * kLanes);
       low[u] = min(low[u], v);
       high[u] = max(high[u], v);
-      nan[u] = nan[u] + (v - v);  // 0, or NaN for good once v is NaN or infinite
+      nan[u] += v * 0.0f;  // 0, or NaN for good once v is NaN or infinite
     }
   }
   for (; i < k; i += kLanes) {
     const Vec v = load_up_to(x + i, k - i);
     low[0] = min(low[0], v);
     high[0] = max(high[0], v);
-    nan[0] = nan[0] + (v - v);
+    nan[0] += v * 0.0f;
   }
   for (int u = 1; u < kUnroll; ++u) {
     low[0] = min(low[0], low[u]);
     high[0] = max(high[0], high[u]);
-    nan[0] = nan[0] + nan[u];
+    nan[0] += nan[u];
   }
   Range range{low[0][0], high[0][0], true};
   for (int lane = 0; lane < kLanes; ++lane) {

@@ -41,8 +41,8 @@ inline std::string describe(const Tensor& tensor) {
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
+  std::vector<int64_t> sizes(tensor.dim());
+  for (int64_t i = 0; i < tensor.dim(); ++i) sizes[i] = tensor.size(i);
   return sizes;
 }
 
@@ -145,9 +145,8 @@ inline int64_t rows_per_thread(int64_t columns) {
 }
 
 inline std::vector<int64_t> with_last(const Tensor& tensor, int64_t columns) {
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
-  sizes.push_back(columns);
+  std::vector<int64_t> sizes = sizes_of(tensor);
+  sizes.back() = columns;
   return sizes;
 }
 

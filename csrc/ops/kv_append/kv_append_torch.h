@@ -10,7 +10,7 @@ namespace resq {
 template <class Device>
 Tensor kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& cos,
                  const std::optional<Tensor>& sin, const std::optional<Tensor>& key_rotation,
-                 Tensor cache, const Tensor& slot_mapping, int64_t hi_bits,
+                 const Tensor& cache, const Tensor& slot_mapping, int64_t hi_bits,
                  const std::optional<Tensor>& q) {
   const char* op = "kv_append";
   const Device device(op, k);

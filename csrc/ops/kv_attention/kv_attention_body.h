@@ -24,14 +24,16 @@ struct Workspace {
   float* total;       // [rows, kv_state_floats]
 
   Workspace(float* memory, int64_t rows) {
+    auto* next = reinterpret_cast<char*>(memory);
     const auto take = [&](int64_t bytes) {
-      float* taken = memory;
-      memory += bytes / sizeof(float);
+      char* taken = next;
+      next += bytes;
       return taken;
     };
     block = reinterpret_cast<Block<kHeadDim>*>(take(sizeof(Block<kHeadDim>)));
-    split = take(rows * kv_state_floats(kHeadDim) * sizeof(float));
-    total = take(rows * kv_state_floats(kHeadDim) * sizeof(float));
+    const int64_t state_bytes = rows * kv_state_floats(kHeadDim) * sizeof(float);
+    split = reinterpret_cast<float*>(take(state_bytes));
+    total = reinterpret_cast<float*>(take(state_bytes));
     integers = reinterpret_cast<int16_t*>(take(rows * kHeadDim * sizeof(int16_t)));
     queries = reinterpret_cast<QueryRow*>(take(rows * sizeof(QueryRow)));
     static_assert(sizeof(Block<kHeadDim>) + kHeadDim * sizeof(int16_t) + sizeof(QueryRow) +
