@@ -57,9 +57,9 @@ def load_cuda() -> str:
 
 @cache
 def refuse_cuda(why: str) -> torch.library.Library:
-    """Makes every operator answer "op: device: ..." with `why` where it is given CUDA tensors.
+    """Makes every operator raise "op: device: ..." with `why` where it is given CUDA tensors.
 
-    Without it torch's own answer lists dispatch keys and not the reason.
+    Without it torch's own error lists dispatch keys and not the reason.
 
     Returns:
         The registrations, kept alive by the cache until their `_destroy`.

@@ -1,6 +1,6 @@
 """Hugging Face folders of safetensors: lazy reading, atomic writing, and what ours must hold.
 
-docs/formats.md section 6 states the quantized folder. Whatever is wrong with a folder is answered
+docs/formats.md section 6 states the quantized folder. Whatever is wrong with a folder is reported
 by one `CheckpointError` sentence: which file or tensor, what was expected, what came.
 """
 

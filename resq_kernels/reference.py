@@ -38,7 +38,7 @@ def _quantize_part(
         zero = torch.round(-lo * (1.0 / scale)) - half
     inv_scale = (1.0 / scale).unsqueeze(-1)
     codes = (torch.round(x * inv_scale) + zero.unsqueeze(-1)).clamp(-half, half - 1)
-    # A row that holds NaN or an infinity answers NaN: the scale carries it, the codes are 0.
+    # A row that holds NaN or an infinity becomes NaN: the scale carries it, the codes are 0.
     finite = torch.isfinite(x).all(-1)
     scale = torch.where(finite, scale, torch.nan)
     zero = torch.where(finite, zero, 0.0)

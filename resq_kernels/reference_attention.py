@@ -50,7 +50,7 @@ def kv_append(
     pages.
 
     Formula: k' = rope(k) U[head]; rows of k' and v by `kv_pages.quantize_rows`; tokens whose slot
-    is negative are skipped. Answers q' = rope(q) U[kv head], or None without q.
+    is negative are skipped. Returns q' = rope(q) U[kv head], or None without q.
     """
     n_kv = k.shape[1]
     k = rotate_heads(rope(k, cos, sin), key_rotation, n_kv)

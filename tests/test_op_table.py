@@ -18,7 +18,7 @@ QUERIES = {
     "cpu_isa_missing",
     "cuda_family",
     "mixed_gemm_kernel",
-}  # answer a fact about the library; no tensors, no kernel
+}  # return a fact about the library; no tensors, no kernel
 OPS = sorted(set(re.findall(r'm\.def\(\s*"(\w+)\(', SCHEMA)) - QUERIES)
 # The reference works on canonical codes, so packing has no counterpart there.
 LAYOUT_ONLY = {"pack_weight", "unpack_weight"}

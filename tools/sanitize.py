@@ -56,7 +56,7 @@ FAULTS = {
 
 
 def build() -> str:
-    """Builds the library; answers the compiler and the flags that it was built with."""
+    """Builds the library; returns the compiler and the flags that it was built with."""
     environment = {**os.environ, "RESQ_SANITIZE": SANITIZE, "RESQ_CUDA": "0"}
     command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(BUILD)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -87,7 +87,7 @@ def runtime(name: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Builds, checks that faults are found, runs the tests; answers pytest's exit code."""
+    """Builds, checks that faults are found, runs the tests; returns pytest's exit code."""
     check_faults(build())
     environment = {
         **os.environ,

@@ -28,7 +28,7 @@ _HOST_ROPE = ("dynamic", "longrope")
 
 
 class PreparedSequences(Sequences):
-    """Answers every layer that appends with one step, which is prepared outside of the pass."""
+    """Gives every layer that appends the same step, which is prepared outside of the pass."""
 
     step: Step
 
@@ -87,7 +87,7 @@ class DecodeGraph:
 
     @torch.no_grad()
     def step(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Appends one token to every sequence and answers the logits behind it.
+        """Appends one token to every sequence and returns the logits behind it.
 
         Args:
             token_ids: int64 [B].
@@ -224,7 +224,7 @@ def graph_decoding(
 
         model.generate(ids, max_new_tokens=100, custom_generate=graph_decoding)
 
-    Answers the tokens that generate answers without it, seed by seed. Its cache may be used
+    Returns the tokens that generate returns without it, seed by seed. Its cache may be used
     afterwards, as after any `generate`.
 
     Args:
@@ -240,11 +240,11 @@ def graph_decoding(
         int64 [B, prompt + new tokens].
 
     Raises:
-        ValueError: beam search, or an answer other than tokens is asked for.
+        ValueError: beam search, or a result other than tokens is asked for.
     """
     if generation_config.num_beams != 1 or generation_config.return_dict_in_generate:
         raise ValueError(
-            "graph_decoding: expected one beam and an answer of tokens, got "
+            "graph_decoding: expected one beam and a result of tokens, got "
             f"num_beams={generation_config.num_beams}, "
             f"return_dict_in_generate={generation_config.return_dict_in_generate}"
         )

@@ -120,7 +120,7 @@ class ResQLinear(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Compute dtype: what a `MixedTensor` is answered in."""
+        """Compute dtype: what the product of a `MixedTensor` is returned in."""
         return self.compute.dtype
 
     def pack(self) -> None:
@@ -206,7 +206,7 @@ class ResQLinear(nn.Module):
     ) -> torch.Tensor:
         """`mixed_gemm` of x, as this layer reads it, and `weight_tensors` with any number of rows.
 
-        A tensor is quantized first and answered in its own dtype, a `MixedTensor` in the compute
+        A tensor is quantized first and returned in its own dtype, a `MixedTensor` in the compute
         dtype.
         """
         if isinstance(x, MixedTensor):

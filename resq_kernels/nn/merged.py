@@ -30,7 +30,7 @@ class MergedLinears:
         self._merged: tuple[list[tuple[Any, ...]], list[int], list[Any]] | None = None
 
     def __call__(self, x: torch.Tensor | MixedTensor, *linears: ResQLinear) -> torch.Tensor:
-        """[..., N_1 + N_2 + ...] of x [..., K]; each part is what `linears` answer.
+        """[..., N_1 + N_2 + ...] of x [..., K]; each part is what `linears` return.
 
         Raises:
             RuntimeError: a linear is not packed, or x has another K.
@@ -114,6 +114,6 @@ def _alike(linears: tuple[ResQLinear, ...]) -> bool:
 
 
 def _reading(linear: ResQLinear) -> tuple[Any, ...]:
-    """What has to be the same: how rows are read and what they are answered in."""
+    """What has to be the same: how rows are read and the dtype of the result."""
     options = (linear.lo_bits, linear.symmetric, linear.clip, linear.dtype)
     return (linear.in_features, linear.high_columns, linear.bias is not None, *options)

@@ -80,12 +80,12 @@ class Step:
         return self._made[name, size]
 
 
-Change = TypeVar("Change")  # what a change of a state answers
+Change = TypeVar("Change")  # what a change of a state returns
 
 
 @dataclass(eq=False)
 class Sequences:
-    """What a batch has seen. Immutable: every change answers a new state.
+    """What a batch has seen. Immutable: every change returns a new state.
 
     All layers of a cache hold the same object and go through the same changes; a state remembers
     its last change, so that the bookkeeping of a pass is done once and not once a layer.
@@ -227,7 +227,7 @@ class PagedKeysValues:
         hi_bits: int,
         q: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """Quantizes k and v [B * L, n_kv, D] into the pages and answers q [B * L, n_q, D] after
+        """Quantizes k and v [B * L, n_kv, D] into the pages and returns q [B * L, n_q, D] after
         RoPE and rotation, float32 (`ops.kv_append`)."""
         self._reserve(step, k)
         slots = step.slots(self.pages_per_sequence * self.page_size)

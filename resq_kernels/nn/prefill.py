@@ -75,7 +75,7 @@ def attend(
     scale: float,
     dtype: torch.dtype = torch.float16,
 ) -> torch.Tensor:
-    """What `ops.kv_attention` answers, up to the rounding of q, K, V and the weights to `dtype`.
+    """What `ops.kv_attention` returns, up to the rounding of q, K, V and the weights to `dtype`.
 
     Formula: softmax(scale q K^T) V over the visible tokens, with K and V of `ops.kv_dequantize`.
     Query i of a sequence with n new tokens of `length` sees the first length - n + i + 1. Every

@@ -17,7 +17,7 @@ class ResQEmbedding(ResQLinear):
 
     Args:
         vocabulary, hidden: rows and columns.
-        dtype: compute dtype, of the answer.
+        dtype: compute dtype, of the result.
         device: where the parameters are made.
     """
 

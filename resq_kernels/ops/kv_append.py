@@ -25,9 +25,9 @@ def kv_append(
     (low: the first 7/8 of the dims, 4 bits; high: the rest, 8 bits) offset = min rounded down to
     float16, scale = (max - offset) / levels rounded up, code = round((x - offset) / scale), half to
     even. So |x - (scale * code + offset)| <= scale / 2; values beyond 65504 saturate; a part that
-    holds NaN or an infinity answers NaN. A row gives the same bytes whatever the batch.
+    holds NaN or an infinity reads as NaN. A row gives the same bytes whatever the batch.
     q' = (q cos + rotate_half(q) sin) U[kv head] in float32, kv head = head // (n_q / n_kv): given
-    to `kv_attention` without cos, sin and key_rotation, it answers what q with them would, bit for
+    to `kv_attention` without cos, sin and key_rotation, it returns what q with them would, bit for
     bit.
 
     Args:

@@ -39,14 +39,14 @@ def kv_attention(
         block_table: int32 [S, max_pages]; entries beyond a sequence's length are not read.
         seq_lens: int32 [S], tokens of each sequence including the new ones.
         query_starts: int32 [S + 1], first query of each sequence, and the end of the last one;
-            rows of q beyond it answer zeros.
+            rows of q beyond it return zeros.
         scale: factor on the scores, usually D ** -0.5.
         cos, sin: float [T, D] for RoPE on q, or both None.
         key_rotation: float [1 or n_kv_heads, D, D], the one that `kv_append` got, or None; with
-            cos and sin None as well, q is q' (as `kv_append` answers it), and nothing is launched
+            cos and sin None as well, q is q' (as `kv_append` returns it), and nothing is launched
             before the attention.
         out_dtype: float32, float16 or bfloat16; None for q's.
-        high_dims: None, or 0 to D: the answer in the column order of o_proj's input, the first D -
+        high_dims: None, or 0 to D: the result in the column order of o_proj's input, the first D -
             high_dims dims of every head, then the last high_dims of every head (docs/formats.md
             section 6).
 

@@ -181,7 +181,7 @@ def calibrate(
 def _run_layer(
     step: DecoderLayer, states: torch.Tensor, after: torch.Tensor, device: str
 ) -> dict[str, torch.Tensor]:
-    """Fills `after` with the layer's output and answers the moments of one layer."""
+    """Fills `after` with the layer's output and returns the moments of one layer."""
     shape = step.shape
     moments = _zero_moments(shape, device)
     for part in batches(*states.shape[:2]):

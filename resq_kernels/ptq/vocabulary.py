@@ -26,7 +26,7 @@ VOCAB_ROWS = 8192
 def embed(
     model: SourceModel, rotation: Rotation | None, tokens: torch.Tensor, config: ResQConfig
 ) -> torch.Tensor:
-    """What the quantized model's embedding answers: float32 [..., hidden] of int64 [...]."""
+    """What the quantized model's embedding returns: float32 [..., hidden] of int64 [...]."""
     ids, places = tokens.unique(return_inverse=True)
     rows = _rotated(model, EMBEDDING, model.reader.load(EMBEDDING)[ids], None, rotation)
     if config.embedding_bits == 8:

@@ -123,7 +123,7 @@ class Workspace:
         self._path(piece).unlink(missing_ok=True)
 
     def stage(self, piece: str, kind: type[Piece], compute: Callable[[], Piece]) -> Piece:
-        """A finished stage's dataclass of tensors, or what `compute` answers, then finished."""
+        """A finished stage's dataclass of tensors, or what `compute` returns, then finished."""
         if not self.has(piece):
             self.save(piece, vars(compute()))
         return kind(**self.load(piece))

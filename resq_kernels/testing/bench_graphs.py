@@ -83,13 +83,13 @@ def added(
     """The candidates of a GPU: "ours" as a graph, and beside it what else there is.
 
     Args:
-        eager: "ours" and baselines as Python calls them; all answer logits [B, 1, vocabulary].
+        eager: "ours" and baselines as Python calls them; all return logits [B, 1, vocabulary].
         captured: key of `eager` -> function that makes the call as a graph.
         tolerance: largest difference between the two, in the norm of the eager logits of a row.
         missing: gets the reason for each baseline that cannot be captured.
 
     Raises:
-        RuntimeError: a captured call answers something else than the eager one, or ours cannot
+        RuntimeError: a captured call returns something else than the eager one, or ours cannot
             be captured.
     """
     found: dict[str, Call] = {}
@@ -102,7 +102,7 @@ def added(
                 raise
             missing[name] = str(error).strip().splitlines()[0][:200]
             continue
-        expected, result = (answer(0) for answer in (eager[key], call))
+        expected, result = (candidate(0) for candidate in (eager[key], call))
         if not (apart := float(errors(result, expected).max())) <= tolerance:
             raise RuntimeError(f"{name}: differs from the eager call by {apart:.2g} of the norm")
         found[name] = call

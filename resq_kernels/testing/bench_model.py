@@ -112,7 +112,7 @@ def filled_cache(model: Any, ids: torch.Tensor) -> DynamicCache:
 
 
 def prefill(model: Any, ids: torch.Tensor) -> Call:
-    """A pass over ids int64 [batch, tokens] that fills a new cache and answers the last logits."""
+    """A pass over ids int64 [batch, tokens] that fills a new cache and returns the last logits."""
     return lambda i: model(ids, use_cache=True, logits_to_keep=1).logits
 
 

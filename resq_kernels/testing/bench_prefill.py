@@ -58,7 +58,7 @@ def _rows(
     cache, table = bench_kv_attention.random_cache(batch, context, heads, bench.device)
     lens = torch.full((batch,), context, dtype=torch.int32, device=bench.device)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=bench.device) * new
-    q = torch.randn(batch * new, n_q, head_dim, device=bench.device)  # as kv_append answers them
+    q = torch.randn(batch * new, n_q, head_dim, device=bench.device)  # as kv_append returns them
     lengths, scale = [(new, context)] * batch, head_dim**-0.5
     caches = bench.copies(cache)
 

@@ -77,14 +77,14 @@ def capture(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
 
 
 def captured(call: Callable[[int], Any]) -> Callable[[int], Any]:
-    """`call(0)` as a graph: the same answer, always in the same tensors."""
-    answers: list[Any] = []
-    graph = capture(lambda index: answers.append(call(index)), 1)
-    answer = answers[-1]  # of the captured call
+    """`call(0)` as a graph: the same result, always in the same tensors."""
+    results: list[Any] = []
+    graph = capture(lambda index: results.append(call(index)), 1)
+    result = results[-1]  # of the captured call
 
     def replay(index: int) -> Any:
         graph.replay()
-        return answer
+        return result
 
     return replay
 
@@ -117,9 +117,9 @@ def _query(*fields: str) -> dict[str, str]:
     if smi is None:
         return {}
     command = [smi, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
-    answer = subprocess.run(command, capture_output=True, text=True)
-    values = [value.strip() for value in answer.stdout.split(",")]
-    known = answer.returncode == 0 and len(values) == len(fields)
+    result = subprocess.run(command, capture_output=True, text=True)
+    values = [value.strip() for value in result.stdout.split(",")]
+    known = result.returncode == 0 and len(values) == len(fields)
     return dict(zip(fields, values, strict=True)) if known else {}
 
 

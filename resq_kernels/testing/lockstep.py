@@ -74,10 +74,10 @@ def lockstep(model: nn.Module, run: Callable[[], Any]) -> Iterator[tuple[Any, Ag
         RuntimeError: the block quantized more or fewer tensors than `run`.
     """
     with _recorded() as codes:
-        answer = run()
+        result = run()
     follower = _Follower(codes, edge_share(next(model.parameters()).dtype))
     with fake_quantized(model, follower):
-        yield answer, follower.agreement
+        yield result, follower.agreement
     if follower.codes:
         raise RuntimeError(
             f"lockstep: expected the same pass in the block, {len(follower.codes)} tensors of the "
@@ -87,7 +87,7 @@ def lockstep(model: nn.Module, run: Callable[[], Any]) -> Iterator[tuple[Any, Ag
 
 @contextlib.contextmanager
 def _recorded() -> Iterator[deque[MixedTensor | torch.Tensor]]:
-    """What every quantizing operator answers inside the block, in order, on the CPU.
+    """What every quantizing operator returns inside the block, in order, on the CPU.
 
     The functions that the modules call are replaced: a dispatch mode would see more, but torch's
     CausalBias (nn.prefill) cannot be made under one.
@@ -96,19 +96,19 @@ def _recorded() -> Iterator[deque[MixedTensor | torch.Tensor]]:
     right = {name: getattr(ops, name) for name in (*_QUANTIZERS, "kv_append")}
 
     def quantize(name: str, *args: Any, **kwargs: Any) -> Any:
-        answer = right[name](*args, **kwargs)
-        mixed = answer if isinstance(answer, MixedTensor) else answer[0]
+        result = right[name](*args, **kwargs)
+        mixed = result if isinstance(result, MixedTensor) else result[0]
         q_lo, q_hi, params = (part.cpu() for part in mixed)
         q_lo = unpack_int4(q_lo) if q_lo.dtype == torch.uint8 else q_lo
         codes.append(MixedTensor(q_lo, q_hi, params))
-        return answer
+        return result
 
     def append(*args: Any, **kwargs: Any) -> Any:
-        answer = right["kv_append"](*args, **kwargs)
+        result = right["kv_append"](*args, **kwargs)
         k, cache, slots = args[0], args[5].cpu(), args[6].cpu()
         rows = kv_pages.read_tokens(cache, slots, k.shape[-1])
         codes.extend(part.dequantize() for part in rows)
-        return answer
+        return result
 
     for name in _QUANTIZERS:
         setattr(ops, name, functools.partial(quantize, name))

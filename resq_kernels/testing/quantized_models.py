@@ -23,7 +23,7 @@ _CODE_DEVIATION = torch.tensor([4.61, 73.9])
 def random_quantized(
     model_type: str = "llama", options: ResQConfig | None = None, *, seed: int = 0, **sizes: Any
 ) -> Any:
-    """A tiny model as `from_pretrained` would answer it, quantized by `randomize`.
+    """A tiny model as `from_pretrained` would return it, quantized by `randomize`.
 
     Args:
         model_type: "llama" or "qwen2".
@@ -62,7 +62,7 @@ def randomize(model: Any, options: ResQConfig, seed: int = 0) -> None:
             codes_lo.random_(0, 256)
             codes_hi.random_(-128, 128)
             spread = 0.5 + torch.rand(module.out_features, 2)
-            # A linear answers numbers as large as its input, an embedding numbers around 1.
+            # A linear returns numbers as large as its input, an embedding numbers around 1.
             terms = 1 if isinstance(module, ResQEmbedding) else module.in_features
             module.weight_scale.copy_(spread * terms**-0.5 / _CODE_DEVIATION)
             if module.bias is not None:

@@ -1,4 +1,4 @@
-"""A tiny random Llama, a byte-level tokenizer, and the answer of a run of the program."""
+"""A tiny random Llama, a byte-level tokenizer, and the result of a run of the program."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def save(model: LlamaForCausalLM, folder: Path) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a run of the program answered."""
+    """What a run of the program printed and returned."""
 
     code: int
     out: str

@@ -61,7 +61,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def figures(tmp_path: Path, resq: Callable[..., Result]) -> Callable[[str], dict[str, Any]]:
-    """Runs one benchmark of the tiny model and answers its JSON, whose form is checked."""
+    """Runs one benchmark of the tiny model and returns its JSON, whose form is checked."""
 
     def run(name: str) -> dict[str, Any]:
         target = tmp_path / f"{name}.json"

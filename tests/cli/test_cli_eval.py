@@ -89,7 +89,7 @@ def test_windows_touch_and_drop_the_tail() -> None:
         cut_windows(torch.arange(23), 5, max_windows=0)
 
 
-def test_model_that_answers_nan_is_refused_with_its_window() -> None:
+def test_model_that_returns_nan_is_refused_with_its_window() -> None:
     model, tokens = tiny_llama(), torch.randint(1, 200, (64,))
     tokens[40] = 250
     with torch.no_grad():
@@ -213,12 +213,12 @@ def test_eval_without_wikitext_says_how_to_get_it(
 def test_eval_tasks_answers_the_harness_numbers(
     llama: Path, tmp_path: Path, resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = {"alias": "arc_easy", "acc,none": 0.25, "acc_stderr,none": 0.1, "samples": 4}
+    result = {"alias": "arc_easy", "acc,none": 0.25, "acc_stderr,none": 0.1, "samples": 4}
     asked = {}
 
     def simple_evaluate(**options: object) -> dict[str, object]:
         asked.update(options)
-        return {"results": {"arc_easy": answer}}
+        return {"results": {"arc_easy": result}}
 
     class HFLM:
         def __init__(self, pretrained: object, tokenizer: object) -> None:

@@ -33,7 +33,7 @@ using resq::cpu::Isa;
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// Every task of a machine with AMX, in `runs` runs of consecutive tasks. Answers float32.
+// Every task of a machine with AMX, in `runs` runs of consecutive tasks. Returns float32.
 Array<float> mixed_gemm_over_tiles(const Array<int8_t>& q_lo, const Array<uint8_t>& q_lo_packed,
                                    const Array<int8_t>& q_hi, const Array<float>& params,
                                    const Array<uint8_t>& packed_weight,

@@ -1,4 +1,4 @@
-"""Inputs of mixed_gemm and its exact answers, shared by the tests of the CUDA kernels."""
+"""Inputs of mixed_gemm and its exact results, shared by the tests of the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def assert_exact(case: Case, device: Emulated) -> torch.Tensor:
-    """The kernel's answer has the bits of the reference."""
+    """The kernel's result has the bits of the reference."""
     actual, expected = case.run(device), case.expected()
     assert actual.dtype == expected.dtype
     wrong = (bits(actual) != bits(expected)).nonzero()

@@ -76,7 +76,7 @@ def test_kv_attention_of_rotated_queries_has_the_bits_of_its_own_rotation(
 ) -> None:
     tokens, n_kv, n_q = 21, 2, 4
     cos, sin = cos_sin(tokens, 64)
-    # Slices of one tensor, as a merged projection answers them.
+    # Slices of one tensor, as a merged projection returns them.
     together = torch.randn(tokens, (n_q + n_kv) * 64).half()
     q, k = (x.unflatten(1, (-1, 64)) for x in together.split([n_q * 64, n_kv * 64], dim=1))
     rotation, cache = rotations(2, 64).half(), new_cache(1, n_kv, 32, 64)

@@ -49,7 +49,7 @@ class Case:
         return device.kv_attention(*arguments.values(), self.scale, *self.rest)
 
     def joined(self, device: emulation.Emulated, high_dims: int) -> torch.Tensor:
-        """The answer in the order of o_proj's columns."""
+        """The result in the order of o_proj's columns."""
         where = (self.pages.cache, self.pages.block_table, self.pages.seq_lens, self.starts)
         return device.kv_attention(self.q, *where, self.scale, *self.rest, None, high_dims)
 
@@ -164,7 +164,7 @@ def test_scores_and_sums_of_values_are_within_the_gates(
 ) -> None:
     """Scores within 2 % and weighted sums within 1 % of the cache's own error.
 
-    Two tokens with values 0 and 1 answer the sigmoid of the difference of their scores.
+    Two tokens with values 0 and 1 give the sigmoid of the difference of their scores.
     """
     case = make([2] * 120, [1] * 120, head_dim, group=1, outliers=outliers)
     case.q[..., head_dim // 8 * 7 :] *= outliers
@@ -374,7 +374,7 @@ def test_kv_attention_of_queries_that_see_nothing(device: emulation.Emulated) ->
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_kv_attention_answers_nan_where_a_visible_row_holds_nan(
+def test_kv_attention_returns_nan_where_a_visible_row_holds_nan(
     sm80: emulation.Emulated, head_dim: int
 ) -> None:
     length, low = 90, head_dim // 8 * 7

@@ -113,7 +113,7 @@ def test_silu_mul_hadamard_quantize_agrees_with_the_reference(sm90: emulation.Em
         assert difference.max() <= 1 and difference.float().mean() < 1e-3
 
 
-def test_silu_mul_hadamard_quantize_check_rejects_wrong_answers(sm90: emulation.Emulated) -> None:
+def test_silu_mul_hadamard_quantize_check_rejects_wrong_results(sm90: emulation.Emulated) -> None:
     gate_up = inputs(344, torch.float32, rows=4)
     exact, bound = exact_rows(gate_up, True)
     good = run(sm90, gate_up, True, 40)

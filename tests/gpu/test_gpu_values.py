@@ -67,7 +67,7 @@ def test_mixed_gemm_s_rows_do_not_depend_on_the_batch() -> None:
         assert torch.equal(alone, everything[first : first + count]), (first, count)
 
 
-def test_mixed_gemm_answers_nan_for_a_row_that_is_not_finite() -> None:
+def test_mixed_gemm_returns_nan_for_a_row_that_is_not_finite() -> None:
     weight, rows = Weight(64, 448, 64), activations(130, 448, 64)
     rows[2][5, 0] = float("nan")
     _, result = gemm_on_both(weight, rows, None, torch.float32)

@@ -290,5 +290,5 @@ def test_generate_goes_on_with_a_cache(model: Any) -> None:
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"return_dict_in_generate": True}], ids=str)
 def test_generate_refuses_what_it_does_not_do(model: Any, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="graph_decoding: expected one beam and an answer of"):
+    with pytest.raises(ValueError, match="graph_decoding: expected one beam and a result of"):
         generate(model, tokens(1, 4), do_sample=False, custom_generate=graph_decoding, **options)

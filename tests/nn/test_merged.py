@@ -23,9 +23,9 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     gemm = ops.mixed_gemm
 
     def count(*args: object) -> torch.Tensor:
-        answer = gemm(*args)
-        seen.append(answer.shape[-1])
-        return answer
+        result = gemm(*args)
+        seen.append(result.shape[-1])
+        return result
 
     monkeypatch.setattr(ops, "mixed_gemm", count)
     yield seen

@@ -35,7 +35,7 @@ def run(pages: Pages, q: torch.Tensor, lengths: Lengths, dtype: torch.dtype) -> 
 def expected(
     pages: Pages, q: torch.Tensor, lengths: Lengths, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What attention in float64 answers, and how far `prefill.attend` may be from it."""
+    """What attention in float64 returns, and how far `prefill.attend` may be from it."""
     scale, exact, bound = pages.head_dim**-0.5, [], []
     for i, rows in enumerate(q.double().split([new for new, _ in lengths])):
         k, v = pages.rows(i)
@@ -197,7 +197,7 @@ def test_calls_cover_every_new_token_once_and_are_not_too_large() -> None:
 def test_padded_batches_and_chunks_through_the_cache_s_pages(
     side: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The layer's storage, in steps: each row of tokens answers as float64 attention over it."""
+    """The layer's storage, in steps: each row of tokens attends as in float64."""
     monkeypatch.setattr(prefill, "is_faster", lambda *_: True)
     steps = [[70, 40, 0, 70], [66, 1, 80, 66], [1, 1, 1, 1]]
     batch, n_kv, n_q, head_dim, scale = 4, 2, 4, 64, 0.125

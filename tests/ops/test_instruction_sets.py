@@ -39,9 +39,9 @@ def test_instruction_sets_give_the_same_bits() -> None:
         if "but this machine has" in process.stderr:
             continue
         assert process.returncode == 0, process.stderr
-        answer = json.loads(process.stdout)
-        assert answer["isa"] == isa
-        different = [name for name, bits in here.items() if answer["digests"][name] != bits]
+        result = json.loads(process.stdout)
+        assert result["isa"] == isa
+        different = [name for name, bits in here.items() if result["digests"][name] != bits]
         assert not different, f"{isa}: {len(different)} of {len(here)} differ: {different[:5]}"
         compared += 1
     assert compared or current == "scalar"

@@ -41,7 +41,7 @@ def rotated_queries(q: torch.Tensor, n_kv: int, cos, sin, rotation) -> torch.Ten
 
 
 def check(pages: Pages, q, counts, scale, cos=None, sin=None, rotation=None) -> torch.Tensor:
-    """Runs the op, compares with float64 within the bound, answers the output."""
+    """Runs the op, compares with float64 within the bound, returns the output."""
     query_starts = starts(counts)
     arguments = (pages.block_table, pages.seq_lens, query_starts, scale, cos, sin, rotation)
     out = ops.kv_attention(q, pages.cache, *arguments)
@@ -309,7 +309,7 @@ def test_kv_attention_of_queries_that_see_nothing_and_of_no_queries() -> None:
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_kv_attention_answers_nan_where_a_visible_row_holds_nan(head_dim: int) -> None:
+def test_kv_attention_returns_nan_where_a_visible_row_holds_nan(head_dim: int) -> None:
     length, low = 100, kv_pages.low_dims(head_dim)
     q = torch.randn(length, 2, head_dim)
     for kind, dim in [("k", 0), ("k", head_dim - 1), ("v", 3), ("v", head_dim - 2)]:

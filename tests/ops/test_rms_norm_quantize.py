@@ -31,7 +31,7 @@ def test_rms_norm_quantize_values(
     assert_quantizes(eight, *exact_rows(x, None, weight), lo_bits=8)
 
 
-def test_rms_norm_quantize_check_rejects_wrong_answers() -> None:
+def test_rms_norm_quantize_check_rejects_wrong_results() -> None:
     x, weight = torch.randn(4, 512), torch.rand(512) + 0.5
     exact, bound = exact_rows(x, None, weight)
     good, _ = rms_norm_quantize(x, None, weight, EPS, 64)

@@ -51,7 +51,7 @@ def test_silu_mul_hadamard_quantize_values(n: int, dtype: torch.dtype, hadamard:
     assert_quantizes(eight, exact, bound, lo_bits=8)
 
 
-def test_silu_mul_hadamard_quantize_check_rejects_wrong_answers() -> None:
+def test_silu_mul_hadamard_quantize_check_rejects_wrong_results() -> None:
     gate_up = inputs(336, torch.float32)
     exact, bound = exact_rows(gate_up, True)
     good = silu_mul_hadamard_quantize(gate_up, True, 42)

@@ -20,13 +20,13 @@ BASELINES = {"transformers bf16", "transformers bf16 graph", "ours eager"}
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
-    """A device that says it is a GPU; name of a candidate -> its last answer, of two calls each."""
-    answers: dict[str, torch.Tensor] = {}
+    """A device that says it is a GPU; name of a candidate -> its last result, of two calls each."""
+    results: dict[str, torch.Tensor] = {}
 
     def alternate(bench: BenchDevice, candidates: Any, *, eager: bool = False) -> Any:
         for name, call in candidates.items():
-            first, answers[name] = call(0), call(1)
-            assert torch.equal(first, answers[name]), name
+            first, results[name] = call(0), call(1)
+            assert torch.equal(first, results[name]), name
         return dict.fromkeys(candidates, Timing(median_us=2.0, best_us=1.0, calls=1))
 
     sizes = ("llama", 256, 192, 2, 4, 2, 320, False)
@@ -38,7 +38,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     monkeypatch.setattr(torch.ops.resq, "cuda_family", lambda _: "sm90", raising=False)
     monkeypatch.setattr(cuda_timing, "read_bandwidth", lambda: 3e12)
     monkeypatch.setattr(cuda_timing, "int8_rate", lambda _: 1e15)
-    return answers
+    return results
 
 
 def rows(module: Any, missing: dict[str, str]) -> list[dict[str, Any]]:

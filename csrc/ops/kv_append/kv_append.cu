@@ -92,7 +92,7 @@ __device__ uint32_t stored_pair(const KvRange& range) {
 }
 
 // Quantizes a row whose dims lane * kHeadDim / 32 + i this warp's lanes hold, and writes the bytes
-// of token `token` of `tile`; answers the two stored ranges.
+// of token `token` of `tile`; returns the two stored ranges.
 template <int kHeadDim, bool kKey>
 __device__ uint2 store_row(const float (&x)[kHeadDim / 32], bool uniform, int token, uint8_t* codes,
                            uint8_t* tile) {

@@ -96,8 +96,8 @@ inline Vec exp2(Vec x) {
 }
 inline float exp2(float x) { return exp2(set1(x))[0]; }
 
-// 16-bit integers of kCount numbers, rounded half to even to multiples of max|x| / 32767; answers
-// that scale and the sum of the multiples. NaN and infinities answer NaN for both.
+// 16-bit integers of kCount numbers, rounded half to even to multiples of max|x| / 32767; returns
+// that scale and the sum of the multiples. NaN and infinities give NaN for both.
 template <int kCount>
 inline void quantize_query(const float* x, int16_t* integers, float* scale, float* sum) {
   int32_t largest_bits = 0;
