@@ -52,11 +52,10 @@ Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_ta
   }
   if (on.family() == cuda::Family::kSm90) {
     cuda::kv_attention_attend_sm90(work, on.device(), on.stream());
-    if (split) cuda::kv_attention_merge_sm90(work, on.stream());
   } else {
     cuda::kv_attention_attend(work, on.device(), on.stream());
-    if (split) cuda::kv_attention_merge(work, on.stream());
   }
+  if (split) cuda::kv_attention_merge(work, on.stream());
   return call.out;
 }
 

@@ -1,6 +1,6 @@
 #include <cuda_runtime.h>
 
-#include "cuda/dependent_launch.cuh"
+#include "cuda/pdl.cuh"
 #include "ops/mixed_gemm/mixed_gemm_pad_rows.h"
 
 namespace resq::cuda {
@@ -13,8 +13,8 @@ constexpr int kWords = 4;  // that a thread writes, 16 bytes
 __global__ void __launch_bounds__(kThreads)
     mixed_gemm_pad_rows_kernel(const uint8_t* from, uint8_t* to, int64_t bytes, int64_t padded,
                                unsigned blocks_per_row) {
-  wait_for_kernel_before();
-  allow_kernel_after();
+  pdl_wait();
+  pdl_trigger();
   const int64_t row = blockIdx.x / blocks_per_row;
   const int64_t first = (int64_t{blockIdx.x % blocks_per_row} * kThreads + threadIdx.x) * 16;
   if (first >= padded) return;
@@ -34,9 +34,9 @@ void pad_byte_rows(const void* from, uint8_t* to, int64_t rows, int64_t bytes, i
                    Stream stream) {
   const int64_t blocks_per_row = ceil_div(padded, kThreads * 16);
   const auto grid = static_cast<unsigned>(blocks_per_row * rows);
-  launch_dependent(mixed_gemm_pad_rows_kernel, grid, kThreads, 0, stream,
-                   static_cast<const uint8_t*>(from), to, bytes, padded,
-                   static_cast<unsigned>(blocks_per_row));
+  launch_pdl(mixed_gemm_pad_rows_kernel, grid, kThreads, 0, stream,
+             static_cast<const uint8_t*>(from), to, bytes, padded,
+             static_cast<unsigned>(blocks_per_row));
   check_launch("mixed_gemm");
 }
 

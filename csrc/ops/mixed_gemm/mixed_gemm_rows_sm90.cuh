@@ -2,7 +2,7 @@
 // maps know no nibbles. Rows of bytes that are not such a multiple go through pad_byte_rows.
 #pragma once
 
-#include "cuda/dependent_launch.cuh"
+#include "cuda/pdl.cuh"
 #include "ops/mixed_gemm/mixed_gemm_sm90.h"
 
 namespace resq::cuda {
@@ -22,8 +22,8 @@ __device__ inline uint2 unpack_codes(uint32_t packed) {
 __global__ void __launch_bounds__(kRowsThreads)
     mixed_gemm_unpack_rows_kernel(const uint8_t* source, int64_t source_bytes, uint8_t* out,
                                   int64_t stride, unsigned blocks_per_row) {
-  wait_for_kernel_before();
-  allow_kernel_after();
+  pdl_wait();
+  pdl_trigger();
   const int64_t row = blockIdx.x / blocks_per_row;
   const int64_t first = int64_t{blockIdx.x % blocks_per_row} * kRowsThreads + threadIdx.x;
   if (first * kSm90RowBytes >= stride) return;

@@ -7,7 +7,7 @@
 #include <string>
 #include <utility>
 
-#include "cuda/dependent_launch.cuh"
+#include "cuda/pdl.cuh"
 #include "cuda/tensor_map.h"
 #include "ops/mixed_gemm/mixed_gemm_cuda.h"
 #include "ops/mixed_gemm/mixed_gemm_pad_rows.h"
@@ -23,8 +23,8 @@ void launch_unpack(const uint8_t* nibbles, int64_t rows, int64_t row_bytes, uint
                    int64_t stride, Stream stream) {
   const int64_t blocks_per_row = ceil_div(stride, kSm90RowBytes * kRowsThreads);
   const auto grid = static_cast<unsigned>(blocks_per_row * rows);
-  launch_dependent(mixed_gemm_unpack_rows_kernel, grid, kRowsThreads, 0, stream, nibbles, row_bytes,
-                   out, stride, static_cast<unsigned>(blocks_per_row));
+  launch_pdl(mixed_gemm_unpack_rows_kernel, grid, kRowsThreads, 0, stream, nibbles, row_bytes, out,
+             stride, static_cast<unsigned>(blocks_per_row));
   check_launch(kOp);
 }
 

@@ -7,7 +7,7 @@
 // tiles are small.
 #pragma once
 
-#include "cuda/dependent_launch.cuh"
+#include "cuda/pdl.cuh"
 #include "ops/mixed_gemm/mixed_gemm_epilogue_sm90.cuh"
 #include "ops/mixed_gemm/mixed_gemm_mainloop_sm90.cuh"
 
@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     mbarrier_init_fence();
   }
   cluster_sync();
-  wait_for_kernel_before();
-  allow_kernel_after();
+  pdl_wait();
+  pdl_trigger();
 
   if (warpgroup == 0) {
     warpgroup_registers_decrease<kProducerRegisters>();

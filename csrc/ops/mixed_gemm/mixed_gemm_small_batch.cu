@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/dependent_launch.cuh"
+#include "cuda/pdl.cuh"
 #include "ops/mixed_gemm/mixed_gemm_pad_rows.h"
 #include "ops/mixed_gemm/mixed_gemm_small_batch.cuh"
 
@@ -22,8 +22,8 @@ void launch_tile(const MixedGemmParams& p, const SplitK& k, void* workspace, Str
   const int64_t row_tiles = ceil_div(p.rows, kRows);
   const dim3 grid(static_cast<unsigned>(row_tiles * cuda_packed_blocks(p.n)),
                   static_cast<unsigned>(k.splits));
-  launch_dependent(kernel, grid, small_batch::kThreads, kSharedBytes, stream, p, k, planes,
-                   static_cast<unsigned>(row_tiles));
+  launch_pdl(kernel, grid, small_batch::kThreads, kSharedBytes, stream, p, k, planes,
+             static_cast<unsigned>(row_tiles));
   check_launch("mixed_gemm");
   if (k.splits > 1) mixed_gemm_add_splits(p, k, planes, stream);
 }

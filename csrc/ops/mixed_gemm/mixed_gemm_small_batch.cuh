@@ -18,8 +18,8 @@
 #include <type_traits>
 
 #include "cuda/copy_sm80.cuh"
-#include "cuda/dependent_launch.cuh"
 #include "cuda/mma_sm80.cuh"
+#include "cuda/pdl.cuh"
 #include "ops/mixed_gemm/mixed_gemm_epilogue.cuh"
 #include "ops/mixed_gemm/mixed_gemm_splits.cuh"
 
@@ -87,7 +87,7 @@ __device__ __forceinline__ void multiply_lo(int32_t (&d)[4], const uint4& w, con
 // The codes of one lane of a B fragment for one MMA, 32 columns: eight neighbours if the layout
 // splits them into even and odd ones, else four and, 16 columns on, four. `from` is at the first,
 // `left` columns before the end of the row; codes past it are zero. No __ldg: the kernel before may
-// write the codes while this one runs already (dependent_launch.cuh).
+// write the codes while this one runs already (pdl.cuh).
 template <class P>
 __device__ __forceinline__ uint2 fetch_piece(const uint8_t* from, int left) {
   using Half = std::conditional_t<P::kNibbles, uint16_t, uint32_t>;
@@ -317,8 +317,8 @@ __global__ void __launch_bounds__(small_batch::kThreads,
   if constexpr (kLayout == CudaLayout::kWgmma) {
     prefetch(weight + int64_t{first} * kCudaStepBytes, last - first);
   }
-  wait_for_kernel_before();
-  allow_kernel_after();
+  pdl_wait();
+  pdl_trigger();
   // The high part starts with empty registers: its first weights wait in the second-level cache.
   if (k.has_lo(split) && k.has_hi(split)) prefetch(weight_hi, last - k.lo_units);
 

@@ -1,6 +1,6 @@
 #include <cuda_runtime.h>
 
-#include "cuda/dependent_launch.cuh"
+#include "cuda/pdl.cuh"
 #include "ops/mixed_gemm/mixed_gemm_epilogue.cuh"
 #include "ops/mixed_gemm/mixed_gemm_splits.cuh"
 
@@ -19,8 +19,8 @@ __device__ void add_group(const int32_t* plane, SumGroup& sum) {
 __global__ void __launch_bounds__(kThreads)
     mixed_gemm_add_splits_kernel(const __grid_constant__ MixedGemmParams p, const SplitK k,
                                  const SplitPlanes planes, unsigned blocks_per_row) {
-  wait_for_kernel_before();
-  allow_kernel_after();
+  pdl_wait();
+  pdl_trigger();
   const int64_t m = blockIdx.x / blocks_per_row;
   const int64_t n = (int64_t{blockIdx.x % blocks_per_row} * kThreads + threadIdx.x) * kOutputGroup;
   if (n >= p.n) return;
@@ -48,8 +48,8 @@ void mixed_gemm_add_splits(const MixedGemmParams& p, const SplitK& k, const Spli
                            Stream stream) {
   const int64_t blocks_per_row = ceil_div(p.n, kThreads * kOutputGroup);
   const auto grid = static_cast<unsigned>(blocks_per_row * p.rows);
-  launch_dependent(mixed_gemm_add_splits_kernel, grid, kThreads, 0, stream, p, k, planes,
-                   static_cast<unsigned>(blocks_per_row));
+  launch_pdl(mixed_gemm_add_splits_kernel, grid, kThreads, 0, stream, p, k, planes,
+             static_cast<unsigned>(blocks_per_row));
   check_launch("mixed_gemm");
 }
 
