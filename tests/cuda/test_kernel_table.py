@@ -11,7 +11,7 @@ tool = emulation.load_file("tools/kernel_table.py")
 REQUIRED = {
     "mixed_gemm_sm80": {"sm_80": ["IMMA.16832.S8.S8", "LDGSTS.128", "LDSM"]},
     "mixed_gemm_sm90": {"sm_90a": ["IGMMA", "UTMALDG.2D", "UBLKCP", "LDS.128"]},
-    "mixed_gemm_small_batch": {"sm_80": ["IMMA.16832.S8.S8", "LDG.128"]},
+    "mixed_gemm_small_m": {"sm_80": ["IMMA.16832.S8.S8", "LDG.128"]},
     "mixed_quantize": {"sm_80": ["LDG.128"]},
     "rms_norm_quantize": {"sm_80": ["LDG.128"]},
     "kv_append_kernel": {"sm_80": ["STG.128"]},

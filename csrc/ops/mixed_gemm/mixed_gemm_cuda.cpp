@@ -1,24 +1,10 @@
+#include "ops/mixed_gemm/mixed_gemm_cuda.h"
+
 #include "ops/mixed_gemm/mixed_gemm_args.h"
-#include "ops/mixed_gemm/mixed_gemm_config.h"
 #include "torch/cuda_call.h"
 
 namespace resq {
 namespace {
-
-const char* kernel_name(cuda::MixedGemmKernel kernel) {
-  switch (kernel) {
-    case cuda::MixedGemmKernel::kSmallBatch: return "small_batch";
-    case cuda::MixedGemmKernel::kSm80: return "sm80";
-    default: return "sm90";
-  }
-}
-
-std::string describe(const cuda::MixedGemmChoice& choice) {
-  std::ostringstream text;
-  text << kernel_name(choice.kernel) << " " << choice.tile_rows << "x" << choice.tile_columns
-       << " splits=" << choice.splits;
-  return text.str();
-}
 
 Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
                   const Tensor& packed_weight, const Tensor& weight_scale, const Tensor& weight_sum,
@@ -43,9 +29,9 @@ Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
   const cuda::Stream stream = on.stream(logs_kernels() ? ", " + describe(choice) : "");
   void* scratch = choice.workspace_bytes ? workspace.mutable_data_ptr() : nullptr;
   switch (choice.kernel) {
-    case cuda::MixedGemmKernel::kSmallBatch: {
+    case cuda::MixedGemmKernel::kSmallM: {
       const CudaLayout layout = cuda::weight_layout(on.family());
-      cuda::mixed_gemm_small_batch(p, choice, layout, scratch, stream);
+      cuda::mixed_gemm_small_m(p, choice, layout, scratch, stream);
       break;
     }
     case cuda::MixedGemmKernel::kSm80: cuda::mixed_gemm_sm80(p, choice, scratch, stream); break;
