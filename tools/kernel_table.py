@@ -24,8 +24,8 @@ LIBRARY = ROOT / "resq_kernels/_C_cuda.so"
 TABLE = ROOT / "tests/cuda/kernel_table.json"
 
 # Instructions whose presence or absence says whether a kernel is what it is meant to be: tensor
-# cores, 16-byte and asynchronous copies, early starts of dependent kernels (ACQBULK waits for the
-# kernel before, PREEXIT allows the one after), and local memory, which no kernel may touch.
+# cores, 16-byte and asynchronous copies, programmatic dependent launch (ACQBULK is pdl_wait,
+# PREEXIT is pdl_trigger), and local memory, which no kernel may touch.
 KEY_INSTRUCTIONS = re.compile(
     r"^(IMMA\.\d+\.\w+\.\w+|IGMMA\.64x\d+x32\.\w+\.\w+|HMMA\.\d+\.\w+|UBLKCP|UTMALDG\.\dD|LDSM|ACQBULK|PREEXIT"
     r"|LDGSTS\.E(?:\.\w+)*\.128|(?:LDG|STG|LDS|STS)\b.*\.128|LDL|STL|CALL)"
@@ -88,7 +88,7 @@ def kernels(library: Path = LIBRARY) -> dict[str, dict[str, Kernel]]:
 def _readable(mangled: str) -> str:
     """The demangled name and template arguments, without namespaces and parameters."""
     name = _run("c++filt", mangled).strip()
-    name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|resq::|cuda::|^void ", "", name)
+    name = re.sub(r"\(anonymous namespace\)::|\b\w+::|^void ", "", name)
     name = re.sub(r"\((?:int|bool|[\w:]+)\)(?=-?\d)", "", name)  # template arguments: (int)32
     depth = 0
     for index, character in enumerate(name):

@@ -4,8 +4,8 @@
 // results of the first stay in registers. It is loaded twice.
 #pragma once
 
-#include "cuda/dependent_launch.cuh"
 #include "cuda/launch.h"
+#include "cuda/pdl.cuh"
 #include "cuda/row_hadamard.cuh"
 
 namespace resq::cuda {
@@ -124,8 +124,8 @@ inline void launch_hadamard(const char* op, Kernel kernel, const HadamardLayout&
   if (layout.shared_bytes > 48 * 1024 - 1024) {
     allow_shared_bytes(op, reinterpret_cast<const void*>(kernel), layout.shared_bytes);
   }
-  launch_dependent(kernel, static_cast<unsigned>(blocks), kHadamardThreads, layout.shared_bytes,
-                   stream, arguments...);
+  launch_pdl(kernel, static_cast<unsigned>(blocks), kHadamardThreads, layout.shared_bytes, stream,
+             arguments...);
   check_launch(op);
 }
 

@@ -11,7 +11,7 @@ namespace resq::cuda {
 
 struct Stream {
   void* handle;                     // a cudaStream_t
-  bool dependent_launches = false;  // whether kernels may be launched as in dependent_launch.cuh
+  bool dependent_launches = false;  // whether launch_pdl (cuda/pdl.cuh) lets kernels overlap
 };
 
 struct Device {

@@ -1,10 +1,28 @@
 // Which CUDA kernel a device and a shape run, for the tests: pure host functions, no CUDA headers.
 #include "core_cuda_choice.h"
 
+#include <pybind11/stl.h>
+
+#include <iterator>
+#include <vector>
+
 #include "cuda/arch.h"
-#include "ops/mixed_gemm/mixed_gemm_config.h"
+#include "ops/mixed_gemm/mixed_gemm_choice.h"
 
 namespace py = pybind11;
+
+namespace {
+
+std::vector<resq::cuda::MixedGemmTile> tiles(resq::cuda::MixedGemmKernel kernel) {
+  using namespace resq::cuda;
+  switch (kernel) {
+    case MixedGemmKernel::kSmallM: return {std::begin(kSmallMTiles), std::end(kSmallMTiles)};
+    case MixedGemmKernel::kSm80: return {std::begin(kSm80Tiles), std::end(kSm80Tiles)};
+    default: return {std::begin(kSm90Tiles), std::end(kSm90Tiles)};
+  }
+}
+
+}  // namespace
 
 void define_cuda_choice(py::module_& m) {
   using namespace resq::cuda;
@@ -14,15 +32,23 @@ void define_cuda_choice(py::module_& m) {
       .value("SM80", Family::kSm80)
       .value("SM90", Family::kSm90);
   py::enum_<MixedGemmKernel>(m, "MixedGemmKernel")
-      .value("SMALL_BATCH", MixedGemmKernel::kSmallBatch)
+      .value("SMALL_M", MixedGemmKernel::kSmallM)
       .value("SM80", MixedGemmKernel::kSm80)
       .value("SM90", MixedGemmKernel::kSm90);
+  py::class_<MixedGemmTile>(m, "MixedGemmTile")
+      .def_readonly("m", &MixedGemmTile::m)
+      .def_readonly("n", &MixedGemmTile::n)
+      .def_readonly("min_blocks", &MixedGemmTile::min_blocks)
+      .def_readonly("cluster_m", &MixedGemmTile::cluster_m)
+      .def_readonly("cluster_n", &MixedGemmTile::cluster_n);
   py::class_<MixedGemmChoice>(m, "MixedGemmChoice")
       .def_readonly("kernel", &MixedGemmChoice::kernel)
-      .def_readonly("tile_rows", &MixedGemmChoice::tile_rows)
-      .def_readonly("tile_columns", &MixedGemmChoice::tile_columns)
-      .def_readonly("splits", &MixedGemmChoice::splits)
-      .def_readonly("workspace_bytes", &MixedGemmChoice::workspace_bytes);
+      .def_readonly("tile", &MixedGemmChoice::tile)
+      .def_property_readonly("splits", [](const MixedGemmChoice& c) { return c.split_k.splits; })
+      .def_readonly("workspace_bytes", &MixedGemmChoice::workspace_bytes)
+      .def("__str__", describe);
+  m.def("mixed_gemm_tiles", tiles);
+  m.def("sm90_tenths", sm90_tenths);
   m.def("cuda_family", family);
   m.def("weight_layout", weight_layout);
   m.def("packs_activations", packs_activations);

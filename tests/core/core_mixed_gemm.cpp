@@ -45,7 +45,7 @@ Array<float> mixed_gemm_over_tiles(const Array<int8_t>& q_lo, const Array<uint8_
   const int64_t k_lo = packed ? 2 * q_lo_packed.shape(1) : q_lo.shape(1), k_hi = q_hi.shape(1);
   Array<float> out({rows, n});
   const resq::MixedGemmTasks tasks{
-      .gemm = {.rows = rows,
+      .gemm = {.m = rows,
                .n = n,
                .k_lo = k_lo,
                .k_hi = k_hi,

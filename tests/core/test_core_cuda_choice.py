@@ -42,7 +42,7 @@ def test_layout_and_activation_form_follow_the_family(core: ModuleType) -> None:
     ]
 
 
-def test_small_batches_stream_the_weights_and_large_ones_use_the_family_s_kernel(
+def test_small_m_streams_the_weights_and_large_m_uses_the_family_s_kernel(
     core: ModuleType,
 ) -> None:
     kernel, family = core.MixedGemmKernel, core.CudaFamily
@@ -53,10 +53,10 @@ def test_small_batches_stream_the_weights_and_large_ones_use_the_family_s_kernel
         ).kernel
 
     for name in ("SM80", "SM90", "PORTABLE"):
-        assert choose(1, name) == choose(16, name) == kernel.SMALL_BATCH
+        assert choose(1, name) == choose(16, name) == kernel.SMALL_M
     assert choose(2048, "SM80") == kernel.SM80
     assert choose(2048, "SM90") == kernel.SM90
-    assert choose(2048, "PORTABLE") == kernel.SMALL_BATCH
+    assert choose(2048, "PORTABLE") == kernel.SMALL_M
 
 
 @pytest.mark.parametrize("name", SMS)
@@ -67,19 +67,38 @@ def test_every_choice_can_be_launched(name: str, core: ModuleType) -> None:
         family = getattr(core.CudaFamily, name)
         choice = core.mixed_gemm_choice(rows, n, k_lo, k_hi, packed, family, sms)
         case = (n, k_lo, k_hi, rows, packed, sms)
-        assert choice.tile_rows % 8 == 0 and choice.tile_rows <= 256, case
-        assert choice.tile_columns % 64 == 0, case
+        tile = (choice.tile.m, choice.tile.n)
+        assert tile in [(t.m, t.n) for t in core.mixed_gemm_tiles(choice.kernel)], case
+        assert str(choice).endswith(f" {tile[0]}x{tile[1]} splits={choice.splits}"), case
         steps = -(-k_lo // 64) + -(-k_hi // 32)
         assert 1 <= choice.splits <= max(steps, 1), case
         assert choice.workspace_bytes >= 0, case
-        if choice.splits > 1:  # a plane of int32 sums for each part and split
+        if choice.splits > 1:  # int32 sums of each part and split
             assert choice.workspace_bytes >= choice.splits * 4 * rows * n, case
+
+
+def test_tiles_fit_the_packed_weight_and_the_multiprocessor(core: ModuleType) -> None:
+    kernel = core.MixedGemmKernel
+    for name in (kernel.SMALL_M, kernel.SM80, kernel.SM90):
+        tiles = core.mixed_gemm_tiles(name)
+        assert [t.m for t in tiles] == sorted({t.m for t in tiles}), name
+        for tile in tiles:
+            assert tile.m % 8 == 0 and tile.m <= 256, name
+            assert tile.n % 64 == 0 and tile.min_blocks >= 1, name
+            assert name == kernel.SM90 or tile.cluster_m == tile.cluster_n == 1, name
+
+
+def test_cost_of_sm90_tiles(core: ModuleType) -> None:
+    """Tenths of a clock per column of K; only 192 rows of activations are bound by tensor cores."""
+    tiles = core.mixed_gemm_tiles(core.MixedGemmKernel.SM90)
+    costs = {tile.m: core.sm90_tenths(tile) for tile in tiles}
+    assert costs == {32: 18, 64: 25, 128: 46, 192: 60}
 
 
 def test_decode_fills_the_multiprocessors(core: ModuleType) -> None:
     """A 4096 x 4096 layer has 64 row blocks: splits of K occupy the rest of 132."""
     choice = core.mixed_gemm_choice(1, 4096, 3584, 512, False, core.CudaFamily.SM90, 132)
-    blocks = 4096 // choice.tile_columns * choice.splits
+    blocks = 4096 // choice.tile.n * choice.splits
     assert blocks >= 128
 
 
@@ -90,21 +109,21 @@ def test_decode_fills_the_multiprocessors(core: ModuleType) -> None:
 def test_tiles_of_llama_3_8b_on_an_h200(
     rows: int, tiles: tuple[int, ...], core: ModuleType
 ) -> None:
-    """qkv, o, gate_up and down: the model of mixed_gemm_sm90.h, until a GPU measures it."""
+    """qkv, o, gate_up and down: the model of sm90_tenths, until a GPU measures it."""
     layers = [(6144, 3584, 512), (4096, 3584, 512), (28672, 3584, 512), (4096, 14336, 0)]
     for (n, k_lo, k_hi), tile in zip(layers, tiles, strict=True):
         choice = core.mixed_gemm_choice(rows, n, k_lo, k_hi, False, core.CudaFamily.SM90, 132)
         assert choice.kernel == core.MixedGemmKernel.SM90
-        assert (choice.tile_rows, choice.tile_columns, choice.splits) == (tile, 128, 1)
+        assert (choice.tile.m, choice.tile.n, choice.splits) == (tile, 128, 1)
         assert choice.workspace_bytes == 0  # int8 rows of whole 16 bytes are read where they are
 
 
 @pytest.mark.parametrize(
     ("rows", "kernel", "tiles"),
     [
-        (1, "SMALL_BATCH", ((8, 1), (8, 2), (8, 1), (8, 2))),
-        (16, "SMALL_BATCH", ((16, 1), (16, 2), (16, 1), (16, 2))),
-        (64, "SMALL_BATCH", ((64, 1), (64, 1), (64, 1), (64, 3))),
+        (1, "SMALL_M", ((8, 1), (8, 2), (8, 1), (8, 2))),
+        (16, "SMALL_M", ((16, 1), (16, 2), (16, 1), (16, 2))),
+        (64, "SMALL_M", ((64, 1), (64, 1), (64, 1), (64, 3))),
         (128, "SM80", ((64, 1), (64, 1), (128, 1), (64, 2))),
         (2048, "SM80", ((128, 1), (128, 1), (128, 1), (128, 1))),
     ],
@@ -117,13 +136,13 @@ def test_tiles_and_splits_of_llama_3_8b_on_an_a100(
     for (n, k_lo, k_hi), tile in zip(layers, tiles, strict=True):
         choice = core.mixed_gemm_choice(rows, n, k_lo, k_hi, True, core.CudaFamily.SM80, 108)
         assert choice.kernel == getattr(core.MixedGemmKernel, kernel)
-        assert (choice.tile_rows, choice.splits) == tile
-        planes = (choice.splits + 1) * rows * n * 4 if choice.splits > 1 else 0
-        assert choice.workspace_bytes == planes
+        assert (choice.tile.m, choice.splits) == tile
+        partials = (choice.splits + 1) * rows * n * 4 if choice.splits > 1 else 0
+        assert choice.workspace_bytes == partials
 
 
 def test_sm80_workspace_holds_the_rows_that_it_copies(core: ModuleType) -> None:
-    """Rows that are no multiple of 16 bytes (8 codes for small batches), padded to a step."""
+    """Rows that are no multiple of 16 bytes (8 codes for small M), padded to a step."""
 
     def workspace(rows: int, k_lo: int, k_hi: int, packed: bool) -> int:
         family = core.CudaFamily.SM80
@@ -132,7 +151,7 @@ def test_sm80_workspace_holds_the_rows_that_it_copies(core: ModuleType) -> None:
     assert workspace(100, 784, 112, True) == 100 * 832 // 2
     assert workspace(100, 784, 112, False) == workspace(64, 784, 112, True) == 0
     assert workspace(100, 784, 8, False) == 100 * 64
-    assert workspace(3, 12, 7, True) == 3 * 32 + 3 * 64
+    assert workspace(3, 12, 7, True) == 256 + 3 * 64  # the second region is aligned to 256
 
 
 def test_sm90_workspace_holds_the_rows_that_it_rewrites(core: ModuleType) -> None:

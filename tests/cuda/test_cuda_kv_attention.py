@@ -323,8 +323,8 @@ def test_rotated_queries_are_read_by_the_attention_kernel_itself(
 
     The identity as a rotation multiplies by one and adds zeros: the same numbers in float32.
     """
-    form = "_sm90" if device.arch == 90 else ""
-    attend, merge = f"kv_attention{form}_kernel", f"kv_attention_merge{form}_kernel"
+    attend = "kv_attention_sm90_kernel" if device.arch == 90 else "kv_attention_kernel"
+    merge = "kv_attention_merge_kernel"
     case = make([1100, 60], [2, 9], head_dim, group=4, padding=1)
     wide = torch.randn(12, 7, head_dim).to(dtype)
     case.q = wide[:, 2:6]

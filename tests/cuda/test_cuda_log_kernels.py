@@ -35,7 +35,7 @@ def test_kernels_are_named(sm90: emulation.Emulated) -> None:
     assert run.returncode == 0, run.stderr
     for family in ("sm80", "sm90"):
         assert run.stderr.count(f"resq_kernels: hadamard: cuda {family}\n") == 1
-        assert f"resq_kernels: mixed_gemm: cuda {family}, small_batch " in run.stderr
+        assert f"resq_kernels: mixed_gemm: cuda {family}, small_m " in run.stderr
 
 
 def test_nothing_is_said_by_default(sm90: emulation.Emulated, capfd: pytest.CaptureFixture) -> None:

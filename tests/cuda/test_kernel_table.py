@@ -11,7 +11,7 @@ tool = emulation.load_file("tools/kernel_table.py")
 REQUIRED = {
     "mixed_gemm_sm80": {"sm_80": ["IMMA.16832.S8.S8", "LDGSTS.128", "LDSM"]},
     "mixed_gemm_sm90": {"sm_90a": ["IGMMA", "UTMALDG.2D", "UBLKCP", "LDS.128"]},
-    "mixed_gemm_small_batch": {"sm_80": ["IMMA.16832.S8.S8", "LDG.128"]},
+    "mixed_gemm_small_m": {"sm_80": ["IMMA.16832.S8.S8", "LDG.128"]},
     "mixed_quantize": {"sm_80": ["LDG.128"]},
     "rms_norm_quantize": {"sm_80": ["LDG.128"]},
     "kv_append_kernel": {"sm_80": ["STG.128"]},
@@ -22,11 +22,11 @@ REQUIRED = {
     "kv_attention_sm90_kernel": {
         "sm_90a": ["HMMA.16816.F32", "UBLKCP", "LDS.128", "ACQBULK", "PREEXIT"]
     },
-    "kv_attention_merge_sm90_kernel": {"sm_90a": ["ACQBULK"]},
+    "kv_attention_merge_kernel": {"sm_90": ["ACQBULK"]},
 }
 
 
-# What csrc/cuda/dependent_launch.cuh launches.
+# What launch_pdl (csrc/cuda/pdl.cuh) launches.
 DEPENDENT = (
     "mixed_quantize_kernel",
     "rms_norm_quantize_kernel",
@@ -35,7 +35,7 @@ DEPENDENT = (
     "mixed_gemm_",
     "kv_append_kernel",
     "kv_attention_sm90_kernel",
-    "kv_attention_merge_sm90_kernel",
+    "kv_attention_merge_kernel",
 )
 
 
@@ -75,7 +75,7 @@ def test_hopper_code_does_not_emulate_int4(built: dict) -> None:
                     assert "CALL" not in kernel["key"], (name, arch)
 
 
-def test_every_dependent_launch_waits_for_the_kernel_before_it(built: dict) -> None:
+def test_every_pdl_launch_waits_for_the_previous_kernel(built: dict) -> None:
     for name, per_arch in built.items():
         for arch, kernel in per_arch.items():
             dependent = arch.startswith("sm_90") and name.startswith(DEPENDENT)

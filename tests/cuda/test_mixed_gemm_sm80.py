@@ -7,8 +7,8 @@ import torch
 from emulation import Emulated
 from gemm_cases import DTYPES, assert_exact, bits, make_case
 
-# (N, K_lo, K_hi): odd N, one weight block and several; K that ends inside a step, a unit and a
-# chunk; rows whose bytes are no multiple of 16 (copied first); more units than stages; parts
+# (N, K_lo, K_hi): odd N, one weight block and several; K that ends inside a step, a K tile and a
+# chunk; rows whose bytes are no multiple of 16 (copied first); more K tiles than stages; parts
 # without columns.
 WEIGHTS = [
     (64, 512, 256),
@@ -72,7 +72,7 @@ def test_sm80_visits_every_tile_of_a_large_grid(sm80: Emulated) -> None:
 def test_sm80_row_does_not_depend_on_the_batch(a100: Emulated) -> None:
     case = make_case(130, (70, 784, 112))
     whole = assert_exact(case, a100)
-    # 1, 20 and 64 rows run the small-batch kernel.
+    # 1, 20 and 64 rows run the small-M kernel.
     for begin, end in [(0, 1), (57, 77), (3, 67), (40, 110), (65, 130)]:
         assert torch.equal(case.rows(begin, end).run(a100), whole[begin:end])
 

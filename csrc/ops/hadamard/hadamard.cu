@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(kHadamardThreads, kSplit ? 1 : 2)
   const int n = kSplit ? 2 * h.n : h.n;
   const bool aligned = n % 8 == 0;
   prepare_transform(shared, h);
-  wait_for_kernel_before();
-  allow_kernel_after();
+  pdl_wait();
+  pdl_trigger();
   for (int row = blockIdx.x; row < static_cast<int>(p.rows); row += gridDim.x) {
     const TransformedRow<kSplit, true> result(shared, h, [&](int run, float (&x)[8]) {
       const bool inside = 8 * run < n;

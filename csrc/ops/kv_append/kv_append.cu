@@ -8,8 +8,8 @@
 //   warp = one row                   ranges, codes, bytes
 #include <cuda_runtime.h>
 
-#include "cuda/dependent_launch.cuh"
 #include "cuda/numbers.cuh"
+#include "cuda/pdl.cuh"
 #include "cuda/rotate_rows.cuh"
 #include "ops/kv_append/kv_append.h"
 
@@ -140,8 +140,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t stride = is_query ? p.q_stride : p.k_stride;
   const auto row_start = [&](int64_t token) { return token * stride + head * kHeadDim; };
 
-  wait_for_kernel_before();
-  allow_kernel_after();
+  pdl_wait();
+  pdl_trigger();
 #pragma unroll 4  // eight rows of addresses at once spill registers
   for (int r = 0; r < kRows; ++r) {
     const int64_t token = first_token + first_row + r;
@@ -204,7 +204,7 @@ template <int kHeadDim, int kRows, class Rotation>
 void launch(const KvAppendParams& p, Stream stream) {
   const auto blocks = static_cast<unsigned>(ceil_div(p.tokens, kBlockRows<kHeadDim, kRows>));
   const dim3 grid(blocks, static_cast<unsigned>(p.n_kv + p.n_q));
-  launch_dependent(kv_append_kernel<kHeadDim, kRows, Rotation>, grid, kThreads, 0, stream, p);
+  launch_pdl(kv_append_kernel<kHeadDim, kRows, Rotation>, grid, kThreads, 0, stream, p);
 }
 
 template <int kHeadDim, int kRows>

@@ -32,11 +32,10 @@ void run(const Cuda& on, const KvAttentionParams& p, const KvAttentionBatch& bat
   }
   if (on.family() == cuda::Family::kSm90) {
     cuda::kv_attention_attend_sm90(work, on.device(), on.stream());
-    if (split) cuda::kv_attention_merge_sm90(work, on.stream());
   } else {
     cuda::kv_attention_attend(work, on.device(), on.stream());
-    if (split) cuda::kv_attention_merge(work, on.stream());
   }
+  if (split) cuda::kv_attention_merge(work, on.stream());
 }
 
 }  // namespace resq

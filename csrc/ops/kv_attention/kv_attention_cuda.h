@@ -1,10 +1,9 @@
-// kv_attention on CUDA: up to three kernels, nothing read on the host. On sm_90 the last two start
-// while the kernel before them ends.
+// kv_attention on CUDA: up to three kernels, nothing read on the host. On sm_90 the last two may
+// start before the previous kernel has finished (cuda/pdl.cuh).
 //
 //   prepare  q' of every (token, head), if cos, sin or key_rotation are given      _prepare.cu
 //   attend   items (sequence, rows, split, kv head) found on the device            .cu, _sm90.cu
-//   merge    the splits of a row in their order                                    _merge.cu,
-//   _merge_sm90.cu
+//   merge    the splits of a row in their order                                    _merge.cu
 //
 // A row's result depends on the tokens it sees and on their order only: not on the batch, the rows
 // beside it, the block table or the mode. Lengths, pages and query_starts that do not fit stop the
@@ -45,6 +44,5 @@ void kv_attention_prepare(const KvAttentionCuda& call, float* out, Stream stream
 void kv_attention_attend(const KvAttentionCuda& call, const Device& device, Stream stream);
 void kv_attention_attend_sm90(const KvAttentionCuda& call, const Device& device, Stream stream);
 void kv_attention_merge(const KvAttentionCuda& call, Stream stream);
-void kv_attention_merge_sm90(const KvAttentionCuda& call, Stream stream);
 
 }  // namespace resq::cuda

@@ -7,7 +7,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/bulk_copy_sm90.cuh"
-#include "cuda/dependent_launch.cuh"
+#include "cuda/pdl.cuh"
 #include "ops/kv_attention/kv_attention_attend.cuh"
 
 namespace resq::cuda {
@@ -160,8 +160,8 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks(kTiles))
   extern __shared__ __align__(128) uint8_t memory[];
   auto& shared = *reinterpret_cast<Shared<kHeadDim, kTiles>*>(memory);
   const Ring<kHeadDim, kTiles> ring(call, shared);
-  wait_for_kernel_before();
-  allow_kernel_after();  // the blocks of the merge take their places as those of this one end
+  pdl_wait();
+  pdl_trigger();  // the blocks of the merge may start as those of this kernel finish
   attend_items<kHeadDim, kTiles>(call, shared, ring);
 }
 
@@ -173,7 +173,7 @@ void kv_attention_attend_sm90(const KvAttentionCuda& call, const Device& device,
     constexpr int kShared = sizeof(Shared<head_dim, tiles>);
     static_assert(attend_blocks(tiles) * (kShared + 1024) <= 228 * 1024);
     allow_shared_bytes("kv_attention", reinterpret_cast<const void*>(kernel), kShared);
-    launch_dependent(kernel, blocks, kAttendThreads, kShared, stream, call);
+    launch_pdl(kernel, blocks, kAttendThreads, kShared, stream, call);
   });
 }
 

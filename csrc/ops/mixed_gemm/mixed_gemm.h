@@ -15,17 +15,17 @@
 namespace resq {
 
 struct MixedGemmParams {
-  int64_t rows, n, k_lo, k_hi;
-  const void* q_lo;              // uint8 [rows, k_lo / 2] packed codes, or int8 [rows, k_lo]
+  int64_t m, n, k_lo, k_hi;      // rows of activations, rows of weights, what is summed over
+  const void* q_lo;              // uint8 [m, k_lo / 2] packed codes, or int8 [m, k_lo]
   bool q_lo_packed;              // which of the two
-  const int8_t* q_hi;            // [rows, k_hi]
-  const float* params;           // [rows, 4]: scale_lo, zero_lo, scale_hi, zero_hi
+  const int8_t* q_hi;            // [m, k_hi]
+  const float* params;           // [m, 4]: scale_lo, zero_lo, scale_hi, zero_hi
   const uint8_t* packed_weight;  // in the device's layout (docs/formats.md section 3)
   const float* weight_scale;     // [n, 2]: t_lo, t_hi
   const int32_t* weight_sum;     // [n, 2]: wsum_lo, wsum_hi
   const void* bias;              // [n] of bias_type, or nullptr
   FloatType bias_type;
-  void* out;  // [rows, n] of out_type
+  void* out;  // [m, n] of out_type
   FloatType out_type;
 };
 

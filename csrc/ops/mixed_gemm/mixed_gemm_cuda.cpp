@@ -1,25 +1,11 @@
 // mixed_gemm on CUDA: workspace, and which kernel runs.
-#include "ops/mixed_gemm/mixed_gemm_config.h"
+#include "ops/mixed_gemm/mixed_gemm_cuda.h"
+
 #include "ops/mixed_gemm/mixed_gemm_torch.h"
 #include "torch/cuda_device.h"
 
 namespace resq {
 namespace {
-
-const char* kernel_name(cuda::MixedGemmKernel kernel) {
-  switch (kernel) {
-    case cuda::MixedGemmKernel::kSmallBatch: return "small_batch";
-    case cuda::MixedGemmKernel::kSm80: return "sm80";
-    default: return "sm90";
-  }
-}
-
-std::string describe(const cuda::MixedGemmChoice& choice) {
-  std::ostringstream text;
-  text << kernel_name(choice.kernel) << " " << choice.tile_rows << "x" << choice.tile_columns
-       << " splits=" << choice.splits;
-  return text.str();
-}
 
 // Which kernel a call of this shape runs on a device, with its tile and splits.
 std::string mixed_gemm_kernel(int64_t rows, int64_t n, int64_t k_lo, int64_t k_hi, bool packed,
@@ -33,15 +19,15 @@ std::string mixed_gemm_kernel(int64_t rows, int64_t n, int64_t k_lo, int64_t k_h
 }  // namespace
 
 void run(const Cuda& on, const MixedGemmParams& p) {
-  if (p.rows == 0 || p.n == 0) return;
+  if (p.m == 0 || p.n == 0) return;
   const cuda::MixedGemmChoice choice = cuda::mixed_gemm_choice(
-      {p.rows, p.n, p.k_lo, p.k_hi, p.q_lo_packed}, on.family(), on.device().sms);
+      {p.m, p.n, p.k_lo, p.k_hi, p.q_lo_packed}, on.family(), on.device().sms);
   const Tensor workspace = on.scratch(choice.workspace_bytes, ScalarType::Byte);
   const cuda::Stream stream = on.stream(logs_kernels() ? ", " + describe(choice) : "");
   void* scratch = choice.workspace_bytes ? workspace.mutable_data_ptr() : nullptr;
   switch (choice.kernel) {
-    case cuda::MixedGemmKernel::kSmallBatch:
-      cuda::mixed_gemm_small_batch(p, choice, on.weight_layout(), scratch, stream);
+    case cuda::MixedGemmKernel::kSmallM:
+      cuda::mixed_gemm_small_m(p, choice, on.weight_layout(), scratch, stream);
       break;
     case cuda::MixedGemmKernel::kSm80: cuda::mixed_gemm_sm80(p, choice, scratch, stream); break;
     case cuda::MixedGemmKernel::kSm90:

@@ -48,7 +48,7 @@ Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
   check_float_dtype(op, "out_dtype", out_dtype);
 
   const Tensor out = allocate(q_lo, with_last(q_lo, n), out_dtype);
-  const MixedGemmParams p{.rows = row_count(q_lo),
+  const MixedGemmParams p{.m = row_count(q_lo),
                           .n = n,
                           .k_lo = k_lo,
                           .k_hi = k_hi,

@@ -1,6 +1,6 @@
 // mixed_quantize: a block reads a row into registers, finds the ranges of its two parts with one
 // reduction and writes the codes. Memory-bound on every architecture; docs/notes/0010.
-#include "cuda/dependent_launch.cuh"
+#include "cuda/pdl.cuh"
 #include "cuda/row_launch.cuh"
 #include "cuda/row_quantize.cuh"
 #include "ops/mixed_quantize/mixed_quantize.h"
@@ -15,8 +15,8 @@ __global__ void __launch_bounds__(kRowThreads) mixed_quantize_kernel(MixedQuanti
   const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(blockIdx.x) * k;
   const int chunks = (k + kChunkColumns - 1) / kChunkColumns;
   HeldChunks<T, kHeld> row;
-  wait_for_kernel_before();
-  allow_kernel_after();
+  pdl_wait();
+  pdl_trigger();
 
   const auto read = [&](int chunk) {
     return load_chunk<kAligned>(x + chunk * kChunkColumns, k - chunk * kChunkColumns);
@@ -41,7 +41,7 @@ void mixed_quantize(const MixedQuantizeParams& p, Stream stream) {
   launch_row_kernel("mixed_quantize", p.x_type, p.out, {p.x}, [&](auto t, auto held, auto aligned) {
     const auto kernel =
         mixed_quantize_kernel<decltype(t), decltype(held)::value, decltype(aligned)::value>;
-    launch_dependent(kernel, static_cast<unsigned>(p.rows), kRowThreads, 0, stream, p);
+    launch_pdl(kernel, static_cast<unsigned>(p.rows), kRowThreads, 0, stream, p);
   });
 }
 

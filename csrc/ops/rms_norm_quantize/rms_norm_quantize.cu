@@ -1,6 +1,6 @@
 // rms_norm_quantize: a block reads a row (and the residual) once, keeps it in registers, and writes
 // the sum and the codes. Bit for bit what the CPU computes. docs/notes/0010.
-#include "cuda/dependent_launch.cuh"
+#include "cuda/pdl.cuh"
 #include "cuda/row_launch.cuh"
 #include "cuda/row_quantize.cuh"
 #include "ops/rms_norm_quantize/rms_norm_quantize.h"
@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kRowThreads) rms_norm_quantize_kernel(RmsNormQ
   const T* residual = static_cast<const T*>(p.residual) + first;
   T* new_residual = static_cast<T*>(p.new_residual) + first;
   const int chunks = (k + kChunkColumns - 1) / kChunkColumns;
-  wait_for_kernel_before();
-  allow_kernel_after();
+  pdl_wait();
+  pdl_trigger();
 
   const auto read_from = [&](const T* from) {
     return [=](int chunk) {
@@ -129,7 +129,7 @@ void rms_norm_quantize(const RmsNormQuantizeParams& p, Stream stream) {
       [&](auto t, auto held, auto aligned) {
         const auto kernel =
             rms_norm_quantize_kernel<decltype(t), decltype(held)::value, decltype(aligned)::value>;
-        launch_dependent(kernel, static_cast<unsigned>(p.rows), kRowThreads, 0, stream, p);
+        launch_pdl(kernel, static_cast<unsigned>(p.rows), kRowThreads, 0, stream, p);
       });
 }
 

@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(kHadamardThreads, kSplit || kTensor ? 1 : 2)
     quantize_runs<kSplit>(p.out, row, [&](auto use) { result.for_each(use); }, exchange);
   };
   if constexpr (kTensor) prepare_transform(shared, h);
-  wait_for_kernel_before();
-  allow_kernel_after();
+  pdl_wait();
+  pdl_trigger();
   if constexpr (kTensor) {
     for (int row = blockIdx.x; row < static_cast<int>(p.rows); row += gridDim.x) quantize(row);
   } else {
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kHadamardThreads)
     silu_mul_quantize_kernel(const __grid_constant__ SiluMulHadamardQuantizeParams p,
                              bool aligned) {
   __shared__ RangeExchange<kHadamardWarps> exchange;
-  wait_for_kernel_before();
-  allow_kernel_after();
+  pdl_wait();
+  pdl_trigger();
   quantize_runs<false>(
       p.out, blockIdx.x,
       [&](auto use) {
@@ -101,8 +101,8 @@ void silu_mul_hadamard_quantize(const SiluMulHadamardQuantizeParams& p,
 }
 
 void silu_mul_quantize(const SiluMulHadamardQuantizeParams& p, Stream stream) {
-  launch_dependent(silu_mul_quantize_kernel, static_cast<unsigned>(p.rows), kHadamardThreads, 0,
-                   stream, p, p.n % 8 == 0);
+  launch_pdl(silu_mul_quantize_kernel, static_cast<unsigned>(p.rows), kHadamardThreads, 0, stream,
+             p, p.n % 8 == 0);
   check_launch("silu_mul_hadamard_quantize");
 }
 

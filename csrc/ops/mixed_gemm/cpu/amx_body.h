@@ -69,7 +69,7 @@ void fill_tile_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_
   const int64_t padded_k_lo = step_k(p.k_lo), padded_k_hi = step_k(p.k_hi);
   panel.index = index;
   panel.first_m = plan.first_m(index);
-  panel.m = std::min(plan.panel_m, p.rows - panel.first_m);
+  panel.m = std::min(plan.panel_m, p.m - panel.first_m);
   panel.tiles = ceil_div(panel.m, kTileM);
   for (int64_t i = 0; i < panel.m; ++i) {
     const int64_t m = panel.first_m + i;

@@ -55,7 +55,7 @@ void fill_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t ind
   const int64_t padded_k_lo = packed_columns(p.k_lo), padded_k_hi = packed_columns(p.k_hi);
   panel.index = index;
   panel.first_m = plan.first_m(index);
-  panel.m = std::min(plan.panel_m, p.rows - panel.first_m);
+  panel.m = std::min(plan.panel_m, p.m - panel.first_m);
   panel.tiles = ceil_div(panel.m, plan.tile_m);
   for (int64_t tile = 0; tile < panel.tiles; ++tile) {
     const int64_t begin = panel.tile_begin(tile), end = panel.tile_begin(tile + 1);

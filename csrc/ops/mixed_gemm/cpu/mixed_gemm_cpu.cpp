@@ -8,7 +8,7 @@
 namespace resq {
 
 void run(const Cpu& device, const MixedGemmParams& p) {
-  const MixedGemmTasks tasks{p, mixed_gemm_plan(p.rows, p.n, p.k_lo, p.k_hi, cpu::current_isa())};
+  const MixedGemmTasks tasks{p, mixed_gemm_plan(p.m, p.n, p.k_lo, p.k_hi, cpu::current_isa())};
   auto kernel = RESQ_ISA_CHOOSE(run_tasks);
 #if defined(__x86_64__)
   if (tasks.plan.amx) kernel = cpu::amx::mixed_gemm_tasks;

@@ -1,4 +1,4 @@
-"""The small-batch kernel of mixed_gemm has the bits of the reference, on every family."""
+"""The small-M kernel of mixed_gemm has the bits of the reference, on every family."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from emulation import Emulated
 from gemm_cases import DTYPES, assert_exact, bits, make_case
 
-# (N, K_lo, K_hi): odd N; K that ends inside a step, inside eight codes, at a whole chunk; more
-# chunks than are in flight; parts without columns.
+# (N, K_lo, K_hi): odd N; K that ends inside a step, inside eight codes, at a whole stage; more
+# stages than are in flight; parts without columns.
 WEIGHTS = [
     (64, 512, 256),
     (70, 784, 112),
@@ -23,7 +23,7 @@ WEIGHTS = [
     (130, 96, 0),
     (24, 2304, 320),
 ]
-KERNEL = "small_batch"
+KERNEL = "small_m"
 
 
 def splits(device: Emulated, rows: int, weight: tuple[int, int, int], packed: bool = True) -> int:
@@ -34,7 +34,7 @@ def splits(device: Emulated, rows: int, weight: tuple[int, int, int], packed: bo
 
 @pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "containers"])
 @pytest.mark.parametrize("weight", WEIGHTS, ids=str)
-def test_small_batch_has_the_bits_of_the_reference(
+def test_small_m_has_the_bits_of_the_reference(
     device: Emulated, weight: tuple[int, int, int], packed: bool
 ) -> None:
     for index, rows in enumerate([1, 3, 8, 16, 17, 33, 64]):
@@ -45,7 +45,7 @@ def test_small_batch_has_the_bits_of_the_reference(
 
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [None, *DTYPES], ids=str)
-def test_small_batch_takes_every_dtype(
+def test_small_m_takes_every_dtype(
     sm80: Emulated, bias: torch.dtype | None, out_dtype: torch.dtype
 ) -> None:
     for n in (64, 41):  # 16-byte stores and single ones
@@ -56,16 +56,14 @@ def test_small_batch_takes_every_dtype(
     "weight", [(64, 2048, 512), (70, 3152, 224), (8, 0, 2048), (9, 4100, 0)], ids=str
 )
 @pytest.mark.parametrize("arch", [80, 90])
-def test_small_batch_splits_are_exact(
-    sm80: Emulated, arch: int, weight: tuple[int, int, int]
-) -> None:
+def test_small_m_splits_are_exact(sm80: Emulated, arch: int, weight: tuple[int, int, int]) -> None:
     device = Emulated(arch, sms=64)
     for rows in (1, 9, 40):
         assert splits(device, rows, weight) > 1
         assert_exact(make_case(rows, weight, True, torch.bfloat16, torch.float16), device)
 
 
-def test_small_batch_takes_any_rows_on_other_architectures(sm90: Emulated) -> None:
+def test_small_m_takes_any_rows_on_other_architectures(sm90: Emulated) -> None:
     # The library reads RESQ_CUDA_ARCH once, so another process plays the newer GPU.
     script = """
 import sys
@@ -79,7 +77,7 @@ gpu = Emulated(90)
 for packed in (True, False):
     for rows in (1, 65, 130):
         kernel = gpu.mixed_gemm_kernel(rows, 70, 784, 112, packed, 0)
-        assert kernel.startswith("small_batch"), kernel
+        assert kernel.startswith("small_m"), kernel
         assert_exact(make_case(rows, (70, 784, 112), packed, bias=None), gpu)
 assert gpu.cuda_family(0) == "portable"
 """
@@ -89,7 +87,7 @@ assert gpu.cuda_family(0) == "portable"
     subprocess.run([sys.executable, "-c", script, library], env=environment, check=True)
 
 
-def test_small_batch_row_does_not_depend_on_the_batch(device: Emulated) -> None:
+def test_small_m_row_does_not_depend_on_the_batch(device: Emulated) -> None:
     case = make_case(64, (70, 784, 112))
     whole = assert_exact(case, device)
     for begin, end in [(0, 1), (57, 58), (3, 12), (20, 40), (31, 64)]:
@@ -97,13 +95,13 @@ def test_small_batch_row_does_not_depend_on_the_batch(device: Emulated) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "containers"])
-def test_small_batch_holds_the_largest_sums(device: Emulated, packed: bool) -> None:
+def test_small_m_holds_the_largest_sums(device: Emulated, packed: bool) -> None:
     # 256 or 16 times a sum of K products of the most negative codes; 2^30 at K = 65536.
     case = make_case(2, (16, 4096, 512), packed, extreme=True)
     assert_exact(case, device)
 
 
-def test_small_batch_answers_nan_for_rows_of_nan_scales(device: Emulated) -> None:
+def test_small_m_answers_nan_for_rows_of_nan_scales(device: Emulated) -> None:
     case = make_case(9, (40, 128, 32), out_dtype=torch.bfloat16)
     case.params[4, 0] = torch.nan
     case.params[7, 2] = torch.inf
@@ -111,13 +109,13 @@ def test_small_batch_answers_nan_for_rows_of_nan_scales(device: Emulated) -> Non
     assert out[4].isnan().all() and not out[3].isnan().any()
 
 
-def test_small_batch_without_any_columns_is_the_bias(sm80: Emulated) -> None:
+def test_small_m_without_any_columns_is_the_bias(sm80: Emulated) -> None:
     assert_exact(make_case(3, (17, 0, 0)), sm80)
     assert_exact(make_case(3, (17, 0, 0), bias=None), sm80)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "containers"])
-def test_small_batch_shows_every_wrong_code(device: Emulated, packed: bool) -> None:
+def test_small_m_shows_every_wrong_code(device: Emulated, packed: bool) -> None:
     case = make_case(4, (20, 200, 40), packed, bias=None)
     right = assert_exact(case, device)
     changes = [("q_lo", (2, 77), 16), ("q_hi", (1, 39), 1), ("codes_lo", (19, 99), 16)]

@@ -1,0 +1,228 @@
+// Which CUDA kernel a mixed_gemm runs, with which tile, split of K and workspace: pure host
+// functions, tested on the CPU. In all CUDA code of mixed_gemm
+//
+//   M  rows of activations (tokens) = rows of the output
+//   N  rows of the weight (output features) = columns of the output
+//   K  columns of both: K_lo in INT4, then K_hi in INT8
+//
+// Tensor cores take the weight as their A operand, so an instruction's own M is our N.
+#pragma once
+
+#include <algorithm>
+#include <iterator>
+#include <string>
+#include <utility>
+
+#include "cuda/arch.h"
+#include "ops/mixed_gemm/activation_rows.h"
+
+namespace resq::cuda {
+
+enum class MixedGemmKernel { kSmallM, kSm80, kSm90 };
+
+// What the choice depends on.
+struct MixedGemmShape {
+  int64_t m, n, k_lo, k_hi;
+  bool packed;  // INT4 activations two a byte, else one
+};
+
+struct MixedGemmTile {
+  int m, n;                          // of the output, for one block
+  int min_blocks;                    // that a multiprocessor holds: __launch_bounds__
+  int cluster_m = 1, cluster_n = 1;  // neighbouring tiles that the blocks of a cluster work on
+};
+
+// All tiles there are: the kernels are compiled for these, and a choice is one of them.
+// small_m: a second block of 64 rows on a multiprocessor would spill registers.
+// sm90: the blocks of a cluster share what they read, see sm90_tenths.
+inline constexpr MixedGemmTile kSmallMTiles[] = {{8, 64, 3}, {16, 64, 2}, {32, 64, 2}, {64, 64, 1}};
+inline constexpr MixedGemmTile kSm80Tiles[] = {{64, 128, 2}, {128, 128, 1}};
+inline constexpr MixedGemmTile kSm90Tiles[] = {
+    {32, 128, 1, 2, 2}, {64, 128, 1, 2, 2}, {128, 128, 1, 1, 2}, {192, 128, 1, 1, 2}};
+
+// The tile of `tiles` with `m` rows.
+template <size_t kCount>
+constexpr MixedGemmTile tile_of(const MixedGemmTile (&tiles)[kCount], int m) {
+  return *std::find_if(tiles, tiles + kCount, [&](const MixedGemmTile& t) { return t.m == m; });
+}
+
+// run.operator()<m>() for the one tile of kTiles that was chosen.
+template <const auto& kTiles, class Run>
+void with_tile(const MixedGemmTile& chosen, const Run& run) {
+  [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
+    ((kTiles[kIndex].m == chosen.m ? run.template operator()<kTiles[kIndex].m>() : void()), ...);
+  }(std::make_index_sequence<std::size(kTiles)>());
+}
+
+// The smallest piece of K that a kernel takes at once, in columns of each part.
+struct KTile {
+  int lo, hi;
+};
+constexpr KTile k_tile_columns(MixedGemmKernel kernel, bool packed) {
+  switch (kernel) {
+    case MixedGemmKernel::kSmallM: return {kCudaLoStepColumns, kCudaHiStepColumns};
+    case MixedGemmKernel::kSm80: return {packed ? 128 : 64, 64};  // 64 bytes of a row
+    default: return {128, 128};
+  }
+}
+
+// sm80 copies 16 bytes at a time, and tensor maps of sm90 have rows of a multiple of 16 bytes. Only
+// hidden size 896 (784 | 112 on sm_80) needs copies for its length.
+constexpr RowAlignment row_alignment(MixedGemmKernel kernel, bool packed) {
+  constexpr int kStep = kCudaStepColumns;
+  switch (kernel) {
+    case MixedGemmKernel::kSmallM: return {.lo = 8, .hi = 8, .copy = kStep, .int8 = false};
+    case MixedGemmKernel::kSm80:
+      return {.lo = packed ? 32 : 16, .hi = 16, .copy = kStep, .int8 = false};
+    default: return {.lo = 16, .hi = 16, .copy = 16, .int8 = true};
+  }
+}
+
+// How the blocks of one output tile share K: split s takes the K tiles begin(s) .. begin(s + 1) -
+// 1, the low part's first.
+struct SplitK {
+  int lo_tiles, hi_tiles, splits;
+
+  // In 32 bits: there are at most 65536 / 32 tiles a part, and kMaxSplits splits.
+  RESQ_HOST_DEVICE int begin(int s) const { return (lo_tiles + hi_tiles) * s / splits; }
+  RESQ_HOST_DEVICE bool has_lo(int s) const {
+    return begin(s) < lo_tiles && begin(s) < begin(s + 1);
+  }
+  RESQ_HOST_DEVICE bool has_hi(int s) const {
+    return begin(s + 1) > lo_tiles && begin(s) < begin(s + 1);
+  }
+};
+
+inline SplitK split_k(const MixedGemmShape& s, MixedGemmKernel kernel, int splits) {
+  const KTile tile = k_tile_columns(kernel, s.packed);
+  return {static_cast<int>(ceil_div(cuda_packed_columns(s.k_lo), tile.lo)),
+          static_cast<int>(ceil_div(cuda_packed_columns(s.k_hi), tile.hi)), splits};
+}
+
+// Partial sums of splits (split_k.cuh): splits + 1 int32 arrays [M, partials_stride], as at most
+// one split works on both parts.
+RESQ_HOST_DEVICE constexpr int64_t partials_stride(int64_t n) {
+  return align_up(n, kCudaBlockRows);
+}
+constexpr int64_t partials_bytes(const MixedGemmShape& s, int64_t splits) {
+  return splits > 1 ? (splits + 1) * s.m * partials_stride(s.n) * int64_t{sizeof(int32_t)} : 0;
+}
+
+struct MixedGemmChoice {
+  MixedGemmKernel kernel;
+  MixedGemmTile tile;
+  SplitK split_k;
+  ActivationRows rows;
+  int64_t workspace_bytes;  // partial sums, then copied rows; uninitialised
+};
+
+// "small_m 8x64 splits=2": the kernel, its tile M x N, and the blocks that share a tile.
+inline std::string describe(const MixedGemmChoice& choice) {
+  constexpr const char* kNames[] = {"small_m", "sm80", "sm90"};
+  return std::string(kNames[static_cast<int>(choice.kernel)]) + " " +
+         std::to_string(choice.tile.m) + "x" + std::to_string(choice.tile.n) +
+         " splits=" + std::to_string(choice.split_k.splits);
+}
+
+inline MixedGemmChoice make_choice(const MixedGemmShape& s, MixedGemmKernel kernel,
+                                   const MixedGemmTile& tile, int splits) {
+  const ActivationRows rows = activation_rows(
+      s.m, s.k_lo, s.k_hi, s.packed, row_alignment(kernel, s.packed), partials_bytes(s, splits));
+  return {kernel, tile, split_k(s, kernel, splits), rows, rows.end};
+}
+
+constexpr int64_t tiles_of(const MixedGemmShape& s, const MixedGemmTile& tile) {
+  return ceil_div(s.m, tile.m) * ceil_div(s.n, tile.n);
+}
+
+inline constexpr int kMaxSplits = 16;
+
+// The split of K that should take the least time. Time is counted in K tiles of `tile_bytes`: waves
+// of blocks, of which the last may be thin (a block alone on its multiprocessor has all of it); 4
+// to fill the pipeline; with splits, writing and reading the partial sums, and 8 for the second
+// launch.
+inline int best_splits(const MixedGemmShape& s, MixedGemmKernel kernel, const MixedGemmTile& tile,
+                       int64_t tile_bytes, int sms) {
+  constexpr double kStart = 4, kSecondLaunch = 8;
+  const int64_t tiles = tiles_of(s, tile), slots = int64_t{sms} * tile.min_blocks;
+  const SplitK whole = split_k(s, kernel, 1);
+  const int k_tiles = whole.lo_tiles + whole.hi_tiles;
+  const auto time = [&](int splits) {
+    const int64_t blocks = tiles * splits, thin = blocks % slots;
+    const double last = thin ? std::max<double>(thin, sms) / slots : 0;
+    const double waves = blocks / slots + last;
+    const double partials = 2.0 * partials_bytes(s, splits) / (slots * tile_bytes);
+    return waves * ceil_div(k_tiles, splits) + kStart + (splits > 1 ? partials + kSecondLaunch : 0);
+  };
+  int best = 1;
+  for (int splits = 2; splits <= std::min(kMaxSplits, k_tiles / 8); ++splits) {
+    if (time(splits) < time(best)) best = splits;
+  }
+  return best;
+}
+
+// Up to here the bytes of the weight decide the time, and reading them straight into registers is
+// best.
+inline constexpr int64_t kMaxSmallM = 64;
+
+inline MixedGemmChoice small_m_choice(const MixedGemmShape& s, int sms) {
+  constexpr MixedGemmKernel kKernel = MixedGemmKernel::kSmallM;
+  const MixedGemmTile* tile = std::begin(kSmallMTiles);
+  while (tile->m < s.m && tile + 1 != std::end(kSmallMTiles)) ++tile;
+  return make_choice(s, kKernel, *tile, best_splits(s, kKernel, *tile, kCudaStepBytes, sms));
+}
+
+// 128 x 128 reads the least; 64 x 128, two blocks to a multiprocessor, fills a small grid better.
+inline MixedGemmChoice sm80_choice(const MixedGemmShape& s, int sms) {
+  constexpr MixedGemmKernel kKernel = MixedGemmKernel::kSm80;
+  constexpr MixedGemmTile kSmall = tile_of(kSm80Tiles, 64), kLarge = tile_of(kSm80Tiles, 128);
+  constexpr int64_t kTileBytes = (kSmall.m + kSmall.n) * 64;  // 64 bytes of every row of both
+  if (tiles_of(s, kLarge) >= sms) return make_choice(s, kKernel, kLarge, 1);
+  return make_choice(s, kKernel, kSmall, best_splits(s, kKernel, kSmall, kTileBytes, sms));
+}
+
+// Tenths of a clock that a tile of sm90 takes for a column of K [not measured]: the most of
+//   tensor cores    M / 32
+//   second level    half a byte a weight and a byte a code of the activations, each divided by the
+//                   blocks that share it, at 28 bytes a clock
+//   shared memory   the same bytes written, the weights read once and the activations by two
+//                   warpgroups, at 128 bytes a clock
+constexpr int64_t sm90_tenths(const MixedGemmTile& tile) {
+  const int weights = tile.n / 2, activations = tile.m;
+  const int second_level = weights / tile.cluster_m + activations / tile.cluster_n;
+  const int shared = 2 * weights + 3 * activations;
+  return std::max(
+      {ceil_div(10 * tile.m, 32), ceil_div(10 * second_level, 28), ceil_div(10 * shared, 128)});
+}
+
+// Clusters that run at once. A part of the chip may have a number of multiprocessors that is no
+// multiple of four.
+constexpr int sm90_clusters(int blocks, int sms) {
+  return std::max(blocks == 2 ? sms / 2 : sms / blocks - sms / 128, 1);
+}
+
+// Tenths of a clock of the whole product. The last wave counts in full (wave quantization).
+constexpr int64_t sm90_time(const MixedGemmShape& s, const MixedGemmTile& tile, int sms) {
+  constexpr int64_t kStart = 15000;  // the first stage of a block
+  constexpr int64_t kEpilogueOfRow = 100;
+  const int64_t tiles =
+      ceil_div(s.m, tile.m * tile.cluster_m) * ceil_div(s.n, tile.n * tile.cluster_n);
+  const int64_t waves = ceil_div(tiles, sm90_clusters(tile.cluster_m * tile.cluster_n, sms));
+  return kStart + waves * ((s.k_lo + s.k_hi) * sm90_tenths(tile) + tile.m * kEpilogueOfRow);
+}
+
+inline MixedGemmChoice sm90_choice(const MixedGemmShape& s, int sms) {
+  const auto faster = [&](const MixedGemmTile& a, const MixedGemmTile& b) {
+    return sm90_time(s, a, sms) < sm90_time(s, b, sms);
+  };
+  const auto* tile = std::min_element(std::begin(kSm90Tiles), std::end(kSm90Tiles), faster);
+  return make_choice(s, MixedGemmKernel::kSm90, *tile, 1);
+}
+
+inline MixedGemmChoice mixed_gemm_choice(const MixedGemmShape& s, Family family, int sms) {
+  if (family == Family::kPortable || s.m <= kMaxSmallM) return small_m_choice(s, sms);
+  if (family == Family::kSm80) return sm80_choice(s, sms);
+  return sm90_choice(s, sms);
+}
+
+}  // namespace resq::cuda

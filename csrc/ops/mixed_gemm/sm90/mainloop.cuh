@@ -1,0 +1,253 @@
+// The main loop of mixed_gemm on sm_90a: a producer thread fills a ring of stages, warpgroups
+// multiply.
+//
+//   M  rows of activations, the B operand    N  rows of the weight, the A operand    K  columns
+//
+// A stage holds a K tile of up to 128 columns: kTileM rows of activations, int8, in the 128-byte
+// swizzle of wgmma's B operand, and kTileN = 128 rows of the weight in the order of wgmma's A
+// registers.
+//
+// wgmma's 8-bit operands are the only ones for integers on sm_90, so 4-bit weights become bytes in
+// registers: a packed byte holds the codes of two n, and one AND leaves 16 times the code of one of
+// them. The low sums are therefore 16 x the sums of codes times codes. With a row's zero point
+// taken off they are at most 16 * 255 * 8 * K < 2^31 for every K up to 65536, also with 8-bit
+// activations.
+#pragma once
+
+#include "cuda/bulk_copy_sm90.cuh"
+#include "cuda/wgmma_sm90.cuh"
+#include "ops/mixed_gemm/mixed_gemm_choice.h"
+
+namespace resq::cuda::sm90 {
+
+inline constexpr int kTileK = k_tile_columns(MixedGemmKernel::kSm90, false).lo;
+static_assert(kTileK == kSwizzleBytes);
+inline constexpr int kConsumers = 2;  // warpgroups that multiply, a block of the weight each
+inline constexpr int kConsumerWarps = 4 * kConsumers;
+inline constexpr int kWarpgroupN = static_cast<int>(kCudaBlockRows);
+inline constexpr int kTileN = kConsumers * kWarpgroupN;
+inline constexpr int kLoFactor = 16;  // in the low sums
+
+template <int kTileM>
+inline constexpr MixedGemmTile kTile = tile_of(kSm90Tiles, kTileM);
+
+// Makes a value opaque to the compiler, so that it does not keep what it derived from the value in
+// registers across a loop: at 192 rows of activations the sums leave 48 of them.
+__device__ inline void keep_opaque(uint32_t& value) { asm volatile("" : "+r"(value)); }
+
+template <int kTileM>
+struct alignas(128) Stage {  // at a multiple of 1024 bytes, for the swizzle
+  uint8_t activations[kTileM * kTileK];
+  uint8_t weights[kTileN * kTileK];  // high codes fill it, low codes half of it
+};
+
+template <int kTileM, int kStages>
+struct Ring {
+  Stage<kTileM> stages[kStages];
+  uint64_t full[kStages];   // the copies into the stage have arrived
+  uint64_t empty[kStages];  // every warp that reads the stage, here and in the cluster, is done
+};
+
+// A stage and the parity of its current use; both sides walk the ring in the same order.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// K of one part in K tiles: `whole` of 128 columns, then perhaps one of 64.
+struct KTiles {
+  int whole;
+  bool tail;
+};
+inline KTiles k_tiles(int64_t k) {
+  const int halves = static_cast<int>(cuda_packed_columns(k) / kCudaStepColumns);
+  return {halves / 2, halves % 2 != 0};
+}
+
+// A block's place in its cluster of cluster_m x cluster_n neighbouring tiles, and with whom it
+// shares: rank = m * cluster_n + n.
+template <int kTileM>
+struct ClusterPlace {
+  static constexpr int kM = kTile<kTileM>.cluster_m, kN = kTile<kTileM>.cluster_n;
+  static constexpr int kBlocks = kM * kN;
+  // Blocks that write into a block's stages: those of its m and those of its n, itself once.
+  static constexpr int kPeers = kM + kN - 1;
+  static_assert(kM <= 2 && kN == 2 && kTile<kTileM>.n == kTileN);
+
+  int rank;
+  __device__ int m() const { return rank / kN; }
+  __device__ int n() const { return rank % kN; }
+  // The blocks of the cluster with the same m, that is the same activations, or with the same n,
+  // the same weights, by bits.
+  __device__ uint16_t same_m() const { return 3 << m() * kN; }
+  __device__ uint16_t same_n() const { return 1 << rank | 1 << peer(kN); }
+  __device__ int peer(int index) const {  // index < kPeers
+    return index < kN ? rank - n() + index : rank ^ kN;
+  }
+};
+
+// What a block copies for its tile: one half of the activation rows, since its neighbour along N
+// copies the other; of its two blocks of 64 weight rows both, or one if it has a neighbour along M.
+template <int kTileM>
+struct TileSource {
+  static constexpr int kWeightBlocks = kConsumers / ClusterPlace<kTileM>::kM;
+  const uint8_t* weights[kWeightBlocks];
+  int m;  // first of the half
+};
+
+// The producer's walk: one thread.
+template <int kTileM, int kStages>
+struct Producer {
+  static constexpr int kHalfM = kTileM / ClusterPlace<kTileM>::kN;
+
+  Ring<kTileM, kStages>& ring;
+  ClusterPlace<kTileM> place;
+  RingPosition<kStages> position;
+
+  // One stage: activations from column `k` on, `bytes` of each weight block from `offset` on.
+  __device__ void load(const TileSource<kTileM>& tile, const CUtensorMap* map, int k,
+                       int64_t offset, uint32_t bytes) {
+    Stage<kTileM>& stage = ring.stages[position.stage];
+    uint64_t* full = &ring.full[position.stage];
+    mbarrier_wait(&ring.empty[position.stage], position.parity ^ 1);
+    mbarrier_arrive_expect(full, kTileM * kTileK + kConsumers * bytes);
+    if constexpr (TileSource<kTileM>::kWeightBlocks == 1) {
+      bulk_copy_multicast(stage.weights + place.m() * bytes, tile.weights[0] + offset, bytes, full,
+                          place.same_n());
+    } else {
+      for (int c = 0; c < kConsumers; ++c) {
+        bulk_copy(stage.weights + c * bytes, tile.weights[c] + offset, bytes, full);
+      }
+    }
+    tensor_copy_multicast(stage.activations + place.n() * kHalfM * kTileK, map, k, tile.m, full,
+                          place.same_m());
+    position.advance();
+  }
+
+  // All K tiles of one part, whose weights begin at `offset` in a block.
+  __device__ void load_part(const TileSource<kTileM>& tile, const CUtensorMap* map, KTiles part,
+                            int64_t offset, uint32_t stage_bytes) {
+    int k = 0;
+    for (int s = 0; s < part.whole; ++s, k += kTileK, offset += stage_bytes) {
+      load(tile, map, k, offset, stage_bytes);
+    }
+    if (part.tail) load(tile, map, k, offset, stage_bytes / 2);
+  }
+};
+
+inline constexpr uint32_t kLoStageBytes = kWarpgroupN * kTileK / 2;  // of one weight block
+inline constexpr uint32_t kHiStageBytes = kWarpgroupN * kTileK;
+
+// A consumer warpgroup's walk. One step of 32 columns is in flight while the registers of the next
+// are made, across stages too; a stage is released when the second step of the next one is issued.
+template <int kTileM, int kStages>
+struct Consumer {
+  Ring<kTileM, kStages>& ring;
+  ClusterPlace<kTileM> place;
+  uint32_t thread;  // among the consumers
+  RingPosition<kStages> position;
+  int unreleased = -1;    // the stage that wgmmas in flight may still read
+  uint32_t a[2][4] = {};  // A's registers of even and odd steps
+
+  // Signals all blocks that write into this one's stages. Every warp does so for itself: the end of
+  // its wgmmas says nothing about the weights that other warps may still load.
+  __device__ void release() {
+    const uint32_t lane = thread % 32;
+    if (unreleased >= 0 && lane < place.kPeers) {
+      mbarrier_arrive_cluster(&ring.empty[unreleased], place.peer(lane));
+    }
+  }
+
+  __device__ void multiply(uint32_t (&sums)[kTileM / 2], const uint32_t (&step)[4], uint64_t b) {
+    wgmma_fence_sums(sums);
+    wgmma_arrive();
+    wgmma<kTileM>(sums, step, b);
+    wgmma_commit();
+  }
+
+  // Steps of a stage of low codes. 16 bytes of weights are two steps.
+  template <int kSteps>
+  __device__ void multiply_lo(uint32_t (&sums)[kTileM / 2]) {
+    const Stage<kTileM>& stage = ring.stages[position.stage];
+    const uint64_t b = wgmma_descriptor(stage.activations);
+    mbarrier_wait(&ring.full[position.stage], position.parity);
+    const uint4* weights = reinterpret_cast<const uint4*>(stage.weights) +
+                           thread / 128 * (kSteps * kLoStageBytes / 4 / 16) + thread % 128;
+    uint4 packed[kSteps / 2];
+#pragma unroll
+    for (int i = 0; i < kSteps / 2; ++i) packed[i] = weights[i * 128];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const uint4 v = packed[step / 2];
+      const uint32_t first = step % 2 == 0 ? v.x : v.z, second = step % 2 == 0 ? v.y : v.w;
+      wgmma_wait<1>();
+      if (step == 1) release();
+      uint32_t (&registers)[4] = a[step % 2];
+      registers[0] = first & 0xf0f0f0f0;
+      registers[1] = (first << 4) & 0xf0f0f0f0;
+      registers[2] = second & 0xf0f0f0f0;
+      registers[3] = (second << 4) & 0xf0f0f0f0;
+      multiply(sums, registers, b + 2 * step);
+    }
+    unreleased = position.stage;
+    position.advance();
+  }
+
+  // Steps of a stage of high codes. 16 bytes of weights are the registers of one step.
+  template <int kSteps>
+  __device__ void multiply_hi(uint32_t (&sums)[kTileM / 2]) {
+    const Stage<kTileM>& stage = ring.stages[position.stage];
+    const uint64_t b = wgmma_descriptor(stage.activations);
+    mbarrier_wait(&ring.full[position.stage], position.parity);
+    const uint4* weights = reinterpret_cast<const uint4*>(stage.weights) +
+                           thread / 128 * (kSteps * kHiStageBytes / 4 / 16) + thread % 128;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      wgmma_wait<1>();
+      if (step == 1) release();
+      const uint4 v = weights[step * 128];
+      uint32_t (&registers)[4] = a[step % 2];
+      registers[0] = v.x;
+      registers[1] = v.y;
+      registers[2] = v.z;
+      registers[3] = v.w;
+      multiply(sums, registers, b + 2 * step);
+    }
+    unreleased = position.stage;
+    position.advance();
+  }
+
+  // One tile: sums of codes times codes, the low ones times kLoFactor.
+  __device__ void multiply_tile(KTiles lo, KTiles hi, uint32_t (&sums_lo)[kTileM / 2],
+                                uint32_t (&sums_hi)[kTileM / 2]) {
+#pragma unroll
+    for (int i = 0; i < kTileM / 2; ++i) sums_lo[i] = 0;
+#pragma unroll 1
+    for (int s = 0; s < lo.whole; ++s) multiply_lo<4>(sums_lo);
+    if (lo.tail) multiply_lo<2>(sums_lo);
+    wgmma_wait<0>();
+    wgmma_fence_sums(sums_lo);
+
+#pragma unroll
+    for (int i = 0; i < kTileM / 2; ++i) sums_hi[i] = 0;
+#pragma unroll 1
+    for (int s = 0; s < hi.whole; ++s) multiply_hi<4>(sums_hi);
+    if (hi.tail) multiply_hi<2>(sums_hi);
+
+    wgmma_wait<0>();
+    wgmma_fence_sums(sums_lo);
+    wgmma_fence_sums(sums_hi);
+    release();
+    unreleased = -1;
+  }
+};
+
+}  // namespace resq::cuda::sm90

@@ -1,0 +1,136 @@
+// mixed_gemm for small M on every architecture, and for any M on those without a kernel of their
+// own: INT8 mma.sync, weights streamed into registers.
+#include <cuda_runtime.h>
+
+#include "cuda/pdl.cuh"
+#include "ops/mixed_gemm/epilogue.cuh"
+#include "ops/mixed_gemm/mixed_gemm_cuda.h"
+#include "ops/mixed_gemm/small_m/mainloop.cuh"
+#include "ops/mixed_gemm/split_k.cuh"
+
+namespace resq::cuda::small_m {
+namespace {
+
+// Eight outputs of a row for each thread, or this split's partial sums of them.
+template <class C>
+__device__ __forceinline__ void write_tile(const MixedGemmParams& p, const SplitK& split_k,
+                                           const Partials& partials, int split, int64_t tile_n,
+                                           const Place& at, const int32_t* sums_lo,
+                                           const int32_t* sums_hi) {
+  constexpr int kGroups = kTileN / kGroupN;
+  const PresentTerms terms = present_terms(p);
+  for (int i = threadIdx.x; i < C::kTileM * kGroups; i += kThreads) {
+    const int row = i / kGroups, group = i % kGroups * kGroupN;
+    if (row >= at.m_count) return;
+    const int64_t m = at.m + row, n = tile_n + group;
+    const SumGroup lo = load_sums(sums_lo + row * kSumPitch + group);
+    const SumGroup hi = load_sums(sums_hi + row * kSumPitch + group);
+    if (split_k.splits > 1) {
+      if (split_k.has_lo(split)) store_sums(partials.lo(split, m, n), lo);
+      if (split_k.has_hi(split)) store_sums(partials.hi(split, m, n), hi);
+      continue;
+    }
+    const TermsOfM of_m = load_terms_of_m(p, m);
+    float y[kGroupN];
+#pragma unroll
+    for (int j = 0; j < kGroupN; ++j) {
+      y[j] = output_value(lo.sum[j], hi.sum[j], of_m, load_terms_of_n(p, n + j), terms);
+    }
+    store_group(p, m, n, y);
+  }
+}
+
+// Block (tile, split); tiles of the same weight rows are neighbours, so that they share its bytes.
+template <CudaLayout kLayout, int kTileM, bool kPacked>
+__global__ void __launch_bounds__(kThreads, Config<kLayout, kTileM, kPacked>::kMinBlocks)
+    mixed_gemm_small_m_kernel(const __grid_constant__ MixedGemmParams p, const SplitK split_k,
+                              const Partials partials, unsigned m_tiles) {
+  using C = Config<kLayout, kTileM, kPacked>;
+  extern __shared__ __align__(16) uint8_t shared[];
+  uint8_t* buffers = shared;
+  auto* sums_lo = reinterpret_cast<int32_t*>(shared + 2 * C::kBufferBytes);
+  int32_t* sums_hi = sums_lo + C::kSumWords;
+
+  const unsigned weight_block = blockIdx.x / m_tiles, m_tile = blockIdx.x % m_tiles;
+  const int split = blockIdx.y, begin = split_k.begin(split), end = split_k.begin(split + 1);
+  const int warp = threadIdx.x / 32;
+  const Place at{
+      .warp = warp,
+      .lane = static_cast<int>(threadIdx.x % 32),
+      .warp_k = warp / 2,
+      .fragment_n = warp % 2 * kFragmentsN,
+      .m = int64_t{m_tile} * C::kTileM,
+      .m_count = static_cast<int>(min(p.m - int64_t{m_tile} * C::kTileM, int64_t{C::kTileM}))};
+  const uint8_t* weight =
+      p.packed_weight + int64_t{weight_block} * cuda_block_bytes(p.k_lo, p.k_hi);
+
+  const uint8_t* weight_hi = weight + cuda_block_lo_bytes(p.k_lo);
+  const auto prefetch = [&](const uint8_t* from, int steps) {
+    const int ahead = min(steps, C::kDepth * C::kStageSteps) * static_cast<int>(kCudaStepBytes);
+    for (int i = threadIdx.x * 128; i < ahead; i += kThreads * 128) prefetch_line(from + i);
+  };
+  // Weights may be requested while the previous kernel still makes the activations, but only into
+  // the second-level cache: a register could hold what that kernel has yet to write.
+  if constexpr (kLayout == CudaLayout::kWgmma) {
+    prefetch(weight + int64_t{begin} * kCudaStepBytes, end - begin);
+  }
+  pdl_wait();
+  pdl_trigger();
+  // The high part starts with empty registers: its first weights wait in the second-level cache.
+  if (split_k.has_lo(split) && split_k.has_hi(split)) {
+    prefetch(weight_hi, end - split_k.lo_tiles);
+  }
+
+  for (int i = threadIdx.x; i < 2 * C::kSumWords; i += kThreads) sums_lo[i] = 0;
+  if (split_k.has_lo(split)) {
+    const Part<C, false> part{static_cast<const uint8_t*>(p.q_lo), static_cast<int>(p.k_lo)};
+    multiply_part<C>(part, weight, begin, min(end, split_k.lo_tiles), at, buffers, sums_lo);
+  }
+  if (split_k.has_hi(split)) {
+    const Part<C, true> part{reinterpret_cast<const uint8_t*>(p.q_hi), static_cast<int>(p.k_hi)};
+    multiply_part<C>(part, weight_hi, max(begin - split_k.lo_tiles, 0), end - split_k.lo_tiles, at,
+                     buffers, sums_hi);
+  }
+  __syncthreads();
+  write_tile<C>(p, split_k, partials, split, int64_t{weight_block} * kTileN, at, sums_lo, sums_hi);
+}
+
+template <CudaLayout kLayout, int kTileM, bool kPacked>
+void launch(const MixedGemmParams& p, const SplitK& split_k, void* workspace, Stream stream) {
+  using C = Config<kLayout, kTileM, kPacked>;
+  const auto kernel = mixed_gemm_small_m_kernel<kLayout, kTileM, kPacked>;
+  if (C::kSharedBytes > 48 * 1024) {
+    allow_shared_bytes("mixed_gemm", reinterpret_cast<const void*>(kernel), C::kSharedBytes);
+  }
+  const Partials partials = partials_in(workspace, p);
+  const int64_t m_tiles = ceil_div(p.m, kTileM);
+  const dim3 grid(static_cast<unsigned>(m_tiles * cuda_packed_blocks(p.n)),
+                  static_cast<unsigned>(split_k.splits));
+  launch_pdl(kernel, grid, kThreads, C::kSharedBytes, stream, p, split_k, partials,
+             static_cast<unsigned>(m_tiles));
+  check_launch("mixed_gemm");
+  if (split_k.splits > 1) reduce_split_k(p, split_k, partials, stream);
+}
+
+template <CudaLayout kLayout, int kTileM>
+void launch(const MixedGemmParams& p, const SplitK& split_k, void* workspace, Stream stream) {
+  const auto run = p.q_lo_packed ? launch<kLayout, kTileM, true> : launch<kLayout, kTileM, false>;
+  run(p, split_k, workspace, stream);
+}
+
+}  // namespace
+}  // namespace resq::cuda::small_m
+
+namespace resq::cuda {
+
+void mixed_gemm_small_m(const MixedGemmParams& params, const MixedGemmChoice& choice,
+                        CudaLayout layout, void* workspace, Stream stream) {
+  const MixedGemmParams p = readable_rows(params, choice.rows, workspace, stream);
+  with_tile<kSmallMTiles>(choice.tile, [&]<int kTileM>() {
+    const auto run = layout == CudaLayout::kMma ? small_m::launch<CudaLayout::kMma, kTileM>
+                                                : small_m::launch<CudaLayout::kWgmma, kTileM>;
+    run(p, choice.split_k, workspace, stream);
+  });
+}
+
+}  // namespace resq::cuda
