@@ -3,7 +3,8 @@
 #include "cpu/key_rotation.h"
 #include "ops/kv_attention/kv_attention_block.h"
 
-using Shorts = int16_t __attribute__((vector_size(sizeof(IVec) / 2)));
+// 16-bit weights of a register of tokens.
+using WeightVec = int16_t __attribute__((vector_size(sizeof(IVec) / 2)));
 
 // A query row: q' ~ scale * integer per part, and the sums of q' as quantized.
 struct QueryRow {
@@ -262,9 +263,9 @@ inline BlockSoftmax block_softmax(const int32_t* sums_lo, const int32_t* sums_hi
   out.factor_hi = largest_hi * (1.0f / 32767.0f);
   for (int v = 0; v < kVectors; ++v) {
     store_bits(weights_lo + v * kLanes,
-               __builtin_convertvector(round_to_int(lo[v] * inverse_lo), Shorts));
+               __builtin_convertvector(round_to_int(lo[v] * inverse_lo), WeightVec));
     store_bits(weights_hi + v * kLanes,
-               __builtin_convertvector(round_to_int(hi[v] * inverse_hi), Shorts));
+               __builtin_convertvector(round_to_int(hi[v] * inverse_hi), WeightVec));
   }
   return out;
 }
