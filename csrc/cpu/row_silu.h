@@ -16,8 +16,9 @@ inline Vec exp(Vec x) {
   q = q * r + 0x1.555492p-3f;
   q = q * r + 0x1.fffffcp-2f;
   const Vec p = (q * (r * r) + r) + 1.0f;
-  // 2 * 2^(n - 1), because 2^128 is not a float but e^88.7 is.
-  return (p + p) * exp2_int(round_to_int(n) - 1);
+  // 2 * 2^(n - 1), because 2^128 is not a float but e^88.7 is. Subtracted as floats: the integer of
+  // NaN is the lowest one.
+  return (p + p) * exp2_int(round_to_int(n - 1.0f));
 }
 
 // x / (1 + e^-x), relative error below 2.5e-7; -0 where e^-x is infinite.
