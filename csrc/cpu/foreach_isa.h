@@ -6,14 +6,13 @@
 //   #include "cpu/foreach_isa.h"
 //
 // A body is included several times, so it has no include guard and includes no standard header.
-// Where a set needs code of its own, the body includes a sibling by RESQ_ISA_SCALAR, RESQ_ISA_AVX2
-// or RESQ_ISA_AVX512VNNI, one of which is defined.
+// Where a set needs code of its own, the body includes a sibling: RESQ_ISA_AVX2 or
+// RESQ_ISA_AVX512VNNI is defined in the region of that set, neither in the portable one.
 #pragma once
 
 #include "cpu/isa.h"
 #include "cpu/simd_common.h"
 
-#define RESQ_ISA_SCALAR
 namespace resq::cpu::scalar {
 namespace {
 #include "cpu/simd_scalar.h"
@@ -22,7 +21,6 @@ namespace {
 // clang-format on
 }  // namespace
 }  // namespace resq::cpu::scalar
-#undef RESQ_ISA_SCALAR
 
 #if defined(__x86_64__)
 #define RESQ_ISA_AVX2

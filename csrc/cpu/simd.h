@@ -80,7 +80,3 @@ inline void store_row(const float* x, int64_t count, FloatType type, void* row, 
     case FloatType::kBFloat16: return store_row(x, count, static_cast<BFloat16*>(row) + first);
   }
 }
-
-// x + kRoundMagic rounds |x| < 2^22 half to even and leaves the integer in the low mantissa bits:
-// for loops over single floats, which g++ turns into vectors.
-inline constexpr float kRoundMagic = 0x1.8p23f;

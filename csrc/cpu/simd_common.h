@@ -33,6 +33,9 @@
 
 namespace resq::cpu {
 
+// x + kRoundMagic rounds |x| < 2^22 half to even and leaves the integer in the low mantissa bits.
+inline constexpr float kRoundMagic = 0x1.8p23f;
+
 // GNU vectors of any power of two of numbers: registers, and parts of rows narrower or wider.
 template <int kWidth>
 struct Vectors {

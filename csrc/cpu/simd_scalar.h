@@ -10,15 +10,15 @@ using Shorts = uint16_t __attribute__((vector_size(kLanes * 2)));
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-// Adding 1.5 * 2^23 rounds below 2^22; larger values are clamped there, which the callers cannot
-// see: codes and exponents end far below.
+// kRoundMagic rounds below 2^22; larger values are clamped there, which the callers cannot see:
+// codes and exponents end far below.
 inline Vec round(Vec x) {
   const Vec limit = Vec{} + 0x1p22f;
   x = min(limit, max(-limit, x));
-  return (x + 0x1.8p23f) - 0x1.8p23f;
+  return (x + kRoundMagic) - kRoundMagic;
 }
 inline IVec round_to_int(Vec x) {
-  return __builtin_bit_cast(IVec, x + 0x1.8p23f) - std::bit_cast<int32_t>(0x1.8p23f);
+  return __builtin_bit_cast(IVec, x + kRoundMagic) - std::bit_cast<int32_t>(kRoundMagic);
 }
 
 inline Vec load(const float* p) {

@@ -8,12 +8,6 @@
 
 namespace resq {
 
-inline std::initializer_list<ScalarType> float_dtypes() {
-  static constexpr std::initializer_list<ScalarType> kDtypes = {ScalarType::Float, ScalarType::Half,
-                                                                ScalarType::BFloat16};
-  return kDtypes;
-}
-
 inline void check_head_dim(const char* op, const char* argument, const Tensor& x) {
   if (x.size(2) != 64 && x.size(2) != 128) {
     fail(op, argument, "a head dimension (the last) of 64 or 128", describe(x));

@@ -53,10 +53,16 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   throw std::runtime_error(text.str());
 }
 
+inline std::initializer_list<ScalarType> float_dtypes() {
+  static constexpr std::initializer_list<ScalarType> kDtypes = {ScalarType::Float, ScalarType::Half,
+                                                                ScalarType::BFloat16};
+  return kDtypes;
+}
+
 // A dtype that an argument asks an output to have.
 inline void check_float_dtype(const char* op, const char* argument, ScalarType dtype) {
-  if (dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16) {
-    return;
+  for (ScalarType known : float_dtypes()) {
+    if (dtype == known) return;
   }
   fail(op, argument, "float32, float16 or bfloat16", dtype_name(dtype));
 }

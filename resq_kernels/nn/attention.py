@@ -175,7 +175,8 @@ class ResQAttention(nn.Module):
             for module in self.children():
                 module._apply(fn)
         kept = () if self.key_rotation is None else (self.key_rotation,)
-        nn.Module._apply(self, keep_dtype(fn, *kept), False)
+        apply: Callable[..., nn.Module] = super()._apply  # torch leaves it without types
+        apply(keep_dtype(fn, *kept), False)
         return self
 
 

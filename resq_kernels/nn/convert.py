@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -83,6 +83,13 @@ def _convert_layer(
     layer: LlamaDecoderLayer | Qwen2DecoderLayer, index: int, shape: ModelShape, config: ResQConfig
 ) -> None:
     like = layer.self_attn.q_proj.weight
+    options: dict[str, Any] = {
+        "lo_bits": config.lo_bits,
+        "symmetric": config.symmetric,
+        "clip": config.activation_clip,
+        "dtype": like.dtype,
+        "device": like.device,
+    }
 
     def linear(name: str) -> ResQLinear:
         rows, columns = shape.linear(name)
@@ -91,24 +98,12 @@ def _convert_layer(
             rows,
             shape.qkv_bias and name in architecture.QKV,
             high_columns=shape.high_columns(name, config.high_fraction),
-            lo_bits=config.lo_bits,
-            symmetric=config.symmetric,
-            clip=config.activation_clip,
-            dtype=like.dtype,
-            device=like.device,
+            **options,
         )
 
     def norm(first_reader: str) -> ResQRMSNorm:
-        return ResQRMSNorm(
-            shape.hidden,
-            shape.norm_eps,
-            high_columns=shape.high_columns(first_reader, config.high_fraction),
-            lo_bits=config.lo_bits,
-            symmetric=config.symmetric,
-            clip=config.activation_clip,
-            dtype=like.dtype,
-            device=like.device,
-        )
+        high_columns = shape.high_columns(first_reader, config.high_fraction)
+        return ResQRMSNorm(shape.hidden, shape.norm_eps, high_columns=high_columns, **options)
 
     layer.__class__ = CLASSES.get(type(layer), type(layer))  # keeps all that it holds
     layer.input_layernorm = norm(architecture.QKV[0])

@@ -261,7 +261,7 @@ def graph_decoding(
     pad = generation_config.pad_token_id
     if pad is None:
         ends = generation_config.eos_token_id
-        pad = ends[0] if isinstance(ends, list) and ends else ends
+        pad = ends[0] if ends and not isinstance(ends, int) else ends
     running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     while True:
         scores = logits_processor(input_ids, logits.float())

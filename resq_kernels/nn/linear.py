@@ -105,8 +105,8 @@ class ResQLinear(nn.Module):
             dtype=linear.weight.dtype,
             device=linear.weight.device,
         )
-        for own, codes in zip(layer.codes(), (codes_lo, codes_hi), strict=True):
-            own.copy_(codes)
+        layer.weight_lo = nn.Parameter(codes_lo, False)
+        layer.weight_hi = nn.Parameter(codes_hi, False)
         layer.weight_scale.data = scale
         if layer.bias is not None:
             layer.bias.data = linear.bias.detach().clone()
@@ -165,7 +165,8 @@ class ResQLinear(nn.Module):
         """Takes equal tensors in place of its own: slices of a merged weight (nn/merged.py)."""
         self.packed_weight, self.weight_sum = packed_weight, weight_sum
         self.weight_scale.data = weight_scale
-        if self.bias is not None and bias is not None:
+        if bias is not None:
+            assert self.bias is not None  # only linears that are alike are merged
             self.bias.data = bias
 
     def codes(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,7 +230,8 @@ class ResQLinear(nn.Module):
             here = self.packed_weight.device
             if fn(torch.empty(0, device=here)).device.type != here.type:
                 self.unpack()  # the other device's kernel has its own layout
-        nn.Module._apply(self, keep_dtype(fn, self.weight_scale), recurse)
+        apply: Callable[..., nn.Module] = super()._apply  # torch leaves it without types
+        apply(keep_dtype(fn, self.weight_scale), recurse)
         self.version += 1
         if was_packed and not self.weight_scale.is_meta:
             self.pack()

@@ -108,7 +108,7 @@ def _alike(linears: tuple[ResQLinear, ...]) -> bool:
     first = linears[0]
     return all(
         _reading(linear) == _reading(first)
-        and linear.weight_scale.device == first.weight_scale.device
+        and linear.weight_tensors()[0].device == first.weight_tensors()[0].device
         for linear in linears
     )
 

@@ -22,6 +22,13 @@ std::vector<resq::cuda::MixedGemmTile> tiles(resq::cuda::MixedGemmKernel kernel)
   }
 }
 
+// The M that a launcher of sm90 is instantiated for where the chosen tile has `m`.
+int dispatched_m(int m) {
+  int ran = 0;
+  resq::cuda::with_tile<resq::cuda::kSm90Tiles>({m, 128, 1}, [&]<int kTileM>() { ran += kTileM; });
+  return ran;
+}
+
 }  // namespace
 
 void define_cuda_choice(py::module_& m) {
@@ -49,6 +56,7 @@ void define_cuda_choice(py::module_& m) {
       .def("__str__", describe);
   m.def("mixed_gemm_tiles", tiles);
   m.def("sm90_tenths", sm90_tenths);
+  m.def("dispatched_m", dispatched_m);
   m.def("cuda_family", family);
   m.def("weight_layout", weight_layout);
   m.def("packs_activations", packs_activations);

@@ -141,6 +141,13 @@ def test_tiles_and_splits_of_llama_3_8b_on_an_a100(
         assert choice.workspace_bytes == partials
 
 
+def test_only_a_tile_that_is_compiled_is_launched(core: ModuleType) -> None:
+    for tile in core.mixed_gemm_tiles(core.MixedGemmKernel.SM90):
+        assert core.dispatched_m(tile.m) == tile.m
+    with pytest.raises(RuntimeError, match="tile: expected an M that is compiled, got 48"):
+        core.dispatched_m(48)
+
+
 def test_sm80_workspace_holds_the_rows_that_it_copies(core: ModuleType) -> None:
     """Rows that are no multiple of 16 bytes (8 codes for small M), padded to a step."""
 

@@ -33,12 +33,6 @@ __device__ __forceinline__ PresentTerms present_terms(const MixedGemmParams& p) 
   return {p.k_lo > 0, p.k_hi > 0, p.bias != nullptr};
 }
 
-// Zeros are integers of magnitude at most 255; the test keeps the conversion defined for others.
-__device__ __forceinline__ uint32_t exact_integer(float zero) {
-  const bool fits = zero >= -0x1p30f && zero <= 0x1p30f;
-  return fits ? static_cast<uint32_t>(static_cast<int32_t>(zero)) : 0u;
-}
-
 // Outside the matrix all terms are zero, so that a tile needs no tests of its own.
 __device__ __forceinline__ TermsOfM load_terms_of_m(const MixedGemmParams& p, int64_t m) {
   if (m >= p.m) return {};

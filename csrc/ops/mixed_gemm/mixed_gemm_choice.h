@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -46,12 +47,17 @@ constexpr MixedGemmTile tile_of(const MixedGemmTile (&tiles)[kCount], int m) {
   return *std::find_if(tiles, tiles + kCount, [&](const MixedGemmTile& t) { return t.m == m; });
 }
 
-// run.operator()<m>() for the one tile of kTiles that was chosen.
+// run.operator()<m>() for the one tile of kTiles that was chosen; throws if it is none of them.
 template <const auto& kTiles, class Run>
 void with_tile(const MixedGemmTile& chosen, const Run& run) {
-  [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
-    ((kTiles[kIndex].m == chosen.m ? run.template operator()<kTiles[kIndex].m>() : void()), ...);
+  const bool ran = [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
+    return ((kTiles[kIndex].m == chosen.m && (run.template operator()<kTiles[kIndex].m>(), true)) ||
+            ...);
   }(std::make_index_sequence<std::size(kTiles)>());
+  if (!ran) {
+    throw std::logic_error("mixed_gemm: tile: expected an M that is compiled, got " +
+                           std::to_string(chosen.m));
+  }
 }
 
 // The smallest piece of K that a kernel takes at once, in columns of each part.

@@ -36,8 +36,7 @@ Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
   const int64_t n = weight_scale.size(0);
   check_tensor(op, "weight_sum", weight_sum, {ScalarType::Int}, {n, 2});
   if (bias) {
-    check_tensor(op, "bias", *bias, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16},
-                 {n});
+    check_tensor(op, "bias", *bias, float_dtypes(), {n});
     check_device(op, "bias", *bias, q_lo);
   }
   check_device(op, "q_hi", q_hi, q_lo);

@@ -21,12 +21,6 @@ struct BlockScales {
   uint32_t sum_lo[kBlockN], sum_hi[kBlockN];
 };
 
-// Zeros are integers of magnitude at most 255; the test keeps the conversion defined for others.
-uint32_t exact_integer(float zero) {
-  const bool fits = zero >= -0x1p30f && zero <= 0x1p30f;
-  return fits ? static_cast<uint32_t>(static_cast<int32_t>(zero)) : 0u;
-}
-
 // The low codes of one row, one a byte.
 void unpack_row(const MixedGemmParams& p, int64_t m, int8_t* codes) {
   if (!p.q_lo_packed) {
