@@ -1,14 +1,46 @@
-"""Containers and sizes of everything that is packed. docs/formats.md states the bytes."""
+"""What activations and weights are in 4 and 8 bits: objects, packing, sizes.
+
+docs/formats.md states the bytes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from resq_kernels.config import ResQConfig
+
 FORMAT_VERSION = 2
 
 _SUM_ROWS = 1024
+# Packed weights are blocks of 32 rows on CPUs and of 64 on CUDA: one after the other, weights of
+# whole blocks are the packed weight of all their rows (docs/formats.md section 3).
+_BLOCK_ROWS = 64
+
+
+class RowFormat(NamedTuple):
+    """How rows of activations are quantized: the options of every quantizer, in their order.
+
+    Attributes:
+        k_hi: columns of the INT8 part, the last ones.
+        lo_bits: 4 or 8, of the part before.
+        packed: whether two 4-bit codes share a byte; None: what the device is fastest with.
+        symmetric: zero = 0.
+        clip: factor on the range, in (0, 1].
+    """
+
+    k_hi: int
+    lo_bits: int = 4
+    packed: bool | None = None
+    symmetric: bool = False
+    clip: float = 1.0
+
+    @classmethod
+    def of(cls, config: ResQConfig, k_hi: int) -> RowFormat:
+        """What a model that was quantized with `config` reads `k_hi` high columns with."""
+        return cls(k_hi, config.lo_bits, None, config.symmetric, config.activation_clip)
 
 
 class MixedTensor(NamedTuple):
@@ -37,6 +69,82 @@ class MixedTensor(NamedTuple):
         return torch.cat(
             [scale_lo * (q_lo.float() - zero_lo), scale_hi * (self.q_hi.float() - zero_hi)], dim=-1
         )
+
+
+class QuantizedWeight(NamedTuple):
+    """The canonical tensors of a weight [N, K_lo + K_hi] ~ scale * code (docs/formats.md 3.1).
+
+    Attributes:
+        weight_lo: uint8 [N, K_lo / 2], two signed 4-bit codes a byte.
+        weight_hi: int8 [N, K_hi].
+        weight_scale: float32 [N, 2], of the low and of the high part.
+    """
+
+    weight_lo: torch.Tensor
+    weight_hi: torch.Tensor
+    weight_scale: torch.Tensor
+
+    def dequantize(self) -> torch.Tensor:
+        """scale * code as float32 [N, K]: exactly the weight that kernels compute with."""
+        scale_lo, scale_hi = self.weight_scale.split(1, dim=1)
+        return torch.cat([scale_lo * unpack_int4(self.weight_lo), scale_hi * self.weight_hi], dim=1)
+
+    def named(self, linear: str) -> dict[str, torch.Tensor]:
+        """The tensors under their names in a checkpoint, those of the linear `linear`."""
+        return {f"{linear}.{name}": tensor for name, tensor in self._asdict().items()}
+
+
+class PackedWeight(NamedTuple):
+    """A weight [N, K_lo + K_hi] as `mixed_gemm` reads it: codes in the layout of their device.
+
+    Attributes:
+        data: uint8, one dimension, the codes in blocks of rows (docs/formats.md 3.2 and 3.3).
+        scale: float32 [N, 2].
+        sums: int32 [N, 2], `weight_sums` of the codes.
+        k_lo, k_hi: columns of the INT4 and of the INT8 part.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    sums: torch.Tensor
+    k_lo: int
+    k_hi: int
+
+    @classmethod
+    def pack(cls, weight: QuantizedWeight) -> PackedWeight:
+        """Packs canonical codes for the kernel of their device; the scale is not copied."""
+        lo, hi, scale = weight
+        data = torch.ops.resq.pack_weight(lo, hi)
+        return cls(data, scale, weight_sums(lo, hi), 2 * lo.shape[1], hi.shape[1])
+
+    @classmethod
+    def cat(cls, weights: Sequence[PackedWeight]) -> PackedWeight:
+        """The rows of all `weights`, which have the same columns, one weight after the other."""
+        if any(weight.n % _BLOCK_ROWS for weight in weights[:-1]):
+            codes = (weight.codes() for weight in weights)
+            return cls.pack(QuantizedWeight(*map(torch.cat, zip(*codes, strict=True))))
+        data, scale, sums, k_lo, k_hi = zip(*weights, strict=True)
+        return cls(torch.cat(data), torch.cat(scale), torch.cat(sums), k_lo[0], k_hi[0])
+
+    def split(self, rows: Sequence[int]) -> list[PackedWeight]:
+        """Weights of `rows` rows each: the inverse of `cat`, slices where blocks allow it."""
+        if any(n % _BLOCK_ROWS for n in rows[:-1]):
+            codes = zip(*(tensor.split(rows) for tensor in self.codes()), strict=True)
+            return [PackedWeight.pack(QuantizedWeight(*parts)) for parts in codes]
+        columns, device = (self.k_lo, self.k_hi), self.data.device.type
+        data = self.data.split([packed_weight_bytes(n, *columns, device) for n in rows])
+        slices = zip(data, self.scale.split(rows), self.sums.split(rows), strict=True)
+        return [PackedWeight(*tensors, *columns) for tensors in slices]
+
+    @property
+    def n(self) -> int:
+        """N, output rows."""
+        return self.scale.shape[0]
+
+    def codes(self) -> QuantizedWeight:
+        """The canonical tensors; the scale is not copied."""
+        lo, hi = torch.ops.resq.unpack_weight(self.data, self.n, self.k_lo, self.k_hi)
+        return QuantizedWeight(lo, hi, self.scale)
 
 
 def split_columns(

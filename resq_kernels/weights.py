@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from resq_kernels.formats import pack_int4
+from resq_kernels.formats import QuantizedWeight, pack_int4
 
 # The grid of the GPTQ, QuaRot and ResQ code: 80 ranges, 1 % apart, compared by the 2.4-norm.
 CLIP_STEPS = 80
@@ -52,18 +52,12 @@ def round_weight(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.
     return torch.round(weight / scale[:, None]).clamp(-half, half - 1).to(torch.int8)
 
 
-def quantize_weight(
-    weight: torch.Tensor, high_columns: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize_weight(weight: torch.Tensor, high_columns: int) -> QuantizedWeight:
     """Rounds a weight to nearest: the last `high_columns` columns to INT8, the others to INT4.
 
     Args:
         weight: floating [N, K]; K - high_columns is even.
         high_columns: K_hi.
-
-    Returns:
-        weight_lo uint8 [N, K_lo / 2], weight_hi int8 [N, K_hi], weight_scale float32 [N, 2]:
-        the canonical tensors of docs/formats.md, section 3.1.
 
     Raises:
         ValueError: the weight is not a finite matrix, or the split is impossible.
@@ -85,4 +79,4 @@ def quantize_weight(
     parts = [(weight[:, :k_lo], 4), (weight[:, k_lo:], 8)]
     scale = torch.stack([search_scale(part, bits) for part, bits in parts], dim=1)
     lo, hi = (round_weight(part, scale[:, p], bits) for p, (part, bits) in enumerate(parts))
-    return pack_int4(lo), hi, scale
+    return QuantizedWeight(pack_int4(lo), hi, scale)

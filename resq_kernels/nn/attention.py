@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from resq_kernels.formats import MixedTensor, join_heads
+from resq_kernels.nn.fused import FusesLinears
 from resq_kernels.nn.linear import ResQLinear, keep_dtype
-from resq_kernels.nn.merged import MergedLinears
 from resq_kernels.nn.paged import PagedKeysValues, Sequences
 
 if TYPE_CHECKING:
@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
 
-class ResQAttention(nn.Module):
+class ResQAttention(FusesLinears):
     """RoPE, key rotation, 4-bit keys and values, attention: with a cache and without one.
 
     Keys and values are quantized here, so every pass computes with what a cache would hold;
     without a cache the pages live as long as the pass.
 
     Args:
-        q_proj, k_proj, v_proj: [n_q D, K], [n_kv D, K], [n_kv D, K] linears.
+        q_proj, k_proj, v_proj: [n_q D, K], [n_kv D, K], [n_kv D, K] linears that read the same
+            rows; `fuse` makes one of them.
         o_proj: [K, n_q D] linear whose columns are ordered as in docs/formats.md section 6.
         head_dim: D, 64 or 128.
         layer_idx: which layer of the cache is this module's.
@@ -41,6 +42,9 @@ class ResQAttention(nn.Module):
 
     Source: arXiv 2412.14363, section 4.2 (U_B, U_C) and 4.3 (KV cache).
     """
+
+    FUSED = "qkv_proj"
+    PARTS = ("q_proj", "k_proj", "v_proj")
 
     def __init__(
         self,
@@ -60,7 +64,6 @@ class ResQAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = q_proj, k_proj, v_proj, o_proj
         self.head_dim, self.layer_idx = head_dim, layer_idx
         self.kv_bits, self.hi_bits = kv_bits, hi_bits
-        self._qkv = MergedLinears()
         self.scaling = head_dim**-0.5
         self.batch_invariant = False
         self.heads = q_proj.out_features // head_dim
@@ -71,10 +74,6 @@ class ResQAttention(nn.Module):
         if rotated:
             eye = torch.eye(head_dim, dtype=torch.float16, device=device)
             self.key_rotation = nn.Parameter(eye[None], requires_grad=False)
-
-    def merge(self) -> None:
-        """Moves the weights of q, k and v together, for one product (`MergedLinears`)."""
-        self._qkv.merge(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(
         self,
@@ -100,8 +99,7 @@ class ResQAttention(nn.Module):
             TypeError: a cache under a name that is not known here.
         """
         cache = named_cache(cache, kwargs)
-        together = self._qkv(hidden_states, self.q_proj, self.k_proj, self.v_proj)
-        heads = together.unflatten(-1, (-1, self.head_dim))
+        heads = self.project(hidden_states).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         attend = self._attend_pages if self.kv_bits == 4 else self._attend_float
         return self.o_proj(attend(q, k, v, *position_embeddings, attention_mask, cache)), None

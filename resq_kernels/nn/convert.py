@@ -10,7 +10,9 @@ from torch import nn
 from resq_kernels import architecture
 from resq_kernels.architecture import ModelShape
 from resq_kernels.config import ResQConfig
+from resq_kernels.formats import RowFormat
 from resq_kernels.nn.attention import ResQAttention
+from resq_kernels.nn.fused import FusesLinears
 from resq_kernels.nn.layer import CLASSES
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.mlp import ResQMLP
@@ -48,31 +50,30 @@ def convert(model: PreTrainedModel, config: ResQConfig, tied_head: bool) -> None
 
 
 def pack(model: nn.Module) -> None:
-    """Packs every `ResQLinear` for the kernel of its device and merges those that read the same
+    """Packs every `ResQLinear` for the kernel of its device and fuses those that read the same
     rows; no parameter is left trainable.
 
-    Module by module, so that what one lets go of is there for the next: packing everything before
-    merging left a process with twice the memory (Llama-3.2-1B: 1.73 GB, not 0.8). On a CPU a loaded
+    Module by module, so that memory freed by one is reused by the next: packing everything before
+    fusing left a process with twice the memory (Llama-3.2-1B: 1.73 GB, not 0.8). On a CPU a loaded
     parameter lies in a file that is mapped into memory, all of it as long as one is left there.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
     for module in model.modules():
-        if isinstance(module, (ResQAttention, ResQMLP)):
+        if isinstance(module, ResQLinear):
+            module.pack()
+        if isinstance(module, FusesLinears):
             for linear in module.children():
                 if isinstance(linear, ResQLinear):
                     linear.pack()
-            module.merge()
-    for module in model.modules():
-        if isinstance(module, ResQLinear):
-            module.pack()
+            module.fuse()
     model.requires_grad_(False)
     _return_freed_memory()
 
 
 def _return_freed_memory() -> None:
-    """glibc keeps what packing freed between tensors that live: 0.2 GB beside the 0.8 of
+    """glibc keeps what packing freed between tensors that live: 0.2 GB on top of the 0.8 of
     Llama-3.2-1B."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -83,13 +84,7 @@ def _convert_layer(
     layer: LlamaDecoderLayer | Qwen2DecoderLayer, index: int, shape: ModelShape, config: ResQConfig
 ) -> None:
     like = layer.self_attn.q_proj.weight
-    options: dict[str, Any] = {
-        "lo_bits": config.lo_bits,
-        "symmetric": config.symmetric,
-        "clip": config.activation_clip,
-        "dtype": like.dtype,
-        "device": like.device,
-    }
+    place: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
 
     def linear(name: str) -> ResQLinear:
         rows, columns = shape.linear(name)
@@ -98,12 +93,15 @@ def _convert_layer(
             rows,
             shape.qkv_bias and name in architecture.QKV,
             high_columns=shape.high_columns(name, config.high_fraction),
-            **options,
+            lo_bits=config.lo_bits,
+            symmetric=config.symmetric,
+            clip=config.activation_clip,
+            **place,
         )
 
     def norm(first_reader: str) -> ResQRMSNorm:
-        high_columns = shape.high_columns(first_reader, config.high_fraction)
-        return ResQRMSNorm(shape.hidden, shape.norm_eps, high_columns=high_columns, **options)
+        k_hi = shape.high_columns(first_reader, config.high_fraction)
+        return ResQRMSNorm(shape.hidden, shape.norm_eps, RowFormat.of(config, k_hi), **place)
 
     layer.__class__ = CLASSES.get(type(layer), type(layer))  # keeps all that it holds
     layer.input_layernorm = norm(architecture.QKV[0])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from resq_kernels import ops
-from resq_kernels.formats import MixedTensor, unpack_int4, weight_sums
+from resq_kernels.formats import MixedTensor, PackedWeight, QuantizedWeight, RowFormat
 from resq_kernels.weights import quantize_weight
 
 _CODES = ("weight_lo", "weight_hi")
@@ -36,7 +36,8 @@ class ResQLinear(nn.Module):
         weight_hi: int8 [N, K_hi], or None while packed.
         weight_scale: float32 [N, 2]; no `.to(dtype)` casts it.
         bias: compute dtype [N], or None.
-        version: counts what may have replaced a tensor: packing, unpacking, moving, casting.
+        row_format: `RowFormat` of the input.
+        dtype: compute dtype; `.to(dtype)` and its relatives change it.
 
     Raises:
         ValueError: K_lo would be negative or odd.
@@ -47,7 +48,6 @@ class ResQLinear(nn.Module):
     # Buffers, which nn.Module does not declare.
     packed_weight: torch.Tensor | None
     weight_sum: torch.Tensor | None
-    compute: torch.Tensor
 
     def __init__(
         self,
@@ -70,10 +70,10 @@ class ResQLinear(nn.Module):
                 f"{in_features} columns for INT4, got {high_columns}"
             )
         self.in_features, self.out_features = in_features, out_features
-        self.high_columns = high_columns
-        self.lo_bits, self.symmetric, self.clip = lo_bits, symmetric, clip
+        self.row_format = RowFormat(high_columns, lo_bits, None, symmetric, clip)
+        self.dtype = dtype or torch.get_default_dtype()
 
-        def parameter(*shape: int, dtype: torch.dtype | None) -> nn.Parameter:
+        def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device), False)
 
         self.weight_lo: nn.Parameter | None = parameter(out_features, k_lo // 2, dtype=torch.uint8)
@@ -81,13 +81,9 @@ class ResQLinear(nn.Module):
             out_features, high_columns, dtype=torch.int8
         )
         self.weight_scale = parameter(out_features, 2, dtype=torch.float32)
-        self.bias = parameter(out_features, dtype=dtype) if bias else None
+        self.bias = parameter(out_features, dtype=self.dtype) if bias else None
         self.register_buffer("packed_weight", None, persistent=False)
         self.register_buffer("weight_sum", None, persistent=False)
-        # Without elements: what `.to(dtype)` and its relatives cast, so that the module knows.
-        compute = torch.empty(0, dtype=dtype, device=device)
-        self.register_buffer("compute", compute, persistent=False)
-        self.version = 0
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, high_columns: int = 512) -> ResQLinear:
@@ -96,22 +92,32 @@ class ResQLinear(nn.Module):
         Raises:
             ValueError: the weight is not finite, or the split is impossible.
         """
-        codes_lo, codes_hi, scale = quantize_weight(linear.weight, high_columns)
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            high_columns=high_columns,
-            dtype=linear.weight.dtype,
-            device=linear.weight.device,
-        )
-        layer.weight_lo = nn.Parameter(codes_lo, False)
-        layer.weight_hi = nn.Parameter(codes_hi, False)
-        layer.weight_scale.data = scale
-        if layer.bias is not None:
-            layer.bias.data = linear.bias.detach().clone()
-        layer.pack()
+        weight = PackedWeight.pack(quantize_weight(linear.weight, high_columns))
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        return ResQLinear.of(weight, bias, RowFormat(high_columns), linear.weight.dtype)
+
+    @staticmethod
+    def of(
+        weight: PackedWeight, bias: torch.Tensor | None, row_format: RowFormat, dtype: torch.dtype
+    ) -> ResQLinear:
+        """A packed layer around these tensors, which are not copied.
+
+        Args:
+            weight: [N, K].
+            bias: [N] in the compute dtype, or None.
+            row_format: how the input is quantized.
+            dtype: compute dtype.
+        """
+        k = weight.k_lo + weight.k_hi
+        layer = ResQLinear(k, weight.n, high_columns=weight.k_hi, dtype=dtype, device="meta")
+        layer.row_format = row_format
+        layer.hold(weight, bias)
         return layer
+
+    @property
+    def high_columns(self) -> int:
+        """K_hi, the columns whose weights and activations are INT8."""
+        return self.row_format.k_hi
 
     @property
     def is_packed(self) -> bool:
@@ -119,33 +125,8 @@ class ResQLinear(nn.Module):
         return self.packed_weight is not None
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Compute dtype: what the product of a `MixedTensor` is returned in."""
-        return self.compute.dtype
-
-    def pack(self) -> None:
-        """Moves the codes into the layout that the kernel of their device reads."""
-        if self.is_packed:
-            return
-        weight_lo, weight_hi = self.codes()
-        self.packed_weight = ops.pack_weight(weight_lo, weight_hi)
-        self.weight_sum = weight_sums(weight_lo, weight_hi)
-        self.weight_lo = self.weight_hi = None
-        self.version += 1
-
-    def unpack(self) -> None:
-        """Moves the codes back into `weight_lo` and `weight_hi`."""
-        if not self.is_packed:
-            return
-        for name, codes in zip(_CODES, self.codes(), strict=True):
-            setattr(self, name, nn.Parameter(codes, False))
-        self.packed_weight = self.weight_sum = None
-        self.version += 1
-
-    def weight_tensors(
-        self,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """What `multiply` takes: packed weight, scale [N, 2], sums [N, 2], bias [N] or None.
+    def weight(self) -> PackedWeight:
+        """The packed weight, of the layer's own tensors.
 
         Raises:
             RuntimeError: not packed.
@@ -153,41 +134,48 @@ class ResQLinear(nn.Module):
         if self.packed_weight is None or self.weight_sum is None:
             kind = type(self).__name__
             raise RuntimeError(f"{kind}: expected a packed weight: call pack() after loading")
-        return self.packed_weight, self.weight_scale, self.weight_sum, self.bias
+        k_hi = self.row_format.k_hi
+        k_lo = self.in_features - k_hi
+        return PackedWeight(self.packed_weight, self.weight_scale, self.weight_sum, k_lo, k_hi)
 
-    def adopt(
-        self,
-        packed_weight: torch.Tensor,
-        weight_scale: torch.Tensor,
-        weight_sum: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> None:
-        """Takes equal tensors in place of its own: slices of a merged weight (nn/merged.py)."""
-        self.packed_weight, self.weight_sum = packed_weight, weight_sum
-        self.weight_scale.data = weight_scale
-        if bias is not None:
-            assert self.bias is not None  # only linears that are alike are merged
-            self.bias.data = bias
+    def pack(self) -> None:
+        """Moves the codes into the layout that the kernel of their device reads."""
+        if not self.is_packed:
+            packed = PackedWeight.pack(self.codes())
+            self.packed_weight, self.weight_sum = packed.data, packed.sums
+            self.weight_lo = self.weight_hi = None
 
-    def codes(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The canonical codes: uint8 [N, K_lo / 2] and int8 [N, K_hi]."""
-        if self.packed_weight is None:
-            assert self.weight_lo is not None and self.weight_hi is not None
-            return self.weight_lo.detach(), self.weight_hi.detach()
-        k_lo = self.in_features - self.high_columns
-        return ops.unpack_weight(self.packed_weight, self.out_features, k_lo, self.high_columns)
+    def unpack(self) -> None:
+        """Moves the codes back into `weight_lo` and `weight_hi`."""
+        if self.is_packed:
+            codes = self.codes()
+            self.weight_lo = nn.Parameter(codes.weight_lo, False)
+            self.weight_hi = nn.Parameter(codes.weight_hi, False)
+            self.packed_weight = self.weight_sum = None
+
+    def hold(self, weight: PackedWeight, bias: torch.Tensor | None) -> None:
+        """Takes these tensors, of the layer's sizes, in place of its own."""
+        self.packed_weight, self.weight_sum = weight.data, weight.sums
+        self.weight_lo = self.weight_hi = None
+        self.weight_scale = nn.Parameter(weight.scale.detach(), False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), False)
+
+    def codes(self) -> QuantizedWeight:
+        """The canonical weight: uint8 [N, K_lo / 2], int8 [N, K_hi] and the scale."""
+        if self.packed_weight is not None:
+            codes = self.weight.codes()
+            return codes._replace(weight_scale=codes.weight_scale.detach())
+        assert self.weight_lo is not None and self.weight_hi is not None
+        tensors = (self.weight_lo, self.weight_hi, self.weight_scale)
+        return QuantizedWeight(*(tensor.detach() for tensor in tensors))
 
     def dequantize(self) -> torch.Tensor:
         """scale * code as float32 [N, K]: exactly the weight that the kernel computes with."""
-        codes_lo, codes_hi = self.codes()
-        scale_lo, scale_hi = self.weight_scale.detach().split(1, dim=1)
-        return torch.cat([scale_lo * unpack_int4(codes_lo), scale_hi * codes_hi], dim=1)
+        return self.codes().dequantize()
 
     def quantize_input(self, x: torch.Tensor) -> MixedTensor:
-        """`mixed_quantize` with this layer's split and options."""
-        return ops.mixed_quantize(
-            x, self.high_columns, self.lo_bits, symmetric=self.symmetric, clip=self.clip
-        )
+        """`mixed_quantize` with this layer's `row_format`."""
+        return ops.mixed_quantize(x, *self.row_format)
 
     def forward(self, x: torch.Tensor | MixedTensor) -> torch.Tensor:
         """y [..., N] of x [..., K], in x's dtype, or the compute dtype for a `MixedTensor`.
@@ -195,26 +183,12 @@ class ResQLinear(nn.Module):
         Raises:
             RuntimeError: not packed, or x has another K.
         """
-        return self.multiply(x, *self.weight_tensors())
-
-    def multiply(
-        self,
-        x: torch.Tensor | MixedTensor,
-        packed_weight: torch.Tensor,
-        weight_scale: torch.Tensor,
-        weight_sum: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """`mixed_gemm` of x, as this layer reads it, and `weight_tensors` with any number of rows.
-
-        A tensor is quantized first and returned in its own dtype, a `MixedTensor` in the compute
-        dtype.
-        """
         if isinstance(x, MixedTensor):
-            codes, out_dtype = x, self.dtype
+            codes, dtype = x, self.dtype
         else:
-            codes, out_dtype = self.quantize_input(x), x.dtype
-        return ops.mixed_gemm(*codes, packed_weight, weight_scale, weight_sum, bias, out_dtype)
+            codes, dtype = self.quantize_input(x), x.dtype
+        data, scale, sums, _, _ = self.weight
+        return ops.mixed_gemm(*codes, data, scale, sums, self.bias, dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -225,14 +199,13 @@ class ResQLinear(nn.Module):
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> ResQLinear:
-        was_packed = self.is_packed
-        if self.packed_weight is not None:
-            here = self.packed_weight.device
-            if fn(torch.empty(0, device=here)).device.type != here.type:
-                self.unpack()  # the other device's kernel has its own layout
+        was_packed, here = self.is_packed, self.weight_scale.device
+        moved = fn(torch.empty(0, dtype=self.dtype, device=here))
+        if moved.device.type != here.type:
+            self.unpack()  # the other device's kernel has its own layout
         apply: Callable[..., nn.Module] = super()._apply  # torch leaves it without types
         apply(keep_dtype(fn, self.weight_scale), recurse)
-        self.version += 1
+        self.dtype = moved.dtype
         if was_packed and not self.weight_scale.is_meta:
             self.pack()
         return self
@@ -241,8 +214,8 @@ class ResQLinear(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         if self.is_packed:
-            for name, codes in zip(_CODES, self.codes(), strict=True):
-                destination[prefix + name] = codes
+            codes = self.codes()
+            destination |= {prefix + name: getattr(codes, name) for name in _CODES}
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from resq_kernels import ops
-from resq_kernels.formats import MixedTensor
+from resq_kernels.formats import MixedTensor, RowFormat
 
 
 class ResQRMSNorm(nn.Module):
@@ -15,8 +15,7 @@ class ResQRMSNorm(nn.Module):
     Args:
         hidden_size: K.
         eps: added to the mean square.
-        high_columns: K_hi, the last columns, quantized to 8 bits.
-        lo_bits, symmetric, clip: as in `mixed_quantize`.
+        row_format: how the normalized rows are quantized.
         dtype, device: of the weight.
 
     Attributes:
@@ -29,17 +28,13 @@ class ResQRMSNorm(nn.Module):
         self,
         hidden_size: int,
         eps: float,
+        row_format: RowFormat,
         *,
-        high_columns: int,
-        lo_bits: int = 4,
-        symmetric: bool = False,
-        clip: float = 1.0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.eps, self.high_columns = eps, high_columns
-        self.lo_bits, self.symmetric, self.clip = lo_bits, symmetric, clip
+        self.eps, self.row_format = eps, row_format
         weight = torch.ones(hidden_size, dtype=dtype, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)
 
@@ -51,16 +46,10 @@ class ResQRMSNorm(nn.Module):
         With a residual [..., K]: those of x + residual, and that sum in x's dtype.
         """
         quantized, new_residual = ops.rms_norm_quantize(
-            x,
-            residual,
-            self.weight,
-            self.eps,
-            self.high_columns,
-            self.lo_bits,
-            symmetric=self.symmetric,
-            clip=self.clip,
+            x, residual, self.weight, self.eps, *self.row_format
         )
         return quantized if residual is None else (quantized, new_residual)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}, high_columns={self.high_columns}"
+        columns = f"high_columns={self.row_format.k_hi}"
+        return f"{self.weight.shape[0]}, eps={self.eps}, {columns}"

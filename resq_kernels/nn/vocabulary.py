@@ -37,8 +37,8 @@ class ResQEmbedding(ResQLinear):
         Raises:
             RuntimeError: not packed, or an id is none (`ops.embedding`).
         """
-        packed_weight, weight_scale, _, _ = self.weight_tensors()
-        return ops.embedding(ids, packed_weight, weight_scale, 0, self.in_features, self.dtype)
+        data, scale, _, k_lo, k_hi = self.weight
+        return ops.embedding(ids, data, scale, k_lo, k_hi, self.dtype)
 
 
 class TiedHead(nn.Module):

@@ -26,6 +26,7 @@ from resq_kernels.architecture import (
     ModelShape,
 )
 from resq_kernels.config import ResQConfig
+from resq_kernels.formats import RowFormat
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -169,10 +170,8 @@ class DecoderLayer:
         config = self.rounding
         if config is None:
             return x
-        n_hi = self.shape.high_columns(name, config.high_fraction)
-        return reference.mixed_quantize(
-            x, n_hi, config.lo_bits, False, config.symmetric, config.activation_clip
-        ).dequantize()
+        k_hi = self.shape.high_columns(name, config.high_fraction)
+        return reference.mixed_quantize(x, *RowFormat.of(config, k_hi)).dequantize()
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return functional.linear(x, self.layer.weights[name], self.layer.biases.get(name))

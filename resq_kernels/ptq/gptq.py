@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from resq_kernels.ptq.rounded import RoundedWeight
+from resq_kernels.formats import QuantizedWeight, pack_int4
 from resq_kernels.weights import search_scale
 
 BLOCK = 128
 
 
-def gptq(weight: torch.Tensor, moment: torch.Tensor, k_hi: int, damping: float) -> RoundedWeight:
+def gptq(weight: torch.Tensor, moment: torch.Tensor, k_hi: int, damping: float) -> QuantizedWeight:
     """Rounds column by column and lets the columns still to come absorb every error.
 
     Formula: with C the upper Cholesky factor of (E[x x^T] + damping * mean diagonal * I)^-1, for
@@ -47,7 +47,7 @@ def gptq(weight: torch.Tensor, moment: torch.Tensor, k_hi: int, damping: float) 
             errors[:, j - start] = error
             codes[:, j] = code.to(torch.int8)
         weight[:, stop:] -= errors @ factor[start:stop, stop:]
-    return RoundedWeight(codes[:, :k_lo], codes[:, k_lo:], scale)
+    return QuantizedWeight(pack_int4(codes[:, :k_lo]), codes[:, k_lo:].contiguous(), scale)
 
 
 def inverse_factor(moment: torch.Tensor, damping: float) -> torch.Tensor:

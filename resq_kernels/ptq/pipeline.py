@@ -13,9 +13,9 @@ from resq_kernels.ptq.calibrate import calibrate, check_tokens
 from resq_kernels.ptq.check import check_disk, check_shape, work_bytes
 from resq_kernels.ptq.decoder import rope_tables
 from resq_kernels.ptq.quantize import quantize
-from resq_kernels.ptq.report import layer_errors, spectra, write_report
+from resq_kernels.ptq.report import finished_report, layer_errors, spectra, write_report
 from resq_kernels.ptq.rotate import Rotation, rotate
-from resq_kernels.ptq.save import finished_report, publish, save
+from resq_kernels.ptq.save import publish, save
 from resq_kernels.ptq.source import SourceModel
 from resq_kernels.ptq.workspace import Workspace, fingerprint
 

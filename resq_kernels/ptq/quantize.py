@@ -17,23 +17,16 @@ from resq_kernels.architecture import (
     layer_prefix,
 )
 from resq_kernels.config import ResQConfig
+from resq_kernels.formats import QuantizedWeight
 from resq_kernels.ptq.calibrate import batches, gram, layer_bar
 from resq_kernels.ptq.decoder import DecoderLayer, Rope
 from resq_kernels.ptq.fuse import fuse_layer
 from resq_kernels.ptq.gptq import gptq
 from resq_kernels.ptq.rotate import Rotation
-from resq_kernels.ptq.rounded import RoundedWeight, output_error, round_to_nearest
 from resq_kernels.ptq.source import SourceModel
 from resq_kernels.ptq.vocabulary import embed
-from resq_kernels.ptq.workspace import Workspace
-
-ERROR_SUFFIX = ".error"
-"""Beside a linear's tensors in its layer's piece: its relative output error, float64 [1]."""
-
-
-def piece_name(index: int) -> str:
-    """The work folder's name of a quantized layer."""
-    return f"quantize-{index:05d}"
+from resq_kernels.ptq.workspace import Workspace, error_piece, layer_piece
+from resq_kernels.weights import quantize_weight
 
 
 @torch.no_grad()
@@ -47,7 +40,8 @@ def quantize(
     device: str = "cpu",
     progress: bool = True,
 ) -> None:
-    """Leaves one piece per layer in the work folder: tensors under their names in a checkpoint.
+    """Leaves two pieces per layer in the work folder: tensors under their names in a checkpoint
+    (`layer_piece`), and the relative output error of every linear (`error_piece`).
 
     Calibration windows run through the layers quantized so far, with inputs, keys and values
     rounded as the kernels round them; within a layer, q, k, v come first, then o, gate and up,
@@ -55,7 +49,7 @@ def quantize(
     """
     size = (*tokens.shape, model.shape.hidden)
     for index in layer_bar(range(model.shape.layers), "quantize", progress):
-        if work.has(piece_name(index)):
+        if work.has(layer_piece(index)):
             continue
         states = work.hidden(f"rounded-{index:05d}", size)
         if index == 0 and not states.exists:
@@ -64,10 +58,12 @@ def quantize(
         after = work.hidden(f"rounded-{index + 1:05d}", size)
         layer = fuse_layer(model, index, rotation, config.high_fraction, device)
         step = DecoderLayer(model.shape, layer, rope, config)
-        tensors = _quantize_layer(step, states.read(), after.begin(), config, device)
+        weights, errors = _quantize_layer(step, states.read(), after.begin(), config, device)
         after.finish()
         prefix = layer_prefix(index)
-        piece = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+        piece: dict[str, torch.Tensor] = {}
+        for name, weight in weights.items():
+            piece |= weight.named(prefix + name)
         dtype = model.reader.info(f"{prefix}{NORMS[0]}.weight").dtype
         for name in NORMS:
             gain = layer.norms.get(name, torch.ones(model.shape.hidden))
@@ -77,7 +73,9 @@ def quantize(
             piece[f"{prefix}{name}.bias"] = bias.to(dtype)
         if layer.key_rotation is not None:
             piece[prefix + KEY_ROTATION] = layer.key_rotation
-        work.save(piece_name(index), piece)
+        # In this order: a layer that is there counts as finished, its errors included.
+        work.save(error_piece(index), errors)
+        work.save(layer_piece(index), piece)
         states.delete()
     work.hidden(f"rounded-{model.shape.layers:05d}", size).delete()
 
@@ -88,18 +86,22 @@ def _quantize_layer(
     after: torch.Tensor,
     config: ResQConfig,
     device: str,
-) -> dict[str, torch.Tensor]:
-    """Rounds the seven linears in forward order; fills `after` with the layer's output."""
-    tensors: dict[str, torch.Tensor] = {}
+) -> tuple[dict[str, QuantizedWeight], dict[str, torch.Tensor]]:
+    """Rounds the seven linears in forward order; fills `after` with the layer's output.
+
+    Returns:
+        The weights and their relative output errors, float64 [1], by the names of the linears.
+    """
+    weights: dict[str, QuantizedWeight] = {}
+    errors: dict[str, torch.Tensor] = {}
 
     def round_group(names: tuple[str, ...], inputs: Callable[[slice], torch.Tensor]) -> None:
         moment = _moment(inputs, states.shape)
         for name in names:
-            rounded = _round_weight(step, name, moment, config)
-            tensors.update(rounded.tensors(name))
-            weight, dequantized = step.layer.weights[name], rounded.dequantize()
-            error = output_error(weight, dequantized, moment)
-            tensors[name + ERROR_SUFFIX] = torch.tensor([error], dtype=torch.float64)
+            weights[name] = _round_weight(step, name, moment, config)
+            dequantized = weights[name].dequantize()
+            error = output_error(step.layer.weights[name], dequantized, moment)
+            errors[name] = torch.tensor([error], dtype=torch.float64)
             step.layer.weights[name] = dequantized
 
     def read(part: slice) -> torch.Tensor:
@@ -119,7 +121,21 @@ def _quantize_layer(
     round_group((DOWN_PROJ,), down_input)
     for part in batches(*states.shape[:2]):
         after[part] = step.output(after[part].to(device), down_input(part)).cpu()
-    return tensors
+    return weights, errors
+
+
+def output_error(weight: torch.Tensor, rounded: torch.Tensor, moment: torch.Tensor) -> float:
+    """||(W - W') x|| / ||W x|| over the calibration inputs x with moment E[x x^T].
+
+    Formula: sqrt(tr(D M D^T) / tr(W M W^T)), D = W - W'; 0 where W x is 0 everywhere.
+    """
+
+    def power(matrix: torch.Tensor) -> torch.Tensor:
+        matrix = matrix.double()
+        return ((matrix @ moment) * matrix).sum()
+
+    total = power(weight)
+    return float((power(weight - rounded) / total).clamp_min(0).sqrt()) if total > 0 else 0.0
 
 
 def _moment(inputs: Callable[[slice], torch.Tensor], size: tuple[int, ...]) -> torch.Tensor:
@@ -130,8 +146,8 @@ def _moment(inputs: Callable[[slice], torch.Tensor], size: tuple[int, ...]) -> t
 
 def _round_weight(
     step: DecoderLayer, name: str, moment: torch.Tensor, config: ResQConfig
-) -> RoundedWeight:
+) -> QuantizedWeight:
     k_hi = step.shape.high_columns(name, config.high_fraction)
     if config.weights == "rtn":
-        return round_to_nearest(step.layer.weights[name], k_hi)
+        return quantize_weight(step.layer.weights[name], k_hi)
     return gptq(step.layer.weights[name], moment, k_hi, config.damping)

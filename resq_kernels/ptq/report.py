@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,10 @@ from typing import Any
 import torch
 
 from resq_kernels.architecture import LINEARS, layer_prefix
-from resq_kernels.checkpoint import write_bytes, write_json
+from resq_kernels.checkpoint import read_json, write_bytes, write_json
 from resq_kernels.ptq.basis import Basis
-from resq_kernels.ptq.quantize import ERROR_SUFFIX, piece_name
 from resq_kernels.ptq.source import SourceModel
-from resq_kernels.ptq.workspace import Workspace
+from resq_kernels.ptq.workspace import Workspace, error_piece
 
 JSON_FILE = "quantization_report.json"
 HTML_FILE = "quantization_report.html"
@@ -35,12 +35,27 @@ def layer_errors(model: SourceModel, work: Workspace) -> list[dict[str, object]]
     """Name, rows, columns and relative output error of every quantized linear, in order."""
     rows: list[dict[str, object]] = []
     for index in range(model.shape.layers):
-        piece = work.load(piece_name(index))
+        errors = work.load(error_piece(index))
         for linear in LINEARS:
             name = layer_prefix(index) + linear
             size = dict(zip(("rows", "columns"), model.shape.linear(linear), strict=True))
-            rows.append({"name": name, **size, "error": float(piece[name + ERROR_SUFFIX])})
+            rows.append({"name": name, **size, "error": float(errors[linear])})
     return rows
+
+
+def finished_report(out: Path, inputs: Mapping[str, str]) -> dict[str, object] | None:
+    """The report of a finished folder made from these inputs; removes a work folder left behind.
+
+    None where there is no such folder.
+    """
+    path = out / JSON_FILE
+    if not path.exists():
+        return None
+    report = read_json(path)
+    if report.get("inputs") != dict(inputs):
+        return None
+    shutil.rmtree(out.with_name(f"{out.name}.partial"), ignore_errors=True)
+    return report
 
 
 def spectra(basis: Basis) -> dict[str, object]:

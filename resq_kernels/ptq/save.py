@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,19 +12,16 @@ from resq_kernels import architecture
 from resq_kernels.checkpoint import (
     ShardWriter,
     quantization_config,
-    read_json,
     tensors_hash,
     validate,
     write_json,
 )
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq.basis import Basis
-from resq_kernels.ptq.quantize import ERROR_SUFFIX, piece_name
-from resq_kernels.ptq.report import JSON_FILE
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.source import SourceModel
 from resq_kernels.ptq.vocabulary import embedding_tensors, head_tensors, tied_head
-from resq_kernels.ptq.workspace import Workspace
+from resq_kernels.ptq.workspace import Workspace, layer_piece
 
 # Everything that makes a folder usable besides its weights.
 COPIED = (
@@ -61,8 +57,7 @@ def save(
     norm = model.reader.load(architecture.FINAL_NORM)
     writer.add_all(embedding_tensors(model, rotation, config))
     for index in range(model.shape.layers):
-        piece = work.load(piece_name(index))
-        writer.add_all({n: t for n, t in piece.items() if not n.endswith(ERROR_SUFFIX)})
+        writer.add_all(work.load(layer_piece(index)))
     writer.add(architecture.FINAL_NORM, norm if rotation is None else torch.ones_like(norm))
     writer.add_all(head_tensors(model, rotation, config))
     writer.finish()
@@ -88,18 +83,3 @@ def publish(folder: Path, out: Path, work: Workspace) -> None:
     """Gives the complete folder its name and removes the work folder."""
     os.replace(folder, out)
     work.remove()
-
-
-def finished_report(out: Path, inputs: Mapping[str, str]) -> dict[str, object] | None:
-    """The report of a finished folder made from these inputs; removes a work folder left behind.
-
-    None where there is no such folder.
-    """
-    path = out / JSON_FILE
-    if not path.exists():
-        return None
-    report = read_json(path)
-    if report.get("inputs") != dict(inputs):
-        return None
-    shutil.rmtree(out.with_name(f"{out.name}.partial"), ignore_errors=True)
-    return report

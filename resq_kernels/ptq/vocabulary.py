@@ -14,8 +14,8 @@ from resq_kernels.architecture import (
     HEAD_MODULE,
 )
 from resq_kernels.config import ResQConfig
+from resq_kernels.formats import QuantizedWeight
 from resq_kernels.ptq.rotate import Rotation
-from resq_kernels.ptq.rounded import RoundedWeight
 from resq_kernels.ptq.source import SourceModel
 from resq_kernels.weights import round_weight
 
@@ -81,11 +81,11 @@ def _tensors(
         for start, part in zip(range(0, len(matrix), VOCAB_ROWS), rows, strict=True):
             matrix[start : start + VOCAB_ROWS] = part.to(matrix.dtype)
         return {f"{module}.weight": matrix}
-    parts = [_round(part).tensors(module) for part in rows]
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    parts = zip(*(_round(part) for part in rows), strict=True)
+    return QuantizedWeight(*map(torch.cat, parts)).named(module)
 
 
-def _round(rows: torch.Tensor) -> RoundedWeight:
+def _round(rows: torch.Tensor) -> QuantizedWeight:
     """Rows to INT8 over their whole range.
 
     A search for a smaller one (`weights.search_scale`) finds 0.99 of it for Gaussian rows, which is
@@ -95,7 +95,8 @@ def _round(rows: torch.Tensor) -> RoundedWeight:
     largest = rows.abs().amax(1)
     scale = torch.where(largest > 0, largest / 127, 1.0)
     codes = round_weight(rows, scale, 8)
-    return RoundedWeight(codes[:, :0], codes, torch.stack([torch.zeros_like(scale), scale], dim=1))
+    none = torch.empty(len(rows), 0, dtype=torch.uint8)
+    return QuantizedWeight(none, codes, torch.stack([torch.zeros_like(scale), scale], dim=1))
 
 
 def _rotated(

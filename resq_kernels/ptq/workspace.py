@@ -63,6 +63,16 @@ def fingerprint(
     }
 
 
+def layer_piece(index: int) -> str:
+    """The piece with the tensors of a quantized layer, under their names in a checkpoint."""
+    return f"quantize-{index:05d}"
+
+
+def error_piece(index: int) -> str:
+    """The piece with the relative output error of each linear of a layer, float64 [1] by name."""
+    return f"errors-{index:05d}"
+
+
 class Workspace:
     """A work folder: named pieces, and files of hidden states.
 

@@ -22,10 +22,8 @@ import torch
 
 from resq_kernels import kv_pages
 from resq_kernels.architecture import LINEARS
-from resq_kernels.nn.attention import ResQAttention
 from resq_kernels.nn.decode_graph import PreparedSequences
 from resq_kernels.nn.kv_cache import ResQCache
-from resq_kernels.nn.mlp import ResQMLP
 from resq_kernels.nn.paged import Sequences, Step
 from resq_kernels.testing import bench_graphs, bench_model, bench_models, cuda_timing
 from resq_kernels.testing.bench_device import BenchDevice, Call, Row, Work, nbytes
@@ -93,9 +91,6 @@ def copies(bench: BenchDevice, layer: Any, cache: Any) -> Copies:
     found = [(layer, with_cache(layer, cache))]
     for _ in range(bench.copy_count(size) - 1):
         other = copy.deepcopy(layer)
-        for module in other.modules():
-            if isinstance(module, (ResQAttention, ResQMLP)):
-                module.merge()  # copies of slices are not slices of one copy
         found.append((other, with_cache(other, copy.deepcopy(cache))))
     return found
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from resq_kernels import reference
 from resq_kernels.formats import MixedTensor, join_heads
 from resq_kernels.nn.attention import ResQAttention, named_cache
+from resq_kernels.nn.fused import FusedLinear
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.mlp import ResQMLP
 from resq_kernels.nn.norm import ResQRMSNorm
@@ -47,14 +48,10 @@ def fake_quantized(model: nn.Module, rounding: Any = reference) -> Iterator[nn.M
             del module.forward
 
 
-def _options(module: ResQLinear | ResQRMSNorm) -> dict[str, Any]:
-    return {"lo_bits": module.lo_bits, "symmetric": module.symmetric, "clip": module.clip}
-
-
 def _linear(rounding: Any, layer: ResQLinear, x: torch.Tensor | MixedTensor) -> torch.Tensor:
     dtype = layer.dtype if isinstance(x, MixedTensor) else x.dtype
     if not isinstance(x, MixedTensor):
-        x = rounding.mixed_quantize(x, layer.high_columns, **_options(layer))
+        x = rounding.mixed_quantize(x, *layer.row_format)
     bias = None if layer.bias is None else layer.bias.float()
     return F.linear(x.dequantize(), layer.dequantize(), bias).to(dtype)
 
@@ -62,20 +59,15 @@ def _linear(rounding: Any, layer: ResQLinear, x: torch.Tensor | MixedTensor) -> 
 def _norm(
     rounding: Any, norm: ResQRMSNorm, x: torch.Tensor, residual: torch.Tensor | None = None
 ) -> MixedTensor | tuple[MixedTensor, torch.Tensor]:
-    result = rounding.rms_norm_quantize(
-        x, residual, norm.weight, norm.eps, norm.high_columns, **_options(norm)
-    )
+    result = rounding.rms_norm_quantize(x, residual, norm.weight, norm.eps, *norm.row_format)
     return result[0] if residual is None else result
 
 
 def _mlp(rounding: Any, mlp: ResQMLP, x: torch.Tensor | MixedTensor) -> torch.Tensor:
-    gate_up = torch.cat([mlp.gate_proj(x), mlp.up_proj(x)], dim=-1)
-    down = mlp.down_proj
-    return down(
-        rounding.silu_mul_hadamard_quantize(
-            gate_up, mlp.hadamard, down.high_columns, **_options(down)
-        )
+    hidden = rounding.silu_mul_hadamard_quantize(
+        mlp.project(x), mlp.hadamard, *mlp.down_proj.row_format
     )
+    return mlp.down_proj(hidden)
 
 
 def _attention(
@@ -91,10 +83,10 @@ def _attention(
         return ResQAttention.forward(
             attention, hidden_states, position_embeddings, attention_mask, cache, **kwargs
         )
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    q, k, v = (projection(hidden_states) for projection in projections)
-    dtype, (batch, new) = q.dtype, q.shape[:2]
-    q, k, v = (x.float().view(batch, new, -1, attention.head_dim) for x in (q, k, v))
+    qkv = attention.project(hidden_states)
+    dtype, new = qkv.dtype, qkv.shape[1]
+    heads = qkv.float().unflatten(-1, (-1, attention.head_dim))
+    q, k, v = heads.split([attention.heads, attention.kv_heads, attention.kv_heads], dim=2)
     cos, sin = (t.float().unsqueeze(2) for t in position_embeddings)
     q, k = (x * cos + _turn(x) * sin for x in (q, k))
     if attention.key_rotation is not None:
@@ -124,9 +116,7 @@ def _turn(x: torch.Tensor) -> torch.Tensor:
 
 
 def _embedding(rounding: Any, embedding: ResQEmbedding, ids: torch.Tensor) -> torch.Tensor:
-    return reference.embedding(
-        ids, *embedding.codes(), embedding.weight_scale.detach(), embedding.dtype
-    )
+    return reference.embedding(ids, *embedding.codes(), embedding.dtype)
 
 
 def _tied_head(rounding: Any, head: TiedHead, x: torch.Tensor) -> torch.Tensor:
@@ -135,6 +125,7 @@ def _tied_head(rounding: Any, head: TiedHead, x: torch.Tensor) -> torch.Tensor:
 
 _FAKES: dict[type[nn.Module], Callable[..., Any]] = {
     ResQLinear: _linear,
+    FusedLinear: _linear,
     ResQEmbedding: _embedding,
     TiedHead: _tied_head,
     ResQRMSNorm: _norm,

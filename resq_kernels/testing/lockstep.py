@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from resq_kernels import hadamard as _hadamard
 from resq_kernels import kv_pages, ops, reference
-from resq_kernels.formats import MixedTensor, unpack_int4
+from resq_kernels.formats import MixedTensor, RowFormat, unpack_int4
 from resq_kernels.testing.fake_quant import fake_quantized
 
 _QUANTIZERS = ("mixed_quantize", "rms_norm_quantize", "silu_mul_hadamard_quantize")
@@ -126,12 +126,12 @@ class _Follower:
     def __init__(self, codes: deque[MixedTensor | torch.Tensor], share: float) -> None:
         self.codes, self.share, self.agreement = codes, share, Agreement()
 
-    def mixed_quantize(self, x: torch.Tensor, n_hi: int, **options: Any) -> MixedTensor:
-        x = x.float()
-        own, theirs = reference.mixed_quantize(x, n_hi, **options), self._next()
-        levels = torch.tensor([2.0 ** options["lo_bits"] - 1, 255.0])
+    def mixed_quantize(self, x: torch.Tensor, *options: Any) -> MixedTensor:
+        x, rows = x.float(), RowFormat(*options)
+        own, theirs = reference.mixed_quantize(x, *rows), self._next()
+        levels = torch.tensor([2.0**rows.lo_bits - 1, 255.0])
         ranges = own.params[..., 0::2] * levels
-        sizes = torch.tensor([x.shape[-1] - n_hi, n_hi])
+        sizes = torch.tensor([x.shape[-1] - rows.k_hi, rows.k_hi])
         edge = self.share * torch.repeat_interleave(ranges, sizes, dim=-1)
         taken = self._fits(x, own.dequantize(), theirs.dequantize(), edge)
         return MixedTensor(*(torch.where(taken, b, a) for a, b in zip(own, theirs, strict=True)))
@@ -142,21 +142,20 @@ class _Follower:
         residual: torch.Tensor | None,
         weight: torch.Tensor | None,
         eps: float,
-        n_hi: int,
-        **options: Any,
+        *options: Any,
     ) -> tuple[MixedTensor, torch.Tensor]:
         new_residual = x if residual is None else x + residual
         normed = reference.rms_norm(new_residual, weight, eps)
-        return self.mixed_quantize(normed, n_hi, **options), new_residual
+        return self.mixed_quantize(normed, *options), new_residual
 
     def silu_mul_hadamard_quantize(
-        self, gate_up: torch.Tensor, hadamard: bool, n_hi: int, **options: Any
+        self, gate_up: torch.Tensor, hadamard: bool, *options: Any
     ) -> MixedTensor:
         gate, up = gate_up.float().chunk(2, dim=-1)
         product = F.silu(gate) * up
         if hadamard:
             product = _hadamard.transform(product)
-        return self.mixed_quantize(product, n_hi, **options)
+        return self.mixed_quantize(product, *options)
 
     def kv_fake_quantize(self, x: torch.Tensor, hi_bits: int = 8) -> torch.Tensor:
         own, theirs = reference.kv_fake_quantize(x, hi_bits), self._next().view_as(x)

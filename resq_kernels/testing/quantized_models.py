@@ -58,7 +58,7 @@ def randomize(model: Any, options: ResQConfig, seed: int = 0) -> None:
     rotations = []
     for module in model.modules():
         if isinstance(module, ResQLinear):
-            codes_lo, codes_hi = module.codes()
+            codes_lo, codes_hi, _ = module.codes()
             codes_lo.random_(0, 256)
             codes_hi.random_(-128, 128)
             spread = 0.5 + torch.rand(module.out_features, 2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from emulation import Emulated
 
-from resq_kernels.formats import pack_int4, unpack_int4
+from resq_kernels.formats import pack_int4, packed_weight_bytes, unpack_int4
 
 # (N, K_lo, K_hi): one code, whole steps, padding of every kind, parts without columns.
 WEIGHTS = [(1, 2, 1), (64, 128, 64), (65, 66, 33), (130, 784, 112), (17, 0, 40), (40, 96, 0)]
@@ -49,6 +49,16 @@ def test_pack_weight_writes_the_layout_and_unpack_weight_inverts_it(
     for back, code in zip(device.unpack_weight(packed, *weight), codes, strict=True):
         assert back.dtype == code.dtype
         assert torch.equal(back, code)
+
+
+def test_weights_of_whole_blocks_are_the_packed_weight_of_all_their_rows(device: Emulated) -> None:
+    rows, (k_lo, k_hi) = [128, 64, 37], (66, 33)
+    parts = [random_codes(n, k_lo, k_hi) for n in rows]
+    whole = device.pack_weight(*(torch.cat(codes) for codes in zip(*parts, strict=True)))
+    assert torch.equal(torch.cat([device.pack_weight(*codes) for codes in parts]), whole)
+    slices = whole.split([packed_weight_bytes(n, k_lo, k_hi, "cuda") for n in rows])
+    for packed, codes in zip(slices, parts, strict=True):
+        assert torch.equal(device.pack_weight(*codes), packed)
 
 
 def test_pack_weight_shows_every_change_of_a_code(device: Emulated) -> None:

@@ -110,8 +110,9 @@ def test_the_comparison_tells_a_slightly_wrong_layer() -> None:
     model = random_quantized("llama")
     other = copy.deepcopy(model)
     for layer in other.model.layers:
-        layer.mlp.up_proj.weight_scale.data[5] *= 1.1
-        layer.self_attn.v_proj.weight_scale.data[5] *= 1.1
+        gate_up, qkv = layer.mlp.gate_up_proj, layer.self_attn.qkv_proj
+        gate_up.weight_scale.data[gate_up.rows["gate_proj"] + 5] *= 1.1
+        qkv.weight_scale.data[qkv.out_features - qkv.rows["v_proj"] + 5] *= 1.1
         layer.input_layernorm.weight.data[-8:] *= 1.01
         layer.post_attention_layernorm.weight.data[-8:] *= 1.01
     for name, rows in row_errors(model, tokens(2, 40), other).items():
@@ -143,7 +144,7 @@ def test_every_parameter_matters() -> None:
     before = logits(model, ids)
     attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
     norm = model.model.layers[1].post_attention_layernorm
-    parameters = [attention.k_proj.bias, norm.weight, mlp.down_proj.weight_scale]
+    parameters = [attention.qkv_proj.bias, norm.weight, mlp.down_proj.weight_scale]
     parameters.append(attention.key_rotation)
     with torch.no_grad():
         for parameter in parameters:
@@ -206,7 +207,7 @@ def test_copies_are_independent() -> None:
     ids = tokens(1, 9)
     other = copy.deepcopy(model)
     assert torch.equal(logits(other, ids), logits(model, ids))
-    other.model.layers[0].mlp.gate_proj.weight_scale.data.mul_(2)
+    other.model.layers[0].mlp.gate_up_proj.weight_scale.data.mul_(2)
     assert not torch.equal(logits(other, ids), logits(model, ids))
 
 
@@ -246,7 +247,7 @@ def test_real_widths(model_type: str, sizes: dict[str, Any]) -> None:
         assert rows.median() < ROUNDING[name] and rows.max() < FLIPPED_CODE, name
     layers = model.model.layers.modules()
     linears = [module for module in layers if isinstance(module, ResQLinear)]
-    assert [m.bias is not None for m in linears] == 3 * [model_type == "qwen2"] + 4 * [False]
+    assert [m.bias is not None for m in linears] == [model_type == "qwen2"] + 3 * [False]
     assert isinstance(model.model.layers[0].self_attn, ResQAttention)
 
 

@@ -30,11 +30,8 @@ def random_layer(
 
 def expected(layer: ResQLinear, x: torch.Tensor) -> torch.Tensor:
     """The layer's output by reference.py."""
-    mixed = reference.mixed_quantize(
-        x, layer.high_columns, layer.lo_bits, None, layer.symmetric, layer.clip
-    )
-    codes = layer.codes()
-    return reference.mixed_gemm(*mixed, *codes, layer.weight_scale, layer.bias, x.dtype)
+    mixed = reference.mixed_quantize(x, *layer.row_format)
+    return reference.mixed_gemm(*mixed, *layer.codes(), layer.bias, x.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from resq_kernels.formats import unpack_int4
+from resq_kernels import ops
+from resq_kernels.formats import PackedWeight, QuantizedWeight, unpack_int4, weight_sums
 from resq_kernels.weights import quantize_weight, search_scale
 
 
@@ -79,3 +80,50 @@ def test_a_zero_row_has_zero_codes_and_scale_one() -> None:
 def test_bad_input(weight: torch.Tensor, high_columns: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         quantize_weight(weight, high_columns)
+
+
+def random_weight(n: int, k_lo: int, k_hi: int) -> QuantizedWeight:
+    lo = torch.randint(0, 256, (n, k_lo // 2), dtype=torch.uint8)
+    hi = torch.randint(-128, 128, (n, k_hi), dtype=torch.int8)
+    return QuantizedWeight(lo, hi, torch.rand(n, 2))
+
+
+def same(left: PackedWeight, right: PackedWeight) -> bool:
+    tensors = zip(left[:3], right[:3], strict=True)
+    return left[3:] == right[3:] and all(torch.equal(a, b) for a, b in tensors)
+
+
+def test_dequantize_is_scale_times_code() -> None:
+    weight = random_weight(5, 12, 4)
+    codes = torch.cat([unpack_int4(weight.weight_lo), weight.weight_hi], dim=1)
+    assert codes[:, :12].min() == -8 and codes[:, :12].max() == 7
+    scale = weight.weight_scale.repeat_interleave(torch.tensor([12, 4]), dim=1)
+    assert torch.equal(weight.dequantize(), codes * scale)
+
+
+@pytest.mark.parametrize(("k_lo", "k_hi"), [(56, 8), (30, 0), (0, 17), (2, 3)])
+@pytest.mark.parametrize("n", [0, 1, 33, 64, 200])
+def test_packing_keeps_codes_and_scale(n: int, k_lo: int, k_hi: int) -> None:
+    weight = random_weight(n, k_lo, k_hi)
+    packed = PackedWeight.pack(weight)
+    assert (packed.n, packed.k_lo, packed.k_hi) == (n, k_lo, k_hi)
+    assert torch.equal(packed.data, ops.pack_weight(*weight[:2]))
+    assert torch.equal(packed.sums, weight_sums(*weight[:2]))
+    for mine, given in zip(packed.codes(), weight, strict=True):
+        assert torch.equal(mine, given)
+
+
+@pytest.mark.parametrize(("k_lo", "k_hi"), [(56, 8), (30, 0), (0, 17)])
+@pytest.mark.parametrize("rows", [[64], [128, 64, 64], [64, 1], [64, 0, 37], [100, 64], [1] * 3])
+def test_cat_and_split_are_the_rows_packed_together_and_apart(
+    rows: list[int], k_lo: int, k_hi: int
+) -> None:
+    weights = [random_weight(n, k_lo, k_hi) for n in rows]
+    whole = QuantizedWeight(*(torch.cat(parts) for parts in zip(*weights, strict=True)))
+    joined = PackedWeight.cat([PackedWeight.pack(weight) for weight in weights])
+    assert same(joined, PackedWeight.pack(whole))
+    parts = joined.split(rows)
+    assert all(same(a, PackedWeight.pack(b)) for a, b in zip(parts, weights, strict=True))
+    shared = {part.data.untyped_storage().data_ptr() for part in parts if part.n}
+    aligned = not any(n % 64 for n in rows[:-1])
+    assert (joined.data.untyped_storage().data_ptr() in shared) == aligned

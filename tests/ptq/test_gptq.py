@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from resq_kernels.formats import unpack_int4
 from resq_kernels.ptq.gptq import gptq, inverse_factor
-from resq_kernels.ptq.rounded import RoundedWeight, output_error, round_to_nearest
-from resq_kernels.weights import search_scale
+from resq_kernels.ptq.quantize import output_error
+from resq_kernels.weights import quantize_weight, search_scale
 
 DAMPING = 0.01
 
@@ -49,14 +50,14 @@ def test_gptq_is_elimination(rows: int, columns: int, k_hi: int) -> None:
     k_lo = columns - k_hi
     parts = (weight[:, :k_lo], 4), (weight[:, k_lo:], 8)
     scale = torch.stack([search_scale(part, bits) for part, bits in parts], dim=1)
-    assert torch.equal(rounded.scale, scale)
-    codes = torch.cat([rounded.codes_lo, rounded.codes_hi], dim=1)
+    assert torch.equal(rounded.weight_scale, scale)
+    codes = torch.cat([unpack_int4(rounded.weight_lo), rounded.weight_hi], dim=1)
     expected = by_elimination(weight, moment, k_hi, scale)
     # float32 may decide a tie differently, and what follows in that row with it.
     same = (codes == expected).all(1)
     assert same.float().mean() >= 0.6
     a, b = (
-        output_error(weight, RoundedWeight(c[:, :k_lo], c[:, k_lo:], scale).dequantize(), moment)
+        output_error(weight, c * scale.repeat_interleave(torch.tensor([k_lo, k_hi]), dim=1), moment)
         for c in (codes, expected)
     )
     assert a == pytest.approx(b, rel=0.03)
@@ -66,17 +67,17 @@ def test_gptq_beats_rounding_to_nearest() -> None:
     weight, moment = problem(32, 96)
     errors = [
         output_error(weight, rounded.dequantize(), moment)
-        for rounded in (gptq(weight, moment, 12, DAMPING), round_to_nearest(weight, 12))
+        for rounded in (gptq(weight, moment, 12, DAMPING), quantize_weight(weight, 12))
     ]
     assert errors[0] < 0.85 * errors[1]
 
 
-def test_uncorrelated_inputs_make_gptq_round_to_nearest() -> None:
+def test_uncorrelated_inputs_make_gptq_quantize_weight() -> None:
     weight = torch.randn(7, 64)
     moment = torch.eye(64, dtype=torch.float64)
-    rounded, nearest = gptq(weight, moment, 8, DAMPING), round_to_nearest(weight, 8)
-    assert torch.equal(rounded.codes_lo, nearest.codes_lo)
-    assert torch.equal(rounded.codes_hi, nearest.codes_hi)
+    rounded, nearest = gptq(weight, moment, 8, DAMPING), quantize_weight(weight, 8)
+    assert torch.equal(rounded.weight_lo, nearest.weight_lo)
+    assert torch.equal(rounded.weight_hi, nearest.weight_hi)
 
 
 def test_inputs_that_are_always_zero() -> None:
@@ -91,9 +92,9 @@ def test_inputs_that_are_always_zero() -> None:
 def test_codes_fill_their_ranges() -> None:
     weight, moment = problem(64, 128)
     rounded = gptq(weight, moment, 16, DAMPING)
-    assert rounded.codes_lo.min() >= -8 and rounded.codes_lo.max() <= 7
-    assert rounded.codes_hi.abs().max() > 64
-    tensors = rounded.tensors("a.b")
+    assert unpack_int4(rounded.weight_lo).unique().tolist() == list(range(-8, 8))
+    assert rounded.weight_hi.short().abs().max() > 64
+    tensors = rounded.named("a.b")
     assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == {
         "a.b.weight_lo": (torch.uint8, (64, 56)),
         "a.b.weight_hi": (torch.int8, (64, 16)),

@@ -100,7 +100,7 @@ def test_a_layer_has_a_compiled_baseline(
     assert {row["baseline"] for row in found} == {"transformers bf16", "torch.compile bf16"}
 
 
-def test_copies_of_a_layer_are_cold_and_stay_merged() -> None:
+def test_copies_of_a_layer_are_cold_and_stay_fused() -> None:
     model = random_quantized("llama")
     bench, layer = BenchDevice(cold_bytes=2**18), model.model.layers[0]
     layers = [other for other, _ in bench_layer.copies(bench, layer, None)]
@@ -110,8 +110,7 @@ def test_copies_of_a_layer_are_cold_and_stay_merged() -> None:
     weights = {layer.mlp.down_proj.packed_weight.data_ptr() for layer in layers}
     assert len(weights) == len(layers)
     for layer in layers:
-        attention = layer.self_attn
-        assert attention._qkv._holds((attention.q_proj, attention.k_proj, attention.v_proj))
+        assert layer.self_attn.fused is not None and layer.mlp.fused is not None
 
 
 def test_one_step_writes_the_last_place_every_time() -> None:

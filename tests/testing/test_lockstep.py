@@ -84,11 +84,13 @@ def test_bfloat16_model_agrees() -> None:
 def test_a_slightly_wrong_kernel_is_refused(place: str) -> None:
     model, other = random_quantized("qwen2"), random_quantized("qwen2")
     attention = other.model.layers[0].self_attn
+    qkv = attention.qkv_proj
+    first_v = qkv.out_features - qkv.rows["v_proj"]
     with torch.no_grad():
         if place == "weight_scale":
-            attention.v_proj.weight_scale[3] *= 1.05
+            qkv.weight_scale[first_v + 3] *= 1.05
         elif place == "bias":
-            attention.v_proj.bias[5] += 0.05
+            qkv.bias[first_v + 5] += 0.05
         else:
             attention.key_rotation[0, :, 0] *= 1.05
     _, agreement = compare(model, tokens(96), other)
