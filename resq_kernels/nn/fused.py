@@ -37,7 +37,7 @@ class FusedLinear(ResQLinear):
                 f"dtype and device, got {kinds}"
             )
         linears = list(parts.values())
-        weight = PackedWeight.cat([linear.weight for linear in linears])
+        weight = PackedWeight.cat([linear.packed() for linear in linears])
         biases: list[torch.Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         first = linears[0]
         super().__init__(
@@ -55,7 +55,7 @@ class FusedLinear(ResQLinear):
         """The parts as linears of their own, around slices where blocks of rows allow it."""
         rows = list(self.rows.values())
         biases = [None] * len(rows) if self.bias is None else self.bias.split(rows)
-        weights = self.weight.split(rows)
+        weights = self.packed().split(rows)
         return {
             name: ResQLinear.of(weight, bias, self.row_format, self.dtype)
             for name, weight, bias in zip(self.rows, weights, biases, strict=True)

@@ -124,8 +124,7 @@ class ResQLinear(nn.Module):
         """Whether the codes are in the kernel's layout."""
         return self.packed_weight is not None
 
-    @property
-    def weight(self) -> PackedWeight:
+    def packed(self) -> PackedWeight:
         """The packed weight, of the layer's own tensors.
 
         Raises:
@@ -163,7 +162,7 @@ class ResQLinear(nn.Module):
     def codes(self) -> QuantizedWeight:
         """The canonical weight: uint8 [N, K_lo / 2], int8 [N, K_hi] and the scale."""
         if self.packed_weight is not None:
-            codes = self.weight.codes()
+            codes = self.packed().codes()
             return codes._replace(weight_scale=codes.weight_scale.detach())
         assert self.weight_lo is not None and self.weight_hi is not None
         tensors = (self.weight_lo, self.weight_hi, self.weight_scale)
@@ -187,7 +186,7 @@ class ResQLinear(nn.Module):
             codes, dtype = x, self.dtype
         else:
             codes, dtype = self.quantize_input(x), x.dtype
-        data, scale, sums, _, _ = self.weight
+        data, scale, sums, _, _ = self.packed()
         return ops.mixed_gemm(*codes, data, scale, sums, self.bias, dtype)
 
     def extra_repr(self) -> str:

@@ -37,7 +37,7 @@ class ResQEmbedding(ResQLinear):
         Raises:
             RuntimeError: not packed, or an id is none (`ops.embedding`).
         """
-        data, scale, _, k_lo, k_hi = self.weight
+        data, scale, _, k_lo, k_hi = self.packed()
         return ops.embedding(ids, data, scale, k_lo, k_hi, self.dtype)
 
 

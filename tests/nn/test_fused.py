@@ -165,7 +165,7 @@ def test_a_wrong_state_is_refused_by_the_name_of_the_part(
 def test_splitting_adds_no_memory_where_blocks_allow_it() -> None:
     fused = projections(128, 64, 64).fused
     for part in fused.split().values():
-        for mine, whole in zip(part.weight[:3], fused.weight[:3], strict=True):
+        for mine, whole in zip(part.packed()[:3], fused.packed()[:3], strict=True):
             assert mine.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
     parts = projections(100, 64, 64).fused.split().values()
     assert len({part.packed_weight.untyped_storage().data_ptr() for part in parts}) == 3
@@ -249,7 +249,7 @@ def test_linears_that_differ_are_refused() -> None:
         ResQLinear.from_linear(torch.nn.Linear(K, 64), HIGH + 8),
         ResQLinear.from_linear(torch.nn.Linear(K, 64, bias=False), HIGH),
         ResQLinear.from_linear(torch.nn.Linear(K, 64, dtype=torch.bfloat16), HIGH),
-        ResQLinear.of(b.weight, b.bias, b.row_format._replace(clip=0.8), b.dtype),
+        ResQLinear.of(b.packed(), b.bias, b.row_format._replace(clip=0.8), b.dtype),
     ):
         with pytest.raises(ValueError, match="expected linears with the same columns, row format"):
             FusedLinear({"a": a, "b": other})
