@@ -8,7 +8,7 @@ import torch
 
 from resq_kernels.architecture import DOWN_PROJ, O_PROJ, layer_prefix
 from resq_kernels.ptq.balance import balancing, channel_factors
-from resq_kernels.ptq.calibrate import Covariances
+from resq_kernels.ptq.calibrate import SecondMoments
 from resq_kernels.ptq.source import SourceModel
 
 
@@ -26,8 +26,8 @@ class Basis:
         keys: U_C's eigenvectors [layers, head_dim, head_dim], orthogonal.
         key_factors: [layers, kv_heads, head_dim / 2]: k_proj's rotary pairs are multiplied by
             them, q_proj's divided.
-        inner_factors: [layers, intermediate]: up_proj's rows are multiplied by them, down_proj's
-            columns divided.
+        intermediate_factors: [layers, intermediate]: up_proj's rows are multiplied by them,
+            down_proj's columns divided.
         hidden_variances, value_variances, key_variances: what each column carries, without the
             last dimension of the matrices.
     """
@@ -37,7 +37,7 @@ class Basis:
     values_inverse: torch.Tensor
     keys: torch.Tensor
     key_factors: torch.Tensor
-    inner_factors: torch.Tensor
+    intermediate_factors: torch.Tensor
     hidden_variances: torch.Tensor
     value_variances: torch.Tensor
     key_variances: torch.Tensor
@@ -47,7 +47,7 @@ class Basis:
         return self.hidden, self.values, self.keys
 
 
-def find_basis(model: SourceModel, covariances: Covariances) -> Basis:
+def find_basis(model: SourceModel, moments: SecondMoments) -> Basis:
     """Principal components of the residual stream and of keys, balanced ones of values.
 
     Formula: E[x x^T] = P diag(variance) P^T for U_A and, with the keys of all kv heads after
@@ -66,13 +66,11 @@ def find_basis(model: SourceModel, covariances: Covariances) -> Basis:
         heads = o_proj.unflatten(1, (shape.kv_heads, -1, shape.head_dim))
         value_grams.append(torch.einsum("nkgi,nkgj->kij", heads, heads))
         down_powers.append(model.load(f"{prefix}{DOWN_PROJ}.weight").double().square().sum(0))
-    values, values_inverse, value_variances = balancing(
-        covariances.attended, torch.stack(value_grams)
-    )
-    key_factors = channel_factors(_pair_power(covariances.keys), _pair_power(covariances.queries))
+    values, values_inverse, value_variances = balancing(moments.attended, torch.stack(value_grams))
+    key_factors = channel_factors(_pair_power(moments.keys), _pair_power(moments.queries))
     both = key_factors.repeat(1, 1, 2)
-    keys = (both.unsqueeze(-1) * covariances.keys * both.unsqueeze(-2)).sum(1)
-    hidden_variances, hidden = principal_components(covariances.hidden)
+    keys = (both.unsqueeze(-1) * moments.keys * both.unsqueeze(-2)).sum(1)
+    hidden_variances, hidden = principal_components(moments.hidden)
     key_variances, key_basis = principal_components(keys)
     return Basis(
         hidden=hidden,
@@ -80,7 +78,7 @@ def find_basis(model: SourceModel, covariances: Covariances) -> Basis:
         values_inverse=values_inverse,
         keys=key_basis,
         key_factors=key_factors,
-        inner_factors=channel_factors(covariances.inner, torch.stack(down_powers)),
+        intermediate_factors=channel_factors(moments.intermediate, torch.stack(down_powers)),
         hidden_variances=hidden_variances,
         value_variances=value_variances,
         key_variances=key_variances,

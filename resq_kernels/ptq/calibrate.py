@@ -20,7 +20,7 @@ BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class Covariances:
+class SecondMoments:
     """Uncentred second moments E[x x^T] of the float model, float64.
 
     Attributes:
@@ -30,7 +30,7 @@ class Covariances:
             heads of a kv head.
         keys: same shape: keys after RoPE.
         queries: same shape: queries after RoPE, mean over the query heads of a kv head.
-        inner: [layers, intermediate]: mean squares of down_proj's inputs before the Hadamard
+        intermediate: [layers, intermediate]: mean squares of down_proj's inputs before the Hadamard
             transform.
     """
 
@@ -38,7 +38,7 @@ class Covariances:
     attended: torch.Tensor
     keys: torch.Tensor
     queries: torch.Tensor
-    inner: torch.Tensor
+    intermediate: torch.Tensor
 
 
 def windows(
@@ -134,7 +134,7 @@ def calibrate(
     work: Workspace,
     device: str = "cpu",
     progress: bool = True,
-) -> Covariances:
+) -> SecondMoments:
     """Runs the float model layer by layer over the windows and sums second moments in float64.
 
     Gains of norms are folded into the linears first, so the inputs are those of the rotated model
@@ -154,8 +154,8 @@ def calibrate(
             states.begin().copy_(model.embed(tokens))
             states.finish()
         after = work.hidden(f"float-{index + 1:05d}", size)
-        step = DecoderLayer(shape, model.layer(index, fold_norms=True).to(device), rope)
-        moments = _run_layer(step, states.read(), after.begin(), device)
+        decoder = DecoderLayer(shape, model.layer(index, fold_norms=True).to(device), rope)
+        moments = _run_layer(decoder, states.read(), after.begin(), device)
         after.finish()
         for name, moment in moments.items():
             if not torch.isfinite(moment).all():
@@ -175,29 +175,29 @@ def calibrate(
     pieces = [work.load(f"moments-{index:05d}") for index in range(shape.layers)]
     hidden = work.load(f"hidden-moment-{shape.layers - 1:05d}")["hidden"] / shape.layers
     stacked = {name: torch.stack([piece[name] for piece in pieces]) for name in pieces[0]}
-    return Covariances(hidden=hidden, **stacked)
+    return SecondMoments(hidden=hidden, **stacked)
 
 
 def _run_layer(
-    step: DecoderLayer, states: torch.Tensor, after: torch.Tensor, device: str
+    decoder: DecoderLayer, states: torch.Tensor, after: torch.Tensor, device: str
 ) -> dict[str, torch.Tensor]:
     """Fills `after` with the layer's output and returns the moments of one layer."""
-    shape = step.shape
+    shape = decoder.shape
     moments = _zero_moments(shape, device)
     for part in batches(*states.shape[:2]):
         x = states[part].to(device)
-        qkv_input = step.qkv_input(x)
-        queries, keys, values = step.heads(qkv_input)
-        attended = step.attend(queries, keys, values)
-        middle = step.middle(x, attended)
-        gate_up_input = step.gate_up_input(middle)
-        down_input = step.down_input(gate_up_input)
-        after[part] = step.output(middle, down_input).cpu()
+        qkv_input = decoder.qkv_input(x)
+        queries, keys, values = decoder.heads(qkv_input)
+        attended = decoder.attend(queries, keys, values)
+        hidden = decoder.after_attention(x, attended)
+        gate_up_input = decoder.gate_up_input(hidden)
+        down_input = decoder.down_input(gate_up_input)
+        after[part] = decoder.output(hidden, down_input).cpu()
         moments["hidden"] += (gram(qkv_input) + gram(gate_up_input)) / 2
-        moments["attended"] += gram_per_head(step.split_heads(attended), shape.kv_heads)
+        moments["attended"] += gram_per_head(decoder.split_heads(attended), shape.kv_heads)
         moments["keys"] += gram_per_head(keys, shape.kv_heads)
         moments["queries"] += gram_per_head(queries, shape.kv_heads)
-        moments["inner"] += down_input.double().square().sum((0, 1))
+        moments["intermediate"] += down_input.double().square().sum((0, 1))
     return {name: (m / states.shape[:2].numel()).cpu() for name, m in moments.items()}
 
 
@@ -208,6 +208,6 @@ def _zero_moments(shape: ModelShape, device: str) -> dict[str, torch.Tensor]:
         "attended": head,
         "keys": head,
         "queries": head,
-        "inner": (shape.intermediate,),
+        "intermediate": (shape.intermediate,),
     }
     return {k: torch.zeros(v, dtype=torch.float64, device=device) for k, v in sizes.items()}

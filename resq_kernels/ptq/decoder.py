@@ -140,13 +140,13 @@ class DecoderLayer:
         """What o_proj reads, from what q, k and v read."""
         return self.attend(*self.heads(qkv_input))
 
-    def middle(self, x: torch.Tensor, o_input: torch.Tensor) -> torch.Tensor:
+    def after_attention(self, x: torch.Tensor, o_input: torch.Tensor) -> torch.Tensor:
         """The residual stream between attention and MLP."""
         return x + self._linear(o_input, O_PROJ)
 
-    def gate_up_input(self, middle: torch.Tensor) -> torch.Tensor:
+    def gate_up_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """What gate_proj and up_proj read."""
-        normed = reference.rms_norm(middle, self.layer.norms.get(MLP_NORM), self.shape.norm_eps)
+        normed = reference.rms_norm(hidden, self.layer.norms.get(MLP_NORM), self.shape.norm_eps)
         return self._input(normed, GATE_UP[0])
 
     def down_input(self, gate_up_input: torch.Tensor) -> torch.Tensor:
@@ -157,14 +157,14 @@ class DecoderLayer:
             product = hadamard.transform(product)
         return self._input(product, DOWN_PROJ)
 
-    def output(self, middle: torch.Tensor, down_input: torch.Tensor) -> torch.Tensor:
+    def output(self, hidden: torch.Tensor, down_input: torch.Tensor) -> torch.Tensor:
         """The residual stream after the layer."""
-        return middle + self._linear(down_input, DOWN_PROJ)
+        return hidden + self._linear(down_input, DOWN_PROJ)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The whole layer."""
-        middle = self.middle(x, self.o_input(self.qkv_input(x)))
-        return self.output(middle, self.down_input(self.gate_up_input(middle)))
+        hidden = self.after_attention(x, self.o_input(self.qkv_input(x)))
+        return self.output(hidden, self.down_input(self.gate_up_input(hidden)))
 
     def _input(self, x: torch.Tensor, name: str) -> torch.Tensor:
         config = self.rounding

@@ -32,7 +32,8 @@ def fuse_layer(
     """A decoder layer of the rotated model, float32; products are computed in float64.
 
     Formula, with U_A, U_B (of the kv head), H, the norms' gains g, key factors k (of the pair) and
-    inner factors f: q: diag(1/k) W diag(g) U_A; k: diag(k) W diag(g) U_A; v: U_B^T W diag(g) U_A;
+    intermediate factors f: q: diag(1/k) W diag(g) U_A; k: diag(k) W diag(g) U_A;
+    v: U_B^T W diag(g) U_A;
     gate: W diag(g) U_A; up: diag(f) W diag(g) U_A; o: U_A^T W U_B^-T per head, then columns
     low | high; down: U_A^T W diag(1/f) H^T. Biases of q, k and v as the rows of their weights.
 
@@ -51,7 +52,7 @@ def fuse_layer(
     group = shape.heads // shape.kv_heads
     inverse = rotation.values_inverse[index].to(device).repeat_interleave(group, dim=0)
     key_rows = rotation.key_factors[index].to(device).repeat(1, 2)
-    inner = rotation.inner_factors[index].to(device)
+    intermediate = rotation.intermediate_factors[index].to(device)
 
     weights = {name: weight.double() for name, weight in layer.weights.items()}
     biases = {name: bias.double()[:, None] for name, bias in layer.biases.items()}
@@ -61,13 +62,13 @@ def fuse_layer(
             rows[K_PROJ] = rows[K_PROJ] * key_rows.view(-1, 1)
             heads = rows[V_PROJ].unflatten(0, (shape.kv_heads, shape.head_dim))
             rows[V_PROJ] = (u_b.mT @ heads).flatten(0, 1)
-    weights[UP_PROJ] = weights[UP_PROJ] * inner[:, None]
+    weights[UP_PROJ] = weights[UP_PROJ] * intermediate[:, None]
     for name in (*QKV, *GATE_UP):
         weights[name] = weights[name] @ u_a
     order = o_column_order(shape, high_fraction).to(device)
     o_heads = weights[O_PROJ].unflatten(1, (shape.heads, shape.head_dim)).transpose(0, 1)
     weights[O_PROJ] = u_a.T @ (o_heads @ inverse.mT).transpose(0, 1).flatten(1)[:, order]
-    weights[DOWN_PROJ] = hadamard.transform(u_a.T @ (weights[DOWN_PROJ] / inner))
+    weights[DOWN_PROJ] = hadamard.transform(u_a.T @ (weights[DOWN_PROJ] / intermediate))
     return Layer(
         weights={name: weight.float() for name, weight in weights.items()},
         biases={name: bias.flatten().float() for name, bias in biases.items()},

@@ -10,7 +10,7 @@ from resq_kernels.weights import search_scale
 BLOCK = 128
 
 
-def gptq(weight: torch.Tensor, moment: torch.Tensor, k_hi: int, damping: float) -> QuantizedWeight:
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, k_hi: int, damping: float) -> QuantizedWeight:
     """Rounds column by column and lets the columns still to come absorb every error.
 
     Formula: with C the upper Cholesky factor of (E[x x^T] + damping * mean diagonal * I)^-1, for
@@ -20,7 +20,8 @@ def gptq(weight: torch.Tensor, moment: torch.Tensor, k_hi: int, damping: float) 
 
     Args:
         weight: float32 [N, K].
-        moment: E[x x^T] of the inputs as the kernel sees them, float64 [K, K].
+        hessian: E[x x^T] of the inputs as the kernel sees them, float64 [K, K]: of the squared
+            output error, up to a factor of 2.
         k_hi: number of 8-bit columns.
         damping: share of the mean diagonal that is added to it.
 
@@ -31,7 +32,7 @@ def gptq(weight: torch.Tensor, moment: torch.Tensor, k_hi: int, damping: float) 
     scale = torch.stack(
         [search_scale(weight[:, :k_lo], 4), search_scale(weight[:, k_lo:], 8)], dim=1
     )
-    factor = inverse_factor(moment, damping).float()
+    factor = inverse_factor(hessian, damping).float()
     weight = weight.clone()
     codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
     for start in range(0, columns, BLOCK):
@@ -50,12 +51,12 @@ def gptq(weight: torch.Tensor, moment: torch.Tensor, k_hi: int, damping: float) 
     return QuantizedWeight(pack_int4(codes[:, :k_lo]), codes[:, k_lo:].contiguous(), scale)
 
 
-def inverse_factor(moment: torch.Tensor, damping: float) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of the damped moment, float64 [K, K].
+def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse of the damped Hessian, float64 [K, K].
 
     An input that is always 0 gets diagonal 1: its weight takes part in nothing.
     """
-    damped = moment.clone()
+    damped = hessian.clone()
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1.0
     diagonal += damping * diagonal.mean()

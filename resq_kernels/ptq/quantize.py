@@ -45,7 +45,7 @@ def quantize(
 
     Calibration windows run through the layers quantized so far, with inputs, keys and values
     rounded as the kernels round them; within a layer, q, k, v come first, then o, gate and up,
-    down. Memory: one layer in float32, a moment of its widest input, `BATCH_TOKENS` activations.
+    down. Memory: one layer in float32, the Hessian of its widest input, `BATCH_TOKENS` activations.
     """
     size = (*tokens.shape, model.shape.hidden)
     for index in layer_bar(range(model.shape.layers), "quantize", progress):
@@ -57,8 +57,8 @@ def quantize(
             states.finish()
         after = work.hidden(f"rounded-{index + 1:05d}", size)
         layer = fuse_layer(model, index, rotation, config.high_fraction, device)
-        step = DecoderLayer(model.shape, layer, rope, config)
-        weights, errors = _quantize_layer(step, states.read(), after.begin(), config, device)
+        decoder = DecoderLayer(model.shape, layer, rope, config)
+        weights, errors = _quantize_layer(decoder, states.read(), after.begin(), config, device)
         after.finish()
         prefix = layer_prefix(index)
         piece: dict[str, torch.Tensor] = {}
@@ -81,7 +81,7 @@ def quantize(
 
 
 def _quantize_layer(
-    step: DecoderLayer,
+    decoder: DecoderLayer,
     states: torch.Tensor,
     after: torch.Tensor,
     config: ResQConfig,
@@ -96,58 +96,58 @@ def _quantize_layer(
     errors: dict[str, torch.Tensor] = {}
 
     def round_group(names: tuple[str, ...], inputs: Callable[[slice], torch.Tensor]) -> None:
-        moment = _moment(inputs, states.shape)
+        hessian = _hessian(inputs, states.shape)
         for name in names:
-            weights[name] = _round_weight(step, name, moment, config)
+            weights[name] = _round_weight(decoder, name, hessian, config)
             dequantized = weights[name].dequantize()
-            error = output_error(step.layer.weights[name], dequantized, moment)
+            error = output_error(decoder.layer.weights[name], dequantized, hessian)
             errors[name] = torch.tensor([error], dtype=torch.float64)
-            step.layer.weights[name] = dequantized
+            decoder.layer.weights[name] = dequantized
 
     def read(part: slice) -> torch.Tensor:
         return states[part].to(device)
 
-    round_group(QKV, lambda part: step.qkv_input(read(part)))
-    round_group((O_PROJ,), lambda part: step.o_input(step.qkv_input(read(part))))
+    round_group(QKV, lambda part: decoder.qkv_input(read(part)))
+    round_group((O_PROJ,), lambda part: decoder.o_input(decoder.qkv_input(read(part))))
     # From here on every pass starts between attention and MLP.
     for part in batches(*states.shape[:2]):
         x = read(part)
-        after[part] = step.middle(x, step.o_input(step.qkv_input(x))).cpu()
-    round_group(GATE_UP, lambda part: step.gate_up_input(after[part].to(device)))
+        after[part] = decoder.after_attention(x, decoder.o_input(decoder.qkv_input(x))).cpu()
+    round_group(GATE_UP, lambda part: decoder.gate_up_input(after[part].to(device)))
 
     def down_input(part: slice) -> torch.Tensor:
-        return step.down_input(step.gate_up_input(after[part].to(device)))
+        return decoder.down_input(decoder.gate_up_input(after[part].to(device)))
 
     round_group((DOWN_PROJ,), down_input)
     for part in batches(*states.shape[:2]):
-        after[part] = step.output(after[part].to(device), down_input(part)).cpu()
+        after[part] = decoder.output(after[part].to(device), down_input(part)).cpu()
     return weights, errors
 
 
-def output_error(weight: torch.Tensor, rounded: torch.Tensor, moment: torch.Tensor) -> float:
-    """||(W - W') x|| / ||W x|| over the calibration inputs x with moment E[x x^T].
+def output_error(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:
+    """||(W - W') x|| / ||W x|| over the calibration inputs x with E[x x^T] = `hessian`.
 
-    Formula: sqrt(tr(D M D^T) / tr(W M W^T)), D = W - W'; 0 where W x is 0 everywhere.
+    Formula: sqrt(tr(D H D^T) / tr(W H W^T)), D = W - W'; 0 where W x is 0 everywhere.
     """
 
     def power(matrix: torch.Tensor) -> torch.Tensor:
         matrix = matrix.double()
-        return ((matrix @ moment) * matrix).sum()
+        return ((matrix @ hessian) * matrix).sum()
 
     total = power(weight)
     return float((power(weight - rounded) / total).clamp_min(0).sqrt()) if total > 0 else 0.0
 
 
-def _moment(inputs: Callable[[slice], torch.Tensor], size: tuple[int, ...]) -> torch.Tensor:
+def _hessian(inputs: Callable[[slice], torch.Tensor], size: tuple[int, ...]) -> torch.Tensor:
     """E[x x^T] in float64 over all windows."""
     total = reduce(torch.add, (gram(inputs(part)) for part in batches(size[0], size[1])))
     return total / (size[0] * size[1])
 
 
 def _round_weight(
-    step: DecoderLayer, name: str, moment: torch.Tensor, config: ResQConfig
+    decoder: DecoderLayer, name: str, hessian: torch.Tensor, config: ResQConfig
 ) -> QuantizedWeight:
-    k_hi = step.shape.high_columns(name, config.high_fraction)
+    k_hi = decoder.shape.high_columns(name, config.high_fraction)
     if config.weights == "rtn":
-        return quantize_weight(step.layer.weights[name], k_hi)
-    return gptq(step.layer.weights[name], moment, k_hi, config.damping)
+        return quantize_weight(decoder.layer.weights[name], k_hi)
+    return gptq(decoder.layer.weights[name], hessian, k_hi, config.damping)

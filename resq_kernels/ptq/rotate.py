@@ -25,7 +25,7 @@ class Rotation:
         hidden: U_A, float64 [hidden, hidden]: the residual stream x becomes x U_A.
         values, values_inverse: U_B and its inverse, float64 [layers, kv_heads, head_dim, head_dim].
         keys: U_C as stored, float16 [layers, head_dim, head_dim].
-        key_factors, inner_factors: as in `Basis`.
+        key_factors, intermediate_factors: as in `Basis`.
     """
 
     hidden: torch.Tensor
@@ -33,7 +33,7 @@ class Rotation:
     values_inverse: torch.Tensor
     keys: torch.Tensor
     key_factors: torch.Tensor
-    inner_factors: torch.Tensor
+    intermediate_factors: torch.Tensor
 
 
 def rotate(basis: Basis | None, shape: ModelShape, config: ResQConfig) -> Rotation:
@@ -61,7 +61,7 @@ def rotate(basis: Basis | None, shape: ModelShape, config: ResQConfig) -> Rotati
             values_inverse=values.mT.contiguous(),
             keys=keys.repeat(shape.layers, 1, 1).half(),
             key_factors=torch.ones(shape.layers, shape.kv_heads, head // 2, dtype=torch.float64),
-            inner_factors=torch.ones(shape.layers, shape.intermediate, dtype=torch.float64),
+            intermediate_factors=torch.ones(shape.layers, shape.intermediate, dtype=torch.float64),
         )
     hidden_split = split_columns(shape.hidden, config.high_fraction)[0]
     head_split = split_columns(head, config.high_fraction)[0]
@@ -76,7 +76,7 @@ def rotate(basis: Basis | None, shape: ModelShape, config: ResQConfig) -> Rotati
         values_inverse=values.mT @ basis.values_inverse,
         keys=(basis.keys @ keys).half(),
         key_factors=basis.key_factors,
-        inner_factors=basis.inner_factors,
+        intermediate_factors=basis.intermediate_factors,
     )
 
 

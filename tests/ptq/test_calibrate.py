@@ -35,7 +35,7 @@ def moments_by_hooks(folder: Path, tokens: torch.Tensor) -> dict[str, torch.Tens
         model(tokens)
     config, count = model.config, tokens.numel()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    hidden, attended, inner = 0, [], []
+    hidden, attended, intermediate = 0, [], []
     for index, layer in enumerate(model.model.layers):
         for name, norm in (
             (f"qkv{index}", layer.input_layernorm),
@@ -46,11 +46,11 @@ def moments_by_hooks(folder: Path, tokens: torch.Tensor) -> dict[str, torch.Tens
         heads = inputs[f"o{index}"].unflatten(1, (config.num_key_value_heads, -1, head_dim))
         group = heads.shape[2]
         attended.append(torch.einsum("tkgi,tkgj->kij", heads, heads) / count / group)
-        inner.append(inputs[f"down{index}"].square().mean(0))
+        intermediate.append(inputs[f"down{index}"].square().mean(0))
     return {
         "hidden": hidden.detach(),
         "attended": torch.stack(attended).detach(),
-        "inner": torch.stack(inner).detach(),
+        "intermediate": torch.stack(intermediate).detach(),
     }
 
 

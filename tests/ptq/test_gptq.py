@@ -14,7 +14,7 @@ DAMPING = 0.01
 
 
 def problem(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight and the moment of correlated inputs in ascending order of variance."""
+    """A weight and the hessian of correlated inputs in ascending order of variance."""
     x = torch.randn(2 * columns, columns, dtype=torch.float64)
     x = x @ torch.randn(columns, columns, dtype=torch.float64) / columns**0.5 + x
     x = x * torch.linspace(0.2, 3.0, columns, dtype=torch.float64)
@@ -22,14 +22,14 @@ def problem(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def by_elimination(
-    weight: torch.Tensor, moment: torch.Tensor, k_hi: int, scale: torch.Tensor
+    weight: torch.Tensor, hessian: torch.Tensor, k_hi: int, scale: torch.Tensor
 ) -> torch.Tensor:
     """Codes by the definition: round a column, move the best correction of all later columns.
 
     After column j is fixed, the later columns minimise ||(w - q) M (w - q)^T|| exactly: they gain
     e_j M_jr M_rr^-1 with r the later columns. No factorization, no blocks, float64.
     """
-    damped = moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment)).double()
+    damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian)).double()
     work, columns = weight.double().clone(), weight.shape[1]
     codes = torch.empty_like(work)
     for j in range(columns):
@@ -45,53 +45,55 @@ def by_elimination(
 
 @pytest.mark.parametrize(("rows", "columns", "k_hi"), [(5, 40, 8), (3, 16, 0), (4, 150, 20)])
 def test_gptq_is_elimination(rows: int, columns: int, k_hi: int) -> None:
-    weight, moment = problem(rows, columns)
-    rounded = gptq(weight, moment, k_hi, DAMPING)
+    weight, hessian = problem(rows, columns)
+    rounded = gptq(weight, hessian, k_hi, DAMPING)
     k_lo = columns - k_hi
     parts = (weight[:, :k_lo], 4), (weight[:, k_lo:], 8)
     scale = torch.stack([search_scale(part, bits) for part, bits in parts], dim=1)
     assert torch.equal(rounded.weight_scale, scale)
     codes = torch.cat([unpack_int4(rounded.weight_lo), rounded.weight_hi], dim=1)
-    expected = by_elimination(weight, moment, k_hi, scale)
+    expected = by_elimination(weight, hessian, k_hi, scale)
     # float32 may decide a tie differently, and what follows in that row with it.
     same = (codes == expected).all(1)
     assert same.float().mean() >= 0.6
     a, b = (
-        output_error(weight, c * scale.repeat_interleave(torch.tensor([k_lo, k_hi]), dim=1), moment)
+        output_error(
+            weight, c * scale.repeat_interleave(torch.tensor([k_lo, k_hi]), dim=1), hessian
+        )
         for c in (codes, expected)
     )
     assert a == pytest.approx(b, rel=0.03)
 
 
 def test_gptq_beats_rounding_to_nearest() -> None:
-    weight, moment = problem(32, 96)
+    weight, hessian = problem(32, 96)
     errors = [
-        output_error(weight, rounded.dequantize(), moment)
-        for rounded in (gptq(weight, moment, 12, DAMPING), quantize_weight(weight, 12))
+        output_error(weight, rounded.dequantize(), hessian)
+        for rounded in (gptq(weight, hessian, 12, DAMPING), quantize_weight(weight, 12))
     ]
     assert errors[0] < 0.85 * errors[1]
 
 
 def test_uncorrelated_inputs_make_gptq_quantize_weight() -> None:
     weight = torch.randn(7, 64)
-    moment = torch.eye(64, dtype=torch.float64)
-    rounded, nearest = gptq(weight, moment, 8, DAMPING), quantize_weight(weight, 8)
+    hessian = torch.eye(64, dtype=torch.float64)
+    rounded, nearest = gptq(weight, hessian, 8, DAMPING), quantize_weight(weight, 8)
     assert torch.equal(rounded.weight_lo, nearest.weight_lo)
     assert torch.equal(rounded.weight_hi, nearest.weight_hi)
 
 
 def test_inputs_that_are_always_zero() -> None:
-    weight, moment = problem(4, 24)
-    moment[5], moment[:, 5] = 0, 0
-    rounded = gptq(weight, moment, 4, DAMPING)
+    weight, hessian = problem(4, 24)
+    hessian[5], hessian[:, 5] = 0, 0
+    rounded = gptq(weight, hessian, 4, DAMPING)
     assert torch.isfinite(rounded.dequantize()).all()
     factor = inverse_factor(torch.zeros(3, 3, dtype=torch.float64), DAMPING)
     assert torch.isfinite(factor).all()
 
 
 def test_codes_fill_their_ranges() -> None:
-    weight, moment = problem(64, 128)
-    rounded = gptq(weight, moment, 16, DAMPING)
+    weight, hessian = problem(64, 128)
+    rounded = gptq(weight, hessian, 16, DAMPING)
     assert unpack_int4(rounded.weight_lo).unique().tolist() == list(range(-8, 8))
     assert rounded.weight_hi.short().abs().max() > 64
     tensors = rounded.named("a.b")
