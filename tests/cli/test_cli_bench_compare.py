@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from cli_support import Result
 
-from resq_kernels.testing import bench_device, bench_models
-from resq_kernels.testing.bench_compare import compare
+from resq_kernels.bench import device, models
+from resq_kernels.bench.compare import compare
 
 MACHINE = {"processor": "P", "cores": 2, "threads": 2, "isa": "avx2", "clock": "wall"}
 MACHINE |= {"device": "cpu", "load_average": 0.1}
@@ -133,8 +133,8 @@ def test_a_run_is_compared_with_an_older_one(
     resq: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = ("llama", 256, 192, 1, 4, 2, 320, False)
-    monkeypatch.setitem(bench_models.SIZES, "llama-3-8b", sizes)
-    monkeypatch.setattr(bench_device.timing, "copy_bandwidth", lambda clock: 1e10)
+    monkeypatch.setitem(models.SIZES, "llama-3-8b", sizes)
+    monkeypatch.setattr(device.timing, "copy_bandwidth", lambda clock: 1e10)
     options = ["hadamard", "--shapes", "llama-3-8b", "--batch", 1, "--rounds", 1, "--cold-mb", 0]
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     assert resq("bench", *options, "--json", old).code == 0
