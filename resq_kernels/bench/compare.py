@@ -1,4 +1,8 @@
-"""Two runs of `resq bench` side by side: which rows have become slower (`resq bench --compare`)."""
+"""Two runs of `resq bench` side by side: which rows have become slower (`resq bench --compare`).
+
+Reads `machine`, `rows` and of each row its place, `ours_us` and `ratio` alone: keys that every
+file since the first has, so that renaming others leaves old files comparable.
+"""
 
 from __future__ import annotations
 

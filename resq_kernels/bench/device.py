@@ -140,7 +140,7 @@ class BenchDevice:
             return None
         return operations / 2 if operations else None
 
-    def limits(self) -> dict[str, float | None]:
+    def peaks(self) -> dict[str, float | None]:
         """The peak rates that have been measured so far."""
         known = ("read_bandwidth", "copy_bandwidth", "products_per_second")
         keys = ("read_bytes_per_second", "copy_bytes_per_second", "integer_products_per_second")
@@ -167,18 +167,18 @@ class BenchDevice:
         """
         ours = times["ours"]
         bandwidth = self.copy_bandwidth if work.copies else self.read_bandwidth
-        bytes_floor = work.moved / bandwidth * 1e6
+        memory_bound = work.moved / bandwidth * 1e6
         rate = None if work.products is None else self.products_per_second
-        products_floor = work.products / rate * 1e6 if work.products and rate else None
-        bound = max(bytes_floor, products_floor or 0.0)
+        compute_bound = work.products / rate * 1e6 if work.products and rate else None
+        bound = max(memory_bound, compute_bound or 0.0)
         common: Row = {
             "op": work.op,
             "kernel": self.kernels,
             **work.place,
             "ours_tflops": work.products and round(2 * work.products / ours.median_us / 1e6, 3),
             "ours_gb_per_s": round(work.moved / ours.median_us / 1e3, 2),
-            "bytes_floor_us": round(bytes_floor, 2),
-            "products_floor_us": products_floor and round(products_floor, 2),
+            "memory_bound_us": round(memory_bound, 2),
+            "compute_bound_us": compute_bound and round(compute_bound, 2),
             "ceiling_share": round(bound / ours.median_us, 3),
             "checked": True,
         }

@@ -42,7 +42,7 @@ def markdown(figures: Mapping[str, Any]) -> str:
     its ratio to every baseline."""
     rows = figures["rows"]
     names = list(dict.fromkeys(row["baseline"] for row in rows if row["baseline"]))
-    titles = ["op", "model", "layer", "shape", "kernel", "us", "TFLOP/s", "GB/s", "share of floor"]
+    titles = ["op", "model", "layer", "shape", "kernel", "us", "TFLOP/s", "GB/s", "share of bound"]
     ends = [f"ratio to {name}" for name in names]
     whole = [key for key in _WHOLE_MODEL if rows and key in rows[0]]
     ends += [title for key, (title, _, _) in _WHOLE_MODEL.items() if key in whole]
@@ -61,7 +61,7 @@ def markdown(figures: Mapping[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     machine = figures["machine"]
     stamp = [f"`{figures['command']}`", "", "| | |", "|---|---|"]
-    for key, value in {**machine, **machine.get("gpu", {}), **figures["limits"]}.items():
+    for key, value in {**machine, **machine.get("gpu", {}), **figures["peaks"]}.items():
         if key != "gpu" or not isinstance(value, Mapping):
             stamp.append(f"| {key} | {value} |")
     for name, reason in figures["missing"].items():

@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> None:
         "command": shlex.join(["resq", *args.argv]),
         "machine": machine,
         "machine_after": bench.machine(),
-        "limits": bench.limits(),
+        "peaks": bench.peaks(),
         "missing": missing,
         "rows": rows,
     }

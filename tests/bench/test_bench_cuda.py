@@ -100,10 +100,10 @@ def test_every_candidate_stays_on_the_gpu(
         assert set(fake_cuda) == names | {"ours", "torch int4 g128", "CUTLASS s4 x s8"}
         assert missing["torch._int_mm"] == "takes more than 16 rows, got 1"
         first = rows[0]
-        assert first["products_floor_us"] == round(1152 * 896 / 0.5e15 * 1e6, 2)
-        assert first["ceiling_share"] == pytest.approx(first["bytes_floor_us"] / 2.0, abs=5e-3)
+        assert first["compute_bound_us"] == round(1152 * 896 / 0.5e15 * 1e6, 2)
+        assert first["ceiling_share"] == pytest.approx(first["memory_bound_us"] / 2.0, abs=5e-3)
     else:
-        assert all(row["products_floor_us"] is None for row in rows)
+        assert all(row["compute_bound_us"] is None for row in rows)
 
 
 def test_an_alternative_that_cannot_run_is_left_out_with_the_reason(
