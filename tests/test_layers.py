@@ -22,23 +22,30 @@ ALLOWED = {
     "hadamard": set(),
     "architecture": {"formats"},
     "kv_pages": {"formats"},
-    "reference": LEAVES | {"reference_attention"},
-    "reference_attention": LEAVES,
+    "reference": LEAVES,
     "weights": LEAVES,
     "checkpoint": LEAVES,
     "texts": set(),
     "evaluate": set(),
     "ops": LEAVES | {"_library"},
     "nn": LEAVES | {"ops", "weights"},
+    "fake_quant": LEAVES | {"nn", "reference"},
     "ptq": LEAVES | {"checkpoint", "weights", "reference"},
     "integrations": LEAVES | {"nn", "checkpoint"},
     "api": LEAVES | {"ptq", "checkpoint"},
-    "commands": LEAVES | {"ptq", "nn", "evaluate", "texts", "_library", "testing"},
+    "testing": LEAVES | {"integrations", "checkpoint", "nn", "ops", "reference", "fake_quant"},
+    "bench": LEAVES | {"testing", "nn", "ops", "reference"},
+    "commands": LEAVES | {"ptq", "nn", "evaluate", "texts", "_library", "fake_quant", "bench"},
     "cli": {"commands", "__version__"},
     "__main__": {"cli"},
     "__init__": LEAVES | {"_library", "integrations", "ops", "nn", "api"},
 }
-TESTING_FROM = {"bench.py", "evaluate.py"}  # of commands: `resq bench`, `resq eval --fake-quant`
+# layer -> the only files of the package, outside of it, that import it.
+USERS = {
+    "bench": {"commands/bench.py"},
+    "fake_quant": {"commands/evaluate.py", "testing/lockstep.py"},
+    "testing": {"bench/model.py"},
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -66,12 +73,14 @@ def test_layer_imports_only_what_the_arrows_allow(layer: str) -> None:
 def test_every_layer_has_its_arrows() -> None:
     found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py"}
     found |= {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert found == set(ALLOWED) | {"testing"}
+    assert found == set(ALLOWED)
 
 
-def test_testing_is_imported_by_two_commands() -> None:
-    paths = (PACKAGE / "commands").iterdir()
-    assert {p.name for p in paths if p.suffix == ".py" and "testing" in imports(p)} == TESTING_FROM
+@pytest.mark.parametrize("layer", sorted(USERS))
+def test_layer_is_imported_by_its_users_alone(layer: str) -> None:
+    paths = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
+    outside = {name: path for name, path in paths.items() if name.split("/")[0] != layer}
+    assert {name for name, path in outside.items() if layer in imports(path)} == USERS[layer]
 
 
 def includes(path: Path) -> list[str]:

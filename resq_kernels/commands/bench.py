@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from resq_kernels import _library
+from resq_kernels.bench import compare, cuda_timing, models, report
+from resq_kernels.bench.device import BenchDevice
 from resq_kernels.commands import loading, output
 from resq_kernels.commands.arguments import at_least, real
-from resq_kernels.testing import bench_compare, bench_models, bench_report, cuda_timing
-from resq_kernels.testing.bench_device import BenchDevice
 
 SUMMARY = "time the kernels beside what a user would run instead"
 DESCRIPTION = """\
@@ -46,13 +46,13 @@ examples:
 
 # Benchmark -> its module (rows, MODELS, DEFAULTS), imported when it is asked for.
 MODULES = {
-    "gemm": "resq_kernels.testing.bench_mixed_gemm",
-    "quantize": "resq_kernels.testing.bench_quantize",
-    "hadamard": "resq_kernels.testing.bench_hadamard",
-    "attention": "resq_kernels.testing.bench_kv_attention",
-    "prefill": "resq_kernels.testing.bench_prefill",
-    "layer": "resq_kernels.testing.bench_layer",
-    "model": "resq_kernels.testing.bench_model",
+    "gemm": "resq_kernels.bench.gemm",
+    "quantize": "resq_kernels.bench.quantize",
+    "hadamard": "resq_kernels.bench.hadamard",
+    "attention": "resq_kernels.bench.attention",
+    "prefill": "resq_kernels.bench.prefill",
+    "layer": "resq_kernels.bench.layer",
+    "model": "resq_kernels.bench.model",
 }
 CPU_COLD_MB = 128
 
@@ -170,27 +170,27 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     machine = bench.machine()
     if older is not None and not args.other_machine:
-        bench_compare.check_machines(older["machine"], machine)
+        compare.check_machines(older["machine"], machine)
     missing: dict[str, str] = {}
     rows = []
-    print(bench_report.HEADER)
+    print(report.HEADER)
     for row in module.rows(bench, args, missing):
         rows.append(row)
-        print(bench_report.line(row), flush=True)
+        print(report.line(row), flush=True)
     for name, reason in missing.items():
         print(f"no {name}: {reason}")
     figures = {
         "command": shlex.join(["resq", *args.argv]),
         "machine": machine,
         "machine_after": bench.machine(),
-        "limits": bench.limits(),
+        "peaks": bench.peaks(),
         "missing": missing,
         "rows": rows,
     }
     output.write_json(args.json, figures)
     if args.out:
         output.write_json(f"{args.out}.json", figures)
-        for sentence in bench_report.write(Path(args.out), figures):
+        for sentence in report.write(Path(args.out), figures):
             sys.stderr.write(f"resq: {sentence}\n")
     if older is not None:
         _compare(args, older, figures)
@@ -201,16 +201,16 @@ def _runs(args: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[str, An
     paths = args.compare or []
     if len(paths) > 2 or (len(paths) == 2 and args.out):
         raise output.CommandError("--compare: expected OLD, or OLD and NEW without --out")
-    older, newer, *_ = [*map(bench_compare.read, paths), None, None]
+    older, newer, *_ = [*map(compare.read, paths), None, None]
     return older, newer
 
 
 def _compare(args: argparse.Namespace, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Prints what became of every row that both runs have; fails if one is slower."""
     if not args.other_machine:
-        bench_compare.check_machines(old["machine"], new["machine"])
-    rows = bench_compare.compare(old["rows"], new["rows"], args.slower)
-    print(output.table([bench_compare.cells(row) for row in rows], bench_compare.HEADER))
+        compare.check_machines(old["machine"], new["machine"])
+    rows = compare.compare(old["rows"], new["rows"], args.slower)
+    print(output.table([compare.cells(row) for row in rows], compare.HEADER))
     left_out = len(old["rows"]) + len(new["rows"]) - 2 * len(rows)
     print(f"{len(rows)} rows in both, {left_out} in one alone")
     if len(args.compare) > 1:
@@ -246,7 +246,7 @@ def _complete(args: argparse.Namespace, module: ModuleType) -> None:
 
 
 def _all_models() -> list[str]:
-    return [bench_models.SQUARE, *bench_models.names()]
+    return [models.SQUARE, *models.names()]
 
 
 def _list_of(convert: Callable[[str], object]) -> Callable[[str], list[object]]:

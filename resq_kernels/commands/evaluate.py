@@ -123,7 +123,7 @@ def _path(model: PreTrainedModel, fake_quant: bool) -> contextlib.AbstractContex
     """A context in which the model runs the path that was asked for."""
     if not fake_quant:
         return contextlib.nullcontext()
-    from resq_kernels.testing.fake_quant import fake_quantized
+    from resq_kernels.fake_quant import fake_quantized
 
     return fake_quantized(model)
 

@@ -83,10 +83,8 @@ def rope_tables(config: Mapping[str, Any], folder: Path, seqlen: int) -> Rope:
 
 
 def apply_rope(x: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """x cos + rotate_half(x) sin over [..., seqlen, head_dim]; the tables may be longer."""
-    cos, sin = (table[: x.shape[-2]].to(x.device) for table in rope)
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
+    """RoPE of x [..., seqlen, head_dim]; the tables may be longer."""
+    return reference.apply_rope(x, *(table[: x.shape[-2]].to(x.device) for table in rope))
 
 
 class DecoderLayer:

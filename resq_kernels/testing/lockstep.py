@@ -24,8 +24,9 @@ from torch.nn import functional as F
 
 from resq_kernels import hadamard as _hadamard
 from resq_kernels import kv_pages, ops, reference
+from resq_kernels.fake_quant import fake_quantized
 from resq_kernels.formats import MixedTensor, RowFormat, unpack_int4
-from resq_kernels.testing.fake_quant import fake_quantized
+from resq_kernels.reference.kv_pages import read_tokens
 
 _QUANTIZERS = ("mixed_quantize", "rms_norm_quantize", "silu_mul_hadamard_quantize")
 
@@ -106,7 +107,7 @@ def _recorded() -> Iterator[deque[MixedTensor | torch.Tensor]]:
     def append(*args: Any, **kwargs: Any) -> Any:
         result = right["kv_append"](*args, **kwargs)
         k, cache, slots = args[0], args[5].cpu(), args[6].cpu()
-        rows = kv_pages.read_tokens(cache, slots, k.shape[-1])
+        rows = read_tokens(cache, slots, k.shape[-1])
         codes.extend(part.dequantize() for part in rows)
         return result
 

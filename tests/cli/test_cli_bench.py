@@ -13,10 +13,10 @@ import torch
 from cli_support import Result
 
 from resq_kernels import ops
-from resq_kernels.testing import bench_device, bench_layer, bench_models
+from resq_kernels.bench import device, layer, models
 
 MACHINE_KEYS = {"date", "processor", "threads", "isa", "torch", "commit", "device", "clock"}
-FIGURES = {"command", "machine", "machine_after", "limits", "missing", "rows"}
+FIGURES = {"command", "machine", "machine_after", "peaks", "missing", "rows"}
 ROW_KEYS = {
     "op",
     "kernel",
@@ -32,8 +32,8 @@ ROW_KEYS = {
     "baseline_us",
     "baseline_best_us",
     "ratio",
-    "bytes_floor_us",
-    "products_floor_us",
+    "memory_bound_us",
+    "compute_bound_us",
     "ceiling_share",
     "checked",
 }
@@ -51,12 +51,12 @@ BENCHES = {
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny model under a known name, and limits that need no compiler and no time."""
+    """A tiny model under a known name, and peaks that need neither a compiler nor time."""
     sizes = ("llama", HIDDEN, WIDE, 2, 4, 2, 320, False)
-    monkeypatch.setitem(bench_models.SIZES, "llama-3-8b", sizes)
-    monkeypatch.setattr(bench_device.int_rate, "integer_rate", lambda threads: 1e11)
-    for limit in ("read_bandwidth", "copy_bandwidth"):
-        monkeypatch.setattr(bench_device.timing, limit, lambda clock: 1e10)
+    monkeypatch.setitem(models.SIZES, "llama-3-8b", sizes)
+    monkeypatch.setattr(device.int_rate, "integer_rate", lambda threads: 1e11)
+    for peak in ("read_bandwidth", "copy_bandwidth"):
+        monkeypatch.setattr(device.timing, peak, lambda clock: 1e10)
 
 
 @pytest.fixture
@@ -80,8 +80,8 @@ def figures(tmp_path: Path, resq: Callable[..., Result]) -> Callable[[str], dict
             assert row["kernel"] == torch.ops.resq.cpu_isa()
             quotient = row["baseline_us"] / row["ours_us"]
             assert row["ratio"] == pytest.approx(quotient, abs=2e-3, rel=1e-2)
-            floor = max(row["bytes_floor_us"], row["products_floor_us"] or 0)
-            assert row["ceiling_share"] == pytest.approx(floor / row["ours_us"], abs=2e-3, rel=0.1)
+            bound = max(row["memory_bound_us"], row["compute_bound_us"] or 0)
+            assert row["ceiling_share"] == pytest.approx(bound / row["ours_us"], abs=2e-3, rel=0.1)
         return found
 
     return run
@@ -104,8 +104,8 @@ def test_gemm(figures: Callable[[str], dict[str, Any]]) -> None:
         k_hi = row["k_hi"]
         assert k_hi == (0 if row["layer"] == "down" else k // 8)
         moved = n * ((k - k_hi) // 2 + k_hi + 16) + m * (k + 16 + 2 * n)
-        assert row["bytes_floor_us"] == round(moved / 1e4, 2)
-        assert row["products_floor_us"] == round(m * n * k / 1e5, 2)
+        assert row["memory_bound_us"] == round(moved / 1e4, 2)
+        assert row["compute_bound_us"] == round(m * n * k / 1e5, 2)
         rate = 2 * m * n * k / row["ours_us"] / 1e6
         assert row["ours_tflops"] == pytest.approx(rate, abs=1e-3, rel=1e-2)
 
@@ -124,8 +124,8 @@ def test_quantize(figures: Callable[[str], dict[str, Any]]) -> None:
         "down": 4 * WIDE + WIDE + 16,
     }
     for row in rows:
-        assert row["bytes_floor_us"] == round(row["batch"] * moved[row["layer"]] / 1e4, 2)
-        assert (row["baseline"], row["products_floor_us"]) == ("torch", None)
+        assert row["memory_bound_us"] == round(row["batch"] * moved[row["layer"]] / 1e4, 2)
+        assert (row["baseline"], row["compute_bound_us"]) == ("torch", None)
 
 
 def test_hadamard(figures: Callable[[str], dict[str, Any]]) -> None:
@@ -133,7 +133,7 @@ def test_hadamard(figures: Callable[[str], dict[str, Any]]) -> None:
     assert [row["baseline"] for row in rows[:2]] == ["torch matmul bf16", "torch matmul fp32"]
     for row in rows:
         assert row["shape"] == [row["batch"], WIDE]
-        assert row["bytes_floor_us"] == round(row["batch"] * 4 * WIDE / 1e4, 2)
+        assert row["memory_bound_us"] == round(row["batch"] * 4 * WIDE / 1e4, 2)
 
 
 def test_attention(figures: Callable[[str], dict[str, Any]]) -> None:
@@ -141,7 +141,7 @@ def test_attention(figures: Callable[[str], dict[str, Any]]) -> None:
     assert len(rows) == 2 * 4  # sequences x baselines
     for row in rows:
         assert row["shape"] == [row["batch"], 70, *HEADS]
-        assert row["bytes_floor_us"] == round(row["batch"] * 70 * 2 * 88 / 1e4, 2)
+        assert row["memory_bound_us"] == round(row["batch"] * 70 * 2 * 88 / 1e4, 2)
 
 
 def test_prefill(figures: Callable[[str], dict[str, Any]]) -> None:
@@ -152,7 +152,8 @@ def test_prefill(figures: Callable[[str], dict[str, Any]]) -> None:
     for row in rows:
         new = row["shape"][1]
         assert row["shape"] == [row["batch"], new, 70, *HEADS]
-        assert row["bytes_floor_us"] == round(row["batch"] * (70 * 176 + new * 4 * 64 * 6) / 1e4, 2)
+        moved = row["batch"] * (70 * 176 + new * 4 * 64 * 6)
+        assert row["memory_bound_us"] == round(moved / 1e4, 2)
 
 
 def test_layer(figures: Callable[[str], dict[str, Any]]) -> None:
@@ -167,10 +168,10 @@ def test_layer(figures: Callable[[str], dict[str, Any]]) -> None:
         decodes = row["op"] == "layer_decode"
         tokens = row["batch"] * (1 if decodes else 7)
         assert row["baseline"] == "transformers bf16" and row["shape"] == [row["batch"], 7]
-        assert row["products_floor_us"] == round(tokens * products / 1e5, 2)
+        assert row["compute_bound_us"] == round(tokens * products / 1e5, 2)
         cache = row["batch"] * (8 if decodes else 7) * 2 * 88
         moved = weights + cache + 2 * tokens * HIDDEN * 2
-        assert row["bytes_floor_us"] == round(moved / 1e4, 2)
+        assert row["memory_bound_us"] == round(moved / 1e4, 2)
 
 
 def test_model(figures: Callable[[str], dict[str, Any]]) -> None:
@@ -191,7 +192,7 @@ def test_model(figures: Callable[[str], dict[str, Any]]) -> None:
         assert row["baseline"] == "transformers bf16" and row["layers"] == layers
         speed = tokens / row["ours_us"] * 1e6
         assert row["ours_tokens_per_s"] == pytest.approx(speed, rel=1e-3, abs=0.1)
-        assert row["products_floor_us"] == round(tokens * layers * products / 1e5, 2)
+        assert row["compute_bound_us"] == round(tokens * layers * products / 1e5, 2)
         norms, rope = (2 * layers + 1) * HIDDEN * 2, 2 * 32 * 4
         matrices = 2 * vocab * HIDDEN * 2
         cache = row["batch"] * layers * 2 * 7 * 2 * 64 * 2
@@ -202,7 +203,7 @@ def test_model(figures: Callable[[str], dict[str, Any]]) -> None:
         matrix = vocab * (HIDDEN + 16)  # a byte a code, scales and sums of both parts
         ours = 2 * matrix + norms + rope + rotations + layers * packed + pages
         assert row["ours_bytes"] == ours
-        assert row["bytes_floor_us"] == round((ours - matrix) / 1e4, 2)
+        assert row["memory_bound_us"] == round((ours - matrix) / 1e4, 2)
 
 
 def moved_by(op: str, change: Callable[[Any], None]) -> Callable[..., Any]:
@@ -269,13 +270,13 @@ def test_a_kernel_that_is_wrong_is_not_timed(
     timed_before: int,
 ) -> None:
     timed: list[object] = []
-    right = bench_device.BenchDevice.alternate
+    right = device.BenchDevice.alternate
 
     def alternate(bench: Any, candidates: Any) -> Any:
         timed.append(candidates)
         return right(bench, candidates)
 
-    monkeypatch.setattr(bench_device.BenchDevice, "alternate", alternate)
+    monkeypatch.setattr(device.BenchDevice, "alternate", alternate)
     monkeypatch.setattr(ops, op, moved_by(op, change))
     options = ("--shapes", "llama-3-8b", "--rounds", 1, "--cold-mb", 0, "--out", tmp_path / "x")
     result = resq("bench", name, *BENCHES[name], *options)
@@ -311,7 +312,7 @@ def test_a_model_that_is_wrong_is_not_timed(
         raise AssertionError("timed")
 
     monkeypatch.setattr(ops, "kv_attention", wrong)
-    monkeypatch.setattr(bench_device.BenchDevice, "alternate", untouched)
+    monkeypatch.setattr(device.BenchDevice, "alternate", untouched)
     result = resq("bench", name, *BENCHES[name], "--shapes", "llama-3-8b")
     assert result.code == 1
     assert result.sentence.startswith(f"{name}: llama-3-8b: {sentence}")
@@ -320,12 +321,12 @@ def test_a_model_that_is_wrong_is_not_timed(
 def test_a_layer_s_step_that_is_not_the_ordinary_one_is_not_timed(
     resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = bench_layer.prepared
+    right = layer.prepared
 
     def earlier(model: Any, cache: Any, batch: int, context: int) -> Any:
         return right(model, cache, batch, context - 1)
 
-    monkeypatch.setattr(bench_layer, "prepared", earlier)
+    monkeypatch.setattr(layer, "prepared", earlier)
     options = ("--shapes", "llama-3-8b", "--rounds", 1, "--cold-mb", 0)
     result = resq("bench", "layer", *BENCHES["layer"], *options)
     assert result.code == 1

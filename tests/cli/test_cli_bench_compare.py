@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from cli_support import Result
 
-from resq_kernels.testing import bench_device, bench_models
-from resq_kernels.testing.bench_compare import compare
+from resq_kernels.bench import device, models
+from resq_kernels.bench.compare import compare, read
 
+RESULTS = sorted((Path(__file__).resolve().parents[2] / "benchmarks/results").glob("*.json"))
 MACHINE = {"processor": "P", "cores": 2, "threads": 2, "isa": "avx2", "clock": "wall"}
 MACHINE |= {"device": "cpu", "load_average": 0.1}
 
@@ -133,8 +134,8 @@ def test_a_run_is_compared_with_an_older_one(
     resq: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = ("llama", 256, 192, 1, 4, 2, 320, False)
-    monkeypatch.setitem(bench_models.SIZES, "llama-3-8b", sizes)
-    monkeypatch.setattr(bench_device.timing, "copy_bandwidth", lambda clock: 1e10)
+    monkeypatch.setitem(models.SIZES, "llama-3-8b", sizes)
+    monkeypatch.setattr(device.timing, "copy_bandwidth", lambda clock: 1e10)
     options = ["hadamard", "--shapes", "llama-3-8b", "--batch", 1, "--rounds", 1, "--cold-mb", 0]
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     assert resq("bench", *options, "--json", old).code == 0
@@ -169,3 +170,14 @@ def test_files_and_options_that_make_no_sense(resq: Callable[..., Result], tmp_p
     for options in ([old, old, old], [old, old, "--out", tmp_path / "x"]):
         sentence = resq("bench", "--compare", *options).sentence
         assert sentence == "--compare: expected OLD, or OLD and NEW without --out"
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_results_stay_comparable(path: Path) -> None:
+    """Also those with the names of before: `limits`, `bytes_floor_us` and `products_floor_us`."""
+    if "gpu-" in path.name:
+        pytest.skip("a report of tools/gpu_check.py, which is not a run of `resq bench`")
+    old = read(str(path))["rows"]
+    new = [{**was, "ours_us": 1.1 * was["ours_us"], "ratio": was["ratio"] / 1.1} for was in old]
+    found = compare(old, new, 5.0)
+    assert len(found) == len(old) and all(row["slower"] for row in found)

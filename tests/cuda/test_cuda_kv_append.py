@@ -8,6 +8,7 @@ import torch
 from kv_cases import DTYPES, HEAD_DIMS, cos_sin, rotations
 
 from resq_kernels import kv_pages, ops
+from resq_kernels.reference.kv_pages import read_tokens
 
 
 def new_cache(pages: int, n_kv: int, page_size: int, head_dim: int) -> torch.Tensor:
@@ -88,7 +89,7 @@ def test_kv_attention_of_rotated_queries_has_the_bits_of_its_own_rotation(
     assert torch.equal(got.half(), expected)
     again = new_cache(1, n_kv, 32, 64)
     ops.kv_append(k, k, cos, sin, rotation, again, torch.arange(tokens))
-    tokens_of = [kv_pages.read_tokens(c, torch.arange(tokens), 64)[0] for c in (cache, again)]
+    tokens_of = [read_tokens(c, torch.arange(tokens), 64)[0] for c in (cache, again)]
     assert torch.equal(tokens_of[0].codes, tokens_of[1].codes)
 
 

@@ -17,7 +17,7 @@ import torch
 from kv_cases import DTYPES, HEAD_DIMS, Pages, cos_sin, fill_pages, page_slots, rotations
 
 from resq_kernels.formats import join_heads
-from resq_kernels.reference_attention import attend, rope
+from resq_kernels.reference.attention import attend, rope
 
 ROUNDING = {torch.float32: 2.0**-22, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 

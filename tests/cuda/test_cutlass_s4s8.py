@@ -10,8 +10,8 @@ import emulation
 import pytest
 import torch
 
+from resq_kernels.bench.cutlass_s4s8 import CutlassS4S8, check
 from resq_kernels.formats import pack_int4
-from resq_kernels.testing.cutlass_s4s8 import CutlassS4S8, check
 
 MULTIPROCESSORS = 8
 # M -> (N, K): each configuration (up to 64, up to 128, more tokens) with whole and partial tiles,

@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from resq_kernels import kv_pages, ops
+from resq_kernels.reference.kv_pages import read_tokens
 from resq_kernels.testing.tiny_models import LLAMA3_ROPE
 
 PLAIN = {"rope_type": "default", "rope_theta": 500000.0}
@@ -40,7 +41,7 @@ def test_rope_is_that_of_transformers(parameters: dict[str, Any], head_dim: int)
     cache = torch.zeros(kv_pages.cache_shape(1, 2, 32, head_dim), dtype=torch.uint8)
     slots = torch.arange(len(POSITIONS))
     got_q = ops.kv_append(k, k, cos, sin, None, cache, slots, 8, q)
-    got_k = kv_pages.read_tokens(cache, slots, head_dim)[0].dequantize()
+    got_k = read_tokens(cache, slots, head_dim)[0].dequantize()
     q, k = q.double().transpose(0, 1)[None], k.double().transpose(0, 1)[None]
     exact_q, exact_k = (
         x[0].transpose(0, 1)

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from resq_kernels import ResQConfig
+from resq_kernels.fake_quant import fake_quantized
 from resq_kernels.formats import MixedTensor
 from resq_kernels.nn.attention import ResQAttention
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.mlp import ResQMLP
 from resq_kernels.nn.norm import ResQRMSNorm
-from resq_kernels.testing.fake_quant import fake_quantized
 from resq_kernels.testing.quantized_models import random_quantized
 from resq_kernels.testing.tiny_models import LLAMA3_ROPE
 

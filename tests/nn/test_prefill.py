@@ -12,7 +12,8 @@ from kv_cases import DTYPES, HEAD_DIMS, Pages, fill_pages, page_slots, rotations
 from resq_kernels import kv_pages, ops
 from resq_kernels.nn import prefill
 from resq_kernels.nn.paged import PagedKeysValues, Sequences
-from resq_kernels.reference_attention import attend as exact_attention
+from resq_kernels.reference.attention import attend as exact_attention
+from resq_kernels.reference.kv_pages import read_tokens
 from resq_kernels.testing.quantized_models import random_quantized
 
 Lengths = list[tuple[int, int]]
@@ -77,7 +78,7 @@ def test_attention_of_the_pages(lengths: Lengths, dtype: torch.dtype, head_dim: 
             own = slice(row, row + new)
             k, v = pages.rows(i)
             slots = page_slots(pages.block_table[i], pages.page_size, length)
-            codes = kv_pages.read_tokens(pages.cache, slots, head_dim)[1].codes.double()
+            codes = read_tokens(pages.cache, slots, head_dim)[1].codes.double()
             bound[own] += kv_attention_bound(q[own].double(), k, v, codes, head_dim**-0.5) + 2**-20
             row += new
     assert ((out.double() - direct).abs() <= bound).all()
@@ -229,7 +230,7 @@ def test_padded_batches_and_chunks_through_the_cache_s_pages(
             outs[i].append(out[own].double())
     for i in range(batch):
         slots = torch.arange(len(torch.cat(seen_q[i]))) + i * paged.pages_per_sequence * 32
-        k, v = (x.dequantize().double() for x in kv_pages.read_tokens(paged.pages, slots, head_dim))
+        k, v = (x.dequantize().double() for x in read_tokens(paged.pages, slots, head_dim))
         q, out = torch.cat(seen_q[i]), torch.cat(outs[i])
         bound = prefill_bound(q, k, v, scale, torch.float16)
         assert ((out - exact_attention(q, k, v, scale)).abs() <= bound).all()

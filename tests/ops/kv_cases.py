@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from resq_kernels import kv_pages, ops
+from resq_kernels.reference.kv_pages import read_tokens
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEAD_DIMS = [64, 128]
@@ -46,7 +47,7 @@ class Pages:
         """Dequantized K and V of a sequence, float64 [length, n_kv, D]."""
         length = int(self.seq_lens[sequence])
         slots = page_slots(self.block_table[sequence], self.page_size, length)
-        k, v = kv_pages.read_tokens(self.cache, slots, self.head_dim)
+        k, v = read_tokens(self.cache, slots, self.head_dim)
         return k.dequantize().double(), v.dequantize().double()
 
 

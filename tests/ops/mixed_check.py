@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from resq_kernels import reference
 from resq_kernels.formats import MixedTensor, unpack_int4
+from resq_kernels.reference.ops import MIN_SCALE
 
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 UNIT = 2.0**-24  # one rounding to float32, relative
@@ -52,7 +52,7 @@ def assert_quantizes(
         span = y.amax(-1).clamp_min(0) - y.amin(-1).clamp_max(0)
         span = torch.where(span == 0, 2.0, span)  # a row of zeros gets the range [-1, 1]
         worst = delta.amax(-1)
-        error = (scale - (span / (2**bits - 1)).clamp_min(reference.MIN_SCALE)).abs()
+        error = (scale - (span / (2**bits - 1)).clamp_min(MIN_SCALE)).abs()
         allowed = (2 * worst + 4 * UNIT * span) / (2**bits - 1)
         assert (error <= allowed).all(), f"scale of part {part}: off by {error.max():.3g}"
         step = scale.unsqueeze(-1)

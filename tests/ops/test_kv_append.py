@@ -7,6 +7,7 @@ import torch
 from kv_cases import DTYPES, HEAD_DIMS, cos_sin, rotations
 
 from resq_kernels import kv_pages, ops, reference
+from resq_kernels.reference.kv_pages import read_tokens
 
 
 def new_cache(pages: int, n_kv: int, page_size: int, head_dim: int) -> torch.Tensor:
@@ -51,7 +52,7 @@ def test_kv_append_of_zeros_does_not_depend_on_their_signs(hi_bits: int) -> None
     zeros[1], zeros[2, 0, ::3] = -0.0, -0.0
     cache = torch.full(kv_pages.cache_shape(1, 1, 32, 64), 255, dtype=torch.uint8)
     ops.kv_append(zeros, zeros, None, None, None, cache, torch.arange(3), hi_bits)
-    for rows in kv_pages.read_tokens(cache, torch.arange(3), 64):
+    for rows in read_tokens(cache, torch.arange(3), 64):
         assert not rows.ranges.signbit().any()
         assert (rows.codes == 0).all()
 
@@ -71,8 +72,8 @@ def test_kv_append_rotates_keys_as_the_reference(matrices: int, head_dim: int) -
         expected = cache.clone()
         ops.kv_append(*arguments, cache, slots)
         reference.kv_append(*arguments, expected, slots)
-        got_k, got_v = kv_pages.read_tokens(cache, slots, head_dim)
-        k_rows, v_rows = kv_pages.read_tokens(expected, slots, head_dim)
+        got_k, got_v = read_tokens(cache, slots, head_dim)
+        k_rows, v_rows = read_tokens(expected, slots, head_dim)
         assert all(torch.equal(a, b) for a, b in zip(got_v, v_rows, strict=True))
         # The order of the rotation's float32 sum is free: a code at a tie may move by one, and a
         # scale or offset by one float16 step.
@@ -87,7 +88,7 @@ def test_kv_append_uses_the_rotation_of_the_head() -> None:
     k = torch.randn(1, 1, 64).expand(4, 3, 64).contiguous()
     cache = new_cache(1, 3, 32, 64)
     ops.kv_append(k, k, None, None, rotation, cache, torch.arange(4))
-    got = kv_pages.read_tokens(cache, torch.arange(4), 64)[0].dequantize()
+    got = read_tokens(cache, torch.arange(4), 64)[0].dequantize()
     for head in range(3):
         exact = k[0, 0] @ rotation[head]
         assert (got[:, head] - exact).abs().max() < 0.3  # half a 4-bit step of about 5 / 15
@@ -228,7 +229,7 @@ def test_kv_append_carries_nan_through_the_rotation(matrices: int) -> None:
     k[1, 0, 5] = torch.nan
     cache = new_cache(1, 2, 64, 64)
     ops.kv_append(k, v, None, None, rotations(matrices, 64), cache, torch.arange(3))
-    got = kv_pages.read_tokens(cache, torch.arange(3), 64)[0].dequantize()
+    got = read_tokens(cache, torch.arange(3), 64)[0].dequantize()
     assert got[1, 0].isnan().all()
     assert got[[0, 0, 1, 2, 2], [0, 1, 1, 0, 1]].isfinite().all()
 

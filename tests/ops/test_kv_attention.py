@@ -17,7 +17,8 @@ from kv_cases import (
 
 from resq_kernels import kv_pages, ops, reference
 from resq_kernels.formats import join_heads
-from resq_kernels.reference_attention import attend, rope
+from resq_kernels.reference.attention import attend, rope
+from resq_kernels.reference.kv_pages import read_tokens
 
 
 def random_pages(
@@ -54,7 +55,7 @@ def check(pages: Pages, q, counts, scale, cos=None, sin=None, rotation=None) -> 
             assert (out[rows] == 0).all()
             continue
         slots = page_slots(pages.block_table[i], pages.page_size, len(k))
-        codes_v = kv_pages.read_tokens(pages.cache, slots, pages.head_dim)[1].codes.double()
+        codes_v = read_tokens(pages.cache, slots, pages.head_dim)[1].codes.double()
         expected = attend(exact_q[rows], k, v, scale)
         bound = kv_attention_bound(exact_q[rows], k, v, codes_v, scale)
         # The specification's own float32 rotation differs from the exact one by at most this.
@@ -116,7 +117,7 @@ def test_the_bound_rejects_a_code_that_is_off_by_one() -> None:
     arguments = (pages.block_table, pages.seq_lens, starts([1]), 128**-0.5)
     k, v = pages.rows(0)
     slots = page_slots(pages.block_table[0], 64, 4)
-    codes_v = kv_pages.read_tokens(pages.cache, slots, 128)[1].codes.double()
+    codes_v = read_tokens(pages.cache, slots, 128)[1].codes.double()
     expected = attend(q.double(), k, v, 128**-0.5)
     bound = kv_attention_bound(q.double(), k, v, codes_v, 128**-0.5) + 2.0**-23 * expected.abs()
     start = {"k": 0, "v": 64 * (72 + 16)}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from resq_kernels import kv_pages, reference
+from resq_kernels.reference.kv_pages import quantize_rows, read_tokens, write_tokens
 
 HEAD_DIMS = [64, 128]
 
@@ -184,14 +185,14 @@ def test_write_and_read_are_inverse_for_every_position(head_dim: int, hi_bits: i
         assert shape[2] == page_size * {64: 88, 128: 160}[head_dim]
         cache = torch.randint(0, 256, shape, dtype=torch.uint8)
         slots = torch.randperm(3 * page_size)
-        rows = [kv_pages.quantize_rows(torch.randn(len(slots), 2, head_dim), hi_bits) for _ in "kv"]
-        kv_pages.write_tokens(cache, slots, *rows)
-        for read, written in zip(kv_pages.read_tokens(cache, slots, head_dim), rows, strict=True):
+        rows = [quantize_rows(torch.randn(len(slots), 2, head_dim), hi_bits) for _ in "kv"]
+        write_tokens(cache, slots, *rows)
+        for read, written in zip(read_tokens(cache, slots, head_dim), rows, strict=True):
             assert torch.equal(read.codes, written.codes)
             assert torch.equal(read.ranges, written.ranges)
         # Every byte was written: a cache of other garbage becomes the same.
         again = torch.full(shape, 255, dtype=torch.uint8)
-        kv_pages.write_tokens(again, slots, *rows)
+        write_tokens(again, slots, *rows)
         assert torch.equal(again, cache)
 
 
@@ -214,7 +215,7 @@ def rows_of_every_kind(head_dim: int) -> torch.Tensor:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_quantization_error_is_at_most_half_a_step(head_dim: int, hi_bits: int) -> None:
     x = rows_of_every_kind(head_dim)
-    rows = kv_pages.quantize_rows(x, hi_bits)
+    rows = quantize_rows(x, hi_bits)
     error = (rows.dequantize().double() - x.double()).abs()
     for index, (dims, levels) in enumerate(parts(x, hi_bits)):
         scale = rows.ranges[..., 2 * index, None].double() / kv_pages.SCALE_FACTOR
@@ -264,7 +265,7 @@ def test_special_rows(hi_bits: int) -> None:
 def test_uniform_mode_has_one_range() -> None:
     x = torch.randn(5, 128)
     x[:, 127] = 9.0  # widens the range of all dims
-    rows = kv_pages.quantize_rows(x, 4)
+    rows = quantize_rows(x, 4)
     assert rows.codes.max() == 15
     assert torch.equal(rows.ranges[:, :2], rows.ranges[:, 2:])
     assert (rows.codes[:, 127] == 15).all()
@@ -277,7 +278,7 @@ def test_uniform_mode_has_one_range() -> None:
         (lambda: kv_pages.cache_shape(1, 1, 24, 128), "page_size: expected .* multiple of 16 .*24"),
         (lambda: kv_pages.cache_shape(1, 1, 16, 64), "page_size: expected .* multiple of 32 .*16"),
         (lambda: kv_pages.cache_shape(1, 1, 0, 64), "page_size: expected a positive multiple"),
-        (lambda: kv_pages.quantize_rows(torch.ones(64), 5), "hi_bits: expected 4 or 8, got 5"),
+        (lambda: quantize_rows(torch.ones(64), 5), "hi_bits: expected 4 or 8, got 5"),
         (
             lambda: kv_pages.page_size_of(torch.empty(1, 1, 100, dtype=torch.uint8), 64),
             "cache: expected pages of a multiple of 32 tokens of 88 bytes, got 100 bytes",

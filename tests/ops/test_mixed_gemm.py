@@ -10,7 +10,7 @@ import torch
 from forced_isa import ISAS, words_under
 
 from resq_kernels import ops, reference
-from resq_kernels.formats import pack_int4, weight_sums
+from resq_kernels.formats import pack_int4, unpack_int4, weight_sums
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (N, K_lo, K_hi): one row, padding everywhere, real splits, a part without columns, and an input so
@@ -202,8 +202,8 @@ def test_mixed_gemm_feels_one_code(name: str) -> None:
 def test_mixed_gemm_epilogue_rounds_every_operation() -> None:
     """A fused multiply-add in the epilogue would change bits of this very case."""
     case = make_case(64, (64, 56, 8))
-    q_lo, q_hi = reference.unpack_int4(case.q_lo), case.q_hi
-    w_lo, w_hi = reference.unpack_int4(case.codes_lo), case.codes_hi
+    q_lo, q_hi = unpack_int4(case.q_lo), case.q_hi
+    w_lo, w_hi = unpack_int4(case.codes_lo), case.codes_hi
     terms = []
     for part, (q, w) in enumerate([(q_lo, w_lo), (q_hi, w_hi)]):
         zero = case.params[:, 2 * part + 1, None].double()

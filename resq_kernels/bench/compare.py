@@ -1,4 +1,8 @@
-"""Two runs of `resq bench` side by side: what has become slower (`resq bench --compare`)."""
+"""Two runs of `resq bench` side by side: which rows have become slower (`resq bench --compare`).
+
+Reads `machine`, `rows` and of each row its place, `ours_us` and `ratio` alone: keys that every
+file since the first has, so that renaming others leaves old files comparable.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# What must agree for times to be comparable, and what says that two rows are the same measurement.
+# Keys of the machine that must agree for times to be comparable, and keys of a row that say what
+# was measured.
 _MACHINE = ("processor", "cores", "threads", "isa", "device", "clock")
 _PLACE = ("op", "model", "layer", "layers", "batch", "shape", "baseline")
 HEADER = ["op", "model", "layer", "shape", "baseline", "old us", "new us"]
@@ -31,7 +36,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def check_machines(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Refuses times of two machines, of which the faster is no news about the kernels.
+    """Refuses to compare times of two different machines: they say nothing about the kernels.
 
     Raises:
         ValueError: another processor, GPU, instruction set, number of threads or clock.
@@ -56,19 +61,20 @@ def compare(
 ) -> list[dict[str, Any]]:
     """The rows that both runs have, in the order of the new one.
 
-    A row is slower if our time grew by more than `percent` and the ratio to the baseline of its
-    own run fell by as much: a busy machine slows both sides, a new torch moves the ratio alone.
+    A row counts as slower if our time grew by more than `percent` and its ratio to the baseline,
+    which was timed in the same run, fell by as much: a busy machine slows both sides, and another
+    torch changes the ratio but not our time.
 
     Args:
         old, new: rows of `resq bench`.
         percent: growth of the time that counts as slower.
 
     Returns:
-        The keys that say where, `old_us`, `new_us`, `time` (new / old), `ratio` (new / old; None
-        without a baseline) and `slower`.
+        For each row the keys that say what was measured, `old_us`, `new_us`, `time` (new / old),
+        `ratio` (new / old; None without a baseline) and `slower`.
 
     Raises:
-        ValueError: no row is in both.
+        ValueError: the runs have no row in common.
     """
     before = {_place(row): row for row in old}
     limit = 1 + percent / 100
@@ -95,7 +101,7 @@ def _place(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
-    """One row of `compare` under HEADER."""
+    """One row of `compare` as the cells under HEADER."""
     texts = [str(row.get(key) or "") for key in ("op", "model", "layer", "shape", "baseline")]
     ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
     figures = [f"{row['old_us']:.1f}", f"{row['new_us']:.1f}", f"{row['time']:.2f}", ratio]

@@ -1,4 +1,4 @@
-"""What benchmarks of models and layers do on a GPU, run on a CPU: calls stand for their graphs."""
+"""Benchmarks of models and layers as on a GPU, but on a CPU, with plain calls instead of graphs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from resq_kernels.testing import bench_graphs, bench_layer, bench_model, bench_models, cuda_timing
-from resq_kernels.testing.bench_device import BenchDevice
+from resq_kernels.bench import cuda_timing, graphs, models
+from resq_kernels.bench import layer as bench_layer
+from resq_kernels.bench import model as bench_model
+from resq_kernels.bench.device import BenchDevice
+from resq_kernels.bench.timing import Timing
 from resq_kernels.testing.quantized_models import random_quantized
-from resq_kernels.testing.timing import Timing
 
 MODEL = "llama-3.2-1b"
 BASELINES = {"transformers bf16", "transformers bf16 graph", "ours eager"}
@@ -30,7 +32,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
         return dict.fromkeys(candidates, Timing(median_us=2.0, best_us=1.0, calls=1))
 
     sizes = ("llama", 256, 192, 2, 4, 2, 320, False)
-    monkeypatch.setitem(bench_models.SIZES, MODEL, sizes)
+    monkeypatch.setitem(models.SIZES, MODEL, sizes)
     monkeypatch.setattr(BenchDevice, "on_gpu", property(lambda _: True))
     monkeypatch.setattr(BenchDevice, "alternate", alternate)
     monkeypatch.setattr(BenchDevice, "attempt", lambda _, call: call(0))
@@ -61,7 +63,7 @@ def test_a_model_is_timed_as_graphs_and_as_python_calls_it(gpu: dict[str, torch.
     assert (one - grown).norm() <= 1e-2 * grown.norm()
 
 
-def test_a_graph_with_another_answer_is_not_timed(
+def test_a_graph_with_another_result_is_not_timed(
     gpu: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(call: Callable[[int], torch.Tensor]) -> Callable[[int], torch.Tensor]:
@@ -82,11 +84,11 @@ def test_a_baseline_that_cannot_be_captured_is_missing() -> None:
     calls = {"ours": lambda i: torch.ones(1, 1, 4), "other": lambda i: torch.ones(1, 1, 4)}
     captured = {"ours": lambda: calls["ours"], "other": refused}
     missing: dict[str, str] = {}
-    found = bench_graphs.added(calls, captured, 1e-2, missing)
+    found = graphs.added(calls, captured, 1e-2, missing)
     assert list(found) == ["ours", "ours eager", "other"]
     assert missing == {"other graph": "operation not permitted when stream is capturing"}
     with pytest.raises(RuntimeError, match="operation not permitted"):
-        bench_graphs.added(calls, {"ours": refused}, 1e-2, {})
+        graphs.added(calls, {"ours": refused}, 1e-2, {})
 
 
 def test_a_layer_has_a_compiled_baseline(
@@ -115,7 +117,7 @@ def test_copies_of_a_layer_are_cold_and_stay_fused() -> None:
 
 def test_one_step_writes_the_last_place_every_time() -> None:
     keys, values = torch.randn(2, 1, 2, 5, 8)
-    layer = bench_graphs.one_step_cache([(keys, values)]).layers[0]
+    layer = graphs.one_step_cache([(keys, values)]).layers[0]
     assert layer.get_seq_length() == 5 and layer.get_mask_sizes(1) == (6, 0)
     for _ in range(2):
         new = torch.randn(2, 1, 2, 1, 8)

@@ -1,7 +1,4 @@
-"""The specification of every operator in plain torch: same names, same arguments, same meaning.
-
-Tests compare the kernels with these functions. Nothing falls back to them at run time.
-"""
+"""The specification of the quantizers, the transform, the embedding and the GEMM."""
 
 from __future__ import annotations
 
@@ -9,10 +6,6 @@ import torch
 
 from resq_kernels import hadamard as _hadamard
 from resq_kernels.formats import MixedTensor, pack_int4, unpack_int4
-from resq_kernels.reference_attention import kv_append as kv_append
-from resq_kernels.reference_attention import kv_attention as kv_attention
-from resq_kernels.reference_attention import kv_dequantize as kv_dequantize
-from resq_kernels.reference_attention import kv_fake_quantize as kv_fake_quantize
 
 MIN_SCALE = 2.0**-60
 
@@ -38,7 +31,7 @@ def _quantize_part(
         zero = torch.round(-lo * (1.0 / scale)) - half
     inv_scale = (1.0 / scale).unsqueeze(-1)
     codes = (torch.round(x * inv_scale) + zero.unsqueeze(-1)).clamp(-half, half - 1)
-    # A row that holds NaN or an infinity becomes NaN: the scale carries it, the codes are 0.
+    # A row with a NaN or an infinity dequantizes to NaN: its scale is NaN, its codes are 0.
     finite = torch.isfinite(x).all(-1)
     scale = torch.where(finite, scale, torch.nan)
     zero = torch.where(finite, zero, 0.0)
@@ -53,9 +46,9 @@ def mixed_quantize(
     symmetric: bool = False,
     clip: float = 1.0,
 ) -> MixedTensor:
-    """Per row: the first K - n_hi columns to `lo_bits` bits, the last n_hi to 8 bits.
+    """Quantizes each row: its first K - n_hi columns to `lo_bits` bits, its last n_hi to 8 bits.
 
-    A part without columns gets scale 0 and zero 0.
+    A part without columns has scale 0 and zero 0.
     """
     x = x.float()
     k_lo = x.shape[-1] - n_hi
@@ -90,7 +83,7 @@ def rms_norm_quantize(
 
 
 def hadamard(x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """scale * H x / sqrt(n) of the last dimension, computed in float32, in x's dtype."""
+    """scale * H x / sqrt(n) over the last dimension, computed in float32, rounded to x's dtype."""
     return (_hadamard.transform(x.float()) * scale).to(x.dtype)
 
 
@@ -103,7 +96,7 @@ def silu_mul_hadamard_quantize(
     symmetric: bool = False,
     clip: float = 1.0,
 ) -> MixedTensor:
-    """mixed_quantize(H(silu(gate) * up)): gate is the first half of the last dimension."""
+    """mixed_quantize(H(silu(gate) * up)); gate is the first half of the last dimension."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     product = torch.nn.functional.silu(gate) * up
     if hadamard:
@@ -118,9 +111,9 @@ def embedding(
     weight_scale: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Rows `ids` of scale * code, one float32 product, in `dtype`.
+    """Rows `ids` of scale * code: one product in float32, rounded to `dtype`.
 
-    Takes the canonical codes (uint8 [N, K_lo / 2], int8 [N, K_hi]) instead of a packed weight.
+    Takes the unpacked codes (uint8 [N, K_lo / 2], int8 [N, K_hi]) instead of a packed weight.
     """
     scale_lo, scale_hi = weight_scale[ids].split(1, dim=-1)
     return torch.cat([scale_lo * unpack_int4(codes_lo[ids]), scale_hi * codes_hi[ids]], dim=-1).to(
@@ -138,12 +131,12 @@ def mixed_gemm(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The exact integer GEMM and the float32 epilogue, in the order that every kernel keeps.
+    """The exact integer GEMM and the float32 epilogue, in the order of operations of every kernel.
 
     Formula: d_p = sum_k q_p[m, k] w_p[n, k] - zero_p[m] * sum_k w_p[n, k] as an exact integer;
     y = ((d_lo * s_lo[m]) * t_lo[n] + (d_hi * s_hi[m]) * t_hi[n]) + bias[n], each operation rounded
     to float32; a part without columns is skipped.
-    Takes the canonical codes (uint8 [N, K_lo / 2], int8 [N, K_hi]) instead of a packed weight.
+    Takes the unpacked codes (uint8 [N, K_lo / 2], int8 [N, K_hi]) instead of a packed weight.
     """
     q_lo = unpack_int4(q_lo) if q_lo.dtype == torch.uint8 else q_lo
     y = None

@@ -14,25 +14,25 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from resq_kernels.cli import build_parser
-from resq_kernels.testing import (
-    bench_device,
-    bench_gemm_baselines,
-    bench_hadamard,
-    bench_kv_attention,
-    bench_mixed_gemm,
-    bench_models,
-    bench_prefill,
-    bench_quantize,
+from resq_kernels.bench import (
+    attention,
     cuda_timing,
     cutlass_s4s8,
+    device,
+    gemm,
+    gemm_baselines,
+    hadamard,
+    models,
+    prefill,
+    quantize,
 )
-from resq_kernels.testing.bench_device import BenchDevice
-from resq_kernels.testing.timing import Timing
+from resq_kernels.bench.device import BenchDevice
+from resq_kernels.bench.timing import Timing
+from resq_kernels.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "qwen2.5-0.5b"
-MODULES = [bench_mixed_gemm, bench_hadamard, bench_quantize, bench_kv_attention, bench_prefill]
+MODULES = [gemm, hadamard, quantize, attention, prefill]
 
 
 class FakeCutlass:
@@ -63,14 +63,14 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
 
     monkeypatch.setattr(BenchDevice, "alternate", alternate)
     monkeypatch.setattr(BenchDevice, "attempt", lambda _, call: call(0))
-    monkeypatch.setattr(bench_mixed_gemm, "differing", lambda *_: [])
-    for module in (bench_hadamard, bench_quantize):
+    monkeypatch.setattr(gemm, "differing", lambda *_: [])
+    for module in (hadamard, quantize):
         monkeypatch.setattr(module, "agrees", lambda *_: True)
         # Its matrices come from a cache of real tensors.
         monkeypatch.setattr(module, "kron_transform", lambda *_: lambda x: x)
-    monkeypatch.setattr(bench_kv_attention, "check", lambda *_: True)
-    monkeypatch.setattr(bench_prefill, "agrees", lambda *_: True)
-    for module in (bench_prefill, bench_prefill.prefill):
+    monkeypatch.setattr(attention, "check", lambda *_: True)
+    monkeypatch.setattr(prefill, "agrees", lambda *_: True)
+    for module in (prefill, prefill.prefill):
         # It asks the device for its kernels; where results go does not depend on the mask.
         monkeypatch.setattr(module, "causal_lower_right", lambda *_: None)
     monkeypatch.setattr(torch.ops.resq, "cuda_family", lambda _: "sm90", raising=False)
@@ -95,15 +95,15 @@ def test_every_candidate_stays_on_the_gpu(
     assert fake_cuda and all(devices == {"cuda"} for devices in fake_cuda.values()), fake_cuda
     assert {row["kernel"] for row in rows} == {"sm90"}
     assert {row["baseline"] for row in rows} == set(fake_cuda) - {"ours"}
-    if module is bench_mixed_gemm:
+    if module is gemm:
         names = {"F.linear bf16", "F.linear fp16", "torch._scaled_mm fp8", "torch._int_mm"}
         assert set(fake_cuda) == names | {"ours", "torch int4 g128", "CUTLASS s4 x s8"}
         assert missing["torch._int_mm"] == "takes more than 16 rows, got 1"
         first = rows[0]
-        assert first["products_floor_us"] == round(1152 * 896 / 0.5e15 * 1e6, 2)
-        assert first["ceiling_share"] == pytest.approx(first["bytes_floor_us"] / 2.0, abs=5e-3)
+        assert first["compute_bound_us"] == round(1152 * 896 / 0.5e15 * 1e6, 2)
+        assert first["ceiling_share"] == pytest.approx(first["memory_bound_us"] / 2.0, abs=5e-3)
     else:
-        assert all(row["products_floor_us"] is None for row in rows)
+        assert all(row["compute_bound_us"] is None for row in rows)
 
 
 def test_an_alternative_that_cannot_run_is_left_out_with_the_reason(
@@ -118,7 +118,7 @@ def test_an_alternative_that_cannot_run_is_left_out_with_the_reason(
     missing: dict[str, str] = {}
     bench = BenchDevice(device="cuda", cold_bytes=0)
     with FakeTensorMode():
-        found = bench_gemm_baselines.baselines(bench, 32, 256, 256, missing)
+        found = gemm_baselines.baselines(bench, 32, 256, 256, missing)
     assert "torch._scaled_mm fp8" not in found and len(found) == 4
     assert missing == {
         "torch._scaled_mm fp8": "torch._scaled_mm is only supported on newer devices",
@@ -177,30 +177,30 @@ def test_copies_pass_the_cold_bytes_but_no_more_than_a_graph_reaches() -> None:
 
 def test_models_have_the_sizes_of_their_configurations() -> None:
     # (N, K) of the products as in arXiv 2407.21783 and the Qwen2.5 report, and tests/gpu.
-    assert [layer[1:3] for layer in bench_models.layers("llama-3-70b")] == [
+    assert [layer[1:3] for layer in models.layers("llama-3-70b")] == [
         (10240, 8192),
         (8192, 8192),
         (57344, 8192),
         (8192, 28672),
     ]
-    assert bench_models.layers("qwen2.5-72b")[3] == ("down", 8192, 29568, 0)
-    assert bench_models.layers("qwen2.5-7b")[0] == ("qkv", 4608, 3584, 448)
-    assert bench_models.heads("llama-3.2-1b") == (32, 8, 64)
-    assert bench_models.configuration("llama-3-8b", 2)["num_hidden_layers"] == 2
-    for name in bench_models.names():
-        assert len(bench_models.layers(name)) == 4
+    assert models.layers("qwen2.5-72b")[3] == ("down", 8192, 29568, 0)
+    assert models.layers("qwen2.5-7b")[0] == ("qkv", 4608, 3584, 448)
+    assert models.heads("llama-3.2-1b") == (32, 8, 64)
+    assert models.configuration("llama-3-8b", 2)["num_hidden_layers"] == 2
+    for name in models.names():
+        assert len(models.layers(name)) == 4
 
 
 def test_kron_transform_is_the_transform() -> None:
     for width in (192, 896, 4864):
         x = torch.randn(3, width)
-        y = bench_hadamard.kron_transform(width)(x)
-        assert torch.allclose(y, bench_hadamard.hadamard.transform(x), atol=1e-4)
+        y = hadamard.kron_transform(width)(x)
+        assert torch.allclose(y, hadamard.hadamard.transform(x), atol=1e-4)
 
 
 def test_nbytes_counts_nested_tensors_and_nothing_else() -> None:
     x = torch.zeros(3, 5, dtype=torch.bfloat16)
-    assert bench_device.nbytes(x, (x, [x, None]), "name") == 3 * 30
+    assert device.nbytes(x, (x, [x, None]), "name") == 3 * 30
 
 
 def test_the_acceptance_runs_command_lines_that_exist() -> None:

@@ -1,8 +1,8 @@
-"""Whole models and layers as CUDA graphs, for benchmarks: ours and transformers' in BF16.
+"""Whole models and layers as CUDA graphs: ours and transformers' in BF16.
 
-A captured step of transformers needs a cache that does not grow: `OneStep` has room for one more
-token behind its context, and every step writes it there. That is what a static cache that is just
-long enough costs, without the mask that transformers adds for longer ones.
+A captured step of transformers needs a cache that does not grow: `OneStep` has room for one token
+after its context, and every step writes that one. It costs what a static cache of exactly this
+length would, without the mask that transformers adds for longer ones.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from resq_kernels.bench.device import Call
 from resq_kernels.nn.decode_graph import DecodeGraph
-from resq_kernels.testing.bench_device import Call
 
 
 class OneStep(DynamicLayer):
-    """A layer of a cache whose last token is the step's, however often it is taken.
+    """A layer of a cache whose last token every step overwrites.
 
     Args:
         keys, values: [B, n_kv, context, D]; copied.
@@ -34,13 +34,13 @@ class OneStep(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values, the new ones [B, n_kv, 1, D] in the last place."""
+        """Returns all keys and values, the new ones [B, n_kv, 1, D] as the last token."""
         self.keys[:, :, -1:] = key_states
         self.values[:, :, -1:] = value_states
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        """The context: tokens before the step."""
+        """The tokens before the step."""
         return self.keys.shape[-2] - 1
 
 
@@ -52,10 +52,10 @@ def one_step_cache(layers: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCa
 
 
 def decode_graph(model: Any, cache: Any, token: torch.Tensor) -> Call:
-    """A step of a quantized model by `DecodeGraph`, which is then forgotten again.
+    """A step of a quantized model by `DecodeGraph`, which is undone after each call.
 
     Args:
-        model, cache: after the context.
+        model, cache: a model and its cache, which holds the context.
         token: int64 [B, 1].
     """
     graph = DecodeGraph(model, cache, 1)
@@ -69,7 +69,7 @@ def decode_graph(model: Any, cache: Any, token: torch.Tensor) -> Call:
 
 
 def errors(result: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """|result - expected| / |expected| of each token, of [batch, tokens, columns], on the CPU."""
+    """|result - expected| / |expected| of each token of [batch, tokens, columns], on the CPU."""
     result, expected = result.cpu().double(), expected.cpu().double()
     return (result - expected).norm(dim=-1) / expected.norm(dim=-1)
 
@@ -80,17 +80,18 @@ def added(
     tolerance: float,
     missing: dict[str, str],
 ) -> dict[str, Call]:
-    """The candidates of a GPU: "ours" as a graph, and beside it what else there is.
+    """The candidates to time on a GPU: "ours" is our graph; the eager calls and the other graphs
+    are its baselines.
 
     Args:
         eager: "ours" and baselines as Python calls them; all return logits [B, 1, vocabulary].
-        captured: key of `eager` -> function that makes the call as a graph.
-        tolerance: largest difference between the two, in the norm of the eager logits of a row.
-        missing: gets the reason for each baseline that cannot be captured.
+        captured: key of `eager` -> function that captures the call as a graph.
+        tolerance: most difference between a graph and its eager call, relative to the norm of the
+            eager logits of a row.
+        missing: receives the reason for each baseline that cannot be captured.
 
     Raises:
-        RuntimeError: a captured call returns something else than the eager one, or ours cannot
-            be captured.
+        RuntimeError: a graph's logits differ from the eager call's, or ours cannot be captured.
     """
     found: dict[str, Call] = {}
     for key, make in captured.items():
@@ -106,5 +107,5 @@ def added(
         if not (apart := float(errors(result, expected).max())) <= tolerance:
             raise RuntimeError(f"{name}: differs from the eager call by {apart:.2g} of the norm")
         found[name] = call
-    beside = {"ours eager" if key == "ours" else key: call for key, call in eager.items()}
-    return {"ours": found.pop("ours"), **beside, **found}
+    baselines = {"ours eager" if key == "ours" else key: call for key, call in eager.items()}
+    return {"ours": found.pop("ours"), **baselines, **found}

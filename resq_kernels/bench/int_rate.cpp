@@ -1,5 +1,5 @@
-// The most integer products a second that one thread can start: the instructions of mixed_gemm on
-// registers alone. int_rate.py beside it compiles it and calls it on every thread at once.
+// The peak rate of integer products of one thread: mixed_gemm's instructions on registers alone.
+// int_rate.py compiles this file and calls it on every thread at once.
 #include <time.h>
 
 namespace {
@@ -40,7 +40,7 @@ extern "C" double resq_rate_avx512vnni() {
   });
 }
 
-// The steps of a 4-bit part: two pmaddubsw and their sum, then pmaddwd and the 32-bit sum.
+// The instructions of a 4-bit step: two pmaddubsw and their sum, then pmaddwd and the 32-bit sum.
 extern "C" double resq_rate_avx2() {
   return products_per_second(4 * 64, [] {
     long steps = kSteps;

@@ -1,4 +1,4 @@
-"""The device that a benchmark runs on: its clock, its cold data and its measured limits."""
+"""The device that a benchmark runs on: its clock, its cold data and its measured peaks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from resq_kernels.testing import cuda_timing, int_rate, timing
-from resq_kernels.testing.timing import Timing
+from resq_kernels.bench import cuda_timing, int_rate, timing
+from resq_kernels.bench.timing import Timing
 
 ROOT = Path(__file__).resolve().parents[2]
 INT8_CEILING = ROOT / "benchmarks/cuda/int8_ceiling.cu"  # in a checkout; a wheel has none
@@ -24,14 +24,15 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one call does.
+    """The work of one call, from which its roofline bound follows.
 
     Attributes:
         op: the operator.
-        place: the keys that say where: model, layer, batch, shape, ...
-        moved: bytes that it has to move.
-        products: and products to compute; None for operators that multiply little.
-        copies: whether it writes as much as it reads: its floor is then a copy's bandwidth.
+        place: the row's keys that say what was timed: model, layer, batch, shape, ...
+        moved: bytes that it has to read or write.
+        products: integer products that it has to compute; None where memory alone is the bound.
+        copies: whether it writes about as much as it reads, so that its memory bound takes the
+            bandwidth of a copy instead of that of reading.
     """
 
     op: str
@@ -47,8 +48,8 @@ class BenchDevice:
 
     Attributes:
         device: "cpu" or "cuda".
-        rounds: turns of every candidate.
-        cold_bytes: data that a call passes before it sees the same again.
+        rounds: how often each candidate has its turn.
+        cold_bytes: bytes of other data between two uses of the same copy, to keep caches cold.
         cpu_time: processor time of the one thread instead of wall time (CPU).
     """
 
@@ -63,22 +64,22 @@ class BenchDevice:
         return self.device == "cuda"
 
     def copy_count(self, size: int) -> int:
-        """How many copies of `size` bytes leave nothing in the caches after a round trip."""
+        """How many copies of `size` bytes it takes for each to be cold when its turn comes."""
         count = 1 + self.cold_bytes // max(size, 1)
         return min(count, cuda_timing.MOST_COPIES) if self.on_gpu else count
 
     def copies(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """`tensor` and enough clones of it that a round trip leaves nothing in the caches."""
+        """`tensor` and enough clones that each is cold when its turn comes."""
         return [tensor, *(tensor.clone() for _ in range(self.copy_count(nbytes(tensor)) - 1))]
 
     def available(
         self, makers: Iterable[tuple[str, Callable[[], Call]]], missing: dict[str, str]
     ) -> dict[str, Call]:
-        """name -> call of the alternatives that this build, device and memory can run.
+        """name -> call, of the alternatives that run with this torch, device and memory.
 
         Args:
-            makers: names and functions that make the call; it is tried once, as it will be timed.
-            missing: gets name -> reason for each of the others.
+            makers: names, and functions that set up the call, which is then tried once.
+            missing: receives name -> reason for each of the others.
         """
         found: dict[str, Call] = {}
         for name, make in makers:
@@ -102,11 +103,11 @@ class BenchDevice:
     def alternate(
         self, candidates: Mapping[str, Call], *, eager: bool = False
     ) -> dict[str, Timing]:
-        """Times candidates in turn; the argument of a call counts, so that it rotates its data.
+        """Times the candidates in turn.
 
         Args:
-            candidates: name -> call.
-            eager: on a GPU, each call as Python launches it, instead of graphs of calls.
+            candidates: name -> call; its argument counts calls, to choose the copy of the data.
+            eager: on a GPU, time each call as Python launches it, instead of CUDA graphs of calls.
         """
         if self.on_gpu and not eager:
             return cuda_timing.alternate(candidates, self.rounds)
@@ -139,46 +140,46 @@ class BenchDevice:
             return None
         return operations / 2 if operations else None
 
-    def limits(self) -> dict[str, float | None]:
-        """The limits that have been measured so far."""
+    def peaks(self) -> dict[str, float | None]:
+        """The peak rates that have been measured so far."""
         known = ("read_bandwidth", "copy_bandwidth", "products_per_second")
         keys = ("read_bytes_per_second", "copy_bytes_per_second", "integer_products_per_second")
         return {key: vars(self)[n] for n, key in zip(known, keys, strict=True) if n in vars(self)}
 
     @functools.cached_property
     def kernels(self) -> str:
-        """What runs: the instruction set on a CPU, the family of the device on a GPU."""
+        """Which kernels run: the instruction set of a CPU, the family of a GPU."""
         if self.on_gpu:
             return str(torch.ops.resq.cuda_family(0))
         return str(torch.ops.resq.cpu_isa())
 
     def machine(self) -> dict[str, object]:
-        """What a figure depends on; `gpu` with clocks and throttling where one is used."""
+        """What times depend on; under `gpu` also clocks and throttling, where one is used."""
         stamp = timing.machine(self.cpu_time) | {"commit": commit(), "device": self.device}
         return stamp | ({"gpu": cuda_timing.device()} if self.on_gpu else {})
 
     def rows(self, work: Work, times: Mapping[str, Timing]) -> list[Row]:
-        """One row for each alternative of "ours", or a single one where there is none.
+        """One row for each alternative to "ours", or a single row if there is none.
 
         Args:
-            work: what was timed; the result of "ours" is checked by now.
-            times: "ours" and its alternatives.
+            work: what was timed; the result of "ours" must have been checked.
+            times: of "ours" and its alternatives.
         """
         ours = times["ours"]
         bandwidth = self.copy_bandwidth if work.copies else self.read_bandwidth
-        bytes_floor = work.moved / bandwidth * 1e6
+        memory_bound = work.moved / bandwidth * 1e6
         rate = None if work.products is None else self.products_per_second
-        products_floor = work.products / rate * 1e6 if work.products and rate else None
-        floor = max(bytes_floor, products_floor or 0.0)
+        compute_bound = work.products / rate * 1e6 if work.products and rate else None
+        bound = max(memory_bound, compute_bound or 0.0)
         common: Row = {
             "op": work.op,
             "kernel": self.kernels,
             **work.place,
             "ours_tflops": work.products and round(2 * work.products / ours.median_us / 1e6, 3),
             "ours_gb_per_s": round(work.moved / ours.median_us / 1e3, 2),
-            "bytes_floor_us": round(bytes_floor, 2),
-            "products_floor_us": products_floor and round(products_floor, 2),
-            "ceiling_share": round(floor / ours.median_us, 3),
+            "memory_bound_us": round(memory_bound, 2),
+            "compute_bound_us": compute_bound and round(compute_bound, 2),
+            "ceiling_share": round(bound / ours.median_us, 3),
             "checked": True,
         }
         others = [name for name in times if name != "ours"]
@@ -188,7 +189,7 @@ class BenchDevice:
 
 
 def nbytes(*values: object) -> int:
-    """Bytes of tensors, also inside tuples and lists; other values have none."""
+    """Bytes of all tensors, also inside tuples and lists; other values count as none."""
     return sum(
         value.numel() * value.element_size()
         if isinstance(value, torch.Tensor)
@@ -202,7 +203,7 @@ def nbytes(*values: object) -> int:
 @functools.cache
 def commit() -> str:
     """The commit of the source, "unknown" outside a checkout."""
-    if not (ROOT / ".git").exists():  # a wheel may lie inside somebody else's
+    if not (ROOT / ".git").exists():  # an installed wheel may lie in another project's checkout
         return "unknown"
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

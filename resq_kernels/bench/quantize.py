@@ -1,7 +1,7 @@
-"""The quantizing operators beside the chain of torch operations that a user would write.
+"""The quantizing operators compared with the torch operations that a user would write.
 
 mixed_quantize, rms_norm_quantize with a residual, and silu_mul_hadamard_quantize at the widths of a
-model. Codes are compared with the reference before anything is timed. The floor of a row is the
+model. Codes are compared with the reference before anything is timed. The bound of a row is the
 bytes of its inputs and outputs / the measured bandwidth of a copy.
 
     resq bench quantize --shapes llama-3-8b --batch 1,16,512
@@ -17,16 +17,16 @@ import torch
 from torch.nn import functional
 
 from resq_kernels import formats, ops, reference
-from resq_kernels.testing import bench_models
-from resq_kernels.testing.bench_device import BenchDevice, Row, Work, nbytes
-from resq_kernels.testing.bench_hadamard import kron_transform
+from resq_kernels.bench import models
+from resq_kernels.bench.device import BenchDevice, Row, Work, nbytes
+from resq_kernels.bench.hadamard import kron_transform
 
-MODELS = bench_models.names()
+MODELS = models.names()
 DEFAULTS = {"shapes": ["llama-3-8b"], "batch": [1, 16, 512]}
 CHECKED_ROWS = 64
 EPS = 1e-5
-# The order of float32 additions may move a value across an edge of two codes: by one code, in a
-# part per thousand of the places at most (tests/gpu); in a row of a few hundred that is one.
+# Another order of float32 additions may round a value to the neighbouring code: at most one code
+# away and for at most one value in a thousand (tests/gpu), so one in a row of a few hundred.
 MOST_DIFFERING = 0.01
 SCALE_TOLERANCE = 2.0**-17  # float32 sums of up to 30000 terms in another order
 Quantized = tuple[formats.MixedTensor, torch.Tensor | None]
@@ -37,10 +37,10 @@ class Case:
     """One operator at the widths of a model.
 
     Attributes:
-        op, layer: the operator, and the product that reads its codes.
+        op, layer: the operator, and the linear that reads its codes.
         widths: columns of each input.
-        exact: whether the codes must be the reference's everywhere.
-        ours, reference: inputs -> codes and, or None, the new residual.
+        exact: whether all codes must equal the reference's.
+        ours, reference: inputs -> codes and the new residual, None if the operator has none.
         torch: the same work in plain torch.
     """
 
@@ -54,7 +54,7 @@ class Case:
 
 
 def torch_quantize(x: torch.Tensor, n_hi: int) -> list[torch.Tensor]:
-    """Asymmetric codes by row and part in plain torch, without packing: what a user would write."""
+    """Asymmetric codes per row and part in plain torch, not packed: what a user would write."""
     found = []
     for part, bits in zip(x.split([x.shape[-1] - n_hi, n_hi], dim=-1), (4, 8), strict=True):
         if part.shape[-1] == 0:
@@ -70,9 +70,9 @@ def torch_quantize(x: torch.Tensor, n_hi: int) -> list[torch.Tensor]:
 
 def cases(model: str, device: str) -> list[Case]:
     """The three operators of a decoder layer that quantize."""
-    size = bench_models.shape(model)
-    n_hi = size.high_columns("self_attn.q_proj", bench_models.HIGH_FRACTION)
-    # Processors without BF16 products are an order of magnitude slower in it.
+    size = models.shape(model)
+    n_hi = size.high_columns("self_attn.q_proj", models.HIGH_FRACTION)
+    # CPUs without BF16 instructions are about ten times slower in BF16 than in float32.
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     transform = kron_transform(size.intermediate, device, dtype)
 
@@ -117,9 +117,10 @@ def cases(model: str, device: str) -> list[Case]:
 
 
 def agrees(case: Case, inputs: list[torch.Tensor], result: Quantized) -> bool:
-    """Whether the result is the reference's on at most CHECKED_ROWS evenly spaced rows.
+    """Whether the result agrees with the reference in at most CHECKED_ROWS evenly spaced rows.
 
-    Codes are compared as code - zero: a zero that rounds the other way moves all codes of its row.
+    Compares code - zero, because a zero point that rounds the other way shifts all codes of its
+    row.
     """
     count = len(inputs[0])
     rows = torch.linspace(0, count - 1, min(count, CHECKED_ROWS)).long()
@@ -148,7 +149,7 @@ def agrees(case: Case, inputs: list[torch.Tensor], result: Quantized) -> bool:
 
 
 def _parts(quantized: formats.MixedTensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(codes, zero, scale) of each part in float64."""
+    """(codes, zero, scale) of the low and of the high part, in float64."""
     q_lo, q_hi, params = quantized
     q_lo = formats.unpack_int4(q_lo) if q_lo.dtype == torch.uint8 else q_lo
     scale_lo, zero_lo, scale_hi, zero_hi = params.double().unbind(-1)
@@ -161,7 +162,7 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
     Args:
         bench: the device.
         args: the options of `resq bench`: shapes, batch.
-        missing: nothing is missing here.
+        missing: stays as it is: torch always has this baseline.
 
     Raises:
         RuntimeError: a result differs from the reference.

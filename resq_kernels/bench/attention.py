@@ -1,8 +1,8 @@
-"""kv_attention beside torch's attention on a 16-bit cache: one decode step of several sequences.
+"""kv_attention compared with torch's attention on a 16-bit cache: a decode step of some sequences.
 
-Every result is compared with a float64 softmax over the dequantized cache before it is timed.
-Caches are cold: each candidate rotates over copies of them. The floor of a row is the bytes of the
-tokens / measured bandwidth.
+Every result is compared with float64 attention over the dequantized cache before it is timed.
+Caches are cold: each candidate rotates over copies of them. The bound of a row is the bytes of the
+cached tokens / measured bandwidth.
 
     resq bench attention --shapes llama-3-8b --batch 1,8 --context 4096 --json out.json
 """
@@ -17,21 +17,22 @@ import torch
 from torch.nn import functional
 
 from resq_kernels import kv_pages, ops
-from resq_kernels.testing import bench_models
-from resq_kernels.testing.bench_device import BenchDevice, Call, Row, Work
+from resq_kernels.bench import models
+from resq_kernels.bench.device import BenchDevice, Call, Row, Work
+from resq_kernels.reference.kv_pages import read_tokens
 
-MODELS = bench_models.names()
+MODELS = models.names()
 DEFAULTS = {"shapes": ["llama-3-8b"], "batch": [1, 8], "context": [4096]}
 PAGE_SIZE = kv_pages.DEFAULT_PAGE_SIZE
-# Of the output's norm: rounding it to BF16 moves it by 2e-3, a scale that is 2 % off by 2e-2, and
-# the 4-bit cache itself by some 5e-2.
+# Relative to the norm of the output. Rounding to BF16 costs 2e-3, a scale that is 2 % off 2e-2. The
+# 5e-2 or so of 4-bit quantization do not count: the check reads the same dequantized cache.
 TOLERANCE = 5e-3
 
 
 def random_cache(
     batch: int, context: int, heads: tuple[int, int, int], device: str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pages that hold `batch` sequences of `context` random tokens, and their block table."""
+    """A cache of `batch` sequences of `context` random tokens, and its block table."""
     _, n_kv, head_dim = heads
     pages = -(-context // PAGE_SIZE)
     shape = kv_pages.cache_shape(batch * pages, n_kv, PAGE_SIZE, head_dim)
@@ -44,13 +45,13 @@ def random_cache(
 
 
 def token_slots(pages: torch.Tensor, context: int) -> torch.Tensor:
-    """Slots of the tokens of a sequence with these pages, int64 [context]."""
+    """Slots of the tokens of a sequence that owns these pages, int64 [context]."""
     places = torch.arange(PAGE_SIZE, device=pages.device)
     return (pages.long().unsqueeze(1) * PAGE_SIZE + places).view(-1).narrow(0, 0, context)
 
 
 def decoder(batch: int, context: int, device: str = "cpu") -> Callable[..., torch.Tensor]:
-    """A function of (q, cache, table): one query a sequence over all its tokens."""
+    """A function of (q, cache, table): one query of each sequence over all its tokens."""
     lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
     return lambda q, cache, table: ops.kv_attention(
@@ -61,11 +62,11 @@ def decoder(batch: int, context: int, device: str = "cpu") -> Callable[..., torc
 def check(
     out: torch.Tensor, q: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, context: int
 ) -> bool:
-    """Whether the last sequence's output is that of float64 attention over its own pages."""
+    """Whether the last sequence's output agrees with float64 attention over its pages."""
     head_dim = q.shape[-1]
     pages = cache[table[-1].long()].cpu()
     slots = token_slots(torch.arange(len(pages)), context)
-    k, v = (rows.dequantize().double() for rows in kv_pages.read_tokens(pages, slots, head_dim))
+    k, v = (rows.dequantize().double() for rows in read_tokens(pages, slots, head_dim))
     group = q.shape[1] // k.shape[1]
     k, v = (rows.repeat_interleave(group, dim=1) for rows in (k, v))
     scores = torch.einsum("hd,thd->ht", q[-1].cpu().double(), k) * head_dim**-0.5
@@ -76,14 +77,14 @@ def check(
 def baselines(
     bench: BenchDevice, batch: int, context: int, heads: tuple[int, int, int]
 ) -> Iterator[tuple[str, Callable[[], Call]]]:
-    """Names and makers of torch's attention on dense caches, each over its own cold copies.
+    """Names of torch's attention on dense caches and functions that set each up, on cold copies.
 
-    "grouped" passes the heads that share keys as rows of one query matrix: the best that a user can
-    make of it for a decode step, where no mask is needed.
+    "grouped" passes the query heads that share a kv head as rows of one query matrix: the fastest
+    way to call SDPA in a decode step, which needs no mask.
     """
     dtypes = {"bf16": torch.bfloat16}
     if not bench.on_gpu:
-        dtypes["fp32"] = torch.float32  # the quicker one on processors without BF16 products
+        dtypes["fp32"] = torch.float32  # faster than bf16 on CPUs without BF16 instructions
     for name, dtype in dtypes.items():
         make = partial(_dense, bench, batch, context, heads, dtype)
         yield f"SDPA {name}", partial(make, grouped=False)
@@ -118,7 +119,7 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
     Args:
         bench: the device.
         args: the options of `resq bench`: shapes, batch, context.
-        missing: gets name -> reason for each baseline that cannot run.
+        missing: receives name -> reason for each baseline that cannot run.
 
     Raises:
         RuntimeError: a result differs from the reference.
@@ -132,7 +133,7 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
 def _rows(
     bench: BenchDevice, model: str, batch: int, context: int, missing: dict[str, str]
 ) -> list[Row]:
-    n_q, n_kv, head_dim = heads = bench_models.heads(model)
+    n_q, n_kv, head_dim = heads = models.heads(model)
     cache, table = random_cache(batch, context, heads, bench.device)
     decode = decoder(batch, context, bench.device)
     q = torch.randn(batch, n_q, head_dim, dtype=torch.bfloat16, device=bench.device)

@@ -1,4 +1,4 @@
-"""The benchmark clockwork: order of the calls, medians, and limits that are physically possible."""
+"""How benchmarks time: the order of the calls, medians, and bandwidths that are possible."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from resq_kernels.testing import timing
+from resq_kernels.bench import timing
 
 
 def test_alternate_takes_turns_and_counts_calls() -> None:
@@ -59,7 +59,7 @@ def test_bandwidths_are_possible() -> None:
     assert 1e8 < timing.copy_bandwidth(megabytes=64, repeats=3) < 1e13
 
 
-def test_against_answers_the_ratio_of_the_medians_or_nulls() -> None:
+def test_against_returns_the_ratio_of_the_medians_or_nulls() -> None:
     ours = timing.Timing(median_us=2.0, best_us=1.0, calls=3)
     theirs = timing.Timing(median_us=5.0, best_us=4.0, calls=3)
     row = timing.against(ours, "other", theirs)

@@ -1,25 +1,33 @@
-"""The specification of the KV cache's operators in plain torch (imported by reference.py)."""
+"""The specification of the KV cache's operators, and RoPE."""
 
 from __future__ import annotations
 
 import torch
 
-from resq_kernels import kv_pages
 from resq_kernels.formats import join_heads
+from resq_kernels.kv_pages import LARGEST, page_size_of
+from resq_kernels.reference.kv_pages import quantize_rows, read_tokens, write_tokens
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE: x cos + rotate_half(x) sin of x [..., D]; cos and sin broadcast to x.
+
+    nn/attention.py has its own, as what runs a model does not import the specification.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
-    """x cos + rotate_half(x) sin in float32; x [T, heads, D], cos and sin [T, D] or None."""
+    """x [T, heads, D] in float32, after RoPE unless cos and sin, [T, D] each, are None."""
     x = x.float()
     if cos is None or sin is None:
         return x
-    first, second = x.chunk(2, dim=-1)
-    rotated = torch.cat([-second, first], dim=-1)
-    return x * cos.float()[:, None] + rotated * sin.float()[:, None]
+    return apply_rope(x, cos.float()[:, None], sin.float()[:, None])
 
 
 def rotate_heads(x: torch.Tensor, key_rotation: torch.Tensor | None, n_kv: int) -> torch.Tensor:
-    """x [T, heads, D] float32 times the rotation of each head's kv head, [1 or n_kv, D, D]."""
+    """x [T, heads, D] float32, each head times the rotation [1 or n_kv, D, D] of its kv head."""
     if key_rotation is None:
         return x
     rotation = key_rotation.float().expand(n_kv, -1, -1)
@@ -28,11 +36,11 @@ def rotate_heads(x: torch.Tensor, key_rotation: torch.Tensor | None, n_kv: int) 
 
 
 def kv_fake_quantize(x: torch.Tensor, hi_bits: int = 8) -> torch.Tensor:
-    """Rows [..., D] -> the float32 values that a page would hold of them.
+    """Rows [..., D] -> what they are in float32 after a round trip through a page.
 
-    Formula: scale * code + offset with the codes of `kv_pages.quantize_rows`.
+    Formula: scale * code + offset with the codes of `quantize_rows`.
     """
-    return kv_pages.quantize_rows(x, hi_bits).dequantize()
+    return quantize_rows(x, hi_bits).dequantize()
 
 
 def kv_append(
@@ -46,18 +54,18 @@ def kv_append(
     hi_bits: int = 8,
     q: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """RoPE and rotation of k and q, quantization of k and v per token and head, write into the
-    pages.
+    """Applies RoPE and the key rotation to k and q, quantizes k and v per token and head, and
+    writes them into the pages.
 
-    Formula: k' = rope(k) U[head]; rows of k' and v by `kv_pages.quantize_rows`; tokens whose slot
-    is negative are skipped. Returns q' = rope(q) U[kv head], or None without q.
+    Formula: k' = rope(k) U[head]; codes of k' and v by `quantize_rows`; tokens whose slot is
+    negative are skipped. Returns q' = rope(q) U[kv head], or None without q.
     """
     n_kv = k.shape[1]
     k = rotate_heads(rope(k, cos, sin), key_rotation, n_kv)
     kept = slot_mapping >= 0
-    k_rows = kv_pages.quantize_rows(k[kept], hi_bits)
-    v_rows = kv_pages.quantize_rows(v[kept], hi_bits)
-    kv_pages.write_tokens(cache, slot_mapping[kept], k_rows, v_rows)
+    k_rows = quantize_rows(k[kept], hi_bits)
+    v_rows = quantize_rows(v[kept], hi_bits)
+    write_tokens(cache, slot_mapping[kept], k_rows, v_rows)
     return None if q is None else rotate_heads(rope(q, cos, sin), key_rotation, n_kv)
 
 
@@ -65,11 +73,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
     """Causal GQA attention of one sequence, bottom-right aligned, in the dtype of the inputs.
 
     Args:
-        q: [n, n_q, D], the last n tokens of the sequence.
+        q: [n, n_q, D], of the last n tokens of the sequence.
         k, v: [length, n_kv, D].
 
     Returns:
-        [n, n_q, D]; zeros for queries that see no token.
+        [n, n_q, D]; zeros for queries before the first key.
     """
     n, length = q.shape[0], k.shape[0]
     group = q.shape[1] // k.shape[1]
@@ -78,7 +86,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
     scores = torch.einsum("nhd,lhd->hnl", q, k) * scale
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
     weights = torch.where(visible.any(-1)[:, None], weights, 0.0)
-    # A masked token may hold NaN, which 0 times NaN would let through.
+    # The value of a masked token may be NaN, and 0 times NaN would not be 0.
     out = torch.einsum("hnl,lhd->nhd", weights, torch.nan_to_num(v))
     nan_mass = torch.einsum("nl,lhd->nhd", visible.to(v.dtype), torch.isnan(v).to(v.dtype))
     return out.masked_fill(nan_mass > 0, torch.nan)
@@ -102,14 +110,14 @@ def kv_attention(
     Formula: q' = rope(q) U[kv head]; per sequence softmax(scale q' K^T + causal mask) V with the
     dequantized K and V, in float32.
     """
-    head_dim, page_size = q.shape[-1], kv_pages.page_size_of(cache, q.shape[-1])
+    head_dim, page_size = q.shape[-1], page_size_of(cache, q.shape[-1])
     rotated = rotate_heads(rope(q, cos, sin), key_rotation, cache.shape[1])
     out = torch.zeros_like(rotated)
     for i, length in enumerate(seq_lens.tolist()):
         begin, end = query_starts[i : i + 2].tolist()
         position = torch.arange(length)
         slots = block_table[i].long()[position // page_size] * page_size + position % page_size
-        k, v = (rows.dequantize() for rows in kv_pages.read_tokens(cache, slots, head_dim))
+        k, v = (rows.dequantize() for rows in read_tokens(cache, slots, head_dim))
         out[begin:end] = attend(rotated[begin:end], k, v, scale)
     out = out.to(out_dtype or q.dtype)
     return out if high_dims is None else join_heads(out, high_dims)
@@ -123,20 +131,21 @@ def kv_dequantize(
     head_dim: int,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys and values of the pages, [S, max_tokens, n_kv, D]; as in `ops.kv_dequantize`.
+    """The dequantized keys and values, [S, max_tokens, n_kv, D]; arguments as in
+    `ops.kv_dequantize`.
 
     Formula: scale * code + offset in float32, rounded once to dtype, float16 saturating at 65504;
     0 past a sequence's length.
     """
-    page_size = kv_pages.page_size_of(cache, head_dim)
+    page_size = page_size_of(cache, head_dim)
     shape = (block_table.shape[0], max_tokens, cache.shape[1], head_dim)
     out = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
     for i, length in enumerate(seq_lens.tolist()):
         position = torch.arange(length)
         slots = block_table[i].long()[position // page_size] * page_size + position % page_size
-        for rows, values in zip(kv_pages.read_tokens(cache, slots, head_dim), out, strict=True):
+        for rows, values in zip(read_tokens(cache, slots, head_dim), out, strict=True):
             exact = rows.dequantize()
             if dtype == torch.float16:
-                exact = exact.clamp_max(kv_pages.LARGEST)
+                exact = exact.clamp_max(LARGEST)
             values[i, :length] = exact.to(dtype)
     return out

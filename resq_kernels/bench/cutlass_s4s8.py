@@ -1,6 +1,6 @@
-"""CUTLASS's own product of 4-bit weights and 8-bit activations (benchmarks/cuda/cutlass_s4s8.cu).
+"""CUTLASS's mixed-input GEMM of 4-bit weights, 8-bit activations (benchmarks/cuda/cutlass_s4s8.cu).
 
-A GPU's machine may have no nvcc, so the library is built beforehand:
+A machine with a GPU may have no nvcc, so the library is built beforehand:
 
     RESQ_CUDA_BENCHMARKS=1 python setup.py build_ext --inplace
 """
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-# In a checkout; a wheel has none.
+# In a checkout; a wheel does not contain it.
 LIBRARY = Path(__file__).resolve().parents[2] / "benchmarks/cuda/cutlass_s4s8.so"
 CHECKED_ROWS, CHECKED_COLUMNS = 64, 256
 
 
 class CutlassS4S8:
-    """The functions of one library, which may be an emulator's."""
+    """The functions of one library; tests pass one that was built for the emulator."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -26,7 +26,7 @@ class CutlassS4S8:
         library.cutlass_s4s8_error.restype = ctypes.c_char_p
 
     def workspace(self, m: int, n: int, k: int, device: torch.device) -> torch.Tensor:
-        """What calls of one size need, uint8; calls on one stream can share it.
+        """The uint8 workspace of calls of one size; calls on one stream can share it.
 
         Raises:
             ValueError: N or K do not fit the kernel's 16-byte copies.
@@ -48,12 +48,12 @@ class CutlassS4S8:
         """Writes x times the weight's transpose, scaled, into `out`, and returns it.
 
         Args:
-            weight: uint8 [N, K / 2], codes packed as by `formats.pack_int4`.
+            weight: uint8 [N, K / 2], codes packed by `formats.pack_int4`.
             x: int8 [M, K].
             weight_scale: float32 [N].
             row_scale: float32 [M].
             out: bfloat16 [M, N].
-            workspace: of `workspace`, written.
+            workspace: from `workspace()`; overwritten.
 
         Raises:
             RuntimeError: CUTLASS refuses the call.
@@ -75,7 +75,7 @@ def load() -> CutlassS4S8:
     """The library that was built beforehand.
 
     Raises:
-        RuntimeError: there is none, it cannot be opened, or the device is not sm_90.
+        RuntimeError: it does not exist, cannot be opened, or the device is not sm_90.
     """
     if not LIBRARY.exists():
         raise RuntimeError(
@@ -97,7 +97,7 @@ def check(
     weight_scale: torch.Tensor,
     row_scale: torch.Tensor,
 ) -> None:
-    """Compares a result with exact integer sums, scaled in the same order, on evenly spaced places.
+    """Compares evenly spaced elements with exact integer sums, scaled in the same order.
 
     Args:
         y: bfloat16 [M, N].
@@ -105,7 +105,7 @@ def check(
         x, weight_scale, row_scale: the other arguments of the call.
 
     Raises:
-        RuntimeError: some value has other bits.
+        RuntimeError: a value differs in any bit.
     """
     rows, columns = (
         torch.linspace(0, size - 1, min(size, most), device=y.device).long()

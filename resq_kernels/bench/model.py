@@ -1,10 +1,10 @@
 """A whole model in transformers, quantized and in BF16: prefill, decode and memory in one run.
 
 Both models have random weights. The quantized one is checked first: its logits against the
-reference path along its own codes (testing.lockstep), in float32 and in BF16, and a decode step
+reference path that follows its codes (testing.lockstep), in float32 and in BF16, and a decode step
 against the same position of a longer prefill. On a GPU calls are CUDA graphs (our decode step by
-`nn.DecodeGraph`), compared with the eager calls first and timed beside them; on a CPU they are
-eager, the way `generate` calls.
+`nn.DecodeGraph`); they are compared with the eager calls, and both are timed. On a CPU calls are
+eager, as in `generate`.
 
     resq bench model --shapes llama-3.2-1b --layers 4 --batch 1 --context 128
 """
@@ -21,36 +21,37 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from resq_kernels.architecture import LINEARS
+from resq_kernels.bench import cuda_timing, graphs, models
+from resq_kernels.bench.device import BenchDevice, Call, Row, Work, nbytes
 from resq_kernels.config import ResQConfig
 from resq_kernels.nn.attention import ResQAttention
 from resq_kernels.nn.kv_cache import cache_name
-from resq_kernels.testing import bench_graphs, bench_models, cuda_timing
-from resq_kernels.testing.bench_device import BenchDevice, Call, Row, Work, nbytes
 from resq_kernels.testing.lockstep import lockstep
 from resq_kernels.testing.quantized_models import randomize
 
-MODELS = bench_models.names()
+MODELS = models.names()
 DEFAULTS = {"shapes": ["llama-3.2-1b"], "batch": [1], "context": [128]}
 BASELINE = "transformers bf16"
-SEQUENCES, LOGITS = 2, 8  # of a check; logits of this many last tokens
-# dtype -> (tokens, median over tokens of the logits' error in their norm, share of quantized rows
-# that the reference may not take over). In float32 both are 3e-7 and 0, whatever the depth and with
-# float16 attention in the prefill too (nn.prefill, from 65 tokens on); queries 2 % too large give
-# 0.13 and 0.6. BF16 rounds values across the edges of codes (0.11 of the rows of 9 tokens and 16
-# layers, 0.76 of 70), after which a token goes its own way: few tokens there, and the median.
+SEQUENCES, LOGITS = 2, 8  # of a check: sequences, and last tokens whose logits are compared
+# dtype -> (tokens, most error, most refused): the median over tokens of the logits' error relative
+# to their norm, and the share of quantized rows in which the reference may refuse the kernels'
+# codes. Measured in float32: 3e-7 and 0 at any depth, also with the float16 attention of a prefill
+# (nn.prefill, from 65 tokens on); queries that are 2 % too large give 0.13 and 0.6. In BF16 values
+# round to other codes (0.11 of the rows of 9 tokens and 16 layers, 0.76 of 70 tokens), after which
+# a token's values diverge: hence few tokens, and the median.
 ALLOWED = {torch.float32: (70, 1e-3, 0.05), torch.bfloat16: (9, 2e-2, 0.25)}
-STEP_TOLERANCE = 2e-2  # the head's BF16 product may sum in another order for one row
+STEP_TOLERANCE = 2e-2  # torch may sum the BF16 product of a single row in another order
 
 
 @torch.no_grad()
 def build(name: str, layers: int | None, device: str, *, quantized: bool, **sizes: Any) -> Any:
-    """A model of this shape with random weights, in BF16 beside its 4-bit parts; `sizes` replace
+    """A model of this shape with random weights, BF16 wherever it is not quantized; `sizes` replace
     fields of its configuration."""
-    config = AutoConfig.for_model(**bench_models.configuration(name, layers) | sizes)
+    config = AutoConfig.for_model(**models.configuration(name, layers) | sizes)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if quantized:
-        randomize(model, ResQConfig(high_fraction=bench_models.HIGH_FRACTION))
+        randomize(model, ResQConfig(high_fraction=models.HIGH_FRACTION))
     return model.eval()
 
 
@@ -60,7 +61,7 @@ def _logits(model: Any, ids: torch.Tensor, options: dict[str, Any]) -> torch.Ten
 
 @torch.no_grad()
 def why_wrong(model: Any) -> str | None:
-    """What of a BF16 model differs from the reference, or None."""
+    """A sentence about how a quantized BF16 model differs from the reference, or None."""
     device, rotary = model.device, copy.deepcopy(model.model.rotary_emb)
     options = {"use_cache": False, "logits_to_keep": LOGITS}
     for dtype, (tokens, most_error, most_refused) in ALLOWED.items():
@@ -70,7 +71,7 @@ def why_wrong(model: Any) -> str | None:
         with lockstep(model, partial(_logits, model, ids, options)) as (logits, agreement):
             expected = model.to("cpu")(ids.cpu(), **options).logits
         model.to(device)
-        if (error := float(bench_graphs.errors(logits, expected).median())) > most_error:
+        if (error := float(graphs.errors(logits, expected).median())) > most_error:
             return f"{dtype}: logits differ from the reference by {error:.2g} of their norm"
         if agreement.refused > most_refused * agreement.rows:
             counts = f"{agreement.refused} of {agreement.rows}"
@@ -81,7 +82,7 @@ def why_wrong(model: Any) -> str | None:
 
 
 def _step_error(model: Any) -> float:
-    """The largest error of a decode step against the last token of a prefill in the same bits."""
+    """The largest error of a decode step against the last token of a prefill by kv_attention."""
     attentions = [module for module in model.modules() if isinstance(module, ResQAttention)]
     for attention in attentions:
         attention.batch_invariant = True
@@ -91,7 +92,7 @@ def _step_error(model: Any) -> float:
     step = model(ids[:, -1:], **given(model, cache)).logits
     for attention in attentions:
         attention.batch_invariant = False
-    return float(bench_graphs.errors(step, whole).max())
+    return float(graphs.errors(step, whole).max())
 
 
 def random_tokens(model: Any, batch: int, tokens: int) -> torch.Tensor:
@@ -100,24 +101,24 @@ def random_tokens(model: Any, batch: int, tokens: int) -> torch.Tensor:
 
 
 def given(model: Any, cache: Any) -> dict[str, Any]:
-    """The cache as an argument of a model or of a decoder layer."""
+    """The cache as keyword arguments of a model or of a decoder layer."""
     return {cache_name(model): cache, "use_cache": True}
 
 
 def filled_cache(model: Any, ids: torch.Tensor) -> DynamicCache:
-    """The model's cache after the tokens ids int64 [batch, tokens]."""
+    """A new cache that holds the tokens ids, int64 [batch, tokens]."""
     cache = DynamicCache(config=model.config)
     model(ids, logits_to_keep=1, **given(model, cache))
     return cache
 
 
 def prefill(model: Any, ids: torch.Tensor) -> Call:
-    """A pass over ids int64 [batch, tokens] that fills a new cache and returns the last logits."""
+    """A forward pass over ids int64 [batch, tokens] with a new cache; returns the last logits."""
     return lambda i: model(ids, use_cache=True, logits_to_keep=1).logits
 
 
 def decode(model: Any, ids: torch.Tensor) -> tuple[Call, Any]:
-    """A step after the tokens ids, which is then forgotten again; its cache."""
+    """A decode step after the tokens ids, which is undone after each call, and its cache."""
     cache = filled_cache(model, ids)
     token, argument = ids[:, -1:].contiguous(), given(model, cache)
 
@@ -130,16 +131,16 @@ def decode(model: Any, ids: torch.Tensor) -> tuple[Call, Any]:
 
 
 def captured_decode(model: Any, ids: torch.Tensor, cache: Any) -> Call:
-    """`decode` as a CUDA graph, over the tokens ids that are in `cache` already."""
+    """`decode` as a CUDA graph; `cache` already holds the tokens ids."""
     token = ids[:, -1:].contiguous()
     if hasattr(cache.layers[0], "paged"):
-        return bench_graphs.decode_graph(model, cache, token)
-    one = bench_graphs.one_step_cache([(layer.keys, layer.values) for layer in cache.layers])
+        return graphs.decode_graph(model, cache, token)
+    one = graphs.one_step_cache([(layer.keys, layer.values) for layer in cache.layers])
     return cuda_timing.captured(lambda i: model(token, **given(model, one)).logits)
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the tokens in a cache, 4-bit pages or float tensors."""
+    """Bytes of a cache: of its 4-bit pages or of its float tensors."""
     return sum(
         layer.paged.memory_bytes() if hasattr(layer, "paged") else nbytes(layer.keys, layer.values)
         for layer in cache.layers
@@ -147,7 +148,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of all parameters and buffers of a module, packed weights and their sums included."""
+    """Bytes of all parameters and buffers of a module, including packed weights and their sums."""
     return nbytes(*model.parameters(), *model.buffers())
 
 
@@ -158,46 +159,47 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
     Args:
         bench: the device.
         args: the options of `resq bench`: shapes, batch, context, layers.
-        missing: gets name -> reason for each baseline that cannot be captured.
+        missing: receives name -> reason for each baseline that cannot be captured.
 
     Raises:
-        RuntimeError: the quantized model's results are not the reference's, or a captured call's
-            are not the eager one's.
+        RuntimeError: the quantized model differs from the reference, or a captured call from the
+            eager one.
     """
     for name in args.shapes:
         ours = build(name, args.layers, bench.device, quantized=True)
         if reason := why_wrong(ours):
             raise RuntimeError(f"model: {name}: {reason}")
-        models = {"ours": ours, BASELINE: build(name, args.layers, bench.device, quantized=False)}
+        theirs = build(name, args.layers, bench.device, quantized=False)
+        sides = {"ours": ours, BASELINE: theirs}
         for context in args.context:
             for batch in args.batch:
-                yield from _rows(bench, name, models, batch, context, missing)
+                yield from _rows(bench, name, sides, batch, context, missing)
 
 
 def _rows(
     bench: BenchDevice,
     name: str,
-    models: dict[str, Any],
+    sides: dict[str, Any],
     batch: int,
     context: int,
     missing: dict[str, str],
 ) -> Iterator[Row]:
-    ours = models["ours"]
+    ours = sides["ours"]
     ids = random_tokens(ours, batch, context)
     steps, caches = {}, {}
-    for key, model in models.items():
+    for key, model in sides.items():
         steps[key], caches[key] = decode(model, ids)
-    memory = {key: weight_bytes(m) + cache_bytes(caches[key]) for key, m in models.items()}
-    shape, depth = bench_models.shape(name), ours.config.num_hidden_layers
+    memory = {key: weight_bytes(m) + cache_bytes(caches[key]) for key, m in sides.items()}
+    shape, depth = models.shape(name), ours.config.num_hidden_layers
     products = batch * depth * sum(n * k for n, k in map(shape.linear, LINEARS))
-    # Everything is read once; of the embedding only the rows of the tokens, unless it is the head.
+    # Every weight is read once; of an embedding only a few rows, unless it is the head too.
     embedding = 0 if shape.tied else weight_bytes(ours.get_input_embeddings())
-    passes = {key: prefill(model, ids) for key, model in models.items()}
+    passes = {key: prefill(model, ids) for key, model in sides.items()}
     if bench.on_gpu:
-        graphs = {key: partial(captured_decode, models[key], ids, caches[key]) for key in models}
-        steps = bench_graphs.added(steps, graphs, STEP_TOLERANCE, missing)
-        graphs = {key: partial(cuda_timing.captured, call) for key, call in passes.items()}
-        passes = bench_graphs.added(passes, graphs, STEP_TOLERANCE, missing)
+        makers = {key: partial(captured_decode, sides[key], ids, caches[key]) for key in sides}
+        steps = graphs.added(steps, makers, STEP_TOLERANCE, missing)
+        makers = {key: partial(cuda_timing.captured, call) for key, call in passes.items()}
+        passes = graphs.added(passes, makers, STEP_TOLERANCE, missing)
     for kind, tokens, candidates in (("prefill", context, passes), ("decode", 1, steps)):
         place: Row = {"model": name, "layer": f"{kind} {context}", "batch": batch}
         place |= {"shape": [batch, context], "layers": depth}

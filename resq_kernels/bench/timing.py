@@ -1,4 +1,4 @@
-"""Timing that can be compared: alternating candidates, the machine's stamp and measured limits."""
+"""Comparable timings on a CPU: candidates in turn, facts about the machine, measured bandwidths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Timing:
 
     Attributes:
         median_us: the figure to quote.
-        best_us: the fastest call; far below the median, the machine was busy with something else.
+        best_us: the fastest call; if it is far below the median, the machine was busy.
         calls: how many were timed.
     """
 
@@ -29,7 +29,7 @@ class Timing:
 
 
 def against(ours: Timing, baseline: str | None, theirs: Timing | None) -> dict[str, object]:
-    """A benchmark row's times and ratio; above 1 ours is faster. Nulls without a baseline."""
+    """The times and the ratio of a row; above 1 ours is faster. None without a baseline."""
     row: dict[str, object] = {
         "ours_us": round(ours.median_us, 2),
         "ours_best_us": round(ours.best_us, 2),
@@ -51,7 +51,7 @@ def clock_of(cpu_time: bool) -> Callable[[], float]:
 
 
 def machine(cpu_time: bool = False) -> dict[str, object]:
-    """What a figure depends on: processor, threads, instruction set, load, versions, clock."""
+    """What times depend on: processor, threads, instruction set, load, versions, clock."""
     return {
         "processor": _processor_name(),
         "cores": os.cpu_count(),
@@ -80,17 +80,17 @@ def alternate(
     max_calls: int = 32,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Times every candidate in turn, round after round, so that a slow spell hits all of them.
+    """Times every candidate in turn, round after round, so that a slow phase hits all of them.
 
     Args:
-        candidates: name -> call; its argument counts calls from 0, so that a call can choose
+        candidates: name -> call; its argument counts calls from 0, so that a call can use
             another copy of its data each time (cold caches).
         rounds: how often each candidate has its turn.
-        burst_seconds: a turn repeats the call for about this long; one more call before it is
-            not counted, because the other candidates own the caches then.
-        max_calls: and at most this often.
-        clock: seconds. `time.thread_time` leaves out what other processes take from the core, but
-            sees only the calling thread: use it with one thread alone.
+        burst_seconds: a turn repeats the call for about this long, after one call that is not
+            counted because the caches still hold the other candidates' data.
+        max_calls: most calls of a turn.
+        clock: returns seconds. `time.thread_time` does not count the time that other processes
+            take from the core, but counts only the calling thread: use it with a single thread.
 
     Raises:
         ValueError: there is nothing to time.
@@ -129,9 +129,9 @@ def _timed(call: Callable[[int], object], index: int, clock: Callable[[], float]
 def read_bandwidth(
     megabytes: int = 512, repeats: int = 20, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Bytes per second at which all threads together read memory: the best sum of a large tensor.
+    """Bytes per second that all threads together read: the best of `repeats` sums of a tensor.
 
-    `megabytes` must be several times the last cache; the best of `repeats` is the limit.
+    `megabytes`, its size, must be several times the last-level cache.
     """
     data = torch.ones(megabytes * 2**20 // 4)
     times = (_timed(lambda _: data.sum(), 0, clock) for _ in range(repeats))
@@ -141,7 +141,7 @@ def read_bandwidth(
 def copy_bandwidth(
     megabytes: int = 256, repeats: int = 20, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Bytes read plus written a second by a copy of a large tensor: the best of `repeats`."""
+    """Bytes per second, read plus written, of a copy of a large tensor: the best of `repeats`."""
     source = torch.ones(megabytes * 2**20 // 4)
     target = torch.empty_like(source)
     times = (_timed(lambda _: target.copy_(source), 0, clock) for _ in range(repeats))

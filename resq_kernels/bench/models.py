@@ -17,11 +17,11 @@ SIZES = {
     "qwen2.5-72b": ("qwen2", 8192, 29568, 80, 64, 8, 152064, False),
 }
 HIGH_FRACTION = 0.125
-SQUARE = "square"  # of gemm alone: one 4096 x 4096 layer
+SQUARE = "square"  # for gemm alone: one 4096 x 4096 layer
 
 
 def names() -> tuple[str, ...]:
-    """All models."""
+    """The names of all models."""
     return tuple(SIZES)
 
 
@@ -51,7 +51,7 @@ def shape(name: str) -> ModelShape:
 
 
 def layers(name: str) -> list[tuple[str, int, int, int]]:
-    """(layer, N, K, K_hi) of a model's products; q, k, v and gate, up are one product each."""
+    """(layer, N, K, K_hi) of a model's GEMMs; q, k, v and gate, up are one GEMM each."""
     if name == SQUARE:
         return [(SQUARE, 4096, 4096, 512)]
     size = shape(name)

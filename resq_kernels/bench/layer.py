@@ -1,10 +1,10 @@
 """One decoder layer of a model, quantized and in BF16: a decode step and a prefill.
 
-Ours is the layer as a loaded model has it: norms that quantize, merged projections, 4-bit pages.
-Beside it the BF16 layer of transformers, on a GPU also under torch.compile. A one-layer model is
-checked as `resq bench model` checks a whole one; then every timed call of ours is compared with
-an ordinary call of the layer, and the compiled layer with the eager one. Weights and caches are
-cold: calls go through several copies of the layer. On a GPU all are CUDA graphs.
+Ours is the layer of a loaded model: norms that quantize, fused projections, 4-bit pages. The
+baseline is the BF16 layer of transformers, on a GPU also under torch.compile. A one-layer model is
+checked the way `resq bench model` checks a whole one; then every timed call of ours is compared
+with an ordinary call of the layer, and the compiled layer with the eager one. Weights and caches
+are cold: calls rotate over copies of the layer. On a GPU all calls are CUDA graphs.
 
     resq bench layer --shapes llama-3-8b --batch 1,8 --context 2048
 """
@@ -22,19 +22,20 @@ import torch
 
 from resq_kernels import kv_pages
 from resq_kernels.architecture import LINEARS
+from resq_kernels.bench import cuda_timing, graphs, models
+from resq_kernels.bench.attention import random_cache
+from resq_kernels.bench.device import BenchDevice, Call, Row, Work, nbytes
+from resq_kernels.bench.model import build, cache_bytes, given, weight_bytes, why_wrong
 from resq_kernels.nn.decode_graph import PreparedSequences
 from resq_kernels.nn.kv_cache import ResQCache
 from resq_kernels.nn.paged import Sequences, Step
-from resq_kernels.testing import bench_graphs, bench_model, bench_models, cuda_timing
-from resq_kernels.testing.bench_device import BenchDevice, Call, Row, Work, nbytes
-from resq_kernels.testing.bench_kv_attention import random_cache
 
-MODELS = bench_models.names()
+MODELS = models.names()
 DEFAULTS = {"shapes": ["llama-3.2-1b"], "batch": [1], "context": [128]}
 BASELINE, COMPILED = "transformers bf16", "torch.compile bf16"
-Copies = list[tuple[Any, dict[str, Any]]]  # layers, each with its own cache as arguments
-VOCABULARY = 512  # of the model that the layer is taken from: for the check alone
-TOLERANCE = 2e-2  # of the norm of a token: what BF16 rounds differently where operators are fused
+Copies = list[tuple[Any, dict[str, Any]]]  # layers, each with its own cache as keyword arguments
+VOCABULARY = 512  # of the one-layer model; only its check reads logits
+TOLERANCE = 2e-2  # relative to the norm of a token: fused operators round to BF16 at other places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +52,14 @@ class Tokens:
 
     @classmethod
     def random(cls, model: Any, batch: int, new: int, context: int) -> Tokens:
-        """`new` tokens of every sequence behind `context` others."""
+        """`new` random tokens of every sequence, after `context` others."""
         shape = (batch, new, model.config.hidden_size)
         hidden = torch.randn(shape, dtype=torch.bfloat16, device=model.device)
         positions = torch.arange(context, context + new, device=model.device).expand(batch, new)
         return cls(hidden, model.model.rotary_emb(hidden, positions))
 
     def rotated(self, copies: Copies, run: Callable[..., torch.Tensor]) -> Call:
-        """The call that takes the copies in turn; each has been called once when this returns."""
+        """A call that rotates over the copies, each of which has been called once beforehand."""
         for layer, options in copies:
             run(layer, self.hidden, self.rope, options)
 
@@ -75,19 +76,19 @@ def run_layer(
     rope: tuple[torch.Tensor, torch.Tensor],
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """[B, L, K] of hidden [B, L, K]; the options are `with_cache`'s."""
+    """The layer's output [B, L, K] for hidden [B, L, K]; `options` come from `with_cache`."""
     return layer(hidden, position_embeddings=rope, **options)
 
 
 def with_cache(layer: Any, cache: Any) -> dict[str, Any]:
-    """A cache as arguments of a layer; without one, keys and values live as long as the call."""
-    return {} if cache is None else bench_model.given(layer, cache)
+    """A cache as keyword arguments of a layer; None if keys and values are not kept."""
+    return {} if cache is None else given(layer, cache)
 
 
 def copies(bench: BenchDevice, layer: Any, cache: Any) -> Copies:
-    """The layer and its cache, often enough that a round trip leaves nothing in the caches."""
-    size = bench_model.weight_bytes(layer)
-    size += 0 if cache is None else bench_model.cache_bytes(cache)
+    """The layer with its cache and enough copies of both that each is cold when its turn comes."""
+    size = weight_bytes(layer)
+    size += 0 if cache is None else cache_bytes(cache)
     found = [(layer, with_cache(layer, cache))]
     for _ in range(bench.copy_count(size) - 1):
         other = copy.deepcopy(layer)
@@ -98,7 +99,7 @@ def copies(bench: BenchDevice, layer: Any, cache: Any) -> Copies:
 def paged_cache(
     model: Any, batch: int, context: int, heads: tuple[int, int, int], device: str
 ) -> ResQCache:
-    """A cache of one layer: `context` random tokens in pages, and room for one more."""
+    """A cache of one layer: `context` random tokens in pages, with room for one more token."""
     cache = ResQCache(model.config)
     layer = cache.layers[0]
     layer.sequences = Sequences(context)
@@ -109,7 +110,7 @@ def paged_cache(
 
 
 def prepared(model: Any, cache: ResQCache, batch: int, context: int) -> ResQCache:
-    """The same pages, of which every step is the one behind `context` tokens."""
+    """The same pages under a cache whose every step is the one after `context` tokens."""
     view, paged = ResQCache(model.config), cache.layers[0].paged
     positions = torch.full((batch,), context, device=paged.pages.device)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=paged.pages.device)
@@ -121,10 +122,10 @@ def prepared(model: Any, cache: ResQCache, batch: int, context: int) -> ResQCach
 
 def compiled(tokens: Tokens, layers: Copies) -> Call:
     """The layer under torch.compile, as one graph, compared with the eager layer."""
-    torch.compiler.reset()  # another shape is not a recompilation, of which there is a limit
+    torch.compiler.reset()  # or each shape would count towards the limit of recompilations
     call = tokens.rotated(layers, torch.compile(run_layer, fullgraph=True, dynamic=False))
     expected = tokens.rotated(layers, run_layer)(0)
-    if (error := float(bench_graphs.errors(call(0), expected).max())) > TOLERANCE:
+    if (error := float(graphs.errors(call(0), expected).max())) > TOLERANCE:
         raise RuntimeError(f"differs from the eager layer by {error:.2g} of the norm")
     return call
 
@@ -136,17 +137,17 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
     Args:
         bench: the device.
         args: the options of `resq bench`: shapes, batch, context.
-        missing: gets name -> reason for each alternative that cannot run.
+        missing: receives name -> reason for each alternative that cannot run.
 
     Raises:
-        RuntimeError: a result differs from the reference, or a call from the ordinary one.
+        RuntimeError: a result differs from the reference, or from an ordinary call of the layer.
     """
     for name in args.shapes:
-        build = partial(bench_model.build, name, 1, bench.device, vocab_size=VOCABULARY)
-        ours = build(quantized=True)
-        if reason := bench_model.why_wrong(ours):
+        one_layer = partial(build, name, 1, bench.device, vocab_size=VOCABULARY)
+        ours = one_layer(quantized=True)
+        if reason := why_wrong(ours):
             raise RuntimeError(f"layer: {name}: {reason}")
-        theirs = build(quantized=False)
+        theirs = one_layer(quantized=False)
         for context in args.context:
             for batch in args.batch:
                 for decodes in (False, True):
@@ -163,7 +164,7 @@ def _rows(
     decodes: bool,
     missing: dict[str, str],
 ) -> list[Row]:
-    heads, layer, floats = bench_models.heads(name), ours.model.layers[0], theirs.model.layers[0]
+    heads, layer, floats = models.heads(name), ours.model.layers[0], theirs.model.layers[0]
     kind, new = ("decode", 1) if decodes else ("prefill", context)
     what = f"layer: {name} {kind} {batch}x{context}"
     tokens = Tokens.random(ours, batch, new, context if decodes else 0)
@@ -173,7 +174,7 @@ def _rows(
         cache = prepared(ours, pages, batch, context)
         shape = (2, batch, heads[1], context, heads[2])
         keys, values = torch.randn(shape, dtype=torch.bfloat16, device=bench.device)
-        float_cache = bench_graphs.one_step_cache([(keys, values)])
+        float_cache = graphs.one_step_cache([(keys, values)])
         ordinary = run_layer(layer, tokens.hidden, tokens.rope, with_cache(layer, pages))
     candidates: dict[str, Call] = {"ours": tokens.rotated(copies(bench, layer, cache), run_layer)}
     if decodes and not torch.equal(candidates["ours"](0), ordinary):
@@ -185,11 +186,11 @@ def _rows(
         candidates |= bench.available(makers, missing)
         for key, call in candidates.items():
             replayed = cuda_timing.captured(call)(0)
-            if (error := float(bench_graphs.errors(replayed, call(0)).max())) > TOLERANCE:
+            if (error := float(graphs.errors(replayed, call(0)).max())) > TOLERANCE:
                 raise RuntimeError(f"{what}: {key}: as a graph it differs by {error:.2g}")
-    size = bench_models.shape(name)
+    size = models.shape(name)
     cached = kv_pages.token_bytes(heads[2]) * heads[1] * batch * (context + decodes)
-    moved = bench_model.weight_bytes(layer) + cached + 2 * nbytes(tokens.hidden)
+    moved = weight_bytes(layer) + cached + 2 * nbytes(tokens.hidden)
     work = Work(
         op=f"layer_{kind}",
         place={"model": name, "layer": f"{kind} {context}", "batch": batch}

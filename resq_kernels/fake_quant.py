@@ -1,7 +1,7 @@
-"""The fake-quantized path: a loaded model computed in float32 from dequantized values.
+"""Fake quantization: a loaded model computed in float32 from dequantized values.
 
-Independent of the kernels: no integer product, no pages. The real path must agree with it, to
-float rounding in one layer and to 0.1 % in perplexity over a model.
+Independent of the kernels: no integer product, no pages. The kernels must agree with it to float
+rounding in one layer, and to 0.1 % in the perplexity of a model (`resq eval --fake-quant`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def fake_quantized(model: nn.Module, rounding: Any = reference) -> Iterator[nn.M
 
     Args:
         model: a quantized model, or one of its modules.
-        rounding: what supplies `mixed_quantize`, `rms_norm_quantize`, `silu_mul_hadamard_quantize`
-            and `kv_fake_quantize`; `lockstep` puts something else in the reference's place.
+        rounding: supplies `mixed_quantize`, `rms_norm_quantize`, `silu_mul_hadamard_quantize` and
+            `kv_fake_quantize`; `testing.lockstep` passes functions that follow the kernels' codes.
     """
     faked = [module for module in model.modules() if type(module) in _FAKES]
     for module in faked:
@@ -88,7 +88,7 @@ def _attention(
     heads = qkv.float().unflatten(-1, (-1, attention.head_dim))
     q, k, v = heads.split([attention.heads, attention.kv_heads, attention.kv_heads], dim=2)
     cos, sin = (t.float().unsqueeze(2) for t in position_embeddings)
-    q, k = (x * cos + _turn(x) * sin for x in (q, k))
+    q, k = (reference.apply_rope(x, cos, sin) for x in (q, k))
     if attention.key_rotation is not None:
         q, k = q @ attention.key_rotation.float(), k @ attention.key_rotation.float()
     k = rounding.kv_fake_quantize(k, attention.hi_bits).transpose(1, 2)
@@ -99,7 +99,7 @@ def _attention(
     length = k.shape[2]
     visible = torch.ones(new, length, dtype=torch.bool, device=k.device).tril(length - new)
     if attention_mask is not None:
-        # A padded query sees itself, so that its row is finite; nobody reads it.
+        # A padded query attends to itself, so that its row is finite; the row is not used.
         own = torch.eye(length, dtype=torch.bool, device=k.device)[-new:]
         visible = (visible & attention_mask[:, None, None].bool()) | own
     scale = attention.scaling
@@ -107,12 +107,6 @@ def _attention(
         q.transpose(1, 2), k, v, visible, scale=scale, enable_gqa=True
     ).transpose(1, 2)
     return attention.o_proj(join_heads(out, attention.head_high).to(dtype)), None
-
-
-def _turn(x: torch.Tensor) -> torch.Tensor:
-    """rotate_half of RoPE."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
 
 
 def _embedding(rounding: Any, embedding: ResQEmbedding, ids: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""What a user would run instead of mixed_gemm: every matrix product that this torch offers, and
-CUTLASS's own of 4-bit weights and 8-bit activations.
+"""What a user would run instead of mixed_gemm: every matrix product that torch offers, and
+CUTLASS's mixed-input GEMM of 4-bit weights and 8-bit activations.
 
-Each alternative is called once when it is made; one that this build or device does not have is
-left out with the reason.
+Each alternative is called once when it is set up; one that this torch or device does not support
+is left out, and the reason is reported.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional
 
 from resq_kernels import formats
-from resq_kernels.testing import cutlass_s4s8
-from resq_kernels.testing.bench_device import BenchDevice, Call
+from resq_kernels.bench import cutlass_s4s8
+from resq_kernels.bench.device import BenchDevice, Call
 
 INT4_GROUP = 128
 _FP8_MOST = 448.0  # the largest float8_e4m3fn
@@ -27,8 +27,8 @@ def baselines(
 
     Args:
         bench: the device.
-        m, n, k: rows, outputs, columns.
-        missing: gets name -> reason for each alternative that cannot run.
+        m, n, k: rows of the activations, rows of the weight, columns of both.
+        missing: receives name -> reason for each alternative that cannot run.
     """
     x = torch.randn(m, k, device=bench.device)
     w = torch.randn(n, k, device=bench.device)
@@ -60,7 +60,7 @@ def _linear(bench: BenchDevice, x: torch.Tensor, w: torch.Tensor) -> Call:
 
 
 def _fp8(bench: BenchDevice, x: torch.Tensor, w: torch.Tensor) -> Call:
-    """One scale a row on both sides, as inference stacks use it; the codes are given."""
+    """One scale per row on both sides, as inference stacks use it; quantizing x is not timed."""
     scale_x = x.abs().amax(1, keepdim=True) / _FP8_MOST
     scale_w = (w.abs().amax(1, keepdim=True) / _FP8_MOST).T.contiguous()
     x8 = (x / scale_x).to(torch.float8_e4m3fn)
@@ -71,7 +71,7 @@ def _fp8(bench: BenchDevice, x: torch.Tensor, w: torch.Tensor) -> Call:
 
 
 def _int8(bench: BenchDevice, x: torch.Tensor, w: torch.Tensor) -> Call:
-    """The int32 product alone, without scales: less work than ours. It takes 17 rows at least."""
+    """The int32 product alone, without scales: less work than ours. torch wants over 16 rows."""
     if len(x) <= 16:
         raise ValueError(f"takes more than 16 rows, got {len(x)}")
     x8 = torch.randint(-128, 128, x.shape, dtype=torch.int8, device=x.device)
@@ -104,9 +104,9 @@ def _int4_scales(w: torch.Tensor) -> torch.Tensor:
 
 
 def _cutlass_s4s8(bench: BenchDevice, x: torch.Tensor, w: torch.Tensor) -> Call:
-    """All columns in 4 bits, one scale a row on both sides, no zero points: less work than ours.
+    """All columns in 4 bits, one scale per row on both sides, no zero points: less work than ours.
 
-    Its result is checked here, before anything of it is timed.
+    Its result is checked here, before it is timed.
     """
     product = cutlass_s4s8.load()
     (n, k), m = w.shape, len(x)

@@ -1,4 +1,4 @@
-"""The rows of a benchmark as lines, as a Markdown table and as a plot (`resq bench --out`)."""
+"""The rows of a benchmark as lines of text, as a Markdown table and as a plot (`--out`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 _PLACE = ("op", "model", "layer", "shape", "kernel")
-# Keys of `resq bench model` alone: title, unit and digits.
+# Columns of `resq bench model` alone: key -> title, unit, digits.
 _WHOLE_MODEL = {
     "layers": ("layers", 1, 0),
     "ours_tokens_per_s": ("tokens/s", 1, 1),
@@ -23,7 +23,7 @@ HEADER += f"{'share':>7}  {'baseline':20}{'its us':>11}{'ratio':>7}{'of best':>8
 
 
 def line(row: Row) -> str:
-    """One row as a line under HEADER; the last ratio is that of the fastest calls."""
+    """One row as a line under HEADER; the last ratio compares the fastest call of each side."""
     text = f"{row['op']:27}{row['model']:14}{row['layer']:14}{row['batch']:6}"
     text += f"{row['ours_us']:11.1f}{_number(row['ours_tflops'], 2):>9}{row['ours_gb_per_s']:8.1f}"
     text += f"{row['ceiling_share']:7.1%}"
@@ -38,10 +38,11 @@ def line(row: Row) -> str:
 
 
 def markdown(figures: Mapping[str, Any]) -> str:
-    """The machine, a table with one line a place and a ratio for each baseline, what is missing."""
+    """The command, machine and peaks, then a table: one line for each measured call of ours, with
+    its ratio to every baseline."""
     rows = figures["rows"]
     names = list(dict.fromkeys(row["baseline"] for row in rows if row["baseline"]))
-    titles = ["op", "model", "layer", "shape", "kernel", "us", "TFLOP/s", "GB/s", "share of floor"]
+    titles = ["op", "model", "layer", "shape", "kernel", "us", "TFLOP/s", "GB/s", "share of bound"]
     ends = [f"ratio to {name}" for name in names]
     whole = [key for key in _WHOLE_MODEL if rows and key in rows[0]]
     ends += [title for key, (title, _, _) in _WHOLE_MODEL.items() if key in whole]
@@ -60,7 +61,7 @@ def markdown(figures: Mapping[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     machine = figures["machine"]
     stamp = [f"`{figures['command']}`", "", "| | |", "|---|---|"]
-    for key, value in {**machine, **machine.get("gpu", {}), **figures["limits"]}.items():
+    for key, value in {**machine, **machine.get("gpu", {}), **figures["peaks"]}.items():
         if key != "gpu" or not isinstance(value, Mapping):
             stamp.append(f"| {key} | {value} |")
     for name, reason in figures["missing"].items():
@@ -69,7 +70,7 @@ def markdown(figures: Mapping[str, Any]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Speedup over each baseline against the batch size, one panel for each op, model and layer."""
+    """Speedup over each baseline by batch size, one panel for each op, model and layer."""
     import matplotlib.ticker
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -100,10 +101,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def write(prefix: Path, figures: Mapping[str, Any]) -> list[str]:
-    """PREFIX.md and PREFIX.png, each to a temporary name and moved.
+    """Writes PREFIX.md and PREFIX.png, each under a temporary name that is then replaced.
 
     Returns:
-        Sentences about what could not be written: the plot, where matplotlib is missing.
+        A sentence for each file that could not be written: the plot, if matplotlib is missing.
     """
     _move(prefix, "md", lambda path: path.write_text(markdown(figures)))
     try:
@@ -125,7 +126,7 @@ def _move(prefix: Path, suffix: str, write_to: Callable[[Path], object]) -> None
 
 
 def _places(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
-    """The rows of each place: they share ours."""
+    """The rows grouped by what was measured: a group has one time of ours, several baselines."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         found.setdefault(tuple(str(row.get(key)) for key in (*_PLACE, "batch")), []).append(row)

@@ -1,8 +1,8 @@
-"""Attention of many new tokens over 4-bit pages: `nn.prefill.attend` beside `ops.kv_attention`.
+"""Attention of many new tokens over 4-bit pages: `nn.prefill.attend` against `ops.kv_attention`.
 
-Where one overtakes the other is `prefill.KV_ATTENTION_TOKENS`. Every result is compared with
-`kv_attention`'s, and its last row with float64 attention over the dequantized cache, before it is
-timed. The floor of a row is the bytes of the pages, the queries and the result / bandwidth.
+The crossover sets `prefill.KV_ATTENTION_TOKENS`. Every result is compared with `kv_attention`'s,
+and its last row with float64 attention over the dequantized cache, before it is timed. The bound of
+a row is the bytes of the pages, the queries and the result / bandwidth.
 
     resq bench prefill --shapes llama-3-8b --batch 1,8 --context 2048 --json out.json
 """
@@ -18,19 +18,19 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from resq_kernels import kv_pages, ops
+from resq_kernels.bench import attention, models
+from resq_kernels.bench.device import BenchDevice, Call, Row, Work
 from resq_kernels.nn import prefill
-from resq_kernels.testing import bench_kv_attention, bench_models
-from resq_kernels.testing.bench_device import BenchDevice, Call, Row, Work
 
-MODELS = bench_models.names()
+MODELS = models.names()
 DEFAULTS = {"shapes": ["llama-3-8b"], "batch": [1], "context": [2048]}
 STEPS = (32, 64, 128, 256, 512)  # new tokens, up to the whole context
 
 
 def agrees(out: torch.Tensor, direct: torch.Tensor) -> bool:
-    """Whether every row is that of kv_attention, as closely as two roundings to 16 bits are."""
+    """Whether every row agrees with kv_attention's to within two roundings to 16 bits."""
     error = (out.float() - direct.float()).norm(dim=-1)
-    return bool((error <= bench_kv_attention.TOLERANCE * direct.float().norm(dim=-1)).all())
+    return bool((error <= attention.TOLERANCE * direct.float().norm(dim=-1)).all())
 
 
 def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) -> Iterator[Row]:
@@ -39,7 +39,7 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
     Args:
         bench: the device.
         args: the options of `resq bench`: shapes, batch, context (new tokens included).
-        missing: gets name -> reason for each alternative that cannot run.
+        missing: receives name -> reason for each alternative that cannot run.
 
     Raises:
         RuntimeError: a result differs from the reference.
@@ -54,8 +54,8 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
 def _rows(
     bench: BenchDevice, model: str, batch: int, new: int, context: int, missing: dict[str, str]
 ) -> list[Row]:
-    n_q, n_kv, head_dim = heads = bench_models.heads(model)
-    cache, table = bench_kv_attention.random_cache(batch, context, heads, bench.device)
+    n_q, n_kv, head_dim = heads = models.heads(model)
+    cache, table = attention.random_cache(batch, context, heads, bench.device)
     lens = torch.full((batch,), context, dtype=torch.int32, device=bench.device)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=bench.device) * new
     q = torch.randn(batch * new, n_q, head_dim, device=bench.device)  # as kv_append returns them
@@ -70,7 +70,7 @@ def _rows(
         return ops.kv_attention(q, *where, scale, out_dtype=torch.float16)
 
     out = ours(0)
-    exact = bench_kv_attention.check(out, q, cache, table, context)
+    exact = attention.check(out, q, cache, table, context)
     if not (exact and agrees(out, direct(0))):
         raise RuntimeError(f"prefill: {model} {batch}x{new}/{context}: differs from the reference")
     dense = partial(_dense, bench, batch, new, context, heads)

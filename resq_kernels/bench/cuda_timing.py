@@ -1,7 +1,8 @@
-"""Timing on a GPU: graphs of calls over rotating data, and the limits of the device, measured.
+"""Timing on a GPU: CUDA graphs of calls over rotating data, and the device's peaks, measured.
 
 A candidate is captured as one CUDA graph of many calls, each with another copy of its data, so that
-neither launch gaps nor a warm L2 cache flatter it. Times come from events around a replay.
+neither launch overhead nor a warm L2 cache distorts its time. Times come from CUDA events around a
+replay.
 """
 
 from __future__ import annotations
@@ -18,18 +19,23 @@ from typing import Any
 
 import torch
 
-from resq_kernels.testing.timing import Timing
+from resq_kernels.bench.timing import Timing
 
-# What a call passes before it sees the same data again: four times the L2 of an H100.
+# Bytes of other data between two uses of the same copy: four times the L2 of an H100.
 COLD_BYTES = 200 * 2**20
 CALLS_A_GRAPH = 32
-MOST_COPIES = CALLS_A_GRAPH  # a graph reaches each of its calls' data once; the rest is flushed
+MOST_COPIES = CALLS_A_GRAPH  # a replay uses each copy once, and the L2 is flushed before it
 
 
 def alternate(
     candidates: Mapping[str, Callable[[int], object]], rounds: int = 9, calls: int = CALLS_A_GRAPH
 ) -> dict[str, Timing]:
-    """Times every candidate in turn, round after round; its argument counts calls, for rotation.
+    """Times every candidate in turn, round after round.
+
+    Args:
+        candidates: name -> call; its argument counts calls, to choose the copy of the data.
+        rounds: how often each candidate has its turn.
+        calls: calls in a graph.
 
     Raises:
         ValueError: there is nothing to time.
@@ -43,7 +49,7 @@ def alternate(
         graph.replay()
     for turn in range(rounds):
         for name, graph in graphs.items():
-            flush.fill_(turn)  # what the graph read the last time leaves the cache
+            flush.fill_(turn)  # evicts what the last replay of this graph left in the L2
             samples[name].append(event_seconds(graph.replay) / calls)
     return {
         name: Timing(
@@ -66,7 +72,7 @@ def event_seconds(run: Callable[[], object]) -> float:
 
 
 def capture(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
-    """A graph of `calls` calls; one before it loads modules and makes workspaces."""
+    """A graph of `calls` calls, after one call that loads modules and allocates workspaces."""
     call(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -77,7 +83,7 @@ def capture(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
 
 
 def captured(call: Callable[[int], Any]) -> Callable[[int], Any]:
-    """`call(0)` as a graph: the same result, always in the same tensors."""
+    """`call(0)` as a graph: replaying it returns the same result, always in the same tensors."""
     results: list[Any] = []
     graph = capture(lambda index: results.append(call(index)), 1)
     result = results[-1]  # of the captured call
@@ -90,7 +96,7 @@ def captured(call: Callable[[int], Any]) -> Callable[[int], Any]:
 
 
 def device() -> dict[str, object]:
-    """What a figure depends on: GPU, driver, clocks, power, versions."""
+    """What times depend on: GPU, driver, clocks, power, versions."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "gpu": properties.name,
@@ -104,15 +110,15 @@ def device() -> dict[str, object]:
 
 
 def state() -> dict[str, str]:
-    """Driver, clocks, power, temperature and what holds the clocks back (0: nothing) just now."""
+    """The driver, and at present clocks, power, temperature, reasons for throttling (0: none)."""
     fields = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "power.limit")
-    # The name of the last one depends on the driver, and an unknown name spoils a whole query.
+    # The name of this field depends on the driver, and one unknown name makes the whole query fail.
     reasons = _query("clocks_event_reasons.active") or _query("clocks_throttle_reasons.active")
     return _query(*fields, "temperature.gpu") | reasons
 
 
 def _query(*fields: str) -> dict[str, str]:
-    """Field -> value from nvidia-smi; nothing where it is missing or does not know a field."""
+    """Field -> value from nvidia-smi; empty if it is missing or does not know a field."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return {}
@@ -124,20 +130,20 @@ def _query(*fields: str) -> dict[str, str]:
 
 
 def clock() -> float:
-    """Wall seconds at which the device has done everything that was launched before."""
+    """Wall-clock seconds, read once the device has finished everything launched before."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def read_bandwidth(megabytes: int = 2048, repeats: int = 10) -> float:
-    """Bytes a second read by the sum of a large tensor, or moved by a copy if that is more."""
+    """Bytes per second read by the sum of a large tensor, or moved by a copy if that is more."""
     data = torch.ones(megabytes * 2**20 // 4, device="cuda")
     seconds = [event_seconds(data.sum) for _ in range(repeats)]
     return max(data.numel() * data.element_size() / min(seconds[1:]), copy_bandwidth())
 
 
 def copy_bandwidth(megabytes: int = 2048, repeats: int = 10) -> float:
-    """Bytes read plus written a second by a copy of a large tensor: the best of `repeats`."""
+    """Bytes per second, read plus written, of a copy of a large tensor: the best of `repeats`."""
     source = torch.randint(0, 255, (megabytes * 2**20,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     seconds = [event_seconds(lambda: target.copy_(source)) for _ in range(repeats)]
@@ -145,9 +151,9 @@ def copy_bandwidth(megabytes: int = 2048, repeats: int = 10) -> float:
 
 
 def int8_rate(source: Path, steps: int = 4000, repeats: int = 5) -> float | None:
-    """Operations a second of 8-bit wgmma alone (benchmarks/cuda/int8_ceiling.cu).
+    """Operations per second of 8-bit wgmma alone (benchmarks/cuda/int8_ceiling.cu).
 
-    None where there is no nvcc, or the device is not sm_90.
+    None if there is no nvcc, or the device is not sm_90.
     """
     nvcc = shutil.which("nvcc")
     if nvcc is None or torch.cuda.get_device_capability() != (9, 0):

@@ -1,6 +1,6 @@
-"""hadamard at the widths of a model's MLP beside the matrix products that a user would write.
+"""hadamard at the widths of a model's MLP, compared with the matrix products a user would write.
 
-Every result is compared with the float64 transform before it is timed. The floor of a row is the
+Every result is compared with the float64 transform before it is timed. The bound of a row is the
 bytes of input and output / the measured bandwidth of a copy.
 
     resq bench hadamard --shapes llama-3-8b,qwen2.5-7b --batch 1,16,512
@@ -14,21 +14,21 @@ from collections.abc import Callable, Iterator
 import torch
 
 from resq_kernels import hadamard, ops
-from resq_kernels.testing import bench_models
-from resq_kernels.testing.bench_device import BenchDevice, Row, Work, nbytes
+from resq_kernels.bench import models
+from resq_kernels.bench.device import BenchDevice, Row, Work, nbytes
 
-MODELS = bench_models.names()
+MODELS = models.names()
 DEFAULTS = {"shapes": ["llama-3-8b"], "batch": [1, 16, 512]}
 CHECKED_ROWS = 64
-# Half a unit of BF16's last place, plus what float32 sums of normal values may add: an input with
-# the wrong sign moves every output by 2 / sqrt(n), 1e-2 at the largest width.
+# Half a BF16 ulp, plus the rounding of float32 sums of normal values. One input with the wrong sign
+# would move every output by 2 / sqrt(n), which is 1e-2 at the largest width.
 RELATIVE, ABSOLUTE = 2.0**-8, 2.0**-12
 
 
 def kron_transform(
     n: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """H x / sqrt(n) as two dense products in `dtype`: H = A (x) B, both near sqrt(n) in size."""
+    """H x / sqrt(n) as two dense products in `dtype`: H = kron(A, B), both about sqrt(n) wide."""
     *orders, power = hadamard.factors(n)
     outer = torch.ones(1, 1, dtype=torch.int64)
     for order in orders:
@@ -48,7 +48,7 @@ def kron_transform(
 
 
 def agrees(y: torch.Tensor, x: torch.Tensor) -> bool:
-    """Whether y is the transform of x on at most CHECKED_ROWS evenly spaced rows."""
+    """Whether y is the transform of x, in at most CHECKED_ROWS evenly spaced rows."""
     rows = torch.linspace(0, len(x) - 1, min(len(x), CHECKED_ROWS)).long()
     expected = hadamard.transform(x.cpu()[rows].double())
     allowed = RELATIVE * expected.abs() + ABSOLUTE * x.double().square().mean().sqrt().cpu()
@@ -61,15 +61,15 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
     Args:
         bench: the device.
         args: the options of `resq bench`: shapes, batch.
-        missing: nothing is missing here.
+        missing: stays as it is: torch always has these baselines.
 
     Raises:
         RuntimeError: a result differs from the transform.
     """
     for model in args.shapes:
-        width = bench_models.shape(model).intermediate
+        width = models.shape(model).intermediate
         others = {"torch matmul bf16": kron_transform(width, bench.device, torch.bfloat16)}
-        if not bench.on_gpu:  # the quicker one on processors without BF16 products
+        if not bench.on_gpu:  # faster than bf16 on CPUs without BF16 instructions
             others["torch matmul fp32"] = kron_transform(width, bench.device, torch.float32)
         for m in args.batch:
             x = torch.randn(m, width, device=bench.device, dtype=torch.bfloat16)

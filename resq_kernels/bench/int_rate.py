@@ -14,10 +14,10 @@ import torch
 
 
 def integer_rate(threads: int) -> float | None:
-    """Products a second of all threads together.
+    """Integer products per second of all threads together.
 
-    None where only the portable code runs, where there is no compiler to build the measurement, or
-    where it does not know the instructions.
+    None if the CPU runs the portable kernels, if there is no compiler to build the measurement, or
+    if int_rate.cpp has none for this instruction set.
     """
     isa, compiler = torch.ops.resq.cpu_isa(), os.environ.get("CXX", "g++")
     if isa == "scalar" or shutil.which(compiler) is None:

@@ -1,7 +1,7 @@
-"""mixed_gemm beside what a user would run instead (bench_gemm_baselines.py).
+"""mixed_gemm compared with what a user would run instead (gemm_baselines.py).
 
 Every result is compared with the reference, bit for bit, before it is timed. Weights are cold:
-each candidate rotates over copies of them. The floor of a row is the larger of bytes / measured
+each candidate rotates over copies of them. The bound of a row is the larger of bytes / measured
 bandwidth and products / measured rate of the integer instructions.
 
     resq bench gemm --shapes square,llama-3-8b --batch 1,16,512 --json out.json
@@ -16,17 +16,17 @@ from functools import partial
 import torch
 
 from resq_kernels import formats, ops, reference
-from resq_kernels.testing import bench_gemm_baselines, bench_models
-from resq_kernels.testing.bench_device import BenchDevice, Call, Row, Work, nbytes
+from resq_kernels.bench import gemm_baselines, models
+from resq_kernels.bench.device import BenchDevice, Call, Row, Work, nbytes
 
-MODELS = (bench_models.SQUARE, *bench_models.names())
-DEFAULTS = {"shapes": [bench_models.SQUARE], "batch": [1, 4, 16, 64, 512]}
-CHECKED_ROWS = 64  # of a batch: the reference works in float64
+MODELS = (models.SQUARE, *models.names())
+DEFAULTS = {"shapes": [models.SQUARE], "batch": [1, 4, 16, 64, 512]}
+CHECKED_ROWS = 64  # of a batch at most: the reference computes in float64, slowly
 OUT = torch.bfloat16
 
 
 def random_weight(n: int, k_lo: int, k_hi: int, device: str) -> list[torch.Tensor]:
-    """A random canonical weight: lo, hi, scale."""
+    """The codes (lo, hi) and scales of a random weight, not packed."""
     return [
         torch.randint(0, 256, (n, k_lo // 2), dtype=torch.uint8, device=device),
         torch.randint(-128, 128, (n, k_hi), dtype=torch.int8, device=device),
@@ -39,9 +39,10 @@ def differing(
     activations: list[formats.MixedTensor],
     weight: list[torch.Tensor],
 ) -> list[int]:
-    """Batch sizes whose result has not the reference's bits, on evenly spaced rows of each.
+    """Batch sizes whose result differs from the reference in any bit of the rows looked at.
 
-    One call of the reference for all of them, as most of its time goes into the weight.
+    Evenly spaced rows of each batch go through one call of the reference, which spends most of
+    its time on the weight.
     """
     rows = [torch.linspace(0, len(y) - 1, min(len(y), CHECKED_ROWS)).long() for y in results]
     sampled = [
@@ -66,7 +67,7 @@ def layer_rows(
     batches: list[int],
     missing: dict[str, str],
 ) -> Iterator[Row]:
-    """Checks one layer at all batch sizes, then times them."""
+    """Checks one layer at all batch sizes, then times it at each."""
     name, n, k, k_hi = layer
     k_lo = k - k_hi
     weight = random_weight(n, k_lo, k_hi, bench.device)
@@ -89,7 +90,7 @@ def layer_rows(
             packed = activation.q_lo.dtype == torch.uint8
             place["kernel"] = str(torch.ops.resq.mixed_gemm_kernel(m, n, k_lo, k_hi, packed, 0))
         candidates: dict[str, Call] = {"ours": partial(ours, activation)}
-        candidates |= bench_gemm_baselines.baselines(bench, m, n, k, missing)
+        candidates |= gemm_baselines.baselines(bench, m, n, k, missing)
         work = Work(
             op="mixed_gemm",
             place=place,
@@ -105,11 +106,11 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
     Args:
         bench: the device.
         args: the options of `resq bench`: shapes, batch.
-        missing: gets name -> reason for each baseline that cannot run.
+        missing: receives name -> reason for each baseline that cannot run.
 
     Raises:
         RuntimeError: a result differs from the reference.
     """
     for model in args.shapes:
-        for layer in bench_models.layers(model):
+        for layer in models.layers(model):
             yield from layer_rows(bench, model, layer, args.batch, missing)
