@@ -15,9 +15,10 @@ from functools import partial
 
 import torch
 
-from resq_kernels import formats, ops, reference
+from resq_kernels import ops, reference
 from resq_kernels.bench import gemm_baselines, models
 from resq_kernels.bench.device import BenchDevice, Call, Row, Work, nbytes
+from resq_kernels.formats import MixedTensor, PackedWeight, QuantizedWeight
 
 MODELS = (models.SQUARE, *models.names())
 DEFAULTS = {"shapes": [models.SQUARE], "batch": [1, 4, 16, 64, 512]}
@@ -25,19 +26,19 @@ CHECKED_ROWS = 64  # of a batch at most: the reference computes in float64, slow
 OUT = torch.bfloat16
 
 
-def random_weight(n: int, k_lo: int, k_hi: int, device: str) -> list[torch.Tensor]:
-    """The codes (lo, hi) and scales of a random weight, not packed."""
-    return [
+def random_weight(n: int, k_lo: int, k_hi: int, device: str) -> QuantizedWeight:
+    """Random codes and scales."""
+    return QuantizedWeight(
         torch.randint(0, 256, (n, k_lo // 2), dtype=torch.uint8, device=device),
         torch.randint(-128, 128, (n, k_hi), dtype=torch.int8, device=device),
         torch.rand(n, 2, device=device) + 0.5,
-    ]
+    )
 
 
 def differing(
     results: list[torch.Tensor],
-    activations: list[formats.MixedTensor],
-    weight: list[torch.Tensor],
+    activations: list[MixedTensor],
+    weight: QuantizedWeight,
 ) -> list[int]:
     """Batch sizes whose result differs from the reference in any bit of the rows looked at.
 
@@ -71,13 +72,13 @@ def layer_rows(
     name, n, k, k_hi = layer
     k_lo = k - k_hi
     weight = random_weight(n, k_lo, k_hi, bench.device)
-    packs = bench.copies(ops.pack_weight(*weight[:2]))
-    sums, scale = formats.weight_sums(*weight[:2]), weight[2]
+    data, scale, sums, _, _ = PackedWeight.pack(weight)
+    packs = bench.copies(data)
     activations = [
         ops.mixed_quantize(torch.randn(m, k, device=bench.device, dtype=OUT), k_hi) for m in batches
     ]
 
-    def ours(activation: formats.MixedTensor, i: int) -> torch.Tensor:
+    def ours(activation: MixedTensor, i: int) -> torch.Tensor:
         return ops.mixed_gemm(*activation, packs[i % len(packs)], scale, sums, None, OUT)
 
     results = [ours(activation, 0) for activation in activations]
