@@ -113,7 +113,7 @@ class ModelShape:
             DOWN_PROJ: (self.hidden, self.intermediate),
         }[name]
 
-    def high_columns(self, name: str, high_fraction: float) -> int:
+    def k_hi(self, name: str, high_fraction: float) -> int:
         """INT8 columns of a linear; none in down_proj, whose input is rotated online.
 
         Raises:

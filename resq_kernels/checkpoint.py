@@ -382,7 +382,7 @@ def quantized_tensors(
             expected[f"{prefix}{name}.weight"] = ((shape.hidden,), FLOAT_DTYPES)
         for name in architecture.LINEARS:
             rows, columns = shape.linear(name)
-            k_hi = shape.high_columns(name, config.high_fraction)
+            k_hi = shape.k_hi(name, config.high_fraction)
             linear(prefix + name, rows, columns - k_hi, k_hi)
         for name in architecture.QKV if shape.qkv_bias else ():
             expected[f"{prefix}{name}.bias"] = ((shape.linear(name)[0],), FLOAT_DTYPES)

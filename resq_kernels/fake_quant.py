@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from resq_kernels import reference
 from resq_kernels.formats import MixedTensor, join_heads
 from resq_kernels.nn.attention import ResQAttention, named_cache
+from resq_kernels.nn.embedding import ResQEmbedding, TiedHead
 from resq_kernels.nn.fused import FusedLinear
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.mlp import ResQMLP
 from resq_kernels.nn.norm import ResQRMSNorm
-from resq_kernels.nn.vocabulary import ResQEmbedding, TiedHead
 
 
 @contextlib.contextmanager
@@ -114,7 +114,7 @@ def _embedding(rounding: Any, embedding: ResQEmbedding, ids: torch.Tensor) -> to
 
 
 def _tied_head(rounding: Any, head: TiedHead, x: torch.Tensor) -> torch.Tensor:
-    return _linear(rounding, head.embedding, head.turned(x))
+    return _linear(rounding, head.embedding, head.rotated(x))
 
 
 _FAKES: dict[type[nn.Module], Callable[..., Any]] = {

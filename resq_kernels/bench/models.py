@@ -63,7 +63,7 @@ def layers(name: str) -> list[tuple[str, int, int, int]]:
         ("down", size.hidden, "mlp.down_proj"),
     ]
     return [
-        (layer, n, size.linear(part)[1], size.high_columns(part, HIGH_FRACTION))
+        (layer, n, size.linear(part)[1], size.k_hi(part, HIGH_FRACTION))
         for layer, n, part in products
     ]
 

@@ -71,7 +71,7 @@ def torch_quantize(x: torch.Tensor, n_hi: int) -> list[torch.Tensor]:
 def cases(model: str, device: str) -> list[Case]:
     """The three operators of a decoder layer that quantize."""
     size = models.shape(model)
-    n_hi = size.high_columns("self_attn.q_proj", models.HIGH_FRACTION)
+    n_hi = size.k_hi("self_attn.q_proj", models.HIGH_FRACTION)
     # CPUs without BF16 instructions are about ten times slower in BF16 than in float32.
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     transform = kron_transform(size.intermediate, device, dtype)

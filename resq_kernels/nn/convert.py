@@ -12,12 +12,12 @@ from resq_kernels.architecture import ModelShape
 from resq_kernels.config import ResQConfig
 from resq_kernels.formats import RowFormat
 from resq_kernels.nn.attention import ResQAttention
+from resq_kernels.nn.embedding import ResQEmbedding, TiedHead
 from resq_kernels.nn.fused import FusesLinears
 from resq_kernels.nn.layer import CLASSES
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.mlp import ResQMLP
 from resq_kernels.nn.norm import ResQRMSNorm
-from resq_kernels.nn.vocabulary import ResQEmbedding, TiedHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +46,7 @@ def convert(model: PreTrainedModel, config: ResQConfig, tied_head: bool) -> None
     for index, layer in enumerate(decoder.layers):
         _convert_layer(layer, index, shape, config)
     if config.embedding_bits == 8:
-        _convert_vocabulary(model, decoder, config, tied_head)
+        _convert_embedding(model, decoder, config, tied_head)
 
 
 def pack(model: nn.Module) -> None:
@@ -92,7 +92,7 @@ def _convert_layer(
             columns,
             rows,
             shape.qkv_bias and name in architecture.QKV,
-            high_columns=shape.high_columns(name, config.high_fraction),
+            high_columns=shape.k_hi(name, config.high_fraction),
             lo_bits=config.lo_bits,
             symmetric=config.symmetric,
             clip=config.activation_clip,
@@ -100,7 +100,7 @@ def _convert_layer(
         )
 
     def norm(first_reader: str) -> ResQRMSNorm:
-        k_hi = shape.high_columns(first_reader, config.high_fraction)
+        k_hi = shape.k_hi(first_reader, config.high_fraction)
         return ResQRMSNorm(shape.hidden, shape.norm_eps, RowFormat.of(config, k_hi), **place)
 
     layer.__class__ = CLASSES.get(type(layer), type(layer))  # keeps all that it holds
@@ -121,7 +121,7 @@ def _convert_layer(
     )
 
 
-def _convert_vocabulary(
+def _convert_embedding(
     model: PreTrainedModel, decoder: LlamaModel | Qwen2Model, config: ResQConfig, tied_head: bool
 ) -> None:
     like = decoder.embed_tokens.weight

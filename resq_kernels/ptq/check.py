@@ -18,7 +18,7 @@ def check_shape(shape: ModelShape, config: ResQConfig) -> None:
         ValueError: names the linear or dimension, and what it must be.
     """
     for name in LINEARS:
-        shape.high_columns(name, config.high_fraction)
+        shape.k_hi(name, config.high_fraction)
     sizes = {}
     if config.rotates:
         sizes[f"{DOWN_PROJ}: intermediate_size"] = shape.intermediate

@@ -168,7 +168,7 @@ class DecoderLayer:
         config = self.rounding
         if config is None:
             return x
-        k_hi = self.shape.high_columns(name, config.high_fraction)
+        k_hi = self.shape.k_hi(name, config.high_fraction)
         return reference.mixed_quantize(x, *RowFormat.of(config, k_hi)).dequantize()
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:

@@ -20,11 +20,11 @@ from resq_kernels.config import ResQConfig
 from resq_kernels.formats import QuantizedWeight
 from resq_kernels.ptq.calibrate import batches, gram, layer_bar
 from resq_kernels.ptq.decoder import DecoderLayer, Rope
+from resq_kernels.ptq.embedding import embed
 from resq_kernels.ptq.fuse import fuse_layer
 from resq_kernels.ptq.gptq import gptq
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.source import SourceModel
-from resq_kernels.ptq.vocabulary import embed
 from resq_kernels.ptq.workspace import Workspace, error_piece, layer_piece
 from resq_kernels.weights import quantize_weight
 
@@ -147,7 +147,7 @@ def _hessian(inputs: Callable[[slice], torch.Tensor], size: tuple[int, ...]) -> 
 def _round_weight(
     decoder: DecoderLayer, name: str, hessian: torch.Tensor, config: ResQConfig
 ) -> QuantizedWeight:
-    k_hi = decoder.shape.high_columns(name, config.high_fraction)
+    k_hi = decoder.shape.k_hi(name, config.high_fraction)
     if config.weights == "rtn":
         return quantize_weight(decoder.layer.weights[name], k_hi)
     return gptq(decoder.layer.weights[name], hessian, k_hi, config.damping)

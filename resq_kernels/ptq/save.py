@@ -18,9 +18,9 @@ from resq_kernels.checkpoint import (
 )
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq.basis import Basis
+from resq_kernels.ptq.embedding import embedding_tensors, head_tensors, tied_head
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.source import SourceModel
-from resq_kernels.ptq.vocabulary import embedding_tensors, head_tensors, tied_head
 from resq_kernels.ptq.workspace import Workspace, layer_piece
 
 # Everything that makes a folder usable besides its weights.

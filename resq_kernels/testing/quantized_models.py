@@ -12,8 +12,8 @@ from resq_kernels.config import ResQConfig
 from resq_kernels.integrations.transformers import ResQQuantizationConfig, ResQQuantizer, prepare
 from resq_kernels.nn.attention import ResQAttention
 from resq_kernels.nn.convert import pack
+from resq_kernels.nn.embedding import ResQEmbedding, TiedHead
 from resq_kernels.nn.linear import ResQLinear
-from resq_kernels.nn.vocabulary import ResQEmbedding, TiedHead
 from resq_kernels.testing.tiny_models import make_model
 
 # Standard deviation of codes drawn uniformly from all 16, and from all 256.

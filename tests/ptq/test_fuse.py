@@ -14,10 +14,10 @@ from resq_kernels.config import ResQConfig
 from resq_kernels.ptq.basis import find_basis
 from resq_kernels.ptq.calibrate import calibrate
 from resq_kernels.ptq.decoder import DecoderLayer, rope_tables
+from resq_kernels.ptq.embedding import embedding_tensors, head_tensors
 from resq_kernels.ptq.fuse import fuse_layer
 from resq_kernels.ptq.rotate import Rotation, rotate
 from resq_kernels.ptq.source import SourceModel
-from resq_kernels.ptq.vocabulary import embedding_tensors, head_tensors
 from resq_kernels.ptq.workspace import Workspace
 
 CONFIGS = {

@@ -50,7 +50,7 @@ def head_tensors(
     """The head under its names in a checkpoint, g the gain of the final norm.
 
     Formula: W diag(g) U_A; for a head that is tied to an embedding in 8 bits G = U_A^T diag(g) U_A,
-    which turns E U_A into it (`nn.vocabulary.TiedHead`). Without a rotation the norm keeps g: W, or
+    which turns E U_A into it (`nn.embedding.TiedHead`). Without a rotation the norm keeps g: W, or
     nothing if it is tied.
     """
     gain = None if rotation is None else model.load(FINAL_NORM).double()

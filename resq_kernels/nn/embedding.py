@@ -1,4 +1,4 @@
-"""The embedding and the head of a model whose vocabulary is in 8 bits."""
+"""The embedding, and the lm_head tied to it, in 8 bits."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ class TiedHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of x [..., hidden], in x's dtype."""
-        return ResQLinear.forward(self.embedding, self.turned(x))
+        return ResQLinear.forward(self.embedding, self.rotated(x))
 
-    def turned(self, x: torch.Tensor) -> torch.Tensor:
+    def rotated(self, x: torch.Tensor) -> torch.Tensor:
         """x G, what the embedding's matrix multiplies."""
         return x if self.gain is None else F.linear(x, self.gain)
