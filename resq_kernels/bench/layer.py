@@ -26,9 +26,8 @@ from resq_kernels.bench import cuda_timing, graphs, models
 from resq_kernels.bench.attention import random_cache
 from resq_kernels.bench.device import BenchDevice, Call, Row, Work, nbytes
 from resq_kernels.bench.model import build, cache_bytes, given, weight_bytes, why_wrong
-from resq_kernels.nn.decode_graph import PreparedSequences
+from resq_kernels.nn.batch import AttentionMetadata, BatchState, ForwardPass
 from resq_kernels.nn.kv_cache import ResQCache
-from resq_kernels.nn.paged import Sequences, Step
 
 MODELS = models.names()
 DEFAULTS = {"shapes": ["llama-3.2-1b"], "batch": [1], "context": [128]}
@@ -85,14 +84,15 @@ def with_cache(layer: Any, cache: Any) -> dict[str, Any]:
     return {} if cache is None else given(layer, cache)
 
 
-def copies(bench: BenchDevice, layer: Any, cache: Any) -> Copies:
-    """The layer with its cache and enough copies of both that each is cold when its turn comes."""
+def copies(bench: BenchDevice, layer: Any, cache: Any, **options: Any) -> Copies:
+    """The layer with its cache and enough copies of both that each is cold when its turn comes;
+    options are arguments of every call."""
     size = weight_bytes(layer)
     size += 0 if cache is None else cache_bytes(cache)
-    found = [(layer, with_cache(layer, cache))]
+    found = [(layer, with_cache(layer, cache) | options)]
     for _ in range(bench.copy_count(size) - 1):
         other = copy.deepcopy(layer)
-        found.append((other, with_cache(other, copy.deepcopy(cache))))
+        found.append((other, with_cache(other, copy.deepcopy(cache)) | options))
     return found
 
 
@@ -102,22 +102,19 @@ def paged_cache(
     """A cache of one layer: `context` random tokens in pages, with room for one more token."""
     cache = ResQCache(model.config)
     layer = cache.layers[0]
-    layer.sequences = Sequences(context)
+    cache.batch.state = BatchState(context)
     layer.paged.pages = random_cache(batch, context + 1, heads, device)[0]
     layer.paged.pages_per_sequence = len(layer.paged.pages) // batch
-    layer.paged.crop(context)
+    layer.paged.length = context
     return cache
 
 
-def prepared(model: Any, cache: ResQCache, batch: int, context: int) -> ResQCache:
-    """The same pages under a cache whose every step is the one after `context` tokens."""
-    view, paged = ResQCache(model.config), cache.layers[0].paged
-    positions = torch.full((batch,), context, device=paged.pages.device)
-    starts = torch.arange(batch + 1, dtype=torch.int32, device=paged.pages.device)
-    sequences = PreparedSequences()
-    sequences.step = Step(positions, None, positions.int() + 1, starts, context + 1)
-    view.layers[0].sequences, view.layers[0].paged = sequences, paged
-    return view
+def prepared(cache: ResQCache, batch: int, context: int) -> ForwardPass:
+    """A pass over the cache that is the step behind `context` tokens, however often it is taken."""
+    device = cache.layers[0].paged.held().device
+    positions = torch.full((batch,), context, device=device)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    return ForwardPass(AttentionMetadata(positions, None, positions.int() + 1, starts))
 
 
 def compiled(tokens: Tokens, layers: Copies) -> Call:
@@ -169,14 +166,16 @@ def _rows(
     what = f"layer: {name} {kind} {batch}x{context}"
     tokens = Tokens.random(ours, batch, new, context if decodes else 0)
     cache = float_cache = None
+    options: dict[str, Any] = {}
     if decodes:
-        pages = paged_cache(ours, batch, context, heads, bench.device)
-        cache = prepared(ours, pages, batch, context)
+        cache = paged_cache(ours, batch, context, heads, bench.device)
+        options = {"forward_pass": prepared(cache, batch, context)}
         shape = (2, batch, heads[1], context, heads[2])
         keys, values = torch.randn(shape, dtype=torch.bfloat16, device=bench.device)
         float_cache = graphs.one_step_cache([(keys, values)])
-        ordinary = run_layer(layer, tokens.hidden, tokens.rope, with_cache(layer, pages))
-    candidates: dict[str, Call] = {"ours": tokens.rotated(copies(bench, layer, cache), run_layer)}
+        ordinary = run_layer(layer, tokens.hidden, tokens.rope, with_cache(layer, cache))
+    layers = copies(bench, layer, cache, **options)
+    candidates: dict[str, Call] = {"ours": tokens.rotated(layers, run_layer)}
     if decodes and not torch.equal(candidates["ours"](0), ordinary):
         raise RuntimeError(f"{what}: differs from an ordinary call")
     layers = copies(bench, floats, float_cache)

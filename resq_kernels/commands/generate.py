@@ -164,9 +164,9 @@ def stream(
 
 def _decoding(model: PreTrainedModel, streamer: BaseStreamer) -> dict[str, object]:
     """The option that captures a step: on a GPU, for a model that it can be captured of."""
-    from resq_kernels.nn.decode_graph import graph_decoding, why_not
+    from resq_kernels.nn.decode_graph import graph_decoding, unsupported_reason
 
-    if model.device.type != "cuda" or why_not(model) is not None:
+    if model.device.type != "cuda" or unsupported_reason(model) is not None:
         return {}
     return {"custom_generate": functools.partial(graph_decoding, streamer=streamer)}
 

@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from resq_kernels.formats import MixedTensor, join_heads
+from resq_kernels.nn.batch import Batch, ForwardPass
 from resq_kernels.nn.fused import FusesLinears
 from resq_kernels.nn.linear import ResQLinear, keep_dtype
-from resq_kernels.nn.paged import PagedKeysValues, Sequences
+from resq_kernels.nn.paged import PagedKeysValues
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,6 +82,7 @@ class ResQAttention(FusesLinears):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
+        forward_pass: ForwardPass | None = None,
         **kwargs: object,
     ) -> tuple[torch.Tensor, None]:
         """[B, L, K] -> ([B, L, K], None): called as the attention of a transformers decoder layer.
@@ -91,18 +93,24 @@ class ResQAttention(FusesLinears):
             attention_mask: [B, columns], true where a token is, or None. With kv_bits 16: what
                 `scaled_dot_product_attention` takes.
             cache: a `ResQCache`, an empty `DynamicCache`, or None.
+            forward_pass: what the layers of a pass share. None: this layer is called by itself.
             kwargs: `past_key_values`, the name of `cache` before transformers 5.24; what else
                 decoder layers pass is not used.
 
         Raises:
-            ValueError: a mask of another shape, or a cache of another kind.
+            ValueError: a mask of another shape, a cache of another kind, or a cache whose layers
+                hold different columns.
             TypeError: a cache under a name that is not known here.
         """
         cache = named_cache(cache, kwargs)
         heads = self.project(hidden_states).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        attend = self._attend_pages if self.kv_bits == 4 else self._attend_float
-        return self.o_proj(attend(q, k, v, *position_embeddings, attention_mask, cache)), None
+        given = (q, k, v, *position_embeddings, attention_mask, cache)
+        if self.kv_bits == 4:
+            out = self._attend_pages(*given, forward_pass or ForwardPass())
+        else:
+            out = self._attend_float(*given)
+        return self.o_proj(out), None
 
     def _attend_pages(
         self,
@@ -113,31 +121,26 @@ class ResQAttention(FusesLinears):
         sin: torch.Tensor,
         mask: torch.Tensor | None,
         cache: Cache | None,
+        forward_pass: ForwardPass,
     ) -> torch.Tensor:
         """[B, L, n_q D]; keys and values go through the pages of the cache or of this pass."""
-        batch, new = q.shape[:2]
+        shape = (q.shape[0], q.shape[1])
         if cache is None:
-            _, step = Sequences().append(batch, new, mask, q.device)
-            paged = PagedKeysValues()
+            batch, paged = Batch(), PagedKeysValues()
         else:
             from resq_kernels.nn.kv_cache import paged_layer
 
             layer = paged_layer(cache, self.layer_idx)
-            layer.sequences, step = layer.sequences.append(batch, new, mask, q.device)
-            paged = layer.paged
-        flat = (batch * new, -1, self.head_dim)
-        cos, sin = (
-            t.expand(batch, new, -1).reshape(batch * new, -1).contiguous() for t in (cos, sin)
-        )
-        q_rows, k_rows, v_rows = q.view(flat), k.view(flat), v.view(flat)
-        rotated = paged.append(
-            step, k_rows, v_rows, cos, sin, self.key_rotation, self.hi_bits, q_rows
-        )
+            batch, paged = layer.batch, layer.paged
+        metadata = forward_pass.metadata(batch, paged.length, shape, mask, cos, sin)
+        q_rows, k_rows, v_rows = (x.flatten(0, 1) for x in (q, k, v))
+        rotated = paged.append(metadata, k_rows, v_rows, self.key_rotation, self.hi_bits, q_rows)
+        batch.advance(metadata)
         assert rotated is not None  # queries were given
         out = paged.attend(
-            step, rotated, self.scaling, q.dtype, self.head_high, self.batch_invariant
+            metadata, rotated, self.scaling, q.dtype, self.head_high, self.batch_invariant
         )
-        return out.view(batch, new, -1)
+        return out.view(*shape, -1)
 
     def _attend_float(
         self,
@@ -150,7 +153,7 @@ class ResQAttention(FusesLinears):
         cache: Cache | None,
     ) -> torch.Tensor:
         """[B, L, n_q D] with 16-bit keys and values; the key rotation cancels and is left out."""
-        q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)
+        q, k = (apply_rope(x, cos, sin).transpose(1, 2) for x in (q, k))
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
@@ -196,7 +199,7 @@ def named_cache(cache: Cache | None, kwargs: dict[str, object]) -> Cache | None:
     return old if cache is None else cache
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RoPE: x cos + rotate_half(x) sin of x [B, L, n, D] with cos, sin [B or 1, L, D]."""
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)

@@ -12,6 +12,7 @@ from resq_kernels.architecture import ModelShape
 from resq_kernels.config import ResQConfig
 from resq_kernels.formats import RowFormat
 from resq_kernels.nn.attention import ResQAttention
+from resq_kernels.nn.batch import ForwardPass
 from resq_kernels.nn.embedding import ResQEmbedding, TiedHead
 from resq_kernels.nn.fused import FusesLinears
 from resq_kernels.nn.layer import CLASSES
@@ -45,8 +46,16 @@ def convert(model: PreTrainedModel, config: ResQConfig, tied_head: bool) -> None
     decoder = getattr(model, model.base_model_prefix, model)
     for index, layer in enumerate(decoder.layers):
         _convert_layer(layer, index, shape, config)
+    decoder.register_forward_pre_hook(_share_metadata, with_kwargs=True)
     if config.embedding_bits == 8:
         _convert_embedding(model, decoder, config, tied_head)
+
+
+def _share_metadata(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Gives all layers of a pass one `ForwardPass`; the decoder passes what it does not know on."""
+    return args, {"forward_pass": ForwardPass(), **kwargs}
 
 
 def pack(model: nn.Module) -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from resq_kernels.nn.attention import ResQAttention
-from resq_kernels.nn.kv_cache import ResQCache, ResQCacheLayer, cache_name
-from resq_kernels.nn.paged import Sequences, Step
+from resq_kernels.nn.batch import AttentionMetadata, BatchState, ForwardPass
+from resq_kernels.nn.kv_cache import ResQCacheLayer, cache_name
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -25,18 +25,6 @@ if TYPE_CHECKING:
 WARMUPS = 2
 # RoPE whose frequencies depend on the longest position: transformers reads it on the host.
 _HOST_ROPE = ("dynamic", "longrope")
-
-
-class PreparedSequences(Sequences):
-    """Gives every layer that appends the same step, which is prepared outside of the pass."""
-
-    step: Step
-
-    def append(
-        self, batch: int, new: int, mask: torch.Tensor | None, device: torch.device
-    ) -> tuple[Sequences, Step]:
-        """This state, and its step."""
-        return self, self.step
 
 
 class DecodeGraph:
@@ -63,7 +51,8 @@ class DecodeGraph:
         layers = _checked_layers(model, cache, max_new_tokens)
         self._model, self._cache = model, cache
         self._graph: torch.cuda.CUDAGraph | None = None
-        state, paged = layers[0].sequences, layers[0].paged
+        self._batch, paged = layers[0].batch, layers[0].paged
+        state = self._batch.state
         self._limit = state.length + max_new_tokens
         pages = paged.held()
         batch, device = len(pages) // paged.pages_per_sequence, pages.device
@@ -74,12 +63,8 @@ class DecodeGraph:
             self._pages = [layer.paged.pages for layer in layers]
             self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
             self._lens = torch.zeros(batch, dtype=torch.int32, device=device)
-            self._starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
-            # The same pages under another account: a pass over them leaves the cache's alone.
-            self._prepared, view = PreparedSequences(), ResQCache(model.config)
-            for own, layer in zip(view.layers, layers, strict=True):
-                own.sequences, own.paged = self._prepared, layer.paged
-            self._arguments = {cache_name(model): view, "use_cache": True, "logits_to_keep": 1}
+            self._cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=device)
+            self._arguments = {cache_name(model): cache, "use_cache": True, "logits_to_keep": 1}
             if device.type == "cuda":
                 self._capture(state)
             self._place(state)
@@ -100,18 +85,21 @@ class DecodeGraph:
             RuntimeError: there is no room left, or the cache has other pages than at the start.
                 Nothing is written.
         """
-        layers = self._cache.layers
-        state = layers[0].sequences
+        state = self._batch.state
         if token_ids.shape != self._ids.shape[:1] or token_ids.dtype != torch.int64:
             raise ValueError(
                 f"DecodeGraph: token_ids: expected int64 [{len(self._ids)}], got "
                 f"{token_ids.dtype} {list(token_ids.shape)}".replace("torch.", "")
             )
-        pairs = zip(layers, self._pages, strict=True)
-        if any(layer.paged.pages is not pages for layer, pages in pairs):
+        held = [layer.paged for layer in self._cache.layers]
+        if any(
+            paged.pages is not pages or paged.length != state.length
+            for paged, pages in zip(held, self._pages, strict=True)
+        ):
             raise RuntimeError(
                 "DecodeGraph: expected the pages that were reserved, got others: the cache has "
-                "grown, was reset or has other sequences; make another DecodeGraph"
+                "grown, was reset, has other sequences or layers of different lengths; make "
+                "another DecodeGraph"
             )
         if state.length >= self._limit:
             raise RuntimeError(
@@ -128,19 +116,24 @@ class DecodeGraph:
             logits = self._logits.clone()  # the next step overwrites them
         length = state.length + 1
         valid = None if self._valid is None else self._valid[:, :length]
-        self._account(Sequences(length, valid))
+        self._account(BatchState(length, valid))
         return logits
 
     def _pass(self) -> torch.Tensor:
         """The step itself: from `_ids` and `_lens` to logits [B, vocabulary] and longer `_lens`."""
         positions, lens = self._lens.long(), self._lens + 1
-        self._prepared.step = Step(positions, None, lens, self._starts, self._limit)
-        out = self._model(self._ids, position_ids=positions[:, None], **self._arguments)
+        metadata = AttentionMetadata(positions, None, lens, self._cu_seqlens_q)
+        out = self._model(
+            self._ids,
+            position_ids=positions[:, None],
+            forward_pass=ForwardPass(metadata),
+            **self._arguments,
+        )
         self._lens.copy_(lens)
         logits: torch.Tensor = out.logits
         return logits[:, -1]
 
-    def _capture(self, state: Sequences) -> None:
+    def _capture(self, state: BatchState) -> None:
         """Records `_pass`. The passes before it append at the end, where nothing is yet."""
         with torch.cuda.device(self._ids.device):
             side = torch.cuda.Stream()
@@ -158,7 +151,7 @@ class DecodeGraph:
         tensors = (*self._model.parameters(), *self._model.buffers())
         self._weights = [tensor.detach() for tensor in tensors]
 
-    def _place(self, state: Sequences) -> None:
+    def _place(self, state: BatchState) -> None:
         """Sets the lengths to those of a state of the cache."""
         if state.valid is None:
             self._valid = None
@@ -168,15 +161,14 @@ class DecodeGraph:
         self._valid = torch.cat([state.valid, room], dim=1)
         self._lens.copy_(state.valid.sum(1))
 
-    def _account(self, state: Sequences) -> None:
-        """Writes into the cache's books what the pages hold."""
-        self._state = state
+    def _account(self, state: BatchState) -> None:
+        """Records in the cache what its pages hold."""
+        self._state = self._batch.state = state
         for layer in self._cache.layers:
-            layer.sequences = state
-            layer.paged.crop(state.length)
+            layer.paged.length = state.length
 
 
-def why_not(model: PreTrainedModel) -> str | None:
+def unsupported_reason(model: PreTrainedModel) -> str | None:
     """What `DecodeGraph` misses in a model, or None."""
     attentions = [module for module in model.modules() if isinstance(module, ResQAttention)]
     if not attentions or any(module.kv_bits != 4 for module in attentions):
@@ -193,17 +185,17 @@ def _checked_layers(
     model: PreTrainedModel, cache: Cache, max_new_tokens: int
 ) -> Sequence[ResQCacheLayer]:
     """The layers of the cache, if steps over them can be prepared."""
-    if reason := why_not(model):
+    if reason := unsupported_reason(model):
         raise ValueError(f"DecodeGraph: model: {reason}")
     layers: Sequence[ResQCacheLayer] = cache.layers
     count = model.config.num_hidden_layers
     kinds = {type(layer).__name__ for layer in layers}
-    if kinds != {ResQCacheLayer.__name__} or len(layers) != count or not layers[0].paged.used_pages:
-        columns = cache.get_seq_length() if layers else 0
+    held = {layer.get_seq_length() for layer in layers}
+    if kinds != {ResQCacheLayer.__name__} or len(layers) != count or len(held) != 1 or 0 in held:
         raise ValueError(
             f"DecodeGraph: cache: expected {count} layers of 4-bit pages that hold tokens (a pass "
             f"of the model fills them), got {len(layers)} {' and '.join(sorted(kinds))} after "
-            f"{columns} columns"
+            f"{' and '.join(map(str, sorted(held))) or 0} columns"
         )
     if max_new_tokens < 1:
         raise ValueError(f"DecodeGraph: max_new_tokens: expected at least 1, got {max_new_tokens}")

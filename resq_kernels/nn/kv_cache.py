@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -11,7 +12,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from resq_kernels.kv_pages import DEFAULT_PAGE_SIZE
-from resq_kernels.nn.paged import PagedKeysValues, Sequences
+from resq_kernels.nn.batch import Batch
+from resq_kernels.nn.paged import PagedKeysValues
 
 
 class ResQCacheLayer(CacheLayerMixin):
@@ -21,8 +23,9 @@ class ResQCacheLayer(CacheLayerMixin):
     tensors to offload or to zero.
 
     Attributes:
-        sequences: what the batch has seen; shared by the layers of a cache.
+        batch: what the batch has seen; the same object for all layers of a cache.
         paged: the pages of this layer.
+        changes: how many of the batch's changes this layer has gone through.
     """
 
     is_compileable = False
@@ -30,11 +33,9 @@ class ResQCacheLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(
-        self, page_size: int = DEFAULT_PAGE_SIZE, sequences: Sequences | None = None
-    ) -> None:
+    def __init__(self, batch: Batch, page_size: int = DEFAULT_PAGE_SIZE) -> None:
         super().__init__()
-        self.sequences = Sequences() if sequences is None else sequences
+        self.batch, self.changes = batch, batch.changes
         self.paged = PagedKeysValues(page_size)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -52,12 +53,12 @@ class ResQCacheLayer(CacheLayerMixin):
         )
 
     def get_seq_length(self) -> int:
-        """Columns seen, padding included."""
-        return self.sequences.length
+        """Columns that this layer holds, padding included."""
+        return self.paged.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(columns that the mask of a pass with `query_length` new ones covers, the first one)."""
-        return self.sequences.length + query_length, 0
+        return self.paged.length + query_length, 0
 
     def get_max_length(self) -> int:
         """-1: there is no maximum."""
@@ -76,12 +77,15 @@ class ResQCacheLayer(CacheLayerMixin):
                 "ResQCache: crop: expected the negative number of tokens to remove, "
                 f"got {tokens_to_remove}"
             )
-        self.sequences = self.sequences.crop(-tokens_to_remove)
-        self.paged.crop(self.sequences.length)
+        self.changes = self.batch.change(
+            self.changes, lambda state: state.first(max(state.length + tokens_to_remove, 0))
+        )
+        self.paged.length = max(self.paged.length + tokens_to_remove, 0)
 
     def reset(self) -> None:
         """Forgets everything and gives the pages back."""
-        self.sequences = self.sequences.restart()
+        self.batch.reset()
+        self.changes = 0
         self.paged.reset()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -90,13 +94,15 @@ class ResQCacheLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the sequences `indices` int64 [B'], in that order."""
-        self.sequences = self.sequences.select(indices)
-        self.paged.select(indices)
+        self.paged.select(indices)  # first: it refuses indices of no sequence
+        self.changes = self.batch.change(self.changes, lambda state: state.select(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence `repeats` times in a row."""
-        self.sequences = self.sequences.repeat_interleave(repeats)
         self.paged.repeat_interleave(repeats)
+        self.changes = self.batch.change(
+            self.changes, lambda state: state.repeat_interleave(repeats)
+        )
 
 
 class ResQCache(Cache):
@@ -114,9 +120,9 @@ class ResQCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, page_size: int = DEFAULT_PAGE_SIZE) -> None:
-        start = Sequences()
+        self.batch = Batch()
         count = config.get_text_config(decoder=True).num_hidden_layers
-        super().__init__(layers=[ResQCacheLayer(page_size, start) for _ in range(count)])
+        super().__init__(layers=[ResQCacheLayer(self.batch, page_size) for _ in range(count)])
 
     def memory_bytes(self, reserved: bool = False) -> int:
         """Bytes of the pages that hold tokens; with `reserved`, of those kept for growth too."""
@@ -130,18 +136,31 @@ def cache_name(model: nn.Module) -> str:
 
 
 def paged_layer(cache: Cache, index: int) -> ResQCacheLayer:
-    """The paged layer `index` of a cache; turns an empty `DynamicCache` into a paged one.
-
-    `generate` and a forward pass with `use_cache` make a `DynamicCache` before the model is asked.
-    Its empty float layers are replaced on first use, so that no caller has to know about pages.
+    """The paged layer `index` of a cache; an empty `DynamicCache` becomes a paged one first.
 
     Raises:
-        ValueError: another kind of cache, or one that holds float keys and values.
+        ValueError: another kind of cache, one that holds float keys and values, or a layer that was
+            left out of a change of its cache.
     """
-    found = cache.layers[index] if index < len(cache.layers) else None
-    if isinstance(found, ResQCacheLayer):
-        return found
-    start = Sequences()
+    if index >= len(cache.layers) or not isinstance(cache.layers[index], ResQCacheLayer):
+        _adopt(cache, index)
+    layer: ResQCacheLayer = cache.layers[index]
+    if layer.changes != layer.batch.changes:
+        raise ValueError(
+            "ResQAttention: cache: expected all layers cropped and selected alike, got layer "
+            f"{index} after {layer.changes} of {layer.batch.changes} changes: reset the cache"
+        )
+    return layer
+
+
+def _adopt(cache: Cache, index: int) -> None:
+    """Puts paged layers in place of the empty float layers of a `DynamicCache`.
+
+    `generate` and a forward pass with `use_cache` make a `DynamicCache` before the model is asked.
+    Its layers are replaced on first use, so that no caller has to know about pages.
+    """
+    paged = [layer for layer in cache.layers if isinstance(layer, ResQCacheLayer)]
+    batch = paged[0].batch if paged else Batch()
     for at, layer in enumerate(cache.layers):
         if isinstance(layer, ResQCacheLayer):
             continue
@@ -153,11 +172,9 @@ def paged_layer(cache: Cache, index: int) -> ResQCacheLayer:
                 f"got a {type(cache).__name__} with a {state} {type(layer).__name__}{where}; "
                 "leave it and cache_implementation out to get a 4-bit cache"
             )
-        cache.layers[at] = ResQCacheLayer(sequences=start)
+        cache.layers[at] = ResQCacheLayer(batch)
     if cache.layer_class_to_replicate is DynamicLayer:
-        # Made without a configuration, it grows layer by layer, and each keeps its own account.
-        cache.layer_class_to_replicate = ResQCacheLayer
+        # Made without a configuration, the cache grows layer by layer.
+        cache.layer_class_to_replicate = partial(ResQCacheLayer, batch)
     while len(cache.layers) <= index:
         cache.layers.append(cache.layer_class_to_replicate())
-    made: ResQCacheLayer = cache.layers[index]
-    return made

@@ -38,7 +38,7 @@ def is_faster(device_type: str, new: int, batch_invariant: bool) -> bool:
     return device_type == "cuda" and new > KV_ATTENTION_TOKENS and not batch_invariant
 
 
-class Call(NamedTuple):
+class VarlenGroup(NamedTuple):
     """Neighbouring sequences with the same lengths, which one call of torch's attention takes."""
 
     first: int  # sequence
@@ -47,7 +47,7 @@ class Call(NamedTuple):
     length: int
 
 
-def calls(lengths: Sequence[tuple[int, int]], token_bytes: int) -> list[Call]:
+def varlen_groups(lengths: Sequence[tuple[int, int]], token_bytes: int) -> list[VarlenGroup]:
     """How to cut a batch so that no call needs a mask or padding, and none is too large.
 
     Args:
@@ -61,7 +61,7 @@ def calls(lengths: Sequence[tuple[int, int]], token_bytes: int) -> list[Call]:
         while first < end:
             count = min(most, end - first)
             if new:
-                found.append(Call(first, count, new, length))
+                found.append(VarlenGroup(first, count, new, length))
             first += count
     return found
 
@@ -110,7 +110,7 @@ def attend(
         )
     token_bytes = 2 * cache.shape[1] * head_dim * dtype.itemsize
     parts, row = [], 0
-    for first, count, new, length in calls(lengths, token_bytes):
+    for first, count, new, length in varlen_groups(lengths, token_bytes):
         own_table, own_lens = (x.narrow(0, first, count) for x in (block_table, seq_lens))
         k, v = ops.kv_dequantize(cache, own_table, own_lens, length, head_dim, dtype)
         rows = q.narrow(0, row, count * new).to(dtype).view(count, new, n_q, head_dim)

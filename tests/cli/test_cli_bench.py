@@ -323,8 +323,8 @@ def test_a_layer_s_step_that_is_not_the_ordinary_one_is_not_timed(
 ) -> None:
     right = layer.prepared
 
-    def earlier(model: Any, cache: Any, batch: int, context: int) -> Any:
-        return right(model, cache, batch, context - 1)
+    def earlier(cache: Any, batch: int, context: int) -> Any:
+        return right(cache, batch, context - 1)
 
     monkeypatch.setattr(layer, "prepared", earlier)
     options = ("--shapes", "llama-3-8b", "--rounds", 1, "--cold-mb", 0)

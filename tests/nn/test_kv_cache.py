@@ -8,8 +8,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from resq_kernels import ResQCache, ResQConfig
+from resq_kernels.nn.batch import BatchState
 from resq_kernels.nn.kv_cache import ResQCacheLayer
-from resq_kernels.nn.paged import PagedKeysValues, Sequences
+from resq_kernels.nn.paged import PagedKeysValues
 from resq_kernels.testing.quantized_models import random_quantized
 from resq_kernels.testing.tiny_models import make_model
 
@@ -94,8 +95,7 @@ def test_a_dynamic_cache_becomes_paged(model: Any) -> None:
     with torch.no_grad():
         cache = model(ids).past_key_values  # made by the model itself
     assert all(isinstance(layer, ResQCacheLayer) for layer in cache.layers)
-    states = {id(layer.sequences) for layer in cache.layers}
-    assert len(cache.layers) == 2 and len(states) == 1
+    assert len(cache.layers) == 2 and len({id(layer.batch) for layer in cache.layers}) == 1
 
 
 def test_other_caches_are_refused(model: Any) -> None:
@@ -212,39 +212,26 @@ def test_a_cached_token_cannot_be_hidden_later(model: Any) -> None:
         hidden(model, tokens(1, 1), cache, attention_mask=mask)
 
 
-def test_the_bookkeeping_is_done_once_a_pass() -> None:
-    start, mask = Sequences(), torch.tensor([[0, 1, 1]])
-    device = torch.device("cpu")
-    after, step = start.append(1, 3, mask, device)
-    again, same = start.append(1, 3, mask, device)
-    assert again is after and same is step
-    other, _ = start.append(1, 3, mask.clone(), device)
-    assert other is not after
-    assert step.positions.tolist() == [-1, 0, 1] and step.rows.tolist() == [1, 2]
-    assert step.seq_lens.tolist() == [2] and step.query_starts.tolist() == [0, 2]
-    assert step.slots(64).tolist() == [-1, 0, 1]
-
-
 @pytest.mark.parametrize(("head_dim", "expected"), [(64, 88), (128, 160)])
 def test_memory_per_token_and_head(head_dim: int, expected: int) -> None:
     batch, heads, length = 2, 3, 3000
-    paged, state = PagedKeysValues(), Sequences()
-    ones = torch.ones(batch * length, head_dim)
+    paged, ones = PagedKeysValues(), torch.ones(1, length, head_dim)
     k = torch.randn(batch * length, heads, head_dim)
-    state, step = state.append(batch, length, None, k.device)
-    paged.append(step, k, k, ones, ones, None, 8)
+    metadata = BatchState().append(batch, length, None, k.device).with_rope(ones, ones)
+    paged.append(metadata, k, k, None, 8)
     exact = expected * batch * heads * length
     assert exact <= paged.memory_bytes() < 1.02 * exact
     assert paged.memory_bytes(reserved=True) == paged.memory_bytes()
 
 
 def test_growth_is_amortised() -> None:
-    paged, state = PagedKeysValues(page_size=32), Sequences()
-    token, ones = torch.randn(2, 1, 64), torch.ones(2, 64)
+    paged, state = PagedKeysValues(page_size=32), BatchState()
+    token, ones = torch.randn(2, 1, 64), torch.ones(1, 1, 64)
     sizes = []
     for _ in range(300):
-        state, step = state.append(2, 1, None, token.device)
-        paged.append(step, token, token, ones, ones, None, 8)
+        metadata = state.append(2, 1, None, token.device).with_rope(ones, ones)
+        paged.append(metadata, token, token, None, 8)
+        state = metadata.after
         sizes.append(paged.pages_per_sequence)
     assert sizes[-1] == 16 and len(set(sizes)) == 5  # 1, 2, 4, 8, 16
     assert paged.memory_bytes() == 2 * 10 * 32 * 88

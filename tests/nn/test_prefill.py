@@ -11,7 +11,8 @@ from kv_cases import DTYPES, HEAD_DIMS, Pages, fill_pages, page_slots, rotations
 
 from resq_kernels import kv_pages, ops
 from resq_kernels.nn import prefill
-from resq_kernels.nn.paged import PagedKeysValues, Sequences
+from resq_kernels.nn.batch import BatchState
+from resq_kernels.nn.paged import PagedKeysValues
 from resq_kernels.reference.attention import attend as exact_attention
 from resq_kernels.reference.kv_pages import read_tokens
 from resq_kernels.testing.quantized_models import random_quantized
@@ -176,22 +177,22 @@ def test_which_steps_go_through_float16() -> None:
     assert not prefill.is_faster("cpu", 8192, False)
 
 
-def test_calls_cover_every_new_token_once_and_are_not_too_large() -> None:
+def test_varlen_groups_cover_every_new_token_once_and_are_not_too_large() -> None:
     mib = 1 << 20
-    assert prefill.calls([], mib) == []
-    assert prefill.calls([(0, 9), (0, 0)], mib) == []
-    assert prefill.calls([(3, 3)] * 4, mib) == [(0, 4, 3, 3)]
-    assert prefill.calls([(3, 9), (3, 9), (2, 9), (0, 9), (3, 9)], mib) == [
+    assert prefill.varlen_groups([], mib) == []
+    assert prefill.varlen_groups([(0, 9), (0, 0)], mib) == []
+    assert prefill.varlen_groups([(3, 3)] * 4, mib) == [(0, 4, 3, 3)]
+    assert prefill.varlen_groups([(3, 9), (3, 9), (2, 9), (0, 9), (3, 9)], mib) == [
         (0, 2, 3, 9),
         (2, 1, 2, 9),
         (4, 1, 3, 9),
     ]
-    assert prefill.calls([(70, 100)] * 5, mib) == [
+    assert prefill.varlen_groups([(70, 100)] * 5, mib) == [
         (0, 2, 70, 100),
         (2, 2, 70, 100),
         (4, 1, 70, 100),
     ]
-    assert prefill.calls([(70, 1000)] * 2, mib) == [(0, 1, 70, 1000), (1, 1, 70, 1000)]
+    assert prefill.varlen_groups([(70, 1000)] * 2, mib) == [(0, 1, 70, 1000), (1, 1, 70, 1000)]
 
 
 @pytest.mark.parametrize("side", ["left", "right", "none"])
@@ -203,7 +204,7 @@ def test_padded_batches_and_chunks_through_the_cache_s_pages(
     steps = [[70, 40, 0, 70], [66, 1, 80, 66], [1, 1, 1, 1]]
     batch, n_kv, n_q, head_dim, scale = 4, 2, 4, 64, 0.125
     rotation = rotations(1, head_dim)
-    sequences, paged = Sequences(), PagedKeysValues(32)
+    state, paged = BatchState(), PagedKeysValues(32)
     seen_q: list[list[torch.Tensor]] = [[] for _ in range(batch)]
     outs: list[list[torch.Tensor]] = [[] for _ in range(batch)]
     mask = torch.zeros(batch, 0, dtype=torch.bool)
@@ -217,11 +218,12 @@ def test_padded_batches_and_chunks_through_the_cache_s_pages(
             fresh = torch.stack([columns >= width - n if left else columns < n for n in counts])
         mask = torch.cat([mask, fresh], dim=1)
         given = None if side == "none" else mask
-        sequences, step = sequences.append(batch, width, given, torch.device("cpu"))
+        metadata = state.append(batch, width, given, torch.device("cpu"))
+        state = metadata.after
         k, v = torch.randn(2, batch * width, n_kv, head_dim)
         q = torch.randn(batch * width, n_q, head_dim)
-        rotated = paged.append(step, k, v, None, None, rotation, 8, q)
-        out = paged.attend(step, rotated, scale, torch.float16).view(q.shape)
+        rotated = paged.append(metadata, k, v, rotation, 8, q)
+        out = paged.attend(metadata, rotated, scale, torch.float16).view(q.shape)
         assert out.dtype == torch.float16
         assert not out[~fresh.flatten()].any()  # padding
         for i in range(batch):
@@ -237,13 +239,13 @@ def test_padded_batches_and_chunks_through_the_cache_s_pages(
 
 
 def test_lengths_are_read_from_the_device_only_where_there_is_padding() -> None:
-    _, step = Sequences().append(3, 5, None, torch.device("meta"))
-    assert step.lengths == [(5, 5)] * 3
-    sequences, _ = Sequences().append(3, 5, None, torch.device("cpu"))
+    metadata = BatchState().append(3, 5, None, torch.device("meta"))
+    assert metadata.lengths == [(5, 5)] * 3
+    state = BatchState().append(3, 5, None, torch.device("cpu")).after
     mask = torch.tensor([[1, 1], [0, 1], [0, 0]])
     mask = torch.cat([torch.ones(3, 5), mask], dim=1)
-    _, step = sequences.append(3, 2, mask, torch.device("cpu"))
-    assert step.columns == 2 and step.lengths == [(2, 7), (1, 6), (0, 5)]
+    metadata = state.append(3, 2, mask, torch.device("cpu"))
+    assert metadata.new == 2 and metadata.lengths == [(2, 7), (1, 6), (0, 5)]
 
 
 @torch.no_grad()

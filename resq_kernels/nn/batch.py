@@ -1,0 +1,274 @@
+"""What the layers of a batch share: its state between passes and the metadata of one pass.
+
+`Batch` is the account of a cache, one for all of its layers. `ForwardPass` makes the
+`AttentionMetadata` of a pass, once for all layers. Nothing here knows transformers or pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class BatchState:
+    """What a batch has seen. Immutable: every change returns a new state.
+
+    Attributes:
+        length: columns seen, padding included (what transformers calls the cache's length).
+        valid: bool [B, length], which of them are tokens; None if all are.
+    """
+
+    length: int = 0
+    valid: torch.Tensor | None = None
+
+    def append(
+        self, batch: int, new: int, mask: torch.Tensor | None, device: torch.device
+    ) -> AttentionMetadata:
+        """Where the tokens of `new` more columns go, and the state after them.
+
+        Args:
+            batch, new: B and L.
+            mask: [B, columns], nonzero where a token is; its last L columns are the new ones. None:
+                all new columns are tokens.
+            device: where the tensors of the metadata are made.
+
+        Raises:
+            ValueError: the mask has another batch or fewer columns than L, or treats a token that
+                is in the cache differently than the pass that put it there.
+        """
+        length = self.length + new
+        if mask is None and self.valid is None:
+            positions = torch.arange(self.length, length, device=device).repeat(batch)
+            starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * new
+            lens = torch.full((batch,), length, dtype=torch.int32, device=device)
+            after = BatchState(length)
+            return AttentionMetadata(positions, None, lens, starts, self.length, after)
+        past = self.tokens(batch, device)
+        fresh = self._fresh(batch, new, mask, past)
+        before = past.sum(1, keepdim=True)
+        positions = torch.where(fresh, before + fresh.cumsum(1) - 1, -1).flatten()
+        counts = fresh.sum(1)
+        starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        lens = (before[:, 0] + counts).int()
+        rows = fresh.flatten().nonzero()[:, 0]
+        after = BatchState(length, torch.cat([past, fresh], dim=1))
+        return AttentionMetadata(positions, rows, lens, starts, self.length, after)
+
+    def tokens(self, batch: int, device: torch.device) -> torch.Tensor:
+        """bool [B, length]: `valid`, or that all columns are tokens."""
+        if self.valid is None:
+            return torch.ones(batch, self.length, dtype=torch.bool, device=device)
+        return self.valid.to(device)
+
+    def _fresh(
+        self, batch: int, new: int, mask: torch.Tensor | None, past: torch.Tensor
+    ) -> torch.Tensor:
+        """bool [B, L]: which of the new columns are tokens."""
+        if mask is None:
+            return torch.ones(batch, new, dtype=torch.bool, device=past.device)
+        if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < new:
+            raise ValueError(
+                f"ResQAttention: attention_mask: expected [{batch}, {self.length + new}] with the "
+                f"padding of every column, got {list(mask.shape)}"
+            )
+        mask = mask.to(device=past.device, dtype=torch.bool)
+        seen = mask[:, :-new]
+        if self.length and seen.shape[1] == self.length and not torch.equal(seen, past):
+            raise ValueError(
+                "ResQAttention: attention_mask: expected the mask that cached tokens were "
+                "stored with: a token cannot be hidden or shown later"
+            )
+        return mask[:, -new:]
+
+    def first(self, columns: int) -> BatchState:
+        """The state that had seen the first `columns` columns alone."""
+        if columns >= self.length:
+            return self
+        return BatchState(columns, None if self.valid is None else self.valid[:, :columns])
+
+    def select(self, indices: torch.Tensor) -> BatchState:
+        """The state of the sequences `indices` int64 [B']."""
+        if self.valid is None:
+            return self
+        return replace(self, valid=self.valid[indices.to(self.valid.device)])
+
+    def repeat_interleave(self, repeats: int) -> BatchState:
+        """The state with every sequence `repeats` times in a row."""
+        if self.valid is None:
+            return self
+        return replace(self, valid=self.valid.repeat_interleave(repeats, dim=0))
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMetadata:
+    """Where the tokens of one forward pass go, the same for all layers on a device.
+
+    Attributes:
+        positions: int64 [B * L], a token's place in its own sequence; -1 for padding.
+        rows: int64 [tokens], which of the B * L rows are tokens; None if all are.
+        seq_lens: int32 [B], tokens of every sequence, the new ones included.
+        cu_seqlens_q: int32 [B + 1], where the new tokens of every sequence start among `rows`.
+        start: columns of the batch before the pass, padding included.
+        after: the state of the batch after the pass. None for a step that is prepared for any
+            length: only the device knows where it starts, and pages must have been reserved.
+        cos, sin: [B * L, D] contiguous, RoPE of every row; None until `with_rope`.
+    """
+
+    positions: torch.Tensor
+    rows: torch.Tensor | None
+    seq_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    start: int = 0
+    after: BatchState | None = None
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+    _slots: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    _tables: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def batch(self) -> int:
+        """B, the number of sequences."""
+        return self.seq_lens.shape[0]
+
+    @property
+    def new(self) -> int:
+        """L, the columns of the pass, padding included."""
+        return len(self.positions) // max(self.batch, 1)
+
+    @cached_property
+    def lengths(self) -> list[tuple[int, int]]:
+        """(new tokens, all tokens) of every sequence; read from the device if there is padding."""
+        if self.rows is None and self.after is not None:
+            return [(self.new, self.after.length)] * self.batch
+        new = self.cu_seqlens_q.diff().tolist()
+        return list(zip(new, self.seq_lens.tolist(), strict=True))
+
+    def slots(self, capacity: int) -> torch.Tensor:
+        """int64 [B * L] cache slots if every sequence owns `capacity` of them; -1 for padding."""
+        if capacity not in self._slots:
+            first = torch.arange(self.batch, device=self.positions.device) * capacity
+            slots = self.positions.view(self.batch, -1) + first[:, None]
+            self._slots[capacity] = slots.flatten().where(self.positions >= 0, -1)
+        return self._slots[capacity]
+
+    def block_table(self, pages: int) -> torch.Tensor:
+        """int32 [B, pages]: the block table if every sequence owns that many pages in a row."""
+        if pages not in self._tables:
+            device = self.positions.device
+            table = torch.arange(self.batch * pages, dtype=torch.int32, device=device)
+            self._tables[pages] = table.view(-1, pages)
+        return self._tables[pages]
+
+    def with_rope(self, cos: torch.Tensor, sin: torch.Tensor) -> AttentionMetadata:
+        """The same with cos and sin [B or 1, L, D], on their device."""
+        shape = (self.batch, self.new, -1)
+        cos, sin = (x.expand(shape).flatten(0, 1).contiguous() for x in (cos, sin))
+        rows = None if self.rows is None else self.rows.to(cos.device)
+        lens, starts = self.seq_lens.to(cos.device), self.cu_seqlens_q.to(cos.device)
+        here = (self.positions.to(cos.device), rows, lens, starts)
+        return AttentionMetadata(*here, self.start, self.after, cos, sin)
+
+
+class Batch:
+    """The batch of a cache: one account for all of its layers.
+
+    transformers changes a cache layer by layer (crop, beam search). The first layer that comes with
+    a change changes the state, the others catch up: each layer counts its changes.
+
+    Attributes:
+        state: what the batch has seen.
+        changes: how many there have been besides passes, since the last reset.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.state, self.changes = BatchState(), 0
+
+    def change(self, seen: int, change: Callable[[BatchState], BatchState]) -> int:
+        """Changes the state for a layer that has gone through `seen` changes, unless another layer
+        did so before; returns seen + 1."""
+        if seen == self.changes:
+            self.state, self.changes = change(self.state), self.changes + 1
+        return seen + 1
+
+    def append(
+        self, held: int, batch: int, new: int, mask: torch.Tensor | None, device: torch.device
+    ) -> AttentionMetadata:
+        """`BatchState.append` for a layer that holds `held` columns; `advance` changes the state.
+
+        A layer that is called by itself may be behind the others, and catches up.
+
+        Raises:
+            ValueError: the layer holds more columns than the batch has seen, or gets other padding
+                than the layers before it; or what `BatchState.append` raises.
+        """
+        if held > self.state.length:
+            raise ValueError(out_of_step(held, self.state.length))
+        metadata = self.state.first(held).append(batch, new, mask, device)
+        assert metadata.after is not None
+        common = min(metadata.after.length, self.state.length)
+        states = [state.first(common) for state in (metadata.after, self.state)]
+        padded = common > held and any(state.valid is not None for state in states)
+        if padded and not torch.equal(*(state.tokens(batch, device) for state in states)):
+            raise ValueError(
+                "ResQAttention: attention_mask: expected the padding that the other layers of the "
+                "cache got for these columns, got another"
+            )
+        return metadata
+
+    def advance(self, metadata: AttentionMetadata) -> None:
+        """The state after a pass, set by the first layer that has stored its tokens."""
+        if metadata.after is not None and metadata.after.length > self.state.length:
+            self.state = metadata.after
+
+
+class ForwardPass:
+    """The metadata of one forward pass, made by the first layer that asks, once a device.
+
+    A decoder gives the same object to all of its layers (nn/convert.py).
+
+    Args:
+        prepared: metadata that was made before the pass, whose cache is then left alone.
+    """
+
+    # No `to`: accelerate would call it between devices.
+    def __init__(self, prepared: AttentionMetadata | None = None) -> None:
+        self._prepared = prepared
+        self._made: dict[torch.device, AttentionMetadata] = {}
+
+    def metadata(
+        self,
+        batch: Batch,
+        held: int,
+        shape: tuple[int, int],
+        mask: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> AttentionMetadata:
+        """The metadata on the device of cos and sin.
+
+        Args:
+            batch, held, mask: as of `Batch.append`, which says what is raised.
+            shape: (B, L).
+            cos, sin: [B or 1, L, D].
+        """
+        if cos.device not in self._made:
+            if self._prepared is None:
+                self._prepared = batch.append(held, *shape, mask, cos.device)
+            self._made[cos.device] = self._prepared.with_rope(cos, sin)
+        return self._made[cos.device]
+
+
+def out_of_step(held: int, expected: int) -> str:
+    """What to say of a layer that was left out of a pass or of a change of its cache."""
+    return (
+        f"ResQAttention: cache: expected a layer that holds {expected} columns as the others do, "
+        f"got one with {held}: every layer must see every pass and change; reset the cache"
+    )
