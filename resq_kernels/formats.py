@@ -48,7 +48,7 @@ class MixedTensor(NamedTuple):
 
     Attributes:
         q_lo: low part: uint8 [..., K_lo / 2] (two signed 4-bit codes a byte, even index in the low
-            nibble) or int8 [..., K_lo] (one code a byte: "containers").
+            nibble) or int8 [..., K_lo] (unpacked: one code a byte).
         q_hi: high part: int8 [..., K_hi].
         params: float32 [..., 4] = (scale_lo, zero_lo, scale_hi, zero_hi); zeros are integers.
     """

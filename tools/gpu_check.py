@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Options of `resq bench` beside --device, --shapes and --out.
+# Options of `resq bench` in addition to --device, --shapes and --out.
 BENCHMARKS = {
     "gemm": ["--batch", "1,16,64,128,256,2048"],
     "quantize": ["--batch", "1,16,256,2048"],

@@ -1,4 +1,4 @@
-"""`resq bench`: the kernels beside what a user would run instead, in one run."""
+"""`resq bench`: the kernels against what a user would run instead, in one run."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from resq_kernels.bench.device import BenchDevice
 from resq_kernels.commands import loading, output
 from resq_kernels.commands.arguments import at_least, real
 
-SUMMARY = "time the kernels beside what a user would run instead"
+SUMMARY = "time the kernels against what a user would run instead"
 DESCRIPTION = """\
 Times a kernel and its alternatives in turn, in one run, after comparing its result with the
 reference. share: the time that the memory or the integer instructions of this machine (both
 measured in the run) would allow, over the time it took. ratio: the alternative's time over ours;
 above 1 ours is faster.
 
-  gemm       mixed_gemm beside F.linear, and torch's int4, int8 and FP8 products where it has them
-  quantize   the three quantizing operators beside the same in plain torch
-  hadamard   the transform beside dense matrix products
-  attention  one decode step over 4-bit pages beside torch's attention on 16-bit caches
-  prefill    attention of many new tokens, over dequantized pages, beside kv_attention
-  layer      one decoder layer, a decode step and a prefill, beside BF16 transformers
-  model      prefill, decode and memory of a model with random weights beside BF16 transformers
+  gemm       mixed_gemm against F.linear, and torch's int4, int8 and FP8 products where it has them
+  quantize   the three quantizing operators against the same in plain torch
+  hadamard   the transform against dense matrix products
+  attention  one decode step over 4-bit pages against torch's attention on 16-bit caches
+  prefill    attention of many new tokens, over dequantized pages, against kv_attention
+  layer      one decoder layer, a decode step and a prefill, against BF16 transformers
+  model      prefill, decode and memory of a model with random weights against BF16 transformers
 
 examples:
   resq bench

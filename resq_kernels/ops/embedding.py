@@ -33,7 +33,7 @@ def embedding(
         dtype [..., K_lo + K_hi].
 
     Raises:
-        RuntimeError: a shape or dtype is not as above, or an id is none of a row. On CUDA ids are
+        RuntimeError: a shape or dtype is not as above, or an id is out of range. On CUDA ids are
             not read on the host: one that is none stops the kernel with a device error.
 
     Source: docs/formats.md sections 3 and 6.

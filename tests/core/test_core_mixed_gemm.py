@@ -104,7 +104,7 @@ def over_tiles(core: ModuleType, q_lo: np.ndarray, packed: bool, runs: int, **re
     return core.mixed_gemm_over_tiles(codes, nibbles, *rest.values(), runs)
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "containers"])
+@pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "unpacked"])
 @pytest.mark.parametrize(
     ("n", "k_lo", "k_hi"),
     [

@@ -121,7 +121,7 @@ def stopped_by_trap() -> Iterator[None]:
 
 @contextlib.contextmanager
 def registered(tensors: list[torch.Tensor]) -> Iterator[None]:
-    """Lets kernels touch exactly the storage of these tensors, beside what they allocate."""
+    """Lets kernels touch exactly the storage of these tensors and what they allocate."""
     runtime = emulator().runtime()
     ranges = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     ranges = {pointer: size for pointer, size in ranges.items() if size}

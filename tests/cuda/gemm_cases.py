@@ -50,7 +50,7 @@ def make_case(
 ) -> Case:
     """Random codes, or with `extreme` the most negative ones: the largest sums there are.
 
-    Containers hold 8-bit codes.
+    Unpacked codes have 8 bits.
     """
 
     def codes(low: int, high: int, *shape: int) -> torch.Tensor:

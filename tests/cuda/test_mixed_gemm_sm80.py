@@ -19,7 +19,7 @@ WEIGHTS = [
     (200, 96, 0),
     (24, 2304, 320),
 ]
-FORMS = pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "containers"])
+FORMS = pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "unpacked"])
 
 
 @pytest.fixture(params=[1, 64], ids=["128 rows", "64 rows"])

@@ -45,11 +45,11 @@ def make_case(
     n: int,
     k_lo: int,
     k_hi: int,
-    form: str = "containers",
+    form: str = "unpacked",
     bias: torch.dtype | None = None,
     out_dtype: torch.dtype = torch.float16,
 ) -> Case:
-    """Random codes of the whole range; `form` is nibbles, containers or bytes (8-bit codes)."""
+    """Random codes of the whole range; `form` is nibbles, unpacked or bytes (8-bit codes)."""
 
     def codes(low: int, *shape: int) -> torch.Tensor:
         return torch.randint(low, -low, shape, dtype=torch.int8)
@@ -84,7 +84,7 @@ def test_equals_the_reference(
     tile: int, columns: tuple[int, int], sm90: emulation.Emulated
 ) -> None:
     for index, (rows, n) in enumerate(TILES[tile]):
-        form = ["containers", "nibbles", "bytes"][(index + COLUMNS.index(columns)) % 3]
+        form = ["unpacked", "nibbles", "bytes"][(index + COLUMNS.index(columns)) % 3]
         case = make_case(rows, n, *columns, form, DTYPES[index - 1], DTYPES[index])
         assert same_bits(call(case, sm90, tile), case.expected()), (rows, n, form)
 

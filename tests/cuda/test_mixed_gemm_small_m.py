@@ -32,7 +32,7 @@ def splits(device: Emulated, rows: int, weight: tuple[int, int, int], packed: bo
     return int(kernel.rpartition("=")[2])
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "containers"])
+@pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "unpacked"])
 @pytest.mark.parametrize("weight", WEIGHTS, ids=str)
 def test_small_m_has_the_bits_of_the_reference(
     device: Emulated, weight: tuple[int, int, int], packed: bool
@@ -94,7 +94,7 @@ def test_small_m_row_does_not_depend_on_the_batch(device: Emulated) -> None:
         assert torch.equal(case.rows(begin, end).run(device), whole[begin:end])
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "containers"])
+@pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "unpacked"])
 def test_small_m_holds_the_largest_sums(device: Emulated, packed: bool) -> None:
     # 256 or 16 times a sum of K products of the most negative codes; 2^30 at K = 65536.
     case = make_case(2, (16, 4096, 512), packed, extreme=True)
@@ -114,7 +114,7 @@ def test_small_m_without_any_columns_is_the_bias(sm80: Emulated) -> None:
     assert_exact(make_case(3, (17, 0, 0), bias=None), sm80)
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "containers"])
+@pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "unpacked"])
 def test_small_m_shows_every_wrong_code(device: Emulated, packed: bool) -> None:
     case = make_case(4, (20, 200, 40), packed, bias=None)
     right = assert_exact(case, device)

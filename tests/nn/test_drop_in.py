@@ -43,7 +43,7 @@ def values(module: Any, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     """What a module computes; for attention, what it passes to o_proj."""
     if not isinstance(module, ResQAttention):
         out = module(*args, **kwargs)
-        out = out[0] if type(out) is tuple else out  # beside a residual sum
+        out = out[0] if type(out) is tuple else out  # the other is the residual sum
         return out.dequantize() if isinstance(out, MixedTensor) else out
     seen = []
     hook = module.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

@@ -82,7 +82,7 @@ def make_case(
     )
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "containers"])
+@pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "unpacked"])
 @pytest.mark.parametrize("weight", WEIGHTS, ids=str)
 def test_mixed_gemm_equals_the_reference(weight: tuple[int, int, int], packed: bool) -> None:
     for index, batch in enumerate(BATCHES):
