@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from resq_kernels.architecture import LINEARS, layer_prefix
-from resq_kernels.checkpoint import read_json, write_bytes, write_json
 from resq_kernels.ptq.basis import Basis
 from resq_kernels.ptq.source import SourceModel
 from resq_kernels.ptq.workspace import Workspace, error_piece
+from resq_kernels.safetensors_io import read_json, write_bytes, write_json
 
 JSON_FILE = "quantization_report.json"
 HTML_FILE = "quantization_report.html"

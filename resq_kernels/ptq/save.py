@@ -9,19 +9,14 @@ from pathlib import Path
 import torch
 
 from resq_kernels import architecture
-from resq_kernels.checkpoint import (
-    ShardWriter,
-    quantization_config,
-    tensors_hash,
-    validate,
-    write_json,
-)
+from resq_kernels.checkpoint import quantization_config, validate
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq.basis import Basis
 from resq_kernels.ptq.embedding import embedding_tensors, head_tensors, tied_head
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.source import SourceModel
 from resq_kernels.ptq.workspace import Workspace, layer_piece
+from resq_kernels.safetensors_io import ShardWriter, tensors_hash, write_json
 
 # Everything that makes a folder usable besides its weights.
 COPIED = (

@@ -15,8 +15,8 @@ from resq_kernels.architecture import (
     ModelShape,
     layer_prefix,
 )
-from resq_kernels.checkpoint import CheckpointError, CheckpointReader
 from resq_kernels.ptq.decoder import Layer
+from resq_kernels.safetensors_io import CheckpointError, CheckpointReader
 
 
 class SourceModel:

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 import resq_kernels
-from resq_kernels.checkpoint import read_json, save_tensors, write_json
 from resq_kernels.config import ResQConfig
+from resq_kernels.safetensors_io import read_json, save_tensors, write_json
 
 Piece = TypeVar("Piece")
 

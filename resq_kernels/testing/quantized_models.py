@@ -14,6 +14,7 @@ from resq_kernels.nn.attention import ResQAttention
 from resq_kernels.nn.convert import pack
 from resq_kernels.nn.embedding import ResQEmbedding, TiedHead
 from resq_kernels.nn.linear import ResQLinear
+from resq_kernels.safetensors_io import tensors_hash
 from resq_kernels.testing.tiny_models import make_model
 
 # Standard deviation of codes drawn uniformly from all 16, and from all 256.
@@ -77,7 +78,7 @@ def randomize(model: Any, options: ResQConfig, seed: int = 0) -> None:
         layer.input_layernorm.weight.uniform_(0.5, 1.5)
         layer.post_attention_layernorm.weight.uniform_(0.5, 1.5)
     pack(model)
-    hashes = checkpoint.tensors_hash(()), checkpoint.tensors_hash(rotations)
+    hashes = tensors_hash(()), tensors_hash(rotations)
     entry = checkpoint.quantization_config(options, *hashes, tied_head)
     model.config.quantization_config = ResQQuantizationConfig(**entry)
     model.hf_quantizer = ResQQuantizer(model.config.quantization_config, pre_quantized=True)

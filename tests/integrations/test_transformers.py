@@ -13,9 +13,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import resq_kernels
 from resq_kernels import ResQConfig
-from resq_kernels.checkpoint import CheckpointError, validate
+from resq_kernels.checkpoint import validate
 from resq_kernels.integrations.transformers import ResQQuantizationConfig, padding_mask
 from resq_kernels.nn.linear import ResQLinear
+from resq_kernels.safetensors_io import CheckpointError
 from resq_kernels.testing.quantized_models import random_quantized
 from resq_kernels.testing.tiny_models import make_model, make_tokenizer, save_tiny_model
 

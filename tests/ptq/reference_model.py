@@ -8,10 +8,11 @@ import torch
 
 from resq_kernels import architecture, reference
 from resq_kernels.architecture import KEY_ROTATION, LINEARS, NORMS, ModelShape, layer_prefix
-from resq_kernels.checkpoint import CheckpointReader, validate
+from resq_kernels.checkpoint import validate
 from resq_kernels.formats import unpack_int4
 from resq_kernels.ptq.decoder import DecoderLayer, Layer, rope_tables
 from resq_kernels.ptq.fuse import o_column_order
+from resq_kernels.safetensors_io import CheckpointReader
 
 
 class ReferenceModel:

@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from resq_kernels.checkpoint import (
+from resq_kernels.checkpoint import validate
+from resq_kernels.config import ResQConfig
+from resq_kernels.ptq.pipeline import quantize_folder
+from resq_kernels.safetensors_io import (
     INDEX_FILE,
     CheckpointError,
     CheckpointReader,
     ShardWriter,
     tensors_hash,
-    validate,
 )
-from resq_kernels.config import ResQConfig
-from resq_kernels.ptq.pipeline import quantize_folder
 
 WEIGHTS = "model.safetensors"
 SCALE = "model.layers.1.mlp.up_proj.weight_scale"

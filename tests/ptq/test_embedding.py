@@ -10,12 +10,12 @@ from ptq_models import MODELS
 from transformers import AutoModelForCausalLM
 
 from resq_kernels import architecture
-from resq_kernels.checkpoint import CheckpointReader
 from resq_kernels.config import ResQConfig
-from resq_kernels.ptq import vocabulary
+from resq_kernels.ptq import embedding
 from resq_kernels.ptq.pipeline import quantize_folder
 from resq_kernels.ptq.rotate import rotate
 from resq_kernels.ptq.source import SourceModel
+from resq_kernels.safetensors_io import CheckpointReader
 from resq_kernels.testing.tiny_models import save_tiny_model
 
 QUAROT, RTN = ResQConfig(method="quarot"), ResQConfig(method="rtn")
@@ -37,7 +37,7 @@ def exact(model: SourceModel, name: str, config: ResQConfig) -> tuple[torch.Tens
 @pytest.mark.parametrize("config", [QUAROT, RTN], ids=["quarot", "rtn"])
 def test_codes_are_the_nearest_of_the_rotated_rows(model: SourceModel, config: ResQConfig) -> None:
     rotation = rotate(None, model.shape, config) if config.rotates else None
-    tensors = vocabulary.embedding_tensors(model, rotation, config)
+    tensors = embedding.embedding_tensors(model, rotation, config)
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
         LOW: (model.shape.vocab, 0),
         HIGH: (model.shape.vocab, model.shape.hidden),
@@ -53,19 +53,19 @@ def test_codes_are_the_nearest_of_the_rotated_rows(model: SourceModel, config: R
 def test_calibration_sees_the_rounded_embedding(model: SourceModel) -> None:
     tokens = torch.randint(0, model.shape.vocab, (3, 20))
     rotation = rotate(None, model.shape, QUAROT)
-    tensors = vocabulary.embedding_tensors(model, rotation, QUAROT)
+    tensors = embedding.embedding_tensors(model, rotation, QUAROT)
     rows = (tensors[SCALE][:, 1:] * tensors[HIGH])[tokens]
-    assert torch.equal(vocabulary.embed(model, rotation, tokens, QUAROT), rows)
+    assert torch.equal(embedding.embed(model, rotation, tokens, QUAROT), rows)
     whole = ResQConfig(method="quarot", embedding_bits=16)
-    (matrix,) = vocabulary.embedding_tensors(model, rotation, whole).values()
+    (matrix,) = embedding.embedding_tensors(model, rotation, whole).values()
     assert matrix.dtype == model.reader.info(architecture.EMBEDDING).dtype
-    assert torch.equal(vocabulary.embed(model, rotation, tokens, whole), matrix[tokens].float())
+    assert torch.equal(embedding.embed(model, rotation, tokens, whole), matrix[tokens].float())
 
 
 def test_the_gain_turns_the_embedding_into_the_head(model: SourceModel) -> None:
     """(E U) G = E diag(g) U, which an untied head stores."""
     rotation = rotate(None, model.shape, QUAROT)
-    tensors = vocabulary.head_tensors(model, rotation, QUAROT)
+    tensors = embedding.head_tensors(model, rotation, QUAROT)
     if not model.shape.tied:
         assert sorted(tensors) == [f"lm_head.weight_{part}" for part in ("hi", "lo", "scale")]
         return
@@ -77,7 +77,7 @@ def test_the_gain_turns_the_embedding_into_the_head(model: SourceModel) -> None:
     assert float((turned - head).norm() / head.norm()) < unit
     without = (rows - head).norm() / head.norm()
     assert float(without) > 10 * unit  # the gains of tiny models are 1 up to a fifth
-    assert vocabulary.head_tensors(model, None, RTN) == {}
+    assert embedding.head_tensors(model, None, RTN) == {}
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied-rope", "qwen2-tied-bf16"])

@@ -13,10 +13,11 @@ import torch
 from reference_model import ReferenceModel
 from transformers import AutoModelForCausalLM
 
-from resq_kernels.checkpoint import CheckpointError, CheckpointReader, validate
+from resq_kernels.checkpoint import validate
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq import check
 from resq_kernels.ptq.pipeline import quantize_folder
+from resq_kernels.safetensors_io import CheckpointError, CheckpointReader
 from resq_kernels.testing.tiny_models import save_tiny_model
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from resq_kernels.checkpoint import CheckpointError, validate
+from resq_kernels.checkpoint import validate
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq import quantize as stage
 from resq_kernels.ptq.pipeline import quantize_folder
 from resq_kernels.ptq.workspace import fingerprint
+from resq_kernels.safetensors_io import CheckpointError
 
 SCRIPT = Path(__file__).with_name("walk_of_kills.py")
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from resq_kernels.checkpoint import read_json
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq.decoder import rope_tables
 from resq_kernels.ptq.pipeline import quantize_folder
+from resq_kernels.safetensors_io import read_json
 
 
 def attempt(source: Path, out: Path, tokens: torch.Tensor, mode: str, last: int) -> None:
