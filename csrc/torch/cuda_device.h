@@ -10,7 +10,6 @@
 #include "cuda/launch.h"
 #include "torch/cuda_stream.h"
 #include "torch/environment.h"
-#include "torch/kv_tensors.h"
 #include "torch/log_kernel.h"
 #include "torch/tensor.h"
 
@@ -26,8 +25,6 @@ namespace resq {
 
 class Cuda {
  public:
-  static constexpr RopeForm kRopeForm = RopeForm::kAsGiven;
-
   // Makes the tensor's device current for as long as it lives. Make it before the outputs.
   Cuda(const char* op, const Tensor& tensor)
       : op_(op),
@@ -76,6 +73,9 @@ class Cuda {
       fail(op_, argument, "tokens a multiple of 16 bytes apart", std::to_string(bytes) + " bytes");
     }
   }
+
+  // Kernels read any float type: a conversion would be a launch.
+  Tensor as_float32(const Tensor& tensor) const { return tensor; }
 
   // The tensor itself, or a copy if it is contiguous at an address that is not aligned.
   Tensor aligned(const Tensor& tensor) const {

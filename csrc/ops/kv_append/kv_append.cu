@@ -3,14 +3,13 @@
 //
 //   thread = one dim of some rows    RoPE into shared memory, then the sums of the rotation in the
 //                                    CPU's order of d, product and sum rounded on their own: the
-//                                    same bits, which tensor cores would not give; for q by
-//                                    fused multiply-adds, the bits of kv_attention's own rotation
+//                                    same bits, which tensor cores would not give; for q, of
+//                                    which no bytes are kept, by fused multiply-adds
 //   warp = one row                   ranges, codes, bytes
 #include <cuda_runtime.h>
 
 #include "cuda/numbers.cuh"
 #include "cuda/pdl.cuh"
-#include "cuda/rotate_rows.cuh"
 #include "ops/kv_append/kv_append.h"
 
 namespace resq::cuda {
@@ -118,6 +117,43 @@ __device__ uint2 store_row(const float (&x)[kHeadDim / 32], bool uniform, int to
   }
   __syncwarp();
   return {stored_pair(low), stored_pair(high)};
+}
+
+// x cos + rotate_half(x) sin at dim `dim` of the row at `row`; each operation rounds on its own.
+template <int kHeadDim>
+__device__ float load_rope(FloatArray x, int64_t row, FloatArray cos, FloatArray sin,
+                           int64_t angles, int dim) {
+  const float here = load_number(x, row + dim);
+  if (!cos.data) return here;
+  const float there = load_number(x, row + (dim ^ kHeadDim / 2));
+  const float across = __fmul_rn(there, load_number(sin, angles + dim));
+  const float along = __fmul_rn(here, load_number(cos, angles + dim));
+  return dim < kHeadDim / 2 ? __fsub_rn(along, across) : __fadd_rn(along, across);
+}
+
+// sums[r] = sum over d of loaded[d][first_row + r] * U[d][dim], in the order of d; the row itself
+// without a rotation. U is matrix `matrix` of `rotation`, whose numbers are of type Rotation;
+// add_product(a, b, sum) returns a b + sum, rounded as the caller needs it.
+template <class Rotation, int kHeadDim, int kBlockRows, int kRows, class AddProduct>
+__device__ void rotate_rows(FloatArray rotation, int matrix,
+                            const float (&loaded)[kHeadDim][kBlockRows], int first_row, int dim,
+                            AddProduct add_product, float (&sums)[kRows]) {
+  if (!rotation.data) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) sums[r] = loaded[dim][first_row + r];
+    return;
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) sums[r] = 0.0f;
+  const auto* u = static_cast<const Rotation*>(rotation.data) + dim + matrix * kHeadDim * kHeadDim;
+#pragma unroll 16
+  for (int d = 0; d < kHeadDim; ++d) {
+    const float weight = number(u[d * kHeadDim]);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      sums[r] = add_product(weight, loaded[d][first_row + r], sums[r]);
+    }
+  }
 }
 
 template <int kHeadDim, int kRows, class Rotation>

@@ -13,23 +13,14 @@ void run(const Cuda& on, const KvAttentionParams& p, const KvAttentionBatch& bat
                              .query_starts = batch.query_starts,
                              .tokens = batch.tokens,
                              .sequences = batch.sequences,
-                             .pages = batch.pages,
-                             .queries = {p.q, p.q_type},
-                             .query_stride = p.q_stride};
+                             .pages = batch.pages};
   const int64_t rows = work.tokens * p.n_q;
   const int64_t state_bytes =
       rows * work.splits() * cuda::kv_cuda_state_floats(p.head_dim) * int64_t{sizeof(float)};
   const bool split = work.splits() > 1 && state_bytes <= cuda::kKvMaxStateBytes;
-  const bool rotate = p.cos.data || p.rotation.data;
-  const Tensor rotated = on.scratch(rotate ? rows * p.head_dim : 0, ScalarType::Float);
   const Tensor states = on.scratch(split ? state_bytes / 4 : 0, ScalarType::Float);
   work.states = split ? states.mutable_data_ptr<float>() : nullptr;
 
-  if (rotate) {
-    cuda::kv_attention_prepare(work, rotated.mutable_data_ptr<float>(), on.stream());
-    work.queries = {rotated.const_data_ptr(), FloatType::kFloat32};
-    work.query_stride = p.n_q * p.head_dim;
-  }
   if (on.family() == cuda::Family::kSm90) {
     cuda::kv_attention_attend_sm90(work, on.device(), on.stream());
   } else {
