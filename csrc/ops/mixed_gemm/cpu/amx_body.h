@@ -17,7 +17,7 @@
 constexpr int64_t kTileM = kMixedGemmAmxTileM;         // and the words of a tile of B
 constexpr int64_t kTileK = kTileM * kPackedWordBytes;  // a step
 constexpr int64_t kTileBytes = kTileM * kTileK;
-constexpr int64_t kWordStride = kPackedBlockRows * kPackedWordBytes;
+constexpr int64_t kWordStride = kPackedBlockN * kPackedWordBytes;
 constexpr int64_t kChunkK = kMixedGemmChunkSteps * kTileK;
 constexpr int64_t kStripTiles = 2;  // tiles of M that share the loads of weights
 
@@ -92,7 +92,7 @@ void fill_tile_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_
 
 // Nibbles of `k` of K (whole groups) -> words.
 void unpack_words(const uint8_t* nibbles, int64_t k, uint8_t* words) {
-  for (int64_t group = 0; group < k / kPackedGroupColumns; ++group) {
+  for (int64_t group = 0; group < k / kPackedGroupK; ++group) {
     for (int64_t i = 0; i < kWordStride; ++i) words[i] = nibbles[i] & 15;
     for (int64_t i = 0; i < kWordStride; ++i) words[kWordStride + i] = nibbles[i] >> 4;
     nibbles += kWordStride;
@@ -164,7 +164,7 @@ void add_chunk(const int8_t* a, int64_t stride, const uint8_t* words, int64_t ch
 template <bool kHigh>
 void multiply_panel(const int8_t* activations, const uint8_t* weight, int64_t k,
                     const TilePanel& panel, uint32_t* sums) {
-  const int64_t padded_k = packed_columns(k), stride = kTileM * step_k(k);
+  const int64_t padded_k = packed_k(k), stride = kTileM * step_k(k);
   for (int64_t begin = 0; begin < padded_k; begin += kChunkK) {
     const int64_t count = std::min(kChunkK, padded_k - begin);
     const uint8_t* words = chunk_words<kHigh>(weight, count, panel.chunk);

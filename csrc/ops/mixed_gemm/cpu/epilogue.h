@@ -1,7 +1,7 @@
 // What the vector and the AMX body of mixed_gemm share: the codes of a row of activations, and the
 // epilogue of a row of sums. Included inside the namespace of an instruction set.
 
-constexpr int64_t kBlockN = kPackedBlockRows;
+constexpr int64_t kBlockN = kPackedBlockN;
 
 // What the epilogue needs of one activation row and part.
 struct RowPart {
