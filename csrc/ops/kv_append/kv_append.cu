@@ -61,7 +61,7 @@ static_assert(byte_dims_agree<128, true>() && byte_dims_agree<128, false>());
 static_assert(byte_dims_agree<64, true>() && byte_dims_agree<64, false>());
 
 struct Extremes {
-  int lo, hi;          // order as the floats do
+  int min, max;        // order as the floats do
   unsigned magnitude;  // bits of the largest |x|; NaN is above infinity
 };
 
@@ -73,17 +73,17 @@ __device__ KvRange part_range(const float (&x)[kCount], bool inside, int levels)
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int bits = ordered_bits(__float_as_int(x[i]));
-      e.lo = min(e.lo, bits);
-      e.hi = max(e.hi, bits);
+      e.min = min(e.min, bits);
+      e.max = max(e.max, bits);
       e.magnitude = max(e.magnitude, __float_as_uint(x[i]) & 0x7fffffff);
     }
   }
   constexpr unsigned kAll = 0xffffffff;
-  e.lo = __reduce_min_sync(kAll, e.lo);
-  e.hi = __reduce_max_sync(kAll, e.hi);
+  e.min = __reduce_min_sync(kAll, e.min);
+  e.max = __reduce_max_sync(kAll, e.max);
   e.magnitude = __reduce_max_sync(kAll, e.magnitude);
   if (e.magnitude >= 0x7f800000) return {{0x7e00}, {0x7e00}, 0.0f, 0.0f};  // kKvNanRange
-  return kv_range(__int_as_float(ordered_bits(e.lo)), __int_as_float(ordered_bits(e.hi)), levels);
+  return kv_range(__int_as_float(ordered_bits(e.min)), __int_as_float(ordered_bits(e.max)), levels);
 }
 
 __device__ uint32_t stored_pair(const KvRange& range) {

@@ -44,27 +44,27 @@ inline KvRange row_range(const float* x, int levels) {
   constexpr int kWidth = kCount < kLanes ? kCount : kLanes;
   using Wide = typename Vectors<kWidth>::Vec;
   using WideInts = typename Vectors<kWidth>::IVec;
-  Wide low = load_bits<Wide>(x), high = low;
+  Wide min = load_bits<Wide>(x), max = min;
   WideInts magnitude{};
   for (int first = 0; first < kCount; first += kWidth) {
     // The last vector of 56 numbers overlaps the one before it: extremes do not mind.
     const Wide value = load_bits<Wide>(x + (first + kWidth <= kCount ? first : kCount - kWidth));
     const WideInts bits = __builtin_bit_cast(WideInts, value) & 0x7fffffff;
-    low = value < low ? value : low;
-    high = value > high ? value : high;
+    min = value < min ? value : min;
+    max = value > max ? value : max;
     magnitude = bits > magnitude ? bits : magnitude;
   }
   WideInts lane{};
   for (int j = 0; j < kWidth; ++j) lane[j] = j;
   for (int distance = kWidth / 2; distance >= 1; distance /= 2) {
-    const Wide other_low = __builtin_shuffle(low, lane ^ distance);
-    const Wide other_high = __builtin_shuffle(high, lane ^ distance);
+    const Wide other_min = __builtin_shuffle(min, lane ^ distance);
+    const Wide other_max = __builtin_shuffle(max, lane ^ distance);
     const WideInts other = __builtin_shuffle(magnitude, lane ^ distance);
-    low = other_low < low ? other_low : low;
-    high = other_high > high ? other_high : high;
+    min = other_min < min ? other_min : min;
+    max = other_max > max ? other_max : max;
     magnitude = other > magnitude ? other : magnitude;
   }
-  return magnitude[0] >= 0x7f800000 ? kKvNanRange : kv_range(low[0], high[0], levels);
+  return magnitude[0] >= 0x7f800000 ? kKvNanRange : kv_range(min[0], max[0], levels);
 }
 
 // kv_code of kCount numbers. A part with NaN has inv_scale 0 and gives 0 for finite numbers; NaN
