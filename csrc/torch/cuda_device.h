@@ -47,7 +47,7 @@ class Cuda {
     if (logs_kernels()) {
       log_kernel(op_, std::string("cuda ") + cuda::family_name(family_) + kernel);
     }
-    return {cuda::current_stream(index_), family_ == cuda::Family::kSm90 && dependent_launches()};
+    return {cuda::current_stream(index_), family_ == cuda::Family::kSm90 && wants_pdl()};
   }
 
   // Workspace of the call.
@@ -87,7 +87,7 @@ class Cuda {
 
  private:
   // RESQ_DEPENDENT_LAUNCHES=0: every kernel starts after the end of the one before, on sm_90 too.
-  static bool dependent_launches() {
+  static bool wants_pdl() {
     static const bool wanted = environment_switch("RESQ_DEPENDENT_LAUNCHES", true);
     return wanted;
   }
