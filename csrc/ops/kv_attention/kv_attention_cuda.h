@@ -12,7 +12,7 @@
 #include "cuda/launch.h"
 #include "ops/kv_attention/kv_attention.h"
 
-namespace resq::cuda {
+namespace resq::cuda::attention {
 
 struct KvAttentionCuda {
   KvAttentionParams params;
@@ -34,8 +34,8 @@ constexpr RESQ_HOST_DEVICE int kv_cuda_state_floats(int head_dim) { return head_
 // More than this many bytes of states, and blocks take whole rows instead.
 inline constexpr int64_t kKvMaxStateBytes = int64_t{64} << 20;
 
-void kv_attention_attend(const KvAttentionCuda& call, const Device& device, Stream stream);
-void kv_attention_attend_sm90(const KvAttentionCuda& call, const Device& device, Stream stream);
-void kv_attention_merge(const KvAttentionCuda& call, Stream stream);
+void attend(const KvAttentionCuda& call, const Device& device, Stream stream);
+void attend_sm90(const KvAttentionCuda& call, const Device& device, Stream stream);
+void merge(const KvAttentionCuda& call, Stream stream);
 
-}  // namespace resq::cuda
+}  // namespace resq::cuda::attention

@@ -6,7 +6,7 @@
 #include "ops/kv_attention/kv_attention_products.cuh"
 #include "ops/kv_attention/kv_attention_work.cuh"
 
-namespace resq::cuda {
+namespace resq::cuda::attention {
 
 // Numbers of a row: q * scale = multiplier * (values + residuals), and the sums of
 // values + residuals by part.
@@ -88,4 +88,4 @@ __device__ inline void make_queries(const KvAttentionCuda& call, const KvItem& i
   }
 }
 
-}  // namespace resq::cuda
+}  // namespace resq::cuda::attention
