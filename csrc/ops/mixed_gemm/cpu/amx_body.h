@@ -40,7 +40,7 @@ struct TilePanel {
     const int64_t lo_bytes = padded_m * step_k(k_lo), hi_bytes = padded_m * step_k(k_hi);
     const int64_t sum_bytes = padded_m * kBlockN * sizeof(uint32_t);
     const int64_t chunk_bytes = kChunkK * kBlockN;
-    const int64_t code_bytes = std::max(step_k(k_lo), step_k(k_hi));
+    const int64_t code_bytes = step_k(k_lo) + step_k(k_hi);
     const int64_t scale_bytes =
         max_m * sizeof(RowScales);  // last: the others are whole cache lines
     const int64_t bytes =
@@ -72,14 +72,9 @@ void fill_tile_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_
   panel.m = std::min(plan.panel_m, p.m - panel.first_m);
   panel.tiles = ceil_div(panel.m, kTileM);
   for (int64_t i = 0; i < panel.m; ++i) {
-    const int64_t m = panel.first_m + i;
-    unpack_row(p, m, panel.row_codes);
-    const int32_t sum_lo = pad_and_sum(panel.row_codes, p.k_lo, padded_k_lo);
+    panel.scales[i] = read_row(p, panel.first_m + i, padded_k_lo, padded_k_hi, panel.row_codes);
     spread_row(panel.row_codes, padded_k_lo, i, panel.lo);
-    std::copy_n(p.q_hi + m * p.k_hi, p.k_hi, panel.row_codes);
-    const int32_t sum_hi = pad_and_sum(panel.row_codes, p.k_hi, padded_k_hi);
-    spread_row(panel.row_codes, padded_k_hi, i, panel.hi);
-    panel.scales[i] = make_row_scales(p.params + 4 * m, sum_lo, sum_hi);
+    spread_row(panel.row_codes + padded_k_lo, padded_k_hi, i, panel.hi);
   }
   // The rows that fill up the last tile get sums that are never read: zeros, to be determinate.
   const int64_t filled = std::max(padded_k_lo, padded_k_hi);

@@ -27,12 +27,12 @@ struct Panel {
   RowScales* scales;
   int8_t* lo;
   int8_t* hi;
-  int8_t* row_codes;  // one row in its natural order, before its words are spread
+  int8_t* row_codes;  // of read_row, before their words are spread
 
   // `padded_k`: rounded up to whole groups of the packed weight.
   Panel(int64_t max_m, int64_t padded_k_lo, int64_t padded_k_hi) {
     constexpr int64_t kScaleFloats = sizeof(RowScales) / sizeof(float);
-    const int64_t bytes = max_m * (padded_k_lo + padded_k_hi) + std::max(padded_k_lo, padded_k_hi);
+    const int64_t bytes = (max_m + 1) * (padded_k_lo + padded_k_hi);
     float* scratch = thread_row_buffer().floats(max_m * kScaleFloats + ceil_div(bytes, 4));
     scales = reinterpret_cast<RowScales*>(scratch);
     lo = reinterpret_cast<int8_t*>(scratch + max_m * kScaleFloats);
@@ -60,16 +60,11 @@ void fill_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t ind
   for (int64_t tile = 0; tile < panel.tiles; ++tile) {
     const int64_t begin = panel.tile_begin(tile), end = panel.tile_begin(tile + 1);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t m = panel.first_m + i, word = (i - begin) * kPackedWordBytes;
-      unpack_row(p, m, panel.row_codes);
-      const int32_t sum_lo = pad_and_sum(panel.row_codes, p.k_lo, padded_k_lo);
-      spread_words(panel.row_codes, padded_k_lo, end - begin,
-                   panel.lo + begin * padded_k_lo + word);
-      std::copy_n(p.q_hi + m * p.k_hi, p.k_hi, panel.row_codes);
-      const int32_t sum_hi = pad_and_sum(panel.row_codes, p.k_hi, padded_k_hi);
-      spread_words(panel.row_codes, padded_k_hi, end - begin,
+      const int64_t tile_m = end - begin, word = (i - begin) * kPackedWordBytes;
+      panel.scales[i] = read_row(p, panel.first_m + i, padded_k_lo, padded_k_hi, panel.row_codes);
+      spread_words(panel.row_codes, padded_k_lo, tile_m, panel.lo + begin * padded_k_lo + word);
+      spread_words(panel.row_codes + padded_k_lo, padded_k_hi, tile_m,
                    panel.hi + begin * padded_k_hi + word);
-      panel.scales[i] = make_row_scales(p.params + 4 * m, sum_lo, sum_hi);
     }
   }
 }

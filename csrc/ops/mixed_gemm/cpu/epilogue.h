@@ -48,6 +48,18 @@ RowScales make_row_scales(const float* params, int32_t sum_lo, int32_t sum_hi) {
           {params[2], exact_integer(params[3]), static_cast<uint32_t>(sum_hi) * kPackedOffsetHi}};
 }
 
+// Codes of row m in their natural order: the low part, padded with zeros to `padded_k_lo`, then the
+// high part, padded to `padded_k_hi`.
+RowScales read_row(const MixedGemmParams& p, int64_t m, int64_t padded_k_lo, int64_t padded_k_hi,
+                   int8_t* codes) {
+  unpack_row(p, m, codes);
+  const int32_t sum_lo = pad_and_sum(codes, p.k_lo, padded_k_lo);
+  codes += padded_k_lo;
+  std::copy_n(p.q_hi + m * p.k_hi, p.k_hi, codes);
+  const int32_t sum_hi = pad_and_sum(codes, p.k_hi, padded_k_hi);
+  return make_row_scales(p.params + 4 * m, sum_lo, sum_hi);
+}
+
 float load_float(const void* data, FloatType type, int64_t i) {
   if (type == FloatType::kFloat16) return to_float(static_cast<const Half*>(data)[i]);
   if (type == FloatType::kBFloat16) return to_float(static_cast<const BFloat16*>(data)[i]);
