@@ -35,8 +35,8 @@ RESQ_LIBRARY_EXPANDED(RESQ_NAMESPACE, m) {
       "Tensor(a!) cache, Tensor slot_mapping, int hi_bits=8, Tensor? q=None) -> Tensor");
   m.def(
       "kv_attention(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, "
-      "Tensor query_starts, float scale, Tensor? cos=None, Tensor? sin=None, "
-      "Tensor? key_rotation=None, ScalarType? out_dtype=None, int? high_dims=None) -> Tensor");
+      "Tensor query_starts, float scale, ScalarType? out_dtype=None, int? high_dims=None) "
+      "-> Tensor");
   m.def(
       "kv_dequantize(Tensor cache, Tensor block_table, Tensor seq_lens, SymInt max_tokens, "
       "int head_dim, ScalarType dtype) -> (Tensor k, Tensor v)");

@@ -141,18 +141,18 @@ struct KvRange {
 
 inline constexpr KvRange kKvNanRange = {{0x7e00}, {0x7e00}, 0.0f, 0.0f};
 
-// `lo` and `hi` are the part's extremes, both finite. The offset is rounded down and the scale up,
-// so that no value of the part lies outside the codes: |x - (scale * code + offset)| <= scale / 2
+// `min` and `max` are the part's extremes, both finite. The offset is rounded down and the scale
+// up, so that no value of the part lies outside the codes: 2 |x - (scale * code + offset)| <= scale
 // for every |x| <= 65504, however large the part's mean against its range. Values beyond saturate.
-RESQ_HOST_DEVICE inline KvRange kv_range(float lo, float hi, int levels) {
-  lo = lo < -kKvLargest ? -kKvLargest : lo > kKvLargest ? kKvLargest : lo;
-  hi = hi < -kKvLargest ? -kKvLargest : hi > kKvLargest ? kKvLargest : hi;
+RESQ_HOST_DEVICE inline KvRange kv_range(float min, float max, int levels) {
+  min = min < -kKvLargest ? -kKvLargest : min > kKvLargest ? kKvLargest : min;
+  max = max < -kKvLargest ? -kKvLargest : max > kKvLargest ? kKvLargest : max;
   KvRange range;
   // -0 becomes 0: which of the two is the extreme of a row of zeros depends on the order.
-  range.stored_offset = half_below(lo + 0.0f);
+  range.stored_offset = half_below(min + 0.0f);
   range.offset = to_float(range.stored_offset);
   range.stored_scale =
-      half_above((hi + 0.0f - range.offset) / static_cast<float>(levels) * kKvScaleFactor);
+      half_above((max + 0.0f - range.offset) / static_cast<float>(levels) * kKvScaleFactor);
   const float scale = to_float(range.stored_scale) / kKvScaleFactor;
   range.inv_scale = scale > 0.0f ? 1.0f / scale : 0.0f;
   return range;

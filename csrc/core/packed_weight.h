@@ -1,56 +1,51 @@
 // Bytes of a packed weight on the CPU (docs/formats.md section 3.2): sizes, and the place of each
-// code.
+// code. N counts rows of the weight, K what is summed over (k_lo, k_hi: of each part).
 #pragma once
 
 #include "core/host_device.h"
 
 namespace resq {
 
-// Rows of a block and columns of a group. 32 rows x 4 codes are two 64-byte vectors, which feed the
-// two column registers of a prefill tile; 8 columns are what one byte of nibbles spans.
-inline constexpr int64_t kPackedBlockRows = 32;
-inline constexpr int64_t kPackedGroupColumns = 8;
-inline constexpr int64_t kPackedWordBytes = 4;  // codes of one row that stand side by side
+// N of a block and K of a group. 32 of N x 4 codes are two 64-byte vectors, which feed the two
+// registers along N of a prefill tile; 8 of K are what one byte of nibbles spans.
+inline constexpr int64_t kPackedBlockN = 32;
+inline constexpr int64_t kPackedGroupK = 8;
+inline constexpr int64_t kPackedWordBytes = 4;  // codes of one n that stand side by side
 
 // Stored codes are unsigned: code + 8 in a nibble, code + 128 in a byte.
 inline constexpr int kPackedOffsetLo = 8;
 inline constexpr int kPackedOffsetHi = 128;
 
-RESQ_HOST_DEVICE constexpr int64_t packed_columns(int64_t k) {
-  return align_up(k, kPackedGroupColumns);
-}
+RESQ_HOST_DEVICE constexpr int64_t packed_k(int64_t k) { return align_up(k, kPackedGroupK); }
 
-RESQ_HOST_DEVICE constexpr int64_t packed_blocks(int64_t n) {
-  return ceil_div(n, kPackedBlockRows);
-}
+RESQ_HOST_DEVICE constexpr int64_t packed_blocks(int64_t n) { return ceil_div(n, kPackedBlockN); }
 
 // Bytes of the low part of a block, which come first, and of a whole block.
 RESQ_HOST_DEVICE constexpr int64_t packed_block_lo_bytes(int64_t k_lo) {
-  return packed_columns(k_lo) / 2 * kPackedBlockRows;
+  return packed_k(k_lo) / 2 * kPackedBlockN;
 }
 RESQ_HOST_DEVICE constexpr int64_t packed_block_bytes(int64_t k_lo, int64_t k_hi) {
-  return packed_block_lo_bytes(k_lo) + packed_columns(k_hi) * kPackedBlockRows;
+  return packed_block_lo_bytes(k_lo) + packed_k(k_hi) * kPackedBlockN;
 }
 
 RESQ_HOST_DEVICE constexpr int64_t packed_weight_bytes(int64_t n, int64_t k_lo, int64_t k_hi) {
   return packed_blocks(n) * packed_block_bytes(k_lo, k_hi);
 }
 
-// Inside a block: the byte of low column `column` of row `row`. Columns 8 g + j (low nibble) and
-// 8 g + 4 + j (high nibble) share a byte, j = 0..3.
-RESQ_HOST_DEVICE constexpr int64_t packed_lo_byte(int64_t row, int64_t column) {
-  return column / kPackedGroupColumns * kPackedWordBytes * kPackedBlockRows +
-         row * kPackedWordBytes + column % kPackedWordBytes;
+// Inside a block (n in 0..31): the byte of low code (n, k). Of eight neighbours in K, the first
+// four are low nibbles and the last four the high nibbles of the same bytes.
+RESQ_HOST_DEVICE constexpr int64_t packed_lo_byte(int64_t n, int64_t k) {
+  return k / kPackedGroupK * kPackedWordBytes * kPackedBlockN + n * kPackedWordBytes +
+         k % kPackedWordBytes;
 }
-RESQ_HOST_DEVICE constexpr bool packed_lo_is_high_nibble(int64_t column) {
-  return column % kPackedGroupColumns >= kPackedWordBytes;
+RESQ_HOST_DEVICE constexpr bool packed_lo_is_high_nibble(int64_t k) {
+  return k % kPackedGroupK >= kPackedWordBytes;
 }
 
-// Inside a block: the byte of high column `column` of row `row`.
-RESQ_HOST_DEVICE constexpr int64_t packed_hi_byte(int64_t k_lo, int64_t row, int64_t column) {
-  return packed_block_lo_bytes(k_lo) +
-         column / kPackedWordBytes * kPackedWordBytes * kPackedBlockRows + row * kPackedWordBytes +
-         column % kPackedWordBytes;
+// Inside a block: the byte of high code (n, k).
+RESQ_HOST_DEVICE constexpr int64_t packed_hi_byte(int64_t k_lo, int64_t n, int64_t k) {
+  return packed_block_lo_bytes(k_lo) + k / kPackedWordBytes * kPackedWordBytes * kPackedBlockN +
+         n * kPackedWordBytes + k % kPackedWordBytes;
 }
 
 }  // namespace resq

@@ -1,9 +1,9 @@
 // Bytes of a packed weight on CUDA (docs/formats.md section 3.3): sizes, and the place of each
-// code.
+// code. N counts rows of the weight, K what is summed over (k_lo, k_hi: of each part).
 //
 // The weight is the A operand of the tensor cores, stored in the order of its registers: a warp
 // reads a fragment with one 16-byte load per lane, 512 contiguous bytes. Codes keep their sign
-// (two's complement); rows and columns of padding hold code 0.
+// (two's complement); padding of N and K holds code 0.
 #pragma once
 
 #include "core/host_device.h"
@@ -12,31 +12,29 @@ namespace resq {
 
 // The low codes of a lane stand in one of two orders.
 //   kMma:   registers of mma.m16n8k64.s4 (sm_80, 86, 89, and the portable kernel elsewhere).
-//   kWgmma: two steps of the 8-bit A operand of wgmma.m64nNk32 (sm_90a); a byte holds row g in its
-//           high nibble and row g + 8 in its low one, so that one AND gives four codes times 16.
+//   kWgmma: two steps of the 8-bit A operand of wgmma.m64nNk32 (sm_90a); a byte holds n = g in its
+//           high nibble and n = g + 8 in its low one, so that one AND gives four codes times 16.
 // High codes are the same in both: registers of mma.m16n8k32.s8, which are those of wgmma.
 enum class CudaLayout { kMma, kWgmma };
 
-inline constexpr int64_t kCudaBlockRows = 64;       // rows of a block: one warpgroup of wgmma
-inline constexpr int64_t kCudaStripRows = 16;       // rows of a fragment: one warp
-inline constexpr int64_t kCudaStepColumns = 64;     // K is padded to a multiple of this, both parts
-inline constexpr int64_t kCudaLoStepColumns = 64;   // low columns of a fragment
-inline constexpr int64_t kCudaHiStepColumns = 32;   // high columns of a fragment
+inline constexpr int64_t kCudaBlockN = 64;          // of a block: one warpgroup of wgmma
+inline constexpr int64_t kCudaStripN = 16;          // of a fragment: one warp
+inline constexpr int64_t kCudaStepK = 64;           // both parts are padded to a multiple of this
+inline constexpr int64_t kCudaLoStepK = 64;         // of a fragment of low codes
+inline constexpr int64_t kCudaHiStepK = 32;         // of a fragment of high codes
 inline constexpr int64_t kCudaFragmentBytes = 512;  // 32 lanes x 16 bytes
 inline constexpr int64_t kCudaStepBytes = 4 * kCudaFragmentBytes;  // the four strips of a block
 
-RESQ_HOST_DEVICE constexpr int64_t cuda_packed_columns(int64_t k) {
-  return align_up(k, kCudaStepColumns);
-}
+RESQ_HOST_DEVICE constexpr int64_t cuda_packed_k(int64_t k) { return align_up(k, kCudaStepK); }
 RESQ_HOST_DEVICE constexpr int64_t cuda_packed_blocks(int64_t n) {
-  return ceil_div(n, kCudaBlockRows);
+  return ceil_div(n, kCudaBlockN);
 }
 // Steps of a part: a step is one fragment for each of the four strips of a block.
 RESQ_HOST_DEVICE constexpr int64_t cuda_lo_steps(int64_t k_lo) {
-  return cuda_packed_columns(k_lo) / kCudaLoStepColumns;
+  return cuda_packed_k(k_lo) / kCudaLoStepK;
 }
 RESQ_HOST_DEVICE constexpr int64_t cuda_hi_steps(int64_t k_hi) {
-  return cuda_packed_columns(k_hi) / kCudaHiStepColumns;
+  return cuda_packed_k(k_hi) / kCudaHiStepK;
 }
 // A block: its low steps, then its high steps.
 RESQ_HOST_DEVICE constexpr int64_t cuda_block_lo_bytes(int64_t k_lo) {
@@ -54,33 +52,34 @@ struct NibblePlace {
   bool high;  // in the byte's high nibble
 };
 
-// Inside a block: where low column `column` of row `row` (0..63) is.
-RESQ_HOST_DEVICE constexpr NibblePlace cuda_lo_place(CudaLayout layout, int64_t row,
-                                                     int64_t column) {
-  const int64_t strip = row / kCudaStripRows, r = row % kCudaStripRows;
-  const int64_t step = column / kCudaLoStepColumns, c = column % kCudaLoStepColumns;
+// Inside a block (n in 0..63): where low code (n, k) is.
+RESQ_HOST_DEVICE constexpr NibblePlace cuda_lo_place(CudaLayout layout, int64_t n, int64_t k) {
+  const int64_t strip = n / kCudaStripN, n_in = n % kCudaStripN;
+  const int64_t step = k / kCudaLoStepK, k_in = k % kCudaLoStepK;
   const int64_t fragment = step * kCudaStepBytes + strip * kCudaFragmentBytes;
   if (layout == CudaLayout::kMma) {
-    const int64_t lane = 4 * (r % 8) + c % 32 / 8, word = r / 8 + 2 * (c / 32), nibble = c % 8;
+    const int64_t lane = 4 * (n_in % 8) + k_in % 32 / 8, word = n_in / 8 + 2 * (k_in / 32);
+    const int64_t nibble = k_in % 8;
     return {fragment + 16 * lane + 4 * word + nibble / 2, nibble % 2 == 1};
   }
-  const int64_t k = c % 32, lane = 4 * (r % 8) + k % 16 / 4, word = 2 * (c / 32) + k / 16;
-  return {fragment + 16 * lane + 4 * word + k % 4, r < 8};
+  const int64_t half_k = k_in % 32;
+  const int64_t lane = 4 * (n_in % 8) + half_k % 16 / 4, word = 2 * (k_in / 32) + half_k / 16;
+  return {fragment + 16 * lane + 4 * word + half_k % 4, n_in < 8};
 }
 
-// Inside a block: the byte of high column `column` of row `row` (0..63).
-RESQ_HOST_DEVICE constexpr int64_t cuda_hi_byte(int64_t k_lo, int64_t row, int64_t column) {
-  const int64_t strip = row / kCudaStripRows, r = row % kCudaStripRows;
-  const int64_t step = column / kCudaHiStepColumns, c = column % kCudaHiStepColumns;
-  const int64_t lane = 4 * (r % 8) + c % 16 / 4, word = r / 8 + 2 * (c / 16);
+// Inside a block: the byte of high code (n, k).
+RESQ_HOST_DEVICE constexpr int64_t cuda_hi_byte(int64_t k_lo, int64_t n, int64_t k) {
+  const int64_t strip = n / kCudaStripN, n_in = n % kCudaStripN;
+  const int64_t step = k / kCudaHiStepK, k_in = k % kCudaHiStepK;
+  const int64_t lane = 4 * (n_in % 8) + k_in % 16 / 4, word = n_in / 8 + 2 * (k_in / 16);
   return cuda_block_lo_bytes(k_lo) + step * kCudaStepBytes + strip * kCudaFragmentBytes +
-         16 * lane + 4 * word + c % 4;
+         16 * lane + 4 * word + k_in % 4;
 }
 
 // The inverse, inside a fragment: the code in a nibble (0..31) or byte (0..15) of a lane's 16
 // bytes.
 struct FragmentCode {
-  int64_t row, column;  // 0..15, and 0..63 (low) or 0..31 (high)
+  int64_t n, k;  // 0..15, and 0..63 (low) or 0..31 (high)
 };
 
 RESQ_HOST_DEVICE constexpr FragmentCode cuda_lo_code(CudaLayout layout, int64_t lane,

@@ -17,25 +17,25 @@ struct ScaleZero {
 };
 
 // Asymmetric: the range is widened to contain 0, a row of zeros gets [-1, 1]. Codes are signed, in
-// [-2^(bits-1), 2^(bits-1) - 1]; x ~ scale * (code - zero). `lo` and `hi` are the row's extremes,
+// [-2^(bits-1), 2^(bits-1) - 1]; x ~ scale * (code - zero). `min` and `max` are the row's extremes,
 // already multiplied by the clip factor.
-RESQ_HOST_DEVICE inline ScaleZero asymmetric_scale(float lo, float hi, int bits) {
-  lo = lo < 0.0f ? lo : 0.0f;
-  hi = hi > 0.0f ? hi : 0.0f;
-  if (lo == 0.0f && hi == 0.0f) {
-    lo = -1.0f;
-    hi = 1.0f;
+RESQ_HOST_DEVICE inline ScaleZero asymmetric_scale(float min, float max, int bits) {
+  min = min < 0.0f ? min : 0.0f;
+  max = max > 0.0f ? max : 0.0f;
+  if (min == 0.0f && max == 0.0f) {
+    min = -1.0f;
+    max = 1.0f;
   }
   const float levels = static_cast<float>((1 << bits) - 1);
-  float scale = (hi - lo) / levels;
+  float scale = (max - min) / levels;
   scale = scale > kMinScale ? scale : kMinScale;
   const float half = static_cast<float>(1 << (bits - 1));
-  return {scale, rintf(-lo * (1.0f / scale)) - half};
+  return {scale, rintf(-min * (1.0f / scale)) - half};
 }
 
-// Symmetric: zero = 0, scale = max(|lo|, |hi|) / (2^(bits-1) - 1); a row of zeros gets 1.
-RESQ_HOST_DEVICE inline ScaleZero symmetric_scale(float lo, float hi, int bits) {
-  const float amax = -lo > hi ? -lo : hi;
+// Symmetric: zero = 0, scale = max(|min|, |max|) / (2^(bits-1) - 1); a row of zeros gets 1.
+RESQ_HOST_DEVICE inline ScaleZero symmetric_scale(float min, float max, int bits) {
+  const float amax = -min > max ? -min : max;
   if (!(amax > 0.0f)) return {1.0f, 0.0f};
   const float scale = amax / static_cast<float>((1 << (bits - 1)) - 1);
   return {scale > kMinScale ? scale : kMinScale, 0.0f};

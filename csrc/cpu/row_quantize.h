@@ -8,31 +8,31 @@ struct Range {
 
 inline Range row_range(const float* x, int64_t k) {
   constexpr int kUnroll = 4;  // hides the latency of min and max
-  Vec low[kUnroll] = {}, high[kUnroll] = {}, nan[kUnroll] = {};
+  Vec mins[kUnroll] = {}, maxs[kUnroll] = {}, nan[kUnroll] = {};
   int64_t i = 0;
   for (; i + kUnroll * kLanes <= k; i += kUnroll * kLanes) {
     for (int u = 0; u < kUnroll; ++u) {
       const Vec v = load(x + i + u * kLanes);
-      low[u] = min(low[u], v);
-      high[u] = max(high[u], v);
+      mins[u] = min(mins[u], v);
+      maxs[u] = max(maxs[u], v);
       nan[u] += v * 0.0f;  // 0, or NaN for good once v is NaN or infinite
     }
   }
   for (; i < k; i += kLanes) {
     const Vec v = load_up_to(x + i, k - i);
-    low[0] = min(low[0], v);
-    high[0] = max(high[0], v);
+    mins[0] = min(mins[0], v);
+    maxs[0] = max(maxs[0], v);
     nan[0] += v * 0.0f;
   }
   for (int u = 1; u < kUnroll; ++u) {
-    low[0] = min(low[0], low[u]);
-    high[0] = max(high[0], high[u]);
+    mins[0] = min(mins[0], mins[u]);
+    maxs[0] = max(maxs[0], maxs[u]);
     nan[0] += nan[u];
   }
-  Range range{low[0][0], high[0][0], true};
+  Range range{mins[0][0], maxs[0][0], true};
   for (int lane = 0; lane < kLanes; ++lane) {
-    range.min = low[0][lane] < range.min ? low[0][lane] : range.min;
-    range.max = high[0][lane] > range.max ? high[0][lane] : range.max;
+    range.min = mins[0][lane] < range.min ? mins[0][lane] : range.min;
+    range.max = maxs[0][lane] > range.max ? maxs[0][lane] : range.max;
     range.finite = range.finite && nan[0][lane] == 0.0f;
   }
   return range;
@@ -82,9 +82,9 @@ inline void quantize_part(const float* x, int64_t k, int bits, bool packed, cons
     std::memset(codes, 0, static_cast<size_t>(packed ? k / 2 : k));
     return;
   }
-  const float low = range.min * rows.clip, high = range.max * rows.clip;
+  const float min = range.min * rows.clip, max = range.max * rows.clip;
   const ScaleZero q =
-      rows.symmetric ? symmetric_scale(low, high, bits) : asymmetric_scale(low, high, bits);
+      rows.symmetric ? symmetric_scale(min, max, bits) : asymmetric_scale(min, max, bits);
   params[0] = q.scale;
   params[1] = q.zero;
   if (packed) {

@@ -10,8 +10,8 @@
 namespace resq::cuda {
 
 struct Stream {
-  void* handle;                     // a cudaStream_t
-  bool dependent_launches = false;  // whether launch_pdl (cuda/pdl.cuh) lets kernels overlap
+  void* handle;      // a cudaStream_t
+  bool pdl = false;  // whether launch_pdl (cuda/pdl.cuh) lets kernels overlap
 };
 
 struct Device {

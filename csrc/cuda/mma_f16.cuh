@@ -1,8 +1,10 @@
 // Tensor cores on float16 with float32 sums, and the instruction that feeds them here: PTX's words,
 // one function each. Lane 4 g + i of a warp holds
-//   A [16, 16]: registers 0..3 = row g or g + 8 (registers 1, 3), columns 2 i and 2 i + 1, + 8 (2,
-//   3) B [16, 8]:  registers 0, 1 = rows 2 i and 2 i + 1, + 8 (1), of column g C [16, 8]:  numbers
-//   0, 1 = row g, columns 2 i and 2 i + 1; numbers 2, 3 = row g + 8
+//
+//   A [16, 16]  registers 0..3: row g, of registers 1 and 3 row g + 8; columns 2 i and 2 i + 1, of
+//               registers 2 and 3 those plus 8
+//   B [16, 8]   registers 0, 1: rows 2 i and 2 i + 1, of register 1 those plus 8; column g
+//   C [16, 8]   numbers 0..3: row g, of numbers 2 and 3 row g + 8; columns 2 i and 2 i + 1 in turn
 #pragma once
 
 #include <cuda_fp16.h>

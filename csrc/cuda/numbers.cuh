@@ -60,16 +60,4 @@ __device__ inline void load_numbers(FloatArray numbers, int64_t index, float (&o
   });
 }
 
-// x cos + rotate_half(x) sin at dim `dim` of the row at `row`; each operation rounds on its own.
-template <int kHeadDim>
-__device__ inline float load_rope(FloatArray x, int64_t row, FloatArray cos, FloatArray sin,
-                                  int64_t angles, int dim) {
-  const float here = load_number(x, row + dim);
-  if (!cos.data) return here;
-  const float there = load_number(x, row + (dim ^ kHeadDim / 2));
-  const float across = __fmul_rn(there, load_number(sin, angles + dim));
-  const float along = __fmul_rn(here, load_number(cos, angles + dim));
-  return dim < kHeadDim / 2 ? __fsub_rn(along, across) : __fadd_rn(along, across);
-}
-
 }  // namespace resq::cuda

@@ -42,7 +42,7 @@ inline void launch_pdl(void (*kernel)(Parameters...), dim3 grid, unsigned thread
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = &pdl;
-  config.numAttrs = stream.dependent_launches ? 1 : 0;
+  config.numAttrs = stream.pdl ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

@@ -72,32 +72,32 @@ __device__ inline float max_nan(float a, float b) {
   return result;
 }
 
-// The extremes of a part of a row, widened to contain 0; hi is NaN if any number was.
+// The extremes of a part of a row, widened to contain 0; max is NaN if any number was.
 struct Range {
-  float lo = 0.0f, hi = 0.0f;
+  float min = 0.0f, max = 0.0f;
 
   __device__ void add(float x) {
-    lo = min_nan(lo, x);
-    hi = max_nan(hi, x);
+    min = min_nan(min, x);
+    max = max_nan(max, x);
   }
   __device__ void merge(const Range& other) {
-    lo = min_nan(lo, other.lo);
-    hi = max_nan(hi, other.hi);
+    min = min_nan(min, other.min);
+    max = max_nan(max, other.max);
   }
-  __device__ bool finite() const { return lo > -INFINITY && hi < INFINITY; }
+  __device__ bool finite() const { return min > -INFINITY && max < INFINITY; }
 };
 
 template <int kWarps>
 struct RangeExchange {
-  int4 warps[kWarps];  // low part's lo and hi, high part's lo and hi, as ordered bits
+  int4 warps[kWarps];  // min and max of the low part, of the high part, as ordered bits
 };
 
 // The block's range of both parts to every thread. `shared` may be written again after the next
 // barrier.
 template <int kWarps>
 __device__ inline void reduce_ranges(Range (&ranges)[2], RangeExchange<kWarps>& shared) {
-  int bits[4] = {__float_as_int(ranges[0].lo), __float_as_int(ranges[0].hi),
-                 __float_as_int(ranges[1].lo), __float_as_int(ranges[1].hi)};
+  int bits[4] = {__float_as_int(ranges[0].min), __float_as_int(ranges[0].max),
+                 __float_as_int(ranges[1].min), __float_as_int(ranges[1].max)};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int ordered = ordered_bits(bits[i]);

@@ -45,9 +45,9 @@ __device__ inline PartCoding part_coding(const Range& range, int columns, int bi
                                          const MixedRows& out) {
   if (columns == 0) return {0.0f, 0.0f, {}};
   if (!range.finite()) return {__int_as_float(0x7fc00000), 0.0f, {0.0f, 0.0f, 0.0f, 0}};
-  const float lo = __fmul_rn(range.lo, out.clip), hi = __fmul_rn(range.hi, out.clip);
+  const float min = __fmul_rn(range.min, out.clip), max = __fmul_rn(range.max, out.clip);
   const ScaleZero q =
-      out.symmetric ? symmetric_scale(lo, hi, bits) : asymmetric_scale(lo, hi, bits);
+      out.symmetric ? symmetric_scale(min, max, bits) : asymmetric_scale(min, max, bits);
   const float half = static_cast<float>(1 << (bits - 1));
   return {
       q.scale,

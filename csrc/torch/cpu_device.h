@@ -7,7 +7,6 @@
 
 #include "core/packed_weight.h"
 #include "cpu/isa.h"
-#include "torch/kv_tensors.h"
 #include "torch/log_kernel.h"
 #include "torch/tensor.h"
 
@@ -15,13 +14,16 @@ namespace resq {
 
 class Cpu {
  public:
-  static constexpr RopeForm kRopeForm = RopeForm::kFloat32;
-
   Cpu(const char* op, const Tensor&) : op_(op) {}
 
   bool packs_activations() const { return false; }
   int64_t packed_weight_bytes(int64_t n, int64_t k_lo, int64_t k_hi) const {
     return resq::packed_weight_bytes(n, k_lo, k_hi);
+  }
+
+  // Of arguments whose type the kernels do not choose by: they read float32.
+  Tensor as_float32(const Tensor& tensor) const {
+    return torch::stable::to(tensor, ScalarType::Float);
   }
 
   // What only CUDA's kernels ask for.

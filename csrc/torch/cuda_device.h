@@ -10,7 +10,6 @@
 #include "cuda/launch.h"
 #include "torch/cuda_stream.h"
 #include "torch/environment.h"
-#include "torch/kv_tensors.h"
 #include "torch/log_kernel.h"
 #include "torch/tensor.h"
 
@@ -26,8 +25,6 @@ namespace resq {
 
 class Cuda {
  public:
-  static constexpr RopeForm kRopeForm = RopeForm::kAsGiven;
-
   // Makes the tensor's device current for as long as it lives. Make it before the outputs.
   Cuda(const char* op, const Tensor& tensor)
       : op_(op),
@@ -50,7 +47,7 @@ class Cuda {
     if (logs_kernels()) {
       log_kernel(op_, std::string("cuda ") + cuda::family_name(family_) + kernel);
     }
-    return {cuda::current_stream(index_), family_ == cuda::Family::kSm90 && dependent_launches()};
+    return {cuda::current_stream(index_), family_ == cuda::Family::kSm90 && wants_pdl()};
   }
 
   // Workspace of the call.
@@ -77,6 +74,9 @@ class Cuda {
     }
   }
 
+  // Kernels read any float type: a conversion would be a launch.
+  Tensor as_float32(const Tensor& tensor) const { return tensor; }
+
   // The tensor itself, or a copy if it is contiguous at an address that is not aligned.
   Tensor aligned(const Tensor& tensor) const {
     if (past_alignment(tensor) == 0) return tensor;
@@ -87,7 +87,7 @@ class Cuda {
 
  private:
   // RESQ_DEPENDENT_LAUNCHES=0: every kernel starts after the end of the one before, on sm_90 too.
-  static bool dependent_launches() {
+  static bool wants_pdl() {
     static const bool wanted = environment_switch("RESQ_DEPENDENT_LAUNCHES", true);
     return wanted;
   }

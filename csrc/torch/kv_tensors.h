@@ -1,7 +1,5 @@
-// Tensors that kv_append and kv_attention share: the cache, cos and sin, the key rotation.
+// Checks of the tensors that the operators of the KV cache share: heads of tokens, the cache.
 #pragma once
-
-#include <optional>
 
 #include "core/kv_page.h"
 #include "torch/tensor.h"
@@ -45,48 +43,5 @@ inline int64_t check_cache(const char* op, const Tensor& cache, int64_t n_kv, in
   }
   return cache.size(2) / token_bytes;
 }
-
-// The CPU's kernels read float32; CUDA's read what is given, because a conversion is a launch.
-enum class RopeForm { kFloat32, kAsGiven };
-
-// The optional arguments, checked; they own what the parameters of a kernel point at.
-struct RopeRotation {
-  std::optional<Tensor> cos, sin, rotation;
-
-  // On the device of `like`.
-  RopeRotation(const char* op, const Tensor& like, const std::optional<Tensor>& cos_in,
-               const std::optional<Tensor>& sin_in, const std::optional<Tensor>& rotation_in,
-               int64_t tokens, int64_t n_kv, int64_t head_dim, RopeForm form)
-      : cos(cos_in), sin(sin_in), rotation(rotation_in) {
-    if (cos.has_value() != sin.has_value()) {
-      fail(op, cos ? "sin" : "cos", "a tensor, because the other of cos and sin is given", "None");
-    }
-    if (cos) {
-      check_tensor(op, "cos", *cos, float_dtypes(), {tokens, head_dim});
-      check_tensor(op, "sin", *sin, float_dtypes(), {tokens, head_dim});
-      check_device(op, "cos", *cos, like);
-      check_device(op, "sin", *sin, like);
-    }
-    if (rotation) {
-      check_tensor(op, "key_rotation", *rotation, float_dtypes(), {kAnySize, head_dim, head_dim});
-      check_device(op, "key_rotation", *rotation, like);
-      if (rotation->size(0) != 1 && rotation->size(0) != n_kv) {
-        std::ostringstream expected;
-        expected << "1 or " << n_kv << " (the kv heads) matrices";
-        fail(op, "key_rotation", expected.str(), describe(*rotation));
-      }
-    }
-    if (form == RopeForm::kAsGiven) return;
-    for (std::optional<Tensor>* tensor : {&cos, &sin, &rotation}) {
-      if (*tensor) *tensor = torch::stable::to(**tensor, ScalarType::Float);
-    }
-  }
-
-  static FloatArray array(const char* op, const std::optional<Tensor>& tensor) {
-    if (!tensor) return {nullptr, FloatType::kFloat32};
-    return {tensor->const_data_ptr(), float_type(op, "cos", *tensor)};
-  }
-  bool shared_rotation() const { return !rotation || rotation->size(0) == 1; }
-};
 
 }  // namespace resq

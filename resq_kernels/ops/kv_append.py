@@ -26,9 +26,8 @@ def kv_append(
     float16, scale = (max - offset) / levels rounded up, code = round((x - offset) / scale), half to
     even. So |x - (scale * code + offset)| <= scale / 2; values beyond 65504 saturate; a part that
     holds NaN or an infinity reads as NaN. A row gives the same bytes whatever the batch.
-    q' = (q cos + rotate_half(q) sin) U[kv head] in float32, kv head = head // (n_q / n_kv): given
-    to `kv_attention` without cos, sin and key_rotation, it returns what q with them would, bit for
-    bit.
+    q' = (q cos + rotate_half(q) sin) U[kv head] in float32, kv head = head // (n_q / n_kv): what
+    `kv_attention` takes.
 
     Args:
         k, v: float32, float16 or bfloat16 [T, n_kv_heads, D], D = 64 or 128; not rotated yet.

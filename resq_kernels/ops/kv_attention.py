@@ -14,25 +14,23 @@ def kv_attention(
     seq_lens: torch.Tensor,
     query_starts: torch.Tensor,
     scale: float,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-    key_rotation: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     high_dims: int | None = None,
 ) -> torch.Tensor:
     """Causal grouped-query attention of all sequences over 4-bit pages: prefill, chunked prefill
     and decode.
 
-    Formula: q' = (q cos + rotate_half(q) sin) U[kv head] in float32, to 16-bit integers per part
-    of the row; out = softmax(scale q' K^T) V over the visible tokens, with K and V as dequantized,
-    exact integer dot products and a float32 softmax. Query i of a sequence with n queries sees the
-    first seq_len - n + i + 1 tokens (bottom-right aligned). Blocks of keys have a fixed size and
-    order, so that the result of a query does not depend on the batch, on chunking, on the page
-    size, on the thread count or on the instruction set.
+    Formula: out = softmax(scale q K^T) V over the visible tokens, with q as 16-bit integers per
+    part of the row, K and V as dequantized, exact integer dot products and a float32 softmax.
+    Query i of a sequence with n queries sees the first seq_len - n + i + 1 tokens (bottom-right
+    aligned). Blocks of keys have a fixed size and order, so that the result of a query does not
+    depend on the batch, on chunking, on the page size, on the thread count or on the instruction
+    set.
 
     Args:
         q: float32, float16 or bfloat16 [T, n_q_heads, D], the queries of all sequences, one after
-            the other; n_q_heads is a multiple of the cache's heads; D = 64 or 128. Each token is
+            the other, in the basis of the keys: after RoPE and the key rotation, as `kv_append`
+            returns them. n_q_heads is a multiple of the cache's heads; D = 64 or 128. Each token is
             contiguous; tokens may lie apart, as in a slice of a wider projection (on CUDA a
             multiple of 16 bytes).
         cache: uint8 [num_pages, n_kv_heads, page_size * token_bytes], holding the new tokens too.
@@ -41,10 +39,6 @@ def kv_attention(
         query_starts: int32 [S + 1], first query of each sequence, and the end of the last one;
             rows of q beyond it return zeros.
         scale: factor on the scores, usually D ** -0.5.
-        cos, sin: float [T, D] for RoPE on q, or both None.
-        key_rotation: float [1 or n_kv_heads, D, D], the one that `kv_append` got, or None; with
-            cos and sin None as well, q is q' (as `kv_append` returns it), and nothing is launched
-            before the attention.
         out_dtype: float32, float16 or bfloat16; None for q's.
         high_dims: None, or 0 to D: the result in the column order of o_proj's input, the first D -
             high_dims dims of every head, then the last high_dims of every head (docs/formats.md
@@ -66,9 +60,6 @@ def kv_attention(
         seq_lens,
         query_starts,
         scale,
-        cos,
-        sin,
-        key_rotation,
         out_dtype,
         high_dims,
     )
@@ -83,9 +74,6 @@ def _fake(
     seq_lens: torch.Tensor,
     query_starts: torch.Tensor,
     scale: float,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-    key_rotation: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     high_dims: int | None = None,
 ) -> torch.Tensor:

@@ -99,26 +99,22 @@ def kv_attention(
     seq_lens: torch.Tensor,
     query_starts: torch.Tensor,
     scale: float,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-    key_rotation: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     high_dims: int | None = None,
 ) -> torch.Tensor:
     """Causal GQA attention over the pages; arguments as in `ops.kv_attention`.
 
-    Formula: q' = rope(q) U[kv head]; per sequence softmax(scale q' K^T + causal mask) V with the
-    dequantized K and V, in float32.
+    Formula: per sequence softmax(scale q K^T + causal mask) V with the dequantized K and V, in
+    float32.
     """
     head_dim, page_size = q.shape[-1], page_size_of(cache, q.shape[-1])
-    rotated = rotate_heads(rope(q, cos, sin), key_rotation, cache.shape[1])
-    out = torch.zeros_like(rotated)
+    out = torch.zeros(q.shape)
     for i, length in enumerate(seq_lens.tolist()):
         begin, end = query_starts[i : i + 2].tolist()
         position = torch.arange(length)
         slots = block_table[i].long()[position // page_size] * page_size + position % page_size
         k, v = (rows.dequantize() for rows in read_tokens(cache, slots, head_dim))
-        out[begin:end] = attend(rotated[begin:end], k, v, scale)
+        out[begin:end] = attend(q[begin:end].float(), k, v, scale)
     out = out.to(out_dtype or q.dtype)
     return out if high_dims is None else join_heads(out, high_dims)
 

@@ -44,18 +44,18 @@ void define_packed_weight_cuda(py::module_& m) {
       .value("WGMMA", CudaLayout::kWgmma);
   m.def("cuda_packed_weight_bytes", resq::cuda_packed_weight_bytes);
   m.def("cuda_block_bytes", resq::cuda_block_bytes);
-  m.def("cuda_lo_place", [](CudaLayout layout, int64_t row, int64_t column) {
-    const resq::NibblePlace place = resq::cuda_lo_place(layout, row, column);
+  m.def("cuda_lo_place", [](CudaLayout layout, int64_t n, int64_t k) {
+    const resq::NibblePlace place = resq::cuda_lo_place(layout, n, k);
     return py::make_tuple(place.byte, place.high);
   });
   m.def("cuda_hi_byte", resq::cuda_hi_byte);
   m.def("cuda_lo_code", [](CudaLayout layout, int64_t lane, int64_t nibble) {
     const resq::FragmentCode code = resq::cuda_lo_code(layout, lane, nibble);
-    return py::make_tuple(code.row, code.column);
+    return py::make_tuple(code.n, code.k);
   });
   m.def("cuda_hi_code", [](int64_t lane, int64_t byte) {
     const resq::FragmentCode code = resq::cuda_hi_code(lane, byte);
-    return py::make_tuple(code.row, code.column);
+    return py::make_tuple(code.n, code.k);
   });
 }
 

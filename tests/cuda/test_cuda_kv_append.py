@@ -5,9 +5,10 @@ from __future__ import annotations
 import emulation
 import pytest
 import torch
-from kv_cases import DTYPES, HEAD_DIMS, cos_sin, rotations
+from kv_cases import DTYPES, HEAD_DIMS, cos_sin, rotated_queries, rotations
 
 from resq_kernels import kv_pages, ops
+from resq_kernels.reference.attention import attend
 from resq_kernels.reference.kv_pages import read_tokens
 
 
@@ -72,24 +73,33 @@ def test_kv_append_rotates_queries(device: emulation.Emulated, head_dim: int, to
         assert not ((got.roll(n_q // n_kv, 1) - on_cpu).abs() <= bound).all()
 
 
-def test_kv_attention_of_rotated_queries_has_the_bits_of_its_own_rotation(
+def test_kv_append_and_kv_attention_of_slices_are_float64_attention(
     device: emulation.Emulated,
 ) -> None:
+    """A layer's two calls; on the way, q' and pages have the bits of contiguous tensors."""
     tokens, n_kv, n_q = 21, 2, 4
     cos, sin = cos_sin(tokens, 64)
     # Slices of one tensor, as a merged projection returns them.
     together = torch.randn(tokens, (n_q + n_kv) * 64).half()
     q, k = (x.unflatten(1, (-1, 64)) for x in together.split([n_q * 64, n_kv * 64], dim=1))
-    rotation, cache = rotations(2, 64).half(), new_cache(1, n_kv, 32, 64)
-    rotated = device.kv_append(k, k, cos, sin, rotation, cache, torch.arange(tokens), 8, q)
+    rest, slots = (cos, sin, rotations(2, 64).half()), torch.arange(tokens)
+    cache = new_cache(1, n_kv, 32, 64)
+    rotated = device.kv_append(k, k, *rest, cache, slots, 8, q)
+    alone, exact_q = rotated_queries(q.contiguous(), n_kv, *rest, device.kv_append)
+    assert torch.equal(rotated, alone)
     starts = torch.tensor([0, tokens], dtype=torch.int32)
     where = (torch.zeros(1, 1, dtype=torch.int32), starts[1:], starts, 0.125)
-    expected = device.kv_attention(q.contiguous(), cache, *where, cos, sin, rotation)
-    got = device.kv_attention(rotated, cache, *where, None, None, None)
-    assert torch.equal(got.half(), expected)
+    got = device.kv_attention(rotated, cache, *where, torch.float16)
+    rows = [x.dequantize().double() for x in read_tokens(cache, slots, 64)]
+    exact = attend(exact_q, *rows, 0.125)
+    # 4-bit rounding moves a row by 10 % of its norm; the kernel may add 2 % of that.
+    bound = 2e-3 * exact.norm(dim=-1)
+    assert ((got - exact).norm(dim=-1) <= bound).all()
+    of_another = device.kv_attention(rotated.roll(1, 1), cache, *where, torch.float16)
+    assert not ((of_another - exact)[1:].norm(dim=-1) <= bound[1:]).any()
     again = new_cache(1, n_kv, 32, 64)
-    ops.kv_append(k, k, cos, sin, rotation, again, torch.arange(tokens))
-    tokens_of = [read_tokens(c, torch.arange(tokens), 64)[0] for c in (cache, again)]
+    ops.kv_append(k, k, *rest, again, slots)
+    tokens_of = [read_tokens(c, slots, 64)[0] for c in (cache, again)]
     assert torch.equal(tokens_of[0].codes, tokens_of[1].codes)
 
 

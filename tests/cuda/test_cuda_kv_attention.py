@@ -14,17 +14,29 @@ from collections.abc import Callable
 import emulation
 import pytest
 import torch
-from kv_cases import DTYPES, HEAD_DIMS, Pages, cos_sin, fill_pages, page_slots, rotations
+from kv_cases import (
+    DTYPES,
+    HEAD_DIMS,
+    Pages,
+    cos_sin,
+    fill_pages,
+    page_slots,
+    rotated_queries,
+    rotations,
+)
 
 from resq_kernels.formats import join_heads
-from resq_kernels.reference.attention import attend, rope
+from resq_kernels.reference.attention import attend
 
 ROUNDING = {torch.float32: 2.0**-22, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 @dataclasses.dataclass
 class Case:
-    """Sequences in pages, their rows before quantization, and queries."""
+    """Sequences in pages, their rows before quantization, and queries.
+
+    `exact_q` is what `q` stands for, where that is rounded already.
+    """
 
     k: list[torch.Tensor]
     v: list[torch.Tensor]
@@ -32,7 +44,8 @@ class Case:
     counts: list[int]
     scale: float
     q: torch.Tensor
-    rest: tuple = (None, None, None)
+    out_dtype: torch.dtype | None = None
+    exact_q: torch.Tensor | None = None
 
     @property
     def starts(self) -> torch.Tensor:
@@ -46,20 +59,21 @@ class Case:
             "seq_lens": self.pages.seq_lens,
             "query_starts": self.starts,
         } | changes
-        return device.kv_attention(*arguments.values(), self.scale, *self.rest)
+        return device.kv_attention(*arguments.values(), self.scale, self.out_dtype)
+
+    def rotate(self, device: emulation.Emulated, *rest: torch.Tensor | None) -> None:
+        """Replaces the queries by those that `kv_append` returns for cos, sin and rotation."""
+        n_kv = self.pages.cache.shape[1]
+        self.q, self.exact_q = rotated_queries(self.q, n_kv, *rest, device.kv_append)
 
     def joined(self, device: emulation.Emulated, high_dims: int) -> torch.Tensor:
         """The result in the order of o_proj's columns."""
         where = (self.pages.cache, self.pages.block_table, self.pages.seq_lens, self.starts)
-        return device.kv_attention(self.q, *where, self.scale, *self.rest, None, high_dims)
+        return device.kv_attention(self.q, *where, self.scale, None, high_dims)
 
     def wrong_rows(self, out: torch.Tensor) -> list[str]:
         """What lies outside the tolerance."""
-        q = rope(self.q, *self.rest[:2]).double()
-        if self.rest[2] is not None:
-            n_kv = self.pages.cache.shape[1]
-            each = self.rest[2].double().expand(n_kv, -1, -1)
-            q = torch.einsum("thd,hde->the", q, each.repeat_interleave(q.shape[1] // n_kv, 0))
+        q = self.q.double() if self.exact_q is None else self.exact_q
         found = []
         for i, count in enumerate(self.counts):
             begin = int(self.starts[i])
@@ -80,7 +94,7 @@ class Case:
 
     def check(self, device: emulation.Emulated) -> torch.Tensor:
         out = self.run(device)
-        assert out.shape == self.q.shape and out.dtype == self.q.dtype
+        assert out.shape == self.q.shape and out.dtype == (self.out_dtype or self.q.dtype)
         assert not self.wrong_rows(out)
         return out
 
@@ -125,10 +139,13 @@ def test_kv_attention_of_a_batch(
 ) -> None:
     lengths, counts = [1, 37, 64, 200, 0, 65, 130], [1, 3, 1, 8, 0, 1, 17]
     case = make(lengths, counts, head_dim, n_kv=2, group=2, dtype=dtype, padding=2)
+    case.check(device)
+    given, case.out_dtype = case.q, dtype
     cos, sin = cos_sin(sum(counts) + 2, head_dim)
     for rotation in (None, rotations(1, head_dim), rotations(2, head_dim).half()):
-        case.rest = (cos.to(dtype), sin, rotation)
+        case.q = given
         # The same rotation on both sides cancels; here it is on q alone, as good a q as any.
+        case.rotate(device, cos.to(dtype), sin, rotation)
         case.check(device)
 
 
@@ -316,10 +333,10 @@ def kernels(call: Callable[[], object]) -> list[str]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_rotated_queries_are_read_by_the_attention_kernel_itself(
+def test_queries_are_read_by_the_attention_kernel_itself(
     device: emulation.Emulated, head_dim: int, dtype: torch.dtype
 ) -> None:
-    """Queries of a slice, in any dtype, with the bits that they have after a launch of their own.
+    """Queries of a slice, in any dtype, with the bits that they have as `kv_append` returns them.
 
     The identity as a rotation multiplies by one and adds zeros: the same numbers in float32.
     """
@@ -336,15 +353,15 @@ def test_rotated_queries_are_read_by_the_attention_kernel_itself(
     assert kernels(lambda: run("slice")) == [attend, merge]
     run("contiguous", q=case.q.contiguous())
     run("widened", q=case.q.float())
-    case.rest = (None, None, torch.eye(head_dim)[None])
-    launched = kernels(lambda: run("prepared"))
-    assert launched == ["kv_attention_prepare_kernel", attend, merge]
-    for out_dtype in DTYPES:
-        case.rest = (None, None, None, out_dtype)
+    identity = torch.eye(head_dim, dtype=dtype)[None]
+    assert kernels(lambda: case.rotate(device, None, None, identity)) == ["kv_append_kernel"]
+    assert kernels(lambda: run("appended")) == [attend, merge]
+    for case.out_dtype in DTYPES:
         run("out")
-        assert torch.equal(outs["out"], outs["widened"].to(out_dtype))
+        assert torch.equal(outs["out"], outs["widened"].to(case.out_dtype))
     assert outs["slice"].dtype == dtype and outs["widened"].dtype == torch.float32
-    for name in ("slice", "contiguous", "prepared"):
+    assert torch.equal(outs["appended"], outs["widened"])
+    for name in ("slice", "contiguous"):
         assert torch.equal(outs[name], outs["widened"].to(dtype)), name
 
 

@@ -51,8 +51,7 @@ def attention_arguments(_: emulation.Emulated) -> tuple:
     pages = fill_pages([torch.randn(40, 1, 64)], [torch.randn(40, 1, 64)], 32)
     starts = torch.tensor([0, ROWS], dtype=torch.int32)
     where = (pages.cache, pages.block_table, pages.seq_lens, starts)
-    rest = (*cos_sin(ROWS, 64), rotations(1, 64), torch.float32)
-    return (torch.randn(ROWS, 4, 64).half(), *where, 0.1, *rest)
+    return (torch.randn(ROWS, 4, 64).half(), *where, 0.1, torch.float32)
 
 
 def dequantize_arguments(_: emulation.Emulated) -> tuple:

@@ -223,11 +223,15 @@ def test_kv_append_rotates_queries(dtype: torch.dtype, heads: tuple) -> None:
     got = torch.ops.resq.kv_append(*on_gpu[:-1], pages, slots.cuda(), 8, on_gpu[-1])
     bound = 2 * head_dim * 2.0**-24 * q.float().norm(dim=-1, keepdim=True)
     assert ((got.cpu() - expected).abs() <= bound).all()
+    # And the attention that they are for: 4-bit rounding moves a row by 10 % of its norm; the
+    # kernels may differ by 2 % of that.
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
-    where = on("cuda", (table, torch.tensor(lengths).int(), starts))
+    where = (pages.cpu(), table, torch.tensor(lengths).int(), starts)
     attention = torch.ops.resq.kv_attention
-    inside = attention(on_gpu[-1], pages, *where, 0.1, *on_gpu[2:5])
-    assert same_bits(attention(got, pages, *where, 0.1).to(dtype).cpu(), inside.cpu())
+    expected = attention(expected, *where, 0.1)
+    result = attention(got, *on("cuda", where), 0.1).cpu()
+    error = (result - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
+    assert error.max() < 2e-3
 
 
 @pytest.mark.sanitizer

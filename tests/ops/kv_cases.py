@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
 from resq_kernels import kv_pages, ops
+from resq_kernels.reference.attention import rope
 from resq_kernels.reference.kv_pages import read_tokens
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -22,6 +24,30 @@ def cos_sin(tokens: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [tokens, D] of random angles, both halves equal as in Hugging Face."""
     angles = (torch.rand(tokens, head_dim // 2) * 6.3).repeat(1, 2)
     return angles.cos(), angles.sin()
+
+
+def rotated_queries(
+    q: torch.Tensor,
+    n_kv: int,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    rotation: torch.Tensor | None,
+    kv_append: Callable[..., torch.Tensor] = ops.kv_append,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q' of `kv_append`, whose tokens are all padding, and rope(q) U in float64.
+
+    The latter is exact from the float32 product on that the specification of RoPE names.
+    """
+    tokens, n_q, head_dim = q.shape
+    k = torch.zeros(tokens, n_kv, head_dim, dtype=q.dtype)
+    cache = torch.zeros(kv_pages.cache_shape(1, n_kv, 32, head_dim), dtype=torch.uint8)
+    slots = torch.full((tokens,), -1)
+    rotated = kv_append(k, k, cos, sin, rotation, cache, slots, 8, q)
+    exact = rope(q, cos, sin).double()
+    if rotation is not None:
+        per_head = rotation.double().expand(n_kv, -1, -1).repeat_interleave(n_q // n_kv, 0)
+        exact = torch.einsum("thd,hde->the", exact, per_head)
+    return rotated, exact
 
 
 def page_slots(pages: torch.Tensor, page_size: int, length: int) -> torch.Tensor:

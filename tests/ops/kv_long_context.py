@@ -40,6 +40,6 @@ def error_share(
     scale, q = scale or head_dim**-0.5, torch.randn(1, 1, head_dim)
     starts = torch.tensor([0, 1], dtype=torch.int32)
     where = (pages.cache, pages.block_table, pages.seq_lens, starts, scale)
-    out = attention(q, *where, None, None, None)[0, 0].double()
+    out = attention(q, *where)[0, 0].double()
     plain, exact = ((q[0, 0].double() @ k.T * scale).softmax(0) @ v for k, v in (before, after))
     return float((out - exact).norm() / (plain - exact).norm())

@@ -127,29 +127,6 @@ def test_kv_append_rotates_queries(matrices: int, head_dim: int) -> None:
             assert not ((got.roll(2, 1) - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("matrices", [0, 1, 2])
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_kv_attention_of_rotated_queries_has_the_bits_of_its_own_rotation(
-    head_dim: int, matrices: int
-) -> None:
-    tokens, n_kv, n_q = 70, 2, 6
-    cos, sin = cos_sin(tokens, head_dim)
-    rotation = rotations(matrices, head_dim).half() if matrices else None
-    for dtype in DTYPES:
-        k, v = (torch.randn(tokens, n_kv, head_dim).to(dtype) for _ in "kv")
-        q = torch.randn(tokens, n_q, head_dim).to(dtype)
-        cache = new_cache(3, n_kv, 32, head_dim)
-        rotated = ops.kv_append(k, v, cos, sin, rotation, cache, torch.arange(tokens), 8, q)
-        where = (
-            torch.arange(3, dtype=torch.int32)[None],
-            torch.tensor([tokens], dtype=torch.int32),
-            torch.tensor([0, tokens], dtype=torch.int32),
-            head_dim**-0.5,
-        )
-        expected = ops.kv_attention(q, cache, *where, cos, sin, rotation)
-        assert torch.equal(ops.kv_attention(rotated, cache, *where).to(dtype), expected)
-
-
 def test_kv_append_of_slices_of_one_tensor() -> None:
     for matrices in (1, 2):
         for dtype in DTYPES:

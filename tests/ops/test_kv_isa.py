@@ -8,7 +8,7 @@ import hashlib
 import pytest
 import torch
 from forced_isa import ISAS, words_under
-from kv_cases import DTYPES, HEAD_DIMS, cos_sin, fill_pages
+from kv_cases import DTYPES, HEAD_DIMS, cos_sin, fill_pages, rotated_queries
 
 from resq_kernels import kv_pages, ops
 
@@ -33,19 +33,18 @@ def digests() -> tuple[str, str]:
 
             rows = [[torch.randn(length, 2, head_dim) for length in lengths] for _ in "kv"]
             filled = fill_pages(*rows, 64)
-            cos, sin = cos_sin(sum(counts), head_dim)
-            out = ops.kv_attention(
-                torch.randn(sum(counts), 6, head_dim).to(dtype),
+            rest = (*cos_sin(sum(counts), head_dim), torch.randn(2, head_dim, head_dim) / 8)
+            q = torch.randn(sum(counts), 6, head_dim).to(dtype)
+            where = (
                 filled.cache,
                 filled.block_table,
                 filled.seq_lens,
                 torch.tensor([0, *counts]).cumsum(0).int(),
                 0.1,
-                cos,
-                sin,
-                torch.randn(2, head_dim, head_dim) / 8,
             )
-            outputs.update(out.view(torch.uint8).numpy().tobytes())
+            for queries in (q, rotated_queries(q, 2, *rest)[0]):
+                out = ops.kv_attention(queries, *where, dtype)
+                outputs.update(out.view(torch.uint8).numpy().tobytes())
     return pages.hexdigest(), outputs.hexdigest()
 
 

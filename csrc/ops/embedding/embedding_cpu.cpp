@@ -13,19 +13,18 @@ void convert(float value, BFloat16* to) { *to = to_bfloat16(value); }
 
 template <class T>
 void row(const EmbeddingParams& p, int64_t index) {
-  const int64_t id = p.ids[index], in_block = id % kPackedBlockRows;
-  const uint8_t* block =
-      p.packed_weight + id / kPackedBlockRows * packed_block_bytes(p.k_lo, p.k_hi);
+  const int64_t id = p.ids[index], n = id % kPackedBlockN;
+  const uint8_t* block = p.packed_weight + id / kPackedBlockN * packed_block_bytes(p.k_lo, p.k_hi);
   const float* scale = p.weight_scale + 2 * id;
   T* y = static_cast<T*>(p.y) + index * p.columns();
-  for (int64_t column = 0; column < p.k_lo; ++column) {
-    const int shift = packed_lo_is_high_nibble(column) ? 4 : 0;
-    const int stored = block[packed_lo_byte(in_block, column)] >> shift & 15;
-    convert(scale[0] * static_cast<float>(stored - kPackedOffsetLo), y + column);
+  for (int64_t k = 0; k < p.k_lo; ++k) {
+    const int shift = packed_lo_is_high_nibble(k) ? 4 : 0;
+    const int stored = block[packed_lo_byte(n, k)] >> shift & 15;
+    convert(scale[0] * static_cast<float>(stored - kPackedOffsetLo), y + k);
   }
-  for (int64_t column = 0; column < p.k_hi; ++column) {
-    const int stored = block[packed_hi_byte(p.k_lo, in_block, column)];
-    convert(scale[1] * static_cast<float>(stored - kPackedOffsetHi), y + p.k_lo + column);
+  for (int64_t k = 0; k < p.k_hi; ++k) {
+    const int stored = block[packed_hi_byte(p.k_lo, n, k)];
+    convert(scale[1] * static_cast<float>(stored - kPackedOffsetHi), y + p.k_lo + k);
   }
 }
 

@@ -3,14 +3,13 @@
 //
 //   thread = one dim of some rows    RoPE into shared memory, then the sums of the rotation in the
 //                                    CPU's order of d, product and sum rounded on their own: the
-//                                    same bits, which tensor cores would not give; for q by
-//                                    fused multiply-adds, the bits of kv_attention's own rotation
+//                                    same bits, which tensor cores would not give; for q, of
+//                                    which no bytes are kept, by fused multiply-adds
 //   warp = one row                   ranges, codes, bytes
 #include <cuda_runtime.h>
 
 #include "cuda/numbers.cuh"
 #include "cuda/pdl.cuh"
-#include "cuda/rotate_rows.cuh"
 #include "ops/kv_append/kv_append.h"
 
 namespace resq::cuda {
@@ -62,7 +61,7 @@ static_assert(byte_dims_agree<128, true>() && byte_dims_agree<128, false>());
 static_assert(byte_dims_agree<64, true>() && byte_dims_agree<64, false>());
 
 struct Extremes {
-  int lo, hi;          // order as the floats do
+  int min, max;        // order as the floats do
   unsigned magnitude;  // bits of the largest |x|; NaN is above infinity
 };
 
@@ -74,17 +73,17 @@ __device__ KvRange part_range(const float (&x)[kCount], bool inside, int levels)
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int bits = ordered_bits(__float_as_int(x[i]));
-      e.lo = min(e.lo, bits);
-      e.hi = max(e.hi, bits);
+      e.min = min(e.min, bits);
+      e.max = max(e.max, bits);
       e.magnitude = max(e.magnitude, __float_as_uint(x[i]) & 0x7fffffff);
     }
   }
   constexpr unsigned kAll = 0xffffffff;
-  e.lo = __reduce_min_sync(kAll, e.lo);
-  e.hi = __reduce_max_sync(kAll, e.hi);
+  e.min = __reduce_min_sync(kAll, e.min);
+  e.max = __reduce_max_sync(kAll, e.max);
   e.magnitude = __reduce_max_sync(kAll, e.magnitude);
   if (e.magnitude >= 0x7f800000) return {{0x7e00}, {0x7e00}, 0.0f, 0.0f};  // kKvNanRange
-  return kv_range(__int_as_float(ordered_bits(e.lo)), __int_as_float(ordered_bits(e.hi)), levels);
+  return kv_range(__int_as_float(ordered_bits(e.min)), __int_as_float(ordered_bits(e.max)), levels);
 }
 
 __device__ uint32_t stored_pair(const KvRange& range) {
@@ -118,6 +117,43 @@ __device__ uint2 store_row(const float (&x)[kHeadDim / 32], bool uniform, int to
   }
   __syncwarp();
   return {stored_pair(low), stored_pair(high)};
+}
+
+// x cos + rotate_half(x) sin at dim `dim` of the row at `row`; each operation rounds on its own.
+template <int kHeadDim>
+__device__ float load_rope(FloatArray x, int64_t row, FloatArray cos, FloatArray sin,
+                           int64_t angles, int dim) {
+  const float here = load_number(x, row + dim);
+  if (!cos.data) return here;
+  const float there = load_number(x, row + (dim ^ kHeadDim / 2));
+  const float across = __fmul_rn(there, load_number(sin, angles + dim));
+  const float along = __fmul_rn(here, load_number(cos, angles + dim));
+  return dim < kHeadDim / 2 ? __fsub_rn(along, across) : __fadd_rn(along, across);
+}
+
+// sums[r] = sum over d of loaded[d][first_row + r] * U[d][dim], in the order of d; the row itself
+// without a rotation. U is matrix `matrix` of `rotation`, whose numbers are of type Rotation;
+// add_product(a, b, sum) returns a b + sum, rounded as the caller needs it.
+template <class Rotation, int kHeadDim, int kBlockRows, int kRows, class AddProduct>
+__device__ void rotate_rows(FloatArray rotation, int matrix,
+                            const float (&loaded)[kHeadDim][kBlockRows], int first_row, int dim,
+                            AddProduct add_product, float (&sums)[kRows]) {
+  if (!rotation.data) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) sums[r] = loaded[dim][first_row + r];
+    return;
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) sums[r] = 0.0f;
+  const auto* u = static_cast<const Rotation*>(rotation.data) + dim + matrix * kHeadDim * kHeadDim;
+#pragma unroll 16
+  for (int d = 0; d < kHeadDim; ++d) {
+    const float weight = number(u[d * kHeadDim]);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      sums[r] = add_product(weight, loaded[d][first_row + r], sums[r]);
+    }
+  }
 }
 
 template <int kHeadDim, int kRows, class Rotation>

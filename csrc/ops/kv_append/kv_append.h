@@ -2,7 +2,7 @@
 //
 //   k' = (k cos + rotate_half(k) sin) U[head]        float32, sums over d in order
 //   per row of k' and of v: offset, scale, codes     kv_range, kv_code of core/kv_page.h
-//   q' = (q cos + rotate_half(q) sin) U[kv head]     float32, as kv_attention rotates a query
+//   q' = (q cos + rotate_half(q) sin) U[kv head]     float32, what kv_attention takes
 //
 // The same row gives the same bytes whatever the batch, the thread count and the instruction set.
 #pragma once

@@ -1,7 +1,5 @@
 // The one CPU body of kv_append. Included inside the namespace of an instruction set.
 
-#include "cpu/key_rotation.h"
-
 // The bytes that a token owns in a K or V tile, and the dims whose codes each of them holds: `high`
 // is the dim of the high nibble, or kWide where the byte is one 8-bit code.
 inline constexpr uint8_t kWide = 255;
@@ -46,27 +44,27 @@ inline KvRange row_range(const float* x, int levels) {
   constexpr int kWidth = kCount < kLanes ? kCount : kLanes;
   using Wide = typename Vectors<kWidth>::Vec;
   using WideInts = typename Vectors<kWidth>::IVec;
-  Wide low = load_bits<Wide>(x), high = low;
+  Wide min = load_bits<Wide>(x), max = min;
   WideInts magnitude{};
   for (int first = 0; first < kCount; first += kWidth) {
     // The last vector of 56 numbers overlaps the one before it: extremes do not mind.
     const Wide value = load_bits<Wide>(x + (first + kWidth <= kCount ? first : kCount - kWidth));
     const WideInts bits = __builtin_bit_cast(WideInts, value) & 0x7fffffff;
-    low = value < low ? value : low;
-    high = value > high ? value : high;
+    min = value < min ? value : min;
+    max = value > max ? value : max;
     magnitude = bits > magnitude ? bits : magnitude;
   }
   WideInts lane{};
   for (int j = 0; j < kWidth; ++j) lane[j] = j;
   for (int distance = kWidth / 2; distance >= 1; distance /= 2) {
-    const Wide other_low = __builtin_shuffle(low, lane ^ distance);
-    const Wide other_high = __builtin_shuffle(high, lane ^ distance);
+    const Wide other_min = __builtin_shuffle(min, lane ^ distance);
+    const Wide other_max = __builtin_shuffle(max, lane ^ distance);
     const WideInts other = __builtin_shuffle(magnitude, lane ^ distance);
-    low = other_low < low ? other_low : low;
-    high = other_high > high ? other_high : high;
+    min = other_min < min ? other_min : min;
+    max = other_max > max ? other_max : max;
     magnitude = other > magnitude ? other : magnitude;
   }
-  return magnitude[0] >= 0x7f800000 ? kKvNanRange : kv_range(low[0], high[0], levels);
+  return magnitude[0] >= 0x7f800000 ? kKvNanRange : kv_range(min[0], max[0], levels);
 }
 
 // kv_code of kCount numbers. A part with NaN has inv_scale 0 and gives 0 for finite numbers; NaN
@@ -130,6 +128,54 @@ inline void append_row(const KvAppendParams& p, int64_t token, int64_t head, con
   static_assert(sizeof(ranges) == kKvMetadataBytes);
   __builtin_memcpy(chunk + kv_metadata_byte<kHeadDim>(p.page_size, position), ranges,
                    sizeof(ranges));
+}
+
+// row := row cos + rotate_half(row) sin.
+template <int kHeadDim>
+inline void apply_rope(float* row, const float* cos, const float* sin) {
+  constexpr int kHalf = kHeadDim / 2;
+  for (int j = 0; j < kHalf; ++j) {
+    const float first = row[j], second = row[j + kHalf];
+    row[j] = first * cos[j] - second * sin[j];
+    row[j + kHalf] = second * cos[j + kHalf] + first * sin[j + kHalf];
+  }
+}
+
+// out[r] = rows[r] U for kRows rows of kHeadDim; every sum runs over d in order. The accumulators
+// of a block of columns stay in registers.
+template <int kHeadDim, int kRows>
+inline void multiply_by_rotation(const float* rows, const float* rotation, float* out) {
+  constexpr int kVectors = kLanes == 16 ? 4 : 2;
+  for (int column = 0; column < kHeadDim; column += kVectors * kLanes) {
+    Vec sums[kRows][kVectors] = {};
+    for (int d = 0; d < kHeadDim; ++d) {
+      const float* u = rotation + d * kHeadDim + column;
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec weights = load(u + v * kLanes);
+        for (int r = 0; r < kRows; ++r) sums[r][v] += weights * rows[r * kHeadDim + d];
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) {
+        store(out + r * kHeadDim + column + v * kLanes, sums[r][v]);
+      }
+    }
+  }
+}
+
+inline constexpr int kRotatedRows = 4;  // rows whose sums share one pass over the rotation
+
+// rows := rows U, `count` <= kRotatedRows rows of kHeadDim.
+template <int kHeadDim>
+inline void apply_key_rotation(float* rows, int count, const float* rotation) {
+  alignas(64) float out[kRotatedRows * kHeadDim];
+  switch (count) {
+    case 4: multiply_by_rotation<kHeadDim, 4>(rows, rotation, out); break;
+    case 3: multiply_by_rotation<kHeadDim, 3>(rows, rotation, out); break;
+    case 2: multiply_by_rotation<kHeadDim, 2>(rows, rotation, out); break;
+    default: multiply_by_rotation<kHeadDim, 1>(rows, rotation, out); break;
+  }
+  __builtin_memcpy(rows, out, count * kHeadDim * sizeof(float));
 }
 
 // The row of x that starts at number `first`, after RoPE.

@@ -6,6 +6,46 @@
 
 namespace resq {
 
+// The optional arguments, checked; they own what the parameters of a kernel point at.
+struct RopeRotation {
+  std::optional<Tensor> cos, sin, rotation;
+
+  template <class Device>
+  RopeRotation(const Device& device, const char* op, const Tensor& k,
+               const std::optional<Tensor>& cos_in, const std::optional<Tensor>& sin_in,
+               const std::optional<Tensor>& rotation_in)
+      : cos(cos_in), sin(sin_in), rotation(rotation_in) {
+    const int64_t tokens = k.size(0), n_kv = k.size(1), head_dim = k.size(2);
+    if (cos.has_value() != sin.has_value()) {
+      fail(op, cos ? "sin" : "cos", "a tensor, because the other of cos and sin is given", "None");
+    }
+    if (cos) {
+      check_tensor(op, "cos", *cos, float_dtypes(), {tokens, head_dim});
+      check_tensor(op, "sin", *sin, float_dtypes(), {tokens, head_dim});
+      check_device(op, "cos", *cos, k);
+      check_device(op, "sin", *sin, k);
+    }
+    if (rotation) {
+      check_tensor(op, "key_rotation", *rotation, float_dtypes(), {kAnySize, head_dim, head_dim});
+      check_device(op, "key_rotation", *rotation, k);
+      if (rotation->size(0) != 1 && rotation->size(0) != n_kv) {
+        std::ostringstream expected;
+        expected << "1 or " << n_kv << " (the kv heads) matrices";
+        fail(op, "key_rotation", expected.str(), describe(*rotation));
+      }
+    }
+    for (std::optional<Tensor>* tensor : {&cos, &sin, &rotation}) {
+      if (*tensor) *tensor = device.as_float32(**tensor);
+    }
+  }
+
+  static FloatArray array(const char* op, const std::optional<Tensor>& tensor) {
+    if (!tensor) return {nullptr, FloatType::kFloat32};
+    return {tensor->const_data_ptr(), float_type(op, "cos", *tensor)};
+  }
+  bool shared_rotation() const { return !rotation || rotation->size(0) == 1; }
+};
+
 // Returns q' float32 [tokens, n_q, head_dim], or nothing [0] without q.
 template <class Device>
 Tensor kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& cos,
@@ -18,7 +58,7 @@ Tensor kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& 
   check_head_dim(op, "k", k);
   const int64_t tokens = k.size(0), n_kv = k.size(1), head_dim = k.size(2);
   check_token_heads(op, "v", v, {k.scalar_type()}, {tokens, n_kv, head_dim});
-  const RopeRotation rope(op, k, cos, sin, key_rotation, tokens, n_kv, head_dim, Device::kRopeForm);
+  const RopeRotation rope(device, op, k, cos, sin, key_rotation);
   const int64_t page_size = check_cache(op, cache, n_kv, head_dim);
   check_tensor(op, "slot_mapping", slot_mapping, {ScalarType::Long}, {tokens});
   if (hi_bits != 4 && hi_bits != 8) fail(op, "hi_bits", "4 or 8", std::to_string(hi_bits));

@@ -6,7 +6,7 @@
 #include "cuda/copy_sm80.cuh"
 #include "ops/kv_attention/kv_attention_attend.cuh"
 
-namespace resq::cuda {
+namespace resq::cuda::attention {
 namespace {
 
 constexpr int kStages = 4;  // 40 KB a block in flight: three blocks cover 1 us of 33 bytes/ns
@@ -99,11 +99,11 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks(kTiles))
 
 }  // namespace
 
-void kv_attention_attend(const KvAttentionCuda& call, const Device& device, Stream stream) {
+void attend(const KvAttentionCuda& call, const Device& device, Stream stream) {
   launch_attend(call, device, [&](auto head_dim, auto tiles, unsigned blocks) {
     kv_attention_kernel<head_dim, tiles>
         <<<blocks, kAttendThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(call);
   });
 }
 
-}  // namespace resq::cuda
+}  // namespace resq::cuda::attention

@@ -1,6 +1,6 @@
 // kv_attention: causal GQA attention over the pages of the 4-bit KV cache.
 //
-//   q' = (q cos + rotate_half(q) sin) U[kv head] * scale * log2(e)         float32
+//   q' = q * scale * log2(e), q in the basis of the keys (kv_append)     float32
 //   q' ~ s_p * integer, 16 bits, per row and part p (low and high dims)
 //   score[t] = sum over p of k_scale_p[t] * s_p * (integers . codes) + k_offset_p[t] * sum(q'_p)
 //   out = sum_t softmax(score)[t] V[t], in blocks of 64 tokens: per block the products
@@ -21,18 +21,14 @@ inline constexpr int kSplitTokens = 1024;
 inline constexpr int kTaskRows = 64;  // rows (query, head) that share the unpacking of a block
 
 struct KvAttentionParams {
-  const void* q;               // [tokens, n_q, head_dim] of `q_type`, tokens q_stride apart
+  FloatArray q;                // [tokens, n_q, head_dim], tokens q_stride apart
   void* out;                   // [tokens, n_q * head_dim] of `out_type`, as KvOutputRow says
   const uint8_t* cache;        // [pages, n_kv, page_size * token_bytes]
   const int32_t* block_table;  // [sequences, max_pages]
-  FloatArray cos;              // [tokens, head_dim] or null; float32 on CPUs
-  FloatArray sin;              // the same
-  FloatArray rotation;         // [1 or n_kv, head_dim, head_dim] or null; float32 on CPUs
-  FloatType q_type, out_type;
+  FloatType out_type;
   int64_t q_stride;
   int64_t n_q, n_kv, head_dim, page_size, max_pages;
-  float scale;  // of the scores, times log2(e)
-  bool shared_rotation;
+  float scale;        // of the scores, times log2(e)
   int64_t high_dims;  // of a head that stand behind all heads' low dims; 0: heads one by one
 
   RESQ_HOST_DEVICE int64_t group() const { return n_q / n_kv; }

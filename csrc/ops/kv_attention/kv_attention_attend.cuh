@@ -1,5 +1,6 @@
 // Attention of eight (or sixteen) query rows to splits of 1024 tokens, straight from the codes:
-// what the forms of the kernel share, which is all but the way of the pages into shared memory.
+// everything but the copies of pages into shared memory (TileRing), which the cp.async and the
+// bulk-copy kernel do in their own way. Letters of lanes: kv_attention_products.cuh.
 //
 // Tokens are the rows of the tensor core's A operand and query rows the columns of B, so that a
 // group of up to eight heads fills one tile. Warp w takes tiles w, w + 4, ... of a split; the four
@@ -7,13 +8,14 @@
 // of items until it ends: the grid depends on nothing that the host would have to read.
 #pragma once
 
+#include <concepts>
 #include <type_traits>
 
 #include "ops/kv_attention/kv_attention_queries.cuh"
 #include "ops/kv_attention/kv_attention_softmax.cuh"
 #include "ops/kv_attention/kv_attention_work.cuh"
 
-namespace resq::cuda {
+namespace resq::cuda::attention {
 
 inline constexpr int kAttendWarps = 4;
 inline constexpr int kAttendThreads = 32 * kAttendWarps;
@@ -61,6 +63,22 @@ __device__ inline void find_tiles(const KvAttentionCuda& call, const KvItem& ite
 // A tile in shared memory.
 struct TileParts {
   const uint8_t *keys, *metadata, *values;
+};
+
+// What copies the tiles of a split into shared memory, for all warps of a block or each for itself.
+// In step s warp w takes tile kAttendWarps s + w. All threads call
+//   start(tiles)   once `shared.places` holds the split's tiles; the first copies begin
+//   wait(step)     the warp's tile of the step, complete and visible to its lanes; if the split has
+//                  no such tile, memory that must not be read
+//   release(step)  after the lane's last read of that tile: it may be overwritten
+//   finish()       after the last step: no copy is under way, and `shared.rows` may be written
+// with step = 0, 1, ... in turn, and a barrier of the block between finish and the next start.
+template <class Ring>
+concept TileRing = requires(Ring ring, int number) {
+  ring.start(number);
+  { ring.wait(number) } -> std::same_as<TileParts>;
+  ring.release(number);
+  ring.finish();
 };
 
 // A lane's part of a tile in registers: all that it needs of shared memory.
@@ -166,8 +184,8 @@ struct AttendWarp {
 template <int kHeadDim>
 using ThreadState = RowState<kHeadDim / kThreadsPerRow>;
 
-// Brings the tiles of a split on their way, up to the last visible token; answers their number.
-template <int kHeadDim, class Shared, class Ring>
+// Starts the copies of a split's tiles, up to the last visible token; returns their number.
+template <int kHeadDim, class Shared, TileRing Ring>
 __device__ inline int start_split(const KvAttentionCuda& call, const KvItem& item, int split,
                                   Shared& shared, Ring& ring) {
   constexpr int kTokens = kTileTokens<kHeadDim>;
@@ -179,9 +197,8 @@ __device__ inline int start_split(const KvAttentionCuda& call, const KvItem& ite
   return tiles;
 }
 
-// A split that has been started; every thread answers its part of the states. Ring::wait answers
-// the warp's tile of a step, Ring::release ends its reading, and Ring::finish the split.
-template <int kHeadDim, int kTiles, class Shared, class Ring>
+// A split that has been started; `states` becomes the thread's part of its states.
+template <int kHeadDim, int kTiles, class Shared, TileRing Ring>
 __device__ inline void attend_split(int first_token, int tiles,
                                     const AttendWarp<kHeadDim, kTiles>& self, Shared& shared,
                                     Ring& ring, ThreadState<kHeadDim> (&states)[kTiles]) {
@@ -231,7 +248,7 @@ __device__ inline void store_state(const ThreadState<kHeadDim>& state, float* to
 }
 
 // The work of a block: `shared` holds queries, places and rows.
-template <int kHeadDim, int kTiles, class Shared, class Ring>
+template <int kHeadDim, int kTiles, class Shared, TileRing Ring>
 __device__ inline void attend_items(const KvAttentionCuda& call, Shared& shared, Ring ring) {
   const KvAttentionParams& p = call.params;
   const int group = static_cast<int>(p.group());
@@ -304,4 +321,4 @@ inline void launch_attend(const KvAttentionCuda& call, const Device& device, Lau
   check_launch("kv_attention");
 }
 
-}  // namespace resq::cuda
+}  // namespace resq::cuda::attention

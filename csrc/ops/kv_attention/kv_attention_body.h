@@ -1,6 +1,5 @@
 // The one CPU body of kv_attention. Included inside the namespace of an instruction set.
 
-#include "cpu/key_rotation.h"
 #include "ops/kv_attention/kv_attention_block.h"
 
 // 16-bit weights of a register of tokens.
@@ -125,33 +124,19 @@ template <int kHeadDim>
 inline void prepare_queries(const KvAttentionParams& p, const KvAttentionTask& task,
                             const Workspace<kHeadDim>& w) {
   constexpr int kLow = KvLayout<kHeadDim>::kLowDims;
-  const int64_t group = p.group(), rows = task.queries * group;
-  const float* rotation = p.rotation.floats();
-  if (rotation && !p.shared_rotation) rotation += task.kv_head * kHeadDim * kHeadDim;
-  alignas(64) float x[kRotatedRows * kHeadDim];
-  for (int64_t first = 0; first < rows; first += kRotatedRows) {
-    const int count = static_cast<int>(rows - first < kRotatedRows ? rows - first : kRotatedRows);
-    for (int r = 0; r < count; ++r) {
-      const int64_t token = task.first_query + (first + r) / group;
-      const int64_t head = task.kv_head * group + (first + r) % group;
-      load_row(p.q, p.q_type, token * p.q_stride + head * kHeadDim, kHeadDim, x + r * kHeadDim);
-      if (!p.cos.data) continue;
-      const int64_t angles = token * kHeadDim;
-      apply_rope<kHeadDim>(x + r * kHeadDim, p.cos.floats() + angles, p.sin.floats() + angles);
-    }
-    if (rotation) apply_key_rotation<kHeadDim>(x, count, rotation);
-    for (int j = 0; j < count * kHeadDim; ++j) x[j] *= p.scale;
-    for (int r = 0; r < count; ++r) {
-      const float* row = x + r * kHeadDim;
-      alignas(64) int16_t integers[kHeadDim];
-      QueryRow& query = w.queries[first + r];
-      quantize_query<kLow>(row, integers, &query.scale_lo, &query.sum_lo);
-      quantize_query<kHeadDim - kLow>(row + kLow, integers + kLow, &query.scale_hi, &query.sum_hi);
-      int16_t* ordered = w.integers + (first + r) * kHeadDim;
-      for (int n = 0; n < kHeadDim / 2; ++n) {
-        store_bits(ordered + 2 * n,
-                   load_bits<int32_t>(integers + 2 * kPairOrder<kHeadDim>.pair[n]));
-      }
+  const int64_t group = p.group();
+  for (int64_t r = 0; r < task.queries * group; ++r) {
+    const int64_t token = task.first_query + r / group, head = task.kv_head * group + r % group;
+    alignas(64) float x[kHeadDim];
+    load_row(p.q.data, p.q.type, token * p.q_stride + head * kHeadDim, kHeadDim, x);
+    for (int d = 0; d < kHeadDim; ++d) x[d] *= p.scale;
+    alignas(64) int16_t integers[kHeadDim];
+    QueryRow& query = w.queries[r];
+    quantize_query<kLow>(x, integers, &query.scale_lo, &query.sum_lo);
+    quantize_query<kHeadDim - kLow>(x + kLow, integers + kLow, &query.scale_hi, &query.sum_hi);
+    int16_t* ordered = w.integers + r * kHeadDim;
+    for (int n = 0; n < kHeadDim / 2; ++n) {
+      store_bits(ordered + 2 * n, load_bits<int32_t>(integers + 2 * kPairOrder<kHeadDim>.pair[n]));
     }
   }
 }

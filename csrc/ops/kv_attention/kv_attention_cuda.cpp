@@ -7,35 +7,27 @@
 namespace resq {
 
 void run(const Cuda& on, const KvAttentionParams& p, const KvAttentionBatch& batch) {
+  namespace attention = cuda::attention;
   if (batch.tokens * p.n_q == 0) return;
-  cuda::KvAttentionCuda work{.params = p,
-                             .seq_lens = batch.seq_lens,
-                             .query_starts = batch.query_starts,
-                             .tokens = batch.tokens,
-                             .sequences = batch.sequences,
-                             .pages = batch.pages,
-                             .queries = {p.q, p.q_type},
-                             .query_stride = p.q_stride};
+  attention::KvAttentionCuda work{.params = p,
+                                  .seq_lens = batch.seq_lens,
+                                  .query_starts = batch.query_starts,
+                                  .tokens = batch.tokens,
+                                  .sequences = batch.sequences,
+                                  .pages = batch.pages};
   const int64_t rows = work.tokens * p.n_q;
   const int64_t state_bytes =
-      rows * work.splits() * cuda::kv_cuda_state_floats(p.head_dim) * int64_t{sizeof(float)};
-  const bool split = work.splits() > 1 && state_bytes <= cuda::kKvMaxStateBytes;
-  const bool rotate = p.cos.data || p.rotation.data;
-  const Tensor rotated = on.scratch(rotate ? rows * p.head_dim : 0, ScalarType::Float);
+      rows * work.splits() * attention::kv_cuda_state_floats(p.head_dim) * int64_t{sizeof(float)};
+  const bool split = work.splits() > 1 && state_bytes <= attention::kKvMaxStateBytes;
   const Tensor states = on.scratch(split ? state_bytes / 4 : 0, ScalarType::Float);
   work.states = split ? states.mutable_data_ptr<float>() : nullptr;
 
-  if (rotate) {
-    cuda::kv_attention_prepare(work, rotated.mutable_data_ptr<float>(), on.stream());
-    work.queries = {rotated.const_data_ptr(), FloatType::kFloat32};
-    work.query_stride = p.n_q * p.head_dim;
-  }
   if (on.family() == cuda::Family::kSm90) {
-    cuda::kv_attention_attend_sm90(work, on.device(), on.stream());
+    attention::attend_sm90(work, on.device(), on.stream());
   } else {
-    cuda::kv_attention_attend(work, on.device(), on.stream());
+    attention::attend(work, on.device(), on.stream());
   }
-  if (split) cuda::kv_attention_merge(work, on.stream());
+  if (split) attention::merge(work, on.stream());
 }
 
 }  // namespace resq

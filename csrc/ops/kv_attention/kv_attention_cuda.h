@@ -1,9 +1,8 @@
-// kv_attention on CUDA: up to three kernels, nothing read on the host. On sm_90 the last two may
-// start before the previous kernel has finished (cuda/pdl.cuh).
+// kv_attention on CUDA: one or two kernels, nothing read on the host. On sm_90 both may start
+// before the previous kernel has finished (cuda/pdl.cuh).
 //
-//   prepare  q' of every (token, head), if cos, sin or key_rotation are given      _prepare.cu
 //   attend   items (sequence, rows, split, kv head) found on the device            .cu, _sm90.cu
-//   merge    the splits of a row in their order                                    _merge.cu
+//   merge    the splits of a row in their order, where there are several           _merge.cu
 //
 // A row's result depends on the tokens it sees and on their order only: not on the batch, the rows
 // beside it, the block table or the mode. Lengths, pages and query_starts that do not fit stop the
@@ -13,17 +12,13 @@
 #include "cuda/launch.h"
 #include "ops/kv_attention/kv_attention.h"
 
-namespace resq::cuda {
+namespace resq::cuda::attention {
 
 struct KvAttentionCuda {
   KvAttentionParams params;
   const int32_t* seq_lens;      // [sequences]
   const int32_t* query_starts;  // [sequences + 1]
   int64_t tokens, sequences, pages;
-
-  // q', in the first place q: head h of token t is at t * query_stride + h * head_dim.
-  FloatArray queries;
-  int64_t query_stride;
 
   float* states = nullptr;  // Workspace [tokens, n_q, splits, kv_cuda_state_floats]; null: a block
                             // takes all splits of its rows in turn, which gives the same bits
@@ -39,10 +34,8 @@ constexpr RESQ_HOST_DEVICE int kv_cuda_state_floats(int head_dim) { return head_
 // More than this many bytes of states, and blocks take whole rows instead.
 inline constexpr int64_t kKvMaxStateBytes = int64_t{64} << 20;
 
-// Writes q' float32 [tokens, n_q, head_dim].
-void kv_attention_prepare(const KvAttentionCuda& call, float* out, Stream stream);
-void kv_attention_attend(const KvAttentionCuda& call, const Device& device, Stream stream);
-void kv_attention_attend_sm90(const KvAttentionCuda& call, const Device& device, Stream stream);
-void kv_attention_merge(const KvAttentionCuda& call, Stream stream);
+void attend(const KvAttentionCuda& call, const Device& device, Stream stream);
+void attend_sm90(const KvAttentionCuda& call, const Device& device, Stream stream);
+void merge(const KvAttentionCuda& call, Stream stream);
 
-}  // namespace resq::cuda
+}  // namespace resq::cuda::attention

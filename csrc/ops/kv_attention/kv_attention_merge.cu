@@ -6,7 +6,7 @@
 #include "ops/kv_attention/kv_attention_softmax.cuh"
 #include "ops/kv_attention/kv_attention_work.cuh"
 
-namespace resq::cuda {
+namespace resq::cuda::attention {
 namespace {
 
 constexpr int kAhead = 8;  // splits whose loads are in flight at once
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kHeadDim)
 
 }  // namespace
 
-void kv_attention_merge(const KvAttentionCuda& call, Stream stream) {
+void merge(const KvAttentionCuda& call, Stream stream) {
   const auto rows = static_cast<unsigned>(call.tokens * call.params.n_q);
   if (call.params.head_dim == 128) {
     launch_pdl(kv_attention_merge_kernel<128>, rows, 128, 0, stream, call);
@@ -67,4 +67,4 @@ void kv_attention_merge(const KvAttentionCuda& call, Stream stream) {
   check_launch("kv_attention");
 }
 
-}  // namespace resq::cuda
+}  // namespace resq::cuda::attention

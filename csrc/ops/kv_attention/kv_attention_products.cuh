@@ -4,12 +4,22 @@
 // for the upper nibbles of a byte) is that number plus the code in float16, and one subtraction
 // leaves code - 8 exactly. Centred, because tensor cores truncate while they add: a common bias in
 // the sum over thousands of values would cost more than V's quantization error.
+//
+// Letters of the kernels' lanes (the registers of cuda/mma_f16.cuh). Tokens of K, or dims of V, are
+// rows of A and C; query rows, that is (query, head), are columns of B and C.
+//
+//   g, i   lane = 4 g + i: the lane holds rows g and g + 8 of A and C, column g of B, and columns
+//          2 i and 2 i + 1 of C
+//   c      number 0..3 of C: row g + 8 half, column 2 i + h, with half = c / 2 and h = c % 2
+//   n      of kTiles tiles of eight query rows each
+//   b      block of 16 dims of the output, a C of its own
+//   r      register of an operand; w: word of a lane's part of a tile
 #pragma once
 
 #include "core/kv_page.h"
 #include "cuda/mma_f16.cuh"
 
-namespace resq::cuda {
+namespace resq::cuda::attention {
 
 inline constexpr int kKvCentreLow = 8;     // subtracted from 4-bit codes
 inline constexpr int kKvCentreHigh = 128;  // and from 8-bit codes
@@ -180,4 +190,4 @@ __device__ inline void value_products(const TileWords& v, const WeightOperand (&
   }
 }
 
-}  // namespace resq::cuda
+}  // namespace resq::cuda::attention

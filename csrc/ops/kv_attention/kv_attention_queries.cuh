@@ -6,9 +6,9 @@
 #include "ops/kv_attention/kv_attention_products.cuh"
 #include "ops/kv_attention/kv_attention_work.cuh"
 
-namespace resq::cuda {
+namespace resq::cuda::attention {
 
-// Numbers of a row: q' * scale = multiplier * (values + residuals), and the sums of
+// Numbers of a row: q * scale = multiplier * (values + residuals), and the sums of
 // values + residuals by part.
 struct QueryNumbers {
   float multiplier, sum_low, sum_high, unused;
@@ -30,14 +30,14 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-// A warp makes row `row` of q' as given at `from`; the dims lane * kHeadDim / 32 + i are a lane's.
+// A warp makes row `row` of the query at `from`; the dims lane * kHeadDim / 32 + i are a lane's.
 template <int kHeadDim, int kRows>
 __device__ inline void make_query(const KvAttentionCuda& call, int64_t from, int row,
                                   QueryRows<kHeadDim, kRows>& to) {
   constexpr int kDims = kHeadDim / 32, kLow = KvLayout<kHeadDim>::kLowDims;
   const int lane = threadIdx.x % 32, first = lane * kDims;
   float x[kDims];
-  load_numbers(call.queries, from + first, x);
+  load_numbers(call.params.q, from + first, x);
   unsigned magnitude = 0;
 #pragma unroll
   for (int i = 0; i < kDims; ++i) {
@@ -83,9 +83,9 @@ __device__ inline void make_queries(const KvAttentionCuda& call, const KvItem& i
 #pragma unroll 1
   for (int row = threadIdx.x / 32; row < item.rows; row += warps) {
     const int64_t from =
-        item.token(group, row) * call.query_stride + item.head(group, row) * kHeadDim;
+        item.token(group, row) * call.params.q_stride + item.head(group, row) * kHeadDim;
     make_query<kHeadDim>(call, from, row, to);
   }
 }
 
-}  // namespace resq::cuda
+}  // namespace resq::cuda::attention

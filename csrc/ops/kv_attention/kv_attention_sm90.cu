@@ -10,7 +10,7 @@
 #include "cuda/pdl.cuh"
 #include "ops/kv_attention/kv_attention_attend.cuh"
 
-namespace resq::cuda {
+namespace resq::cuda::attention {
 namespace {
 
 constexpr int kStages = 5;       // three blocks of five stages and their rows take 213 of 228 KB
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks(kTiles))
 
 }  // namespace
 
-void kv_attention_attend_sm90(const KvAttentionCuda& call, const Device& device, Stream stream) {
+void attend_sm90(const KvAttentionCuda& call, const Device& device, Stream stream) {
   launch_attend(call, device, [&](auto head_dim, auto tiles, unsigned blocks) {
     const auto kernel = kv_attention_sm90_kernel<head_dim, tiles>;
     constexpr int kShared = sizeof(Shared<head_dim, tiles>);
@@ -177,4 +177,4 @@ void kv_attention_attend_sm90(const KvAttentionCuda& call, const Device& device,
   });
 }
 
-}  // namespace resq::cuda
+}  // namespace resq::cuda::attention

@@ -7,7 +7,7 @@
 #include "ops/kv_attention/kv_attention.h"
 #include "ops/kv_attention/kv_attention_products.cuh"
 
-namespace resq::cuda {
+namespace resq::cuda::attention {
 
 inline constexpr unsigned kAllLanes = 0xffffffff;
 
@@ -231,4 +231,4 @@ __device__ inline void store_row(const RowState<kCount>& state, const KvAttentio
   }
 }
 
-}  // namespace resq::cuda
+}  // namespace resq::cuda::attention

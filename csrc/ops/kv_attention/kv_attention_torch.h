@@ -11,9 +11,7 @@ namespace resq {
 template <class Device>
 Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_table,
                     const Tensor& seq_lens, const Tensor& query_starts, double scale,
-                    const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                    const std::optional<Tensor>& key_rotation, std::optional<ScalarType> out_dtype,
-                    std::optional<int64_t> high_dims) {
+                    std::optional<ScalarType> out_dtype, std::optional<int64_t> high_dims) {
   const char* op = "kv_attention";
   const Device device(op, q);
   check_token_heads(op, "q", q, float_dtypes(), {kAnySize, kAnySize, kAnySize});
@@ -29,7 +27,6 @@ Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_ta
   const int64_t sequences = block_table.size(0);
   check_tensor(op, "seq_lens", seq_lens, {ScalarType::Int}, {sequences});
   check_tensor(op, "query_starts", query_starts, {ScalarType::Int}, {sequences + 1});
-  const RopeRotation rope(op, q, cos, sin, key_rotation, tokens, n_kv, head_dim, Device::kRopeForm);
   check_device(op, "cache", cache, q);
   check_device(op, "block_table", block_table, q);
   check_device(op, "seq_lens", seq_lens, q);
@@ -45,14 +42,10 @@ Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_ta
                              joined = {tokens, n_q * head_dim};
   const Tensor out = allocate(q, high_dims ? joined : heads_apart, out_type);
   const double log2_e = 1.4426950408889634;
-  const KvAttentionParams params{.q = q.const_data_ptr(),
+  const KvAttentionParams params{.q = {q.const_data_ptr(), float_type(op, "q", q)},
                                  .out = out.mutable_data_ptr(),
                                  .cache = cache.const_data_ptr<uint8_t>(),
                                  .block_table = block_table.const_data_ptr<int32_t>(),
-                                 .cos = RopeRotation::array(op, rope.cos),
-                                 .sin = RopeRotation::array(op, rope.sin),
-                                 .rotation = RopeRotation::array(op, rope.rotation),
-                                 .q_type = float_type(op, "q", q),
                                  .out_type = float_type(op, "out_dtype", out),
                                  .q_stride = token_stride(q),
                                  .n_q = n_q,
@@ -61,7 +54,6 @@ Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_ta
                                  .page_size = page_size,
                                  .max_pages = block_table.size(1),
                                  .scale = static_cast<float>(scale * log2_e),
-                                 .shared_rotation = rope.shared_rotation(),
                                  .high_dims = high_dims.value_or(0)};
   const KvAttentionBatch batch{.seq_lens = seq_lens.const_data_ptr<int32_t>(),
                                .query_starts = query_starts.const_data_ptr<int32_t>(),

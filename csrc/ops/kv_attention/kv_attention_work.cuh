@@ -3,7 +3,7 @@
 
 #include "ops/kv_attention/kv_attention_cuda.h"
 
-namespace resq::cuda {
+namespace resq::cuda::attention {
 
 // kRows rows (query, head) of one sequence and kv head, and one split of its tokens (or all of
 // them). Row r of the item is row first_row + r of the sequence: query / group, head % group.
@@ -76,4 +76,4 @@ __device__ inline bool find_item(const KvAttentionCuda& call, int index, KvItem&
   return false;
 }
 
-}  // namespace resq::cuda
+}  // namespace resq::cuda::attention

@@ -66,7 +66,7 @@ struct KTile {
 };
 constexpr KTile k_tile_columns(MixedGemmKernel kernel, bool packed) {
   switch (kernel) {
-    case MixedGemmKernel::kSmallM: return {kCudaLoStepColumns, kCudaHiStepColumns};
+    case MixedGemmKernel::kSmallM: return {kCudaLoStepK, kCudaHiStepK};
     case MixedGemmKernel::kSm80: return {packed ? 128 : 64, 64};  // 64 bytes of a row
     default: return {128, 128};
   }
@@ -75,7 +75,7 @@ constexpr KTile k_tile_columns(MixedGemmKernel kernel, bool packed) {
 // sm80 copies 16 bytes at a time, and tensor maps of sm90 have rows of a multiple of 16 bytes. Only
 // hidden size 896 (784 | 112 on sm_80) needs copies for its length.
 constexpr RowAlignment row_alignment(MixedGemmKernel kernel, bool packed) {
-  constexpr int kStep = kCudaStepColumns;
+  constexpr int kStep = kCudaStepK;
   switch (kernel) {
     case MixedGemmKernel::kSmallM: return {.lo = 8, .hi = 8, .copy = kStep, .int8 = false};
     case MixedGemmKernel::kSm80:
@@ -101,15 +101,13 @@ struct SplitK {
 
 inline SplitK split_k(const MixedGemmShape& s, MixedGemmKernel kernel, int splits) {
   const KTile tile = k_tile_columns(kernel, s.packed);
-  return {static_cast<int>(ceil_div(cuda_packed_columns(s.k_lo), tile.lo)),
-          static_cast<int>(ceil_div(cuda_packed_columns(s.k_hi), tile.hi)), splits};
+  return {static_cast<int>(ceil_div(cuda_packed_k(s.k_lo), tile.lo)),
+          static_cast<int>(ceil_div(cuda_packed_k(s.k_hi), tile.hi)), splits};
 }
 
 // Partial sums of splits (split_k.cuh): splits + 1 int32 arrays [M, partials_stride], as at most
 // one split works on both parts.
-RESQ_HOST_DEVICE constexpr int64_t partials_stride(int64_t n) {
-  return align_up(n, kCudaBlockRows);
-}
+RESQ_HOST_DEVICE constexpr int64_t partials_stride(int64_t n) { return align_up(n, kCudaBlockN); }
 constexpr int64_t partials_bytes(const MixedGemmShape& s, int64_t splits) {
   return splits > 1 ? (splits + 1) * s.m * partials_stride(s.n) * int64_t{sizeof(int32_t)} : 0;
 }

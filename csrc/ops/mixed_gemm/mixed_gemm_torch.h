@@ -39,11 +39,16 @@ Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
     check_tensor(op, "bias", *bias, float_dtypes(), {n});
     check_device(op, "bias", *bias, q_lo);
   }
-  check_device(op, "q_hi", q_hi, q_lo);
-  check_device(op, "params", params, q_lo);
-  check_device(op, "packed_weight", packed_weight, q_lo);
-  check_device(op, "weight_scale", weight_scale, q_lo);
-  check_device(op, "weight_sum", weight_sum, q_lo);
+  const struct {
+    const char* name;
+    const Tensor& tensor;
+  } operands[] = {{"q_lo", q_lo},
+                  {"q_hi", q_hi},
+                  {"params", params},
+                  {"packed_weight", packed_weight},
+                  {"weight_scale", weight_scale},
+                  {"weight_sum", weight_sum}};
+  for (const auto& [name, tensor] : operands) check_device(op, name, tensor, q_lo);
   check_float_dtype(op, "out_dtype", out_dtype);
 
   const Tensor out = allocate(q_lo, with_last(q_lo, n), out_dtype);
@@ -63,12 +68,7 @@ Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
                           .out = out.mutable_data_ptr(),
                           .out_type = float_type(op, "out", out)};
   check_packed_bytes(p, packed_weight, device.packed_weight_bytes(n, k_lo, k_hi));
-  device.check_aligned("q_lo", q_lo);
-  device.check_aligned("q_hi", q_hi);
-  device.check_aligned("params", params);
-  device.check_aligned("packed_weight", packed_weight);
-  device.check_aligned("weight_scale", weight_scale);
-  device.check_aligned("weight_sum", weight_sum);
+  for (const auto& [name, tensor] : operands) device.check_aligned(name, tensor);
   run(device, p);
   return out;
 }

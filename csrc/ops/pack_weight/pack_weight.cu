@@ -13,34 +13,34 @@ constexpr int64_t kPieceBytes = 16;
 constexpr int64_t kPiecesPerStep = kCudaStepBytes / kPieceBytes;
 
 // Codes outside the matrix are 0.
-__device__ uint32_t lo_code(const PackWeightParams& p, int64_t row, int64_t column) {
-  if (row >= p.n || column >= p.k_lo) return 0;
-  const uint8_t pair = p.codes_lo[row * (p.k_lo / 2) + column / 2];
-  return static_cast<uint32_t>(column % 2 ? unpack_int4_odd(pair) : unpack_int4_even(pair)) & 15;
+__device__ uint32_t lo_code(const PackWeightParams& p, int64_t n, int64_t k) {
+  if (n >= p.n || k >= p.k_lo) return 0;
+  const uint8_t pair = p.codes_lo[n * (p.k_lo / 2) + k / 2];
+  return static_cast<uint32_t>(k % 2 ? unpack_int4_odd(pair) : unpack_int4_even(pair)) & 15;
 }
 
-__device__ uint32_t hi_code(const PackWeightParams& p, int64_t row, int64_t column) {
-  if (row >= p.n || column >= p.k_hi) return 0;
-  return static_cast<uint8_t>(p.codes_hi[row * p.k_hi + column]);
+__device__ uint32_t hi_code(const PackWeightParams& p, int64_t n, int64_t k) {
+  if (n >= p.n || k >= p.k_hi) return 0;
+  return static_cast<uint8_t>(p.codes_hi[n * p.k_hi + k]);
 }
 
 template <CudaLayout kLayout>
-__device__ uint4 lo_piece(const PackWeightParams& p, int64_t row, int64_t column, int lane) {
+__device__ uint4 lo_piece(const PackWeightParams& p, int64_t n, int64_t k, int lane) {
   uint32_t words[4] = {};
 #pragma unroll
   for (int nibble = 0; nibble < 32; ++nibble) {
     const FragmentCode at = cuda_lo_code(kLayout, lane, nibble);
-    words[nibble / 8] |= lo_code(p, row + at.row, column + at.column) << (4 * (nibble % 8));
+    words[nibble / 8] |= lo_code(p, n + at.n, k + at.k) << (4 * (nibble % 8));
   }
   return {words[0], words[1], words[2], words[3]};
 }
 
-__device__ uint4 hi_piece(const PackWeightParams& p, int64_t row, int64_t column, int lane) {
+__device__ uint4 hi_piece(const PackWeightParams& p, int64_t n, int64_t k, int lane) {
   uint32_t words[4] = {};
 #pragma unroll
   for (int byte = 0; byte < 16; ++byte) {
     const FragmentCode at = cuda_hi_code(lane, byte);
-    words[byte / 4] |= hi_code(p, row + at.row, column + at.column) << (8 * (byte % 4));
+    words[byte / 4] |= hi_code(p, n + at.n, k + at.k) << (8 * (byte % 4));
   }
   return {words[0], words[1], words[2], words[3]};
 }
@@ -57,10 +57,10 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t step = piece / kPiecesPerStep % steps;
     const int strip = static_cast<int>(piece % kPiecesPerStep) / 32;
     const int lane = static_cast<int>(piece % 32);
-    const int64_t row = block * kCudaBlockRows + strip * kCudaStripRows;
+    const int64_t n = block * kCudaBlockN + strip * kCudaStripN;
     reinterpret_cast<uint4*>(p.packed_weight)[piece] =
-        step < lo_steps ? lo_piece<kLayout>(p, row, step * kCudaLoStepColumns, lane)
-                        : hi_piece(p, row, (step - lo_steps) * kCudaHiStepColumns, lane);
+        step < lo_steps ? lo_piece<kLayout>(p, n, step * kCudaLoStepK, lane)
+                        : hi_piece(p, n, (step - lo_steps) * kCudaHiStepK, lane);
   }
 }
 

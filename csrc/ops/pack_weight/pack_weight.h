@@ -1,5 +1,5 @@
 // pack_weight: canonical codes -> the CPU layout of docs/formats.md section 3.2, one block of 32
-// rows at a time. Rows and columns of padding hold code 0.
+// of N at a time. Padding of N and K holds code 0.
 #pragma once
 
 #include "core/int4.h"
@@ -17,26 +17,26 @@ struct PackWeightParams {
 };
 
 inline void pack_weight_block(const PackWeightParams& p, int64_t block) {
-  const int64_t first = block * kPackedBlockRows;
+  const int64_t first_n = block * kPackedBlockN;
   uint8_t* out = p.packed_weight + block * packed_block_bytes(p.k_lo, p.k_hi);
-  for (int64_t column = 0; column < packed_columns(p.k_lo); column += 2) {
-    const bool high_nibble = packed_lo_is_high_nibble(column);
-    for (int64_t row = 0; row < kPackedBlockRows; ++row) {
-      const bool inside = first + row < p.n && column < p.k_lo;
-      const uint8_t pair = inside ? p.codes_lo[((first + row) * p.k_lo + column) / 2] : uint8_t{0};
+  for (int64_t k = 0; k < packed_k(p.k_lo); k += 2) {
+    const bool high_nibble = packed_lo_is_high_nibble(k);
+    for (int64_t n = 0; n < kPackedBlockN; ++n) {
+      const bool inside = first_n + n < p.n && k < p.k_lo;
+      const uint8_t pair = inside ? p.codes_lo[((first_n + n) * p.k_lo + k) / 2] : uint8_t{0};
       const int even = unpack_int4_even(pair) + kPackedOffsetLo;
       const int odd = unpack_int4_odd(pair) + kPackedOffsetLo;
-      uint8_t* bytes = out + packed_lo_byte(row, column);
-      // Columns ascend, so the low nibbles of a group set a byte before the high ones join it.
+      uint8_t* bytes = out + packed_lo_byte(n, k);
+      // K ascends, so the low nibbles of a group set a byte before the high ones join it.
       bytes[0] = static_cast<uint8_t>(high_nibble ? bytes[0] | even << 4 : even);
       bytes[1] = static_cast<uint8_t>(high_nibble ? bytes[1] | odd << 4 : odd);
     }
   }
-  for (int64_t column = 0; column < packed_columns(p.k_hi); ++column) {
-    for (int64_t row = 0; row < kPackedBlockRows; ++row) {
-      const bool inside = first + row < p.n && column < p.k_hi;
-      const int code = inside ? p.codes_hi[(first + row) * p.k_hi + column] : 0;
-      out[packed_hi_byte(p.k_lo, row, column)] = static_cast<uint8_t>(code + kPackedOffsetHi);
+  for (int64_t k = 0; k < packed_k(p.k_hi); ++k) {
+    for (int64_t n = 0; n < kPackedBlockN; ++n) {
+      const bool inside = first_n + n < p.n && k < p.k_hi;
+      const int code = inside ? p.codes_hi[(first_n + n) * p.k_hi + k] : 0;
+      out[packed_hi_byte(p.k_lo, n, k)] = static_cast<uint8_t>(code + kPackedOffsetHi);
     }
   }
 }

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kRowThreads) rms_norm_quantize_kernel(RmsNormQ
     reduce_ranges(ranges, exchange.ranges);
   } else {
     for (Range& range : ranges) {
-      range = {__fmul_rn(range.lo, inverse_rms), __fmul_rn(range.hi, inverse_rms)};
+      range = {__fmul_rn(range.min, inverse_rms), __fmul_rn(range.max, inverse_rms)};
     }
   }
 

@@ -10,8 +10,8 @@ namespace {
 constexpr int kThreads = 256;
 
 template <CudaLayout kLayout>
-__device__ int8_t lo_code(const uint8_t* block, int64_t row, int64_t column) {
-  const NibblePlace place = cuda_lo_place(kLayout, row, column);
+__device__ int8_t lo_code(const uint8_t* block, int64_t n, int64_t k) {
+  const NibblePlace place = cuda_lo_place(kLayout, n, k);
   return place.high ? unpack_int4_odd(block[place.byte]) : unpack_int4_even(block[place.byte]);
 }
 
@@ -22,15 +22,14 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < p.n * row_bytes;
        i += stride) {
-    const int64_t n = i / row_bytes, at = i % row_bytes, row = n % kCudaBlockRows;
-    const uint8_t* block = p.packed_weight + n / kCudaBlockRows * cuda_block_bytes(p.k_lo, p.k_hi);
+    const int64_t n = i / row_bytes, at = i % row_bytes, in_block = n % kCudaBlockN;
+    const uint8_t* block = p.packed_weight + n / kCudaBlockN * cuda_block_bytes(p.k_lo, p.k_hi);
     if (at < lo_bytes) {
-      p.codes_lo[n * lo_bytes + at] =
-          pack_int4(lo_code<kLayout>(block, row, 2 * at), lo_code<kLayout>(block, row, 2 * at + 1));
+      p.codes_lo[n * lo_bytes + at] = pack_int4(lo_code<kLayout>(block, in_block, 2 * at),
+                                                lo_code<kLayout>(block, in_block, 2 * at + 1));
     } else {
-      const int64_t column = at - lo_bytes;
-      p.codes_hi[n * p.k_hi + column] =
-          static_cast<int8_t>(block[cuda_hi_byte(p.k_lo, row, column)]);
+      const int64_t k = at - lo_bytes;
+      p.codes_hi[n * p.k_hi + k] = static_cast<int8_t>(block[cuda_hi_byte(p.k_lo, in_block, k)]);
     }
   }
 }

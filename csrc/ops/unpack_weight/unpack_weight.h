@@ -1,5 +1,5 @@
 // unpack_weight: the CPU layout of docs/formats.md section 3.2 -> canonical codes, one block of 32
-// rows at a time; the exact inverse of pack_weight.
+// of N at a time; the exact inverse of pack_weight.
 #pragma once
 
 #include <algorithm>
@@ -19,20 +19,20 @@ struct UnpackWeightParams {
 };
 
 inline void unpack_weight_block(const UnpackWeightParams& p, int64_t block) {
-  const int64_t first = block * kPackedBlockRows;
-  const int64_t rows = std::min(kPackedBlockRows, p.n - first);
+  const int64_t first_n = block * kPackedBlockN;
+  const int64_t count_n = std::min(kPackedBlockN, p.n - first_n);
   const uint8_t* packed = p.packed_weight + block * packed_block_bytes(p.k_lo, p.k_hi);
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t column = 0; column < p.k_lo; column += 2) {
-      const uint8_t* bytes = packed + packed_lo_byte(row, column);
-      const int shift = packed_lo_is_high_nibble(column) ? 4 : 0;
+  for (int64_t n = 0; n < count_n; ++n) {
+    for (int64_t k = 0; k < p.k_lo; k += 2) {
+      const uint8_t* bytes = packed + packed_lo_byte(n, k);
+      const int shift = packed_lo_is_high_nibble(k) ? 4 : 0;
       const auto even = static_cast<int8_t>(((bytes[0] >> shift) & 15) - kPackedOffsetLo);
       const auto odd = static_cast<int8_t>(((bytes[1] >> shift) & 15) - kPackedOffsetLo);
-      p.codes_lo[((first + row) * p.k_lo + column) / 2] = pack_int4(even, odd);
+      p.codes_lo[((first_n + n) * p.k_lo + k) / 2] = pack_int4(even, odd);
     }
-    for (int64_t column = 0; column < p.k_hi; ++column) {
-      const int stored = packed[packed_hi_byte(p.k_lo, row, column)];
-      p.codes_hi[(first + row) * p.k_hi + column] = static_cast<int8_t>(stored - kPackedOffsetHi);
+    for (int64_t k = 0; k < p.k_hi; ++k) {
+      const int stored = packed[packed_hi_byte(p.k_lo, n, k)];
+      p.codes_hi[(first_n + n) * p.k_hi + k] = static_cast<int8_t>(stored - kPackedOffsetHi);
     }
   }
 }

@@ -17,7 +17,7 @@
 constexpr int64_t kTileM = kMixedGemmAmxTileM;         // and the words of a tile of B
 constexpr int64_t kTileK = kTileM * kPackedWordBytes;  // a step
 constexpr int64_t kTileBytes = kTileM * kTileK;
-constexpr int64_t kWordStride = kPackedBlockRows * kPackedWordBytes;
+constexpr int64_t kWordStride = kPackedBlockN * kPackedWordBytes;
 constexpr int64_t kChunkK = kMixedGemmChunkSteps * kTileK;
 constexpr int64_t kStripTiles = 2;  // tiles of M that share the loads of weights
 
@@ -40,7 +40,7 @@ struct TilePanel {
     const int64_t lo_bytes = padded_m * step_k(k_lo), hi_bytes = padded_m * step_k(k_hi);
     const int64_t sum_bytes = padded_m * kBlockN * sizeof(uint32_t);
     const int64_t chunk_bytes = kChunkK * kBlockN;
-    const int64_t code_bytes = std::max(step_k(k_lo), step_k(k_hi));
+    const int64_t code_bytes = step_k(k_lo) + step_k(k_hi);
     const int64_t scale_bytes =
         max_m * sizeof(RowScales);  // last: the others are whole cache lines
     const int64_t bytes =
@@ -72,14 +72,9 @@ void fill_tile_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_
   panel.m = std::min(plan.panel_m, p.m - panel.first_m);
   panel.tiles = ceil_div(panel.m, kTileM);
   for (int64_t i = 0; i < panel.m; ++i) {
-    const int64_t m = panel.first_m + i;
-    unpack_row(p, m, panel.row_codes);
-    const int32_t sum_lo = pad_and_sum(panel.row_codes, p.k_lo, padded_k_lo);
+    panel.scales[i] = read_row(p, panel.first_m + i, padded_k_lo, padded_k_hi, panel.row_codes);
     spread_row(panel.row_codes, padded_k_lo, i, panel.lo);
-    std::copy_n(p.q_hi + m * p.k_hi, p.k_hi, panel.row_codes);
-    const int32_t sum_hi = pad_and_sum(panel.row_codes, p.k_hi, padded_k_hi);
-    spread_row(panel.row_codes, padded_k_hi, i, panel.hi);
-    panel.scales[i] = make_row_scales(p.params + 4 * m, sum_lo, sum_hi);
+    spread_row(panel.row_codes + padded_k_lo, padded_k_hi, i, panel.hi);
   }
   // The rows that fill up the last tile get sums that are never read: zeros, to be determinate.
   const int64_t filled = std::max(padded_k_lo, padded_k_hi);
@@ -92,7 +87,7 @@ void fill_tile_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_
 
 // Nibbles of `k` of K (whole groups) -> words.
 void unpack_words(const uint8_t* nibbles, int64_t k, uint8_t* words) {
-  for (int64_t group = 0; group < k / kPackedGroupColumns; ++group) {
+  for (int64_t group = 0; group < k / kPackedGroupK; ++group) {
     for (int64_t i = 0; i < kWordStride; ++i) words[i] = nibbles[i] & 15;
     for (int64_t i = 0; i < kWordStride; ++i) words[kWordStride + i] = nibbles[i] >> 4;
     nibbles += kWordStride;
@@ -164,7 +159,7 @@ void add_chunk(const int8_t* a, int64_t stride, const uint8_t* words, int64_t ch
 template <bool kHigh>
 void multiply_panel(const int8_t* activations, const uint8_t* weight, int64_t k,
                     const TilePanel& panel, uint32_t* sums) {
-  const int64_t padded_k = packed_columns(k), stride = kTileM * step_k(k);
+  const int64_t padded_k = packed_k(k), stride = kTileM * step_k(k);
   for (int64_t begin = 0; begin < padded_k; begin += kChunkK) {
     const int64_t count = std::min(kChunkK, padded_k - begin);
     const uint8_t* words = chunk_words<kHigh>(weight, count, panel.chunk);

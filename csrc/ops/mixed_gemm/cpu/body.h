@@ -27,12 +27,12 @@ struct Panel {
   RowScales* scales;
   int8_t* lo;
   int8_t* hi;
-  int8_t* row_codes;  // one row in its natural order, before its words are spread
+  int8_t* row_codes;  // of read_row, before their words are spread
 
   // `padded_k`: rounded up to whole groups of the packed weight.
   Panel(int64_t max_m, int64_t padded_k_lo, int64_t padded_k_hi) {
     constexpr int64_t kScaleFloats = sizeof(RowScales) / sizeof(float);
-    const int64_t bytes = max_m * (padded_k_lo + padded_k_hi) + std::max(padded_k_lo, padded_k_hi);
+    const int64_t bytes = (max_m + 1) * (padded_k_lo + padded_k_hi);
     float* scratch = thread_row_buffer().floats(max_m * kScaleFloats + ceil_div(bytes, 4));
     scales = reinterpret_cast<RowScales*>(scratch);
     lo = reinterpret_cast<int8_t*>(scratch + max_m * kScaleFloats);
@@ -52,7 +52,7 @@ void spread_words(const int8_t* codes, int64_t padded_k, int64_t tile_m, int8_t*
 }
 
 void fill_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t index, Panel& panel) {
-  const int64_t padded_k_lo = packed_columns(p.k_lo), padded_k_hi = packed_columns(p.k_hi);
+  const int64_t padded_k_lo = packed_k(p.k_lo), padded_k_hi = packed_k(p.k_hi);
   panel.index = index;
   panel.first_m = plan.first_m(index);
   panel.m = std::min(plan.panel_m, p.m - panel.first_m);
@@ -60,16 +60,11 @@ void fill_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t ind
   for (int64_t tile = 0; tile < panel.tiles; ++tile) {
     const int64_t begin = panel.tile_begin(tile), end = panel.tile_begin(tile + 1);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t m = panel.first_m + i, word = (i - begin) * kPackedWordBytes;
-      unpack_row(p, m, panel.row_codes);
-      const int32_t sum_lo = pad_and_sum(panel.row_codes, p.k_lo, padded_k_lo);
-      spread_words(panel.row_codes, padded_k_lo, end - begin,
-                   panel.lo + begin * padded_k_lo + word);
-      std::copy_n(p.q_hi + m * p.k_hi, p.k_hi, panel.row_codes);
-      const int32_t sum_hi = pad_and_sum(panel.row_codes, p.k_hi, padded_k_hi);
-      spread_words(panel.row_codes, padded_k_hi, end - begin,
+      const int64_t tile_m = end - begin, word = (i - begin) * kPackedWordBytes;
+      panel.scales[i] = read_row(p, panel.first_m + i, padded_k_lo, padded_k_hi, panel.row_codes);
+      spread_words(panel.row_codes, padded_k_lo, tile_m, panel.lo + begin * padded_k_lo + word);
+      spread_words(panel.row_codes + padded_k_lo, padded_k_hi, tile_m,
                    panel.hi + begin * padded_k_hi + word);
-      panel.scales[i] = make_row_scales(p.params + 4 * m, sum_lo, sum_hi);
     }
   }
 }
@@ -80,8 +75,8 @@ template <int kM, bool kHigh>
 inline void accumulate(const uint8_t* weight, const int8_t* words, int64_t k, const uint8_t* ahead,
                        uint32_t* out) {
   Tile<kM> tile;
-  constexpr int64_t kGroupBytes = kPackedGroupColumns * kBlockN / (kHigh ? 1 : 2);
-  const int64_t groups = packed_columns(k) / kPackedGroupColumns;
+  constexpr int64_t kGroupBytes = kPackedGroupK * kBlockN / (kHigh ? 1 : 2);
+  const int64_t groups = packed_k(k) / kPackedGroupK;
   for (int64_t group = 0; group < groups; ++group) {
     if (ahead) {
       for (int64_t line = 0; line < kGroupBytes / 2; line += 64) {
@@ -94,7 +89,7 @@ inline void accumulate(const uint8_t* weight, const int8_t* words, int64_t k, co
     }
     tile.template add_group<kHigh>(weight, words);
     weight += kGroupBytes;
-    words += kPackedGroupColumns * kM;
+    words += kPackedGroupK * kM;
   }
   tile.store(out);
 }
@@ -103,11 +98,10 @@ template <int kM>
 void run_tile(const MixedGemmParams& p, const Panel& panel, int64_t first, const uint8_t* weight,
               const uint8_t* ahead, const BlockScales& c) {
   alignas(64) uint32_t sums_lo[kM][kBlockN], sums_hi[kM][kBlockN];
-  accumulate<kM, false>(weight, panel.lo + first * packed_columns(p.k_lo), p.k_lo, ahead,
-                        sums_lo[0]);
-  accumulate<kM, true>(weight + packed_block_lo_bytes(p.k_lo),
-                       panel.hi + first * packed_columns(p.k_hi), p.k_hi,
-                       ahead ? ahead + packed_block_lo_bytes(p.k_lo) / 2 : nullptr, sums_hi[0]);
+  accumulate<kM, false>(weight, panel.lo + first * packed_k(p.k_lo), p.k_lo, ahead, sums_lo[0]);
+  accumulate<kM, true>(weight + packed_block_lo_bytes(p.k_lo), panel.hi + first * packed_k(p.k_hi),
+                       p.k_hi, ahead ? ahead + packed_block_lo_bytes(p.k_lo) / 2 : nullptr,
+                       sums_hi[0]);
   for (int m = 0; m < kM; ++m) {
     finish_row(p, panel.first_m + first + m, panel.scales[first + m], sums_lo[m], sums_hi[m], c);
   }
@@ -127,7 +121,7 @@ void run_tasks(const MixedGemmTasks& tasks, int64_t begin, int64_t end) {
   static constexpr auto kTiles = tile_kernels(std::make_integer_sequence<int, kTileM>());
   const MixedGemmParams& p = tasks.gemm;
   const MixedGemmPlan& plan = tasks.plan;
-  Panel panel(plan.panel_m, packed_columns(p.k_lo), packed_columns(p.k_hi));
+  Panel panel(plan.panel_m, packed_k(p.k_lo), packed_k(p.k_hi));
   BlockScales scales;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t block = task % plan.blocks;

@@ -1,7 +1,7 @@
 // What the vector and the AMX body of mixed_gemm share: the codes of a row of activations, and the
 // epilogue of a row of sums. Included inside the namespace of an instruction set.
 
-constexpr int64_t kBlockN = kPackedBlockRows;
+constexpr int64_t kBlockN = kPackedBlockN;
 
 // What the epilogue needs of one activation row and part.
 struct RowPart {
@@ -46,6 +46,18 @@ int32_t pad_and_sum(int8_t* codes, int64_t k, int64_t padded) {
 RowScales make_row_scales(const float* params, int32_t sum_lo, int32_t sum_hi) {
   return {{params[0], exact_integer(params[1]), static_cast<uint32_t>(sum_lo) * kPackedOffsetLo},
           {params[2], exact_integer(params[3]), static_cast<uint32_t>(sum_hi) * kPackedOffsetHi}};
+}
+
+// Codes of row m in their natural order: the low part, padded with zeros to `padded_k_lo`, then the
+// high part, padded to `padded_k_hi`.
+RowScales read_row(const MixedGemmParams& p, int64_t m, int64_t padded_k_lo, int64_t padded_k_hi,
+                   int8_t* codes) {
+  unpack_row(p, m, codes);
+  const int32_t sum_lo = pad_and_sum(codes, p.k_lo, padded_k_lo);
+  codes += padded_k_lo;
+  std::copy_n(p.q_hi + m * p.k_hi, p.k_hi, codes);
+  const int32_t sum_hi = pad_and_sum(codes, p.k_hi, padded_k_hi);
+  return make_row_scales(p.params + 4 * m, sum_lo, sum_hi);
 }
 
 float load_float(const void* data, FloatType type, int64_t i) {

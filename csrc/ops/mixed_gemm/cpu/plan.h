@@ -70,13 +70,13 @@ constexpr MixedGemmPlan mixed_gemm_plan(int64_t m, int64_t n, int64_t k_lo, int6
   const bool amx = mixed_gemm_uses_tiles(isa, m);
   const int64_t tile_m = amx ? kMixedGemmAmxTileM : mixed_gemm_tile_m(isa);
   const int64_t panel_bytes = amx ? kMixedGemmAmxPanelBytes : kMixedGemmPanelBytes;
-  const int64_t row_bytes = std::max<int64_t>(packed_columns(k_lo) + packed_columns(k_hi), 1);
+  const int64_t row_bytes = std::max<int64_t>(packed_k(k_lo) + packed_k(k_hi), 1);
   const int64_t tiles = std::max<int64_t>(panel_bytes / (tile_m * row_bytes), 1);
   // As few panels as that allows, of about the same M; AMX tiles are cut whole.
   const int64_t least = std::max<int64_t>(ceil_div(m, tiles * tile_m), 1);
   const int64_t panel_m = align_up(ceil_div(m, least), amx ? tile_m : 1);
   const int64_t panels = panel_m ? ceil_div(m, panel_m) : 0;
-  const int64_t products = std::max<int64_t>(panel_m * row_bytes * kPackedBlockRows, 1);
+  const int64_t products = std::max<int64_t>(panel_m * row_bytes * kPackedBlockN, 1);
   return {.panels = panels,
           .blocks = packed_blocks(n),
           .panel_m = panel_m,

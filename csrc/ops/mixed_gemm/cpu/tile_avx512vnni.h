@@ -64,7 +64,7 @@ class Tile {
       for (int v = 0; v < 2; ++v) {
         __m512i sum = sums_[0][m][v];
         if constexpr (kChains == 2) sum = _mm512_add_epi32(sum, sums_[1][m][v]);
-        _mm512_storeu_si512(out + m * kPackedBlockRows + 16 * v, sum);
+        _mm512_storeu_si512(out + m * kPackedBlockN + 16 * v, sum);
       }
     }
   }

@@ -11,7 +11,7 @@ class Tile {
     for (int m = 0; m < kM; ++m) {
       const int8_t* q0 = words + m * kPackedWordBytes;
       const int8_t* q1 = words + (kM + m) * kPackedWordBytes;
-      for (int n = 0; n < kPackedBlockRows; ++n) {
+      for (int n = 0; n < kPackedBlockN; ++n) {
         int32_t sum = 0;
         for (int j = 0; j < kPackedWordBytes; ++j) {
           const uint8_t byte = weight[4 * n + j];
@@ -27,5 +27,5 @@ class Tile {
   void store(uint32_t* out) const { std::memcpy(out, sums_, sizeof(sums_)); }
 
  private:
-  uint32_t sums_[kM][kPackedBlockRows] = {};
+  uint32_t sums_[kM][kPackedBlockN] = {};
 };

@@ -23,11 +23,11 @@ namespace resq::cuda::sm80 {
 constexpr int kTileN = 128;
 constexpr int kTileKBytes = 64;  // of an activation row
 constexpr int kWarpM = 32, kWarpN = 64;
-constexpr int kFragmentsM = kWarpM / 8;               // of B, in a warp and step
-constexpr int kFragmentsN = kWarpN / kCudaStripRows;  // of A
+constexpr int kFragmentsM = kWarpM / 8;            // of B, in a warp and step
+constexpr int kFragmentsN = kWarpN / kCudaStripN;  // of A
 constexpr int kChunkBytes = 16, kChunks = kTileKBytes / kChunkBytes;
 constexpr int kTileSteps = 2;  // steps of the packed weight in a K tile, at most
-constexpr int kWeightBlocks = kTileN / kCudaBlockRows;
+constexpr int kWeightBlocks = kTileN / kCudaBlockN;
 constexpr int kWeightBytes = kTileSteps * kWeightBlocks * kCudaStepBytes;  // of a K tile
 constexpr unsigned kRasterM = 8;  // tiles along M that neighbouring blocks share
 
@@ -38,8 +38,8 @@ struct Config {
   static constexpr int kTileM = kTile.m, kMinBlocks = kTile.min_blocks;
   static constexpr bool kPacked = kPackedActivations;
   static constexpr KTile kTileK = k_tile_columns(MixedGemmKernel::kSm80, kPacked);
-  static constexpr int kLoSteps = kTileK.lo / kCudaLoStepColumns;  // in a low K tile
-  static_assert(kTileK.hi == kTileSteps * kCudaHiStepColumns && kTileK.hi == kTileKBytes);
+  static constexpr int kLoSteps = kTileK.lo / kCudaLoStepK;  // in a low K tile
+  static_assert(kTileK.hi == kTileSteps * kCudaHiStepK && kTileK.hi == kTileKBytes);
   static constexpr int kWarps = kTileM / kWarpM * (kTileN / kWarpN);
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kStages = kTileM == 128 ? 5 : 4;
@@ -88,7 +88,7 @@ struct Loader {
 
   // [step][weight block][fragment][lane][16]; steps and blocks outside the weight are zero.
   __device__ __forceinline__ void load_weights(uint8_t* to, int64_t offset, int steps) const {
-    const int64_t block = at.n / kCudaBlockRows;
+    const int64_t block = at.n / kCudaBlockN;
     const int64_t blocks = cuda_packed_blocks(p.n) - block;
     const int64_t block_bytes = cuda_block_bytes(p.k_lo, p.k_hi);
     const uint8_t* from = p.packed_weight + block * block_bytes + offset;

@@ -24,7 +24,7 @@ inline constexpr int kTileK = k_tile_columns(MixedGemmKernel::kSm90, false).lo;
 static_assert(kTileK == kSwizzleBytes);
 inline constexpr int kConsumers = 2;  // warpgroups that multiply, a block of the weight each
 inline constexpr int kConsumerWarps = 4 * kConsumers;
-inline constexpr int kWarpgroupN = static_cast<int>(kCudaBlockRows);
+inline constexpr int kWarpgroupN = static_cast<int>(kCudaBlockN);
 inline constexpr int kTileN = kConsumers * kWarpgroupN;
 inline constexpr int kLoFactor = 16;  // in the low sums
 
@@ -68,7 +68,7 @@ struct KTiles {
   bool tail;
 };
 inline KTiles k_tiles(int64_t k) {
-  const int halves = static_cast<int>(cuda_packed_columns(k) / kCudaStepColumns);
+  const int halves = static_cast<int>(cuda_packed_k(k) / kCudaStepK);
   return {halves / 2, halves % 2 != 0};
 }
 

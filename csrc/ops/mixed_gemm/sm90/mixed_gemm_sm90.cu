@@ -191,7 +191,7 @@ void launch(const MixedGemmParams& p, int sms, Stream stream) {
   config.gridDim = dim3(Cluster::kBlocks);
   config.gridDim.x *=
       std::min(arguments.tiles, clusters_at_once(address, config, Cluster::kBlocks, sms));
-  config.numAttrs = stream.dependent_launches ? 2 : 1;
+  config.numAttrs = stream.pdl ? 2 : 1;
   cudaLaunchKernelEx(&config, kernel, arguments);
   check_launch(kOp);
 }

@@ -40,7 +40,7 @@ constexpr int kPieceCodes = 8;  // of a row that a lane fetches at once
 template <CudaLayout kWeightLayout, int kTileRows, bool kPackedActivations>
 struct Config {
   static constexpr MixedGemmTile kTile = tile_of(kSmallMTiles, kTileRows);
-  static_assert(kTile.n == kTileN && kTileN == kCudaBlockRows);
+  static_assert(kTile.n == kTileN && kTileN == kCudaBlockN);
   static constexpr int kTileM = kTile.m, kMinBlocks = kTile.min_blocks;
   static constexpr CudaLayout kLayout = kWeightLayout;
   static constexpr bool kPacked = kPackedActivations;
@@ -48,7 +48,7 @@ struct Config {
   static constexpr int kSteps = kTileM <= 16 ? 2 : 1;
   static constexpr int kDepth = kTileM <= 16 ? 2 : kTileM <= 32 ? 3 : 4;
   static constexpr int kStageSteps = kWarpsK * kSteps;
-  static constexpr int kBufferBytes = kStageSteps * kCudaLoStepColumns * kTileM;
+  static constexpr int kBufferBytes = kStageSteps * kCudaLoStepK * kTileM;
   static constexpr int kSumWords = kTileM * kSumPitch;
   static constexpr int kSharedBytes = 2 * kBufferBytes + 2 * kSumWords * int{sizeof(int32_t)};
 };
