@@ -35,7 +35,7 @@ RESQ_LIBRARY_EXPANDED(RESQ_NAMESPACE, m) {
       "Tensor(a!) cache, Tensor slot_mapping, int hi_bits=8, Tensor? q=None) -> Tensor");
   m.def(
       "kv_attention(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, "
-      "Tensor query_starts, float scale, ScalarType? out_dtype=None, int? high_dims=None) "
+      "Tensor query_starts, float scale, ScalarType? out_dtype=None, int? head_dim_hi=None) "
       "-> Tensor");
   m.def(
       "kv_dequantize(Tensor cache, Tensor block_table, Tensor seq_lens, SymInt max_tokens, "

@@ -106,7 +106,7 @@ def _attention(
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k, v, visible, scale=scale, enable_gqa=True
     ).transpose(1, 2)
-    return attention.o_proj(join_heads(out, attention.head_high).to(dtype)), None
+    return attention.o_proj(join_heads(out, attention.head_dim_hi).to(dtype)), None
 
 
 def _embedding(rounding: Any, embedding: ResQEmbedding, ids: torch.Tensor) -> torch.Tensor:

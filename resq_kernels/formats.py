@@ -164,12 +164,12 @@ def split_columns(
     return columns - k_hi, k_hi
 
 
-def join_heads(x: torch.Tensor, high_dims: int) -> torch.Tensor:
-    """[..., n, D] -> [..., n * D]: the low dims of every head, then the last `high_dims` of every
+def join_heads(x: torch.Tensor, head_dim_hi: int) -> torch.Tensor:
+    """[..., n, D] -> [..., n * D]: the low dims of every head, then the last `head_dim_hi` of every
     head, the order of o_proj's columns (docs/formats.md section 6)."""
-    if high_dims == 0:
+    if head_dim_hi == 0:
         return x.flatten(-2)
-    low, high = x.split([x.shape[-1] - high_dims, high_dims], dim=-1)
+    low, high = x.split([x.shape[-1] - head_dim_hi, head_dim_hi], dim=-1)
     return torch.cat([low.flatten(-2), high.flatten(-2)], dim=-1)
 
 

@@ -70,7 +70,7 @@ class ResQAttention(FusesLinears):
         self.heads = q_proj.out_features // head_dim
         self.kv_heads = k_proj.out_features // head_dim
         # Every head keeps the same share of its dims in the high part of o_proj's input.
-        self.head_high = o_proj.high_columns // self.heads
+        self.head_dim_hi = o_proj.high_columns // self.heads
         self.key_rotation = None
         if rotated:
             eye = torch.eye(head_dim, dtype=torch.float16, device=device)
@@ -138,7 +138,7 @@ class ResQAttention(FusesLinears):
         batch.advance(metadata)
         assert rotated is not None  # queries were given
         out = paged.attend(
-            metadata, rotated, self.scaling, q.dtype, self.head_high, self.batch_invariant
+            metadata, rotated, self.scaling, q.dtype, self.head_dim_hi, self.batch_invariant
         )
         return out.view(*shape, -1)
 
@@ -161,7 +161,7 @@ class ResQAttention(FusesLinears):
         out = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=self.scaling, enable_gqa=True
         )
-        return join_heads(out.transpose(1, 2), self.head_high)
+        return join_heads(out.transpose(1, 2), self.head_dim_hi)
 
     def extra_repr(self) -> str:
         return (

@@ -65,7 +65,7 @@ class PagedKeysValues:
         q: torch.Tensor,
         scale: float,
         dtype: torch.dtype,
-        high_dims: int = 0,
+        head_dim_hi: int = 0,
         batch_invariant: bool = False,
     ) -> torch.Tensor:
         """[B * L, n_q D] in `dtype` of rotated q [B * L, n_q, D]; zero for padding.
@@ -79,11 +79,11 @@ class PagedKeysValues:
         if prefill.is_faster(q.device.type, metadata.new, batch_invariant):
             where = (table, metadata.seq_lens, metadata.lengths)
             out = prefill.attend(q, self.held(), *where, scale)
-            out = join_heads(out.to(dtype), high_dims)
+            out = join_heads(out.to(dtype), head_dim_hi)
         else:
             starts = (table, metadata.seq_lens, metadata.cu_seqlens_q)
             out = ops.kv_attention(
-                q, self.held(), *starts, scale, out_dtype=dtype, high_dims=high_dims
+                q, self.held(), *starts, scale, out_dtype=dtype, head_dim_hi=head_dim_hi
             )
         return out if rows is None else out.new_zeros(padded.shape).index_copy(0, rows, out)
 

@@ -15,7 +15,7 @@ def kv_attention(
     query_starts: torch.Tensor,
     scale: float,
     out_dtype: torch.dtype | None = None,
-    high_dims: int | None = None,
+    head_dim_hi: int | None = None,
 ) -> torch.Tensor:
     """Causal grouped-query attention of all sequences over 4-bit pages: prefill, chunked prefill
     and decode.
@@ -40,12 +40,12 @@ def kv_attention(
             rows of q beyond it return zeros.
         scale: factor on the scores, usually D ** -0.5.
         out_dtype: float32, float16 or bfloat16; None for q's.
-        high_dims: None, or 0 to D: the result in the column order of o_proj's input, the first D -
-            high_dims dims of every head, then the last high_dims of every head (docs/formats.md
-            section 6).
+        head_dim_hi: None, or 0 to D: the result in the column order of o_proj's input, first the
+            D - head_dim_hi low dims of every head, then the last head_dim_hi of every head
+            (docs/formats.md section 6).
 
     Returns:
-        [T, n_q_heads, D] in out_dtype, [T, n_q_heads * D] with high_dims; zeros for queries that
+        [T, n_q_heads, D] in out_dtype, [T, n_q_heads * D] with head_dim_hi; zeros for queries that
         see no token; NaN where a visible row or the query holds NaN.
 
     Raises:
@@ -61,7 +61,7 @@ def kv_attention(
         query_starts,
         scale,
         out_dtype,
-        high_dims,
+        head_dim_hi,
     )
     return out
 
@@ -75,8 +75,8 @@ def _fake(
     query_starts: torch.Tensor,
     scale: float,
     out_dtype: torch.dtype | None = None,
-    high_dims: int | None = None,
+    head_dim_hi: int | None = None,
 ) -> torch.Tensor:
     torch._check(q.dim() == 3, lambda: f"kv_attention: q: expected 3 dimensions, got {q.dim()}")
-    shape = q.shape if high_dims is None else (q.shape[0], q.shape[1] * q.shape[2])
+    shape = q.shape if head_dim_hi is None else (q.shape[0], q.shape[1] * q.shape[2])
     return q.new_empty(shape, dtype=out_dtype)

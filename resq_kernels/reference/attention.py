@@ -100,7 +100,7 @@ def kv_attention(
     query_starts: torch.Tensor,
     scale: float,
     out_dtype: torch.dtype | None = None,
-    high_dims: int | None = None,
+    head_dim_hi: int | None = None,
 ) -> torch.Tensor:
     """Causal GQA attention over the pages; arguments as in `ops.kv_attention`.
 
@@ -116,7 +116,7 @@ def kv_attention(
         k, v = (rows.dequantize() for rows in read_tokens(cache, slots, head_dim))
         out[begin:end] = attend(q[begin:end].float(), k, v, scale)
     out = out.to(out_dtype or q.dtype)
-    return out if high_dims is None else join_heads(out, high_dims)
+    return out if head_dim_hi is None else join_heads(out, head_dim_hi)
 
 
 def kv_dequantize(

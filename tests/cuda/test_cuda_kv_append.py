@@ -79,7 +79,7 @@ def test_kv_append_and_kv_attention_of_slices_are_float64_attention(
     """A layer's two calls; on the way, q' and pages have the bits of contiguous tensors."""
     tokens, n_kv, n_q = 21, 2, 4
     cos, sin = cos_sin(tokens, 64)
-    # Slices of one tensor, as a merged projection returns them.
+    # Slices of one tensor, as a fused projection returns them.
     together = torch.randn(tokens, (n_q + n_kv) * 64).half()
     q, k = (x.unflatten(1, (-1, 64)) for x in together.split([n_q * 64, n_kv * 64], dim=1))
     rest, slots = (cos, sin, rotations(2, 64).half()), torch.arange(tokens)

@@ -66,10 +66,10 @@ class Case:
         n_kv = self.pages.cache.shape[1]
         self.q, self.exact_q = rotated_queries(self.q, n_kv, *rest, device.kv_append)
 
-    def joined(self, device: emulation.Emulated, high_dims: int) -> torch.Tensor:
+    def joined(self, device: emulation.Emulated, head_dim_hi: int) -> torch.Tensor:
         """The result in the order of o_proj's columns."""
         where = (self.pages.cache, self.pages.block_table, self.pages.seq_lens, self.starts)
-        return device.kv_attention(self.q, *where, self.scale, None, high_dims)
+        return device.kv_attention(self.q, *where, self.scale, None, head_dim_hi)
 
     def wrong_rows(self, out: torch.Tensor) -> list[str]:
         """What lies outside the tolerance."""
@@ -128,8 +128,8 @@ def test_high_dims_are_the_same_numbers_in_the_order_of_o_proj(
 ) -> None:
     case = make(lengths, [2, 1], head_dim, dtype=torch.bfloat16)
     apart = case.run(device)
-    for high_dims in (0, 1, head_dim // 8, head_dim):
-        assert torch.equal(case.joined(device, high_dims), join_heads(apart, high_dims))
+    for head_dim_hi in (0, 1, head_dim // 8, head_dim):
+        assert torch.equal(case.joined(device, head_dim_hi), join_heads(apart, head_dim_hi))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -15,7 +15,7 @@ from resq_kernels.formats import pack_int4, unpack_int4, weight_sums
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# (hidden size, intermediate size, rows of the merged q, k and v): every Llama 2, 3 and 3.x and
+# (hidden size, intermediate size, rows of the fused q, k and v): every Llama 2, 3 and 3.x and
 # Qwen2.5 shape that differs from the others.
 MODELS = {
     "qwen2.5-0.5b": (896, 4864, 1152),

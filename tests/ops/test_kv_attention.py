@@ -163,13 +163,13 @@ def test_high_dims_are_the_same_numbers_in_the_order_of_o_proj(
     q = torch.randn(4, 6, head_dim)  # a row beyond the last sequence
     arguments = (q, pages.cache, pages.block_table, pages.seq_lens, starts([2, 1]), 0.1)
     apart = ops.kv_attention(*arguments)
-    for high_dims in (0, 1, head_dim // 8, 24, head_dim):
+    for head_dim_hi in (0, 1, head_dim // 8, 24, head_dim):
         for out_dtype in DTYPES:
-            out = ops.kv_attention(*arguments, out_dtype=out_dtype, high_dims=high_dims)
-            assert torch.equal(out, join_heads(apart, high_dims).to(out_dtype))
-    shapes = {reference.kv_attention(*arguments, high_dims=8).shape, out.shape}
+            out = ops.kv_attention(*arguments, out_dtype=out_dtype, head_dim_hi=head_dim_hi)
+            assert torch.equal(out, join_heads(apart, head_dim_hi).to(out_dtype))
+    shapes = {reference.kv_attention(*arguments, head_dim_hi=8).shape, out.shape}
     assert shapes == {(4, 6 * head_dim)}
-    assert torch.equal(ops.kv_attention(*arguments, high_dims=0).view(q.shape), apart)
+    assert torch.equal(ops.kv_attention(*arguments, head_dim_hi=0).view(q.shape), apart)
 
 
 def test_join_heads_puts_the_low_dims_first() -> None:
@@ -442,8 +442,8 @@ def arguments() -> dict[str, object]:
             lambda t: t[[0, 2, 1]],
             r"query_starts: .*not descend .*got 2 for the end",
         ),
-        ("high_dims", lambda _: 65, "high_dims: expected 0 to 64, got 65"),
-        ("high_dims", lambda _: -1, "high_dims: expected 0 to 64, got -1"),
+        ("head_dim_hi", lambda _: 65, "head_dim_hi: expected 0 to 64, got 65"),
+        ("head_dim_hi", lambda _: -1, "head_dim_hi: expected 0 to 64, got -1"),
     ],
 )
 def test_kv_attention_refuses(name: str, change: object, message: str) -> None:
@@ -460,7 +460,7 @@ def test_kv_attention_passes_opcheck() -> None:
     torch.library.opcheck(torch.ops.resq.kv_attention.default, tuple(values.values())[:6])
     values["q"], values["out_dtype"] = torch.randn(5, 9, 64)[:, 2:6], torch.float16
     torch.library.opcheck(torch.ops.resq.kv_attention.default, tuple(values.values()))
-    values["high_dims"] = 8
+    values["head_dim_hi"] = 8
     torch.library.opcheck(torch.ops.resq.kv_attention.default, tuple(values.values()))
 
 

@@ -28,8 +28,8 @@ struct KvAttentionParams {
   FloatType out_type;
   int64_t q_stride;
   int64_t n_q, n_kv, head_dim, page_size, max_pages;
-  float scale;        // of the scores, times log2(e)
-  int64_t high_dims;  // of a head that stand behind all heads' low dims; 0: heads one by one
+  float scale;          // of the scores, times log2(e)
+  int64_t head_dim_hi;  // of a head that stand behind all heads' low dims; 0: heads one by one
 
   RESQ_HOST_DEVICE int64_t group() const { return n_q / n_kv; }
 };
@@ -49,10 +49,10 @@ struct KvOutputRow {
   int64_t low_dims;
 
   RESQ_HOST_DEVICE KvOutputRow(const KvAttentionParams& p, int64_t token, int64_t head)
-      : low_dims(p.head_dim - p.high_dims) {
+      : low_dims(p.head_dim - p.head_dim_hi) {
     const int64_t first = token * p.n_q * p.head_dim;
     low = first + head * low_dims;
-    high = first + p.n_q * low_dims + head * p.high_dims - low_dims;
+    high = first + p.n_q * low_dims + head * p.head_dim_hi - low_dims;
   }
   RESQ_HOST_DEVICE int64_t index(int64_t dim) const { return (dim < low_dims ? low : high) + dim; }
 };

@@ -362,7 +362,7 @@ inline void write_out(const KvAttentionParams& p, const KvAttentionTask& task,
     auto* out = static_cast<uint8_t*>(p.out);
     __builtin_memcpy(out + to.low * size, rounded, to.low_dims * size);
     __builtin_memcpy(out + to.index(to.low_dims) * size, rounded + to.low_dims * size,
-                     p.high_dims * size);
+                     p.head_dim_hi * size);
   }
 }
 

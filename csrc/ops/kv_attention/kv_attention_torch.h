@@ -11,7 +11,7 @@ namespace resq {
 template <class Device>
 Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_table,
                     const Tensor& seq_lens, const Tensor& query_starts, double scale,
-                    std::optional<ScalarType> out_dtype, std::optional<int64_t> high_dims) {
+                    std::optional<ScalarType> out_dtype, std::optional<int64_t> head_dim_hi) {
   const char* op = "kv_attention";
   const Device device(op, q);
   check_token_heads(op, "q", q, float_dtypes(), {kAnySize, kAnySize, kAnySize});
@@ -35,12 +35,12 @@ Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_ta
   device.check_aligned("cache", cache);
   const ScalarType out_type = out_dtype.value_or(q.scalar_type());
   check_float_dtype(op, "out_dtype", out_type);
-  if (high_dims && (*high_dims < 0 || *high_dims > head_dim)) {
-    fail(op, "high_dims", "0 to " + std::to_string(head_dim), std::to_string(*high_dims));
+  if (head_dim_hi && (*head_dim_hi < 0 || *head_dim_hi > head_dim)) {
+    fail(op, "head_dim_hi", "0 to " + std::to_string(head_dim), std::to_string(*head_dim_hi));
   }
   const std::vector<int64_t> heads_apart = {tokens, n_q, head_dim},
                              joined = {tokens, n_q * head_dim};
-  const Tensor out = allocate(q, high_dims ? joined : heads_apart, out_type);
+  const Tensor out = allocate(q, head_dim_hi ? joined : heads_apart, out_type);
   const double log2_e = 1.4426950408889634;
   const KvAttentionParams params{.q = {q.const_data_ptr(), float_type(op, "q", q)},
                                  .out = out.mutable_data_ptr(),
@@ -54,7 +54,7 @@ Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_ta
                                  .page_size = page_size,
                                  .max_pages = block_table.size(1),
                                  .scale = static_cast<float>(scale * log2_e),
-                                 .high_dims = high_dims.value_or(0)};
+                                 .head_dim_hi = head_dim_hi.value_or(0)};
   const KvAttentionBatch batch{.seq_lens = seq_lens.const_data_ptr<int32_t>(),
                                .query_starts = query_starts.const_data_ptr<int32_t>(),
                                .tokens = tokens,
