@@ -84,6 +84,31 @@ class QuantizedWeight(NamedTuple):
     weight_hi: torch.Tensor
     weight_scale: torch.Tensor
 
+    @classmethod
+    def cat(cls, weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """The rows of all `weights`, which have the same columns, one weight after the other."""
+        return cls(*map(torch.cat, zip(*weights, strict=True)))
+
+    def split(self, rows: Sequence[int]) -> list[QuantizedWeight]:
+        """Weights of `rows` rows each, slices of this one."""
+        parts = zip(*(tensor.split(rows) for tensor in self), strict=True)
+        return [QuantizedWeight(*tensors) for tensors in parts]
+
+    @property
+    def n(self) -> int:
+        """N, output rows."""
+        return self.weight_scale.shape[0]
+
+    @property
+    def k_lo(self) -> int:
+        """Columns of the INT4 part."""
+        return 2 * self.weight_lo.shape[1]
+
+    @property
+    def k_hi(self) -> int:
+        """Columns of the INT8 part."""
+        return self.weight_hi.shape[1]
+
     def dequantize(self) -> torch.Tensor:
         """scale * code as float32 [N, K]: exactly the weight that kernels compute with."""
         scale_lo, scale_hi = self.weight_scale.split(1, dim=1)
@@ -115,22 +140,20 @@ class PackedWeight(NamedTuple):
         """Packs canonical codes for the kernel of their device; the scale is not copied."""
         lo, hi, scale = weight
         data = torch.ops.resq.pack_weight(lo, hi)
-        return cls(data, scale, weight_sums(lo, hi), 2 * lo.shape[1], hi.shape[1])
+        return cls(data, scale, weight_sums(lo, hi), weight.k_lo, weight.k_hi)
 
     @classmethod
     def cat(cls, weights: Sequence[PackedWeight]) -> PackedWeight:
         """The rows of all `weights`, which have the same columns, one weight after the other."""
         if any(weight.n % _BLOCK_ROWS for weight in weights[:-1]):
-            codes = (weight.codes() for weight in weights)
-            return cls.pack(QuantizedWeight(*map(torch.cat, zip(*codes, strict=True))))
+            return cls.pack(QuantizedWeight.cat([weight.codes() for weight in weights]))
         data, scale, sums, k_lo, k_hi = zip(*weights, strict=True)
         return cls(torch.cat(data), torch.cat(scale), torch.cat(sums), k_lo[0], k_hi[0])
 
     def split(self, rows: Sequence[int]) -> list[PackedWeight]:
         """Weights of `rows` rows each: the inverse of `cat`, slices where blocks allow it."""
         if any(n % _BLOCK_ROWS for n in rows[:-1]):
-            codes = zip(*(tensor.split(rows) for tensor in self.codes()), strict=True)
-            return [PackedWeight.pack(QuantizedWeight(*parts)) for parts in codes]
+            return [PackedWeight.pack(weight) for weight in self.codes().split(rows)]
         columns, device = (self.k_lo, self.k_hi), self.data.device.type
         data = self.data.split([packed_weight_bytes(n, *columns, device) for n in rows])
         slices = zip(data, self.scale.split(rows), self.sums.split(rows), strict=True)

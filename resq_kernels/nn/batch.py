@@ -41,6 +41,11 @@ class BatchState:
                 is in the cache differently than the pass that put it there.
         """
         length = self.length + new
+        if self.valid is not None and len(self.valid) != batch:
+            raise ValueError(
+                f"ResQAttention: cache: expected the {len(self.valid)} sequences that it holds, "
+                f"got {batch}"
+            )
         if mask is None and self.valid is None:
             positions = torch.arange(self.length, length, device=device).repeat(batch)
             starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * new
@@ -88,6 +93,8 @@ class BatchState:
         """The state that had seen the first `columns` columns alone."""
         if columns >= self.length:
             return self
+        if columns <= 0:
+            return BatchState()
         return BatchState(columns, None if self.valid is None else self.valid[:, :columns])
 
     def select(self, indices: torch.Tensor) -> BatchState:
@@ -230,7 +237,7 @@ class Batch:
 
 
 class ForwardPass:
-    """The metadata of one forward pass, made by the first layer that asks, once a device.
+    """The metadata of one forward pass and no other, made by the first layer, once a device.
 
     A decoder gives the same object to all of its layers (nn/convert.py).
 
@@ -269,6 +276,6 @@ class ForwardPass:
 def out_of_step(held: int, expected: int) -> str:
     """What to say of a layer that was left out of a pass or of a change of its cache."""
     return (
-        f"ResQAttention: cache: expected a layer that holds {expected} columns as the others do, "
-        f"got one with {held}: every layer must see every pass and change; reset the cache"
+        f"ResQAttention: cache: expected a layer with the {expected} columns that the batch has "
+        f"seen, got one with {held}: every layer must see every pass and change; reset the cache"
     )

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
     from transformers.cache_utils import Cache
 
-# Passes before the capture: the first loads kernels, makes workspaces and merges weights that were
-# moved since they were loaded; the second finds everything as the captured one will.
+# Passes before the capture: the first loads kernels and makes workspaces; the second finds
+# everything as the captured one will.
 WARMUPS = 2
 # RoPE whose frequencies depend on the longest position: transformers reads it on the host.
 _HOST_ROPE = ("dynamic", "longrope")

@@ -8,16 +8,18 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from resq_kernels.formats import MixedTensor, PackedWeight
+from resq_kernels.formats import MixedTensor, PackedWeight, QuantizedWeight
 from resq_kernels.nn.linear import ResQLinear
-
-_TENSORS = ("weight_lo", "weight_hi", "weight_scale", "bias")
 
 
 class FusedLinear(ResQLinear):
     """[y_1 | y_2 | ...] of linears that read the same rows, by one `mixed_gemm`; the same bits.
 
+    A state has the names of the parts: "q_proj.weight_lo". Scale and bias are buffers outside of
+    it, as who moves parameters one by one looks each of them up in the state.
+
     Args:
+        name: the attribute that its owner keeps it under; no part of the names in a state.
         parts: the packed linears by name, in the order of the result. They have the same K, K_hi,
             row format, dtype and device, and all or none has a bias. Their tensors are copied.
 
@@ -25,20 +27,14 @@ class FusedLinear(ResQLinear):
         rows: name of a part -> its N.
 
     Raises:
-        ValueError: the linears differ.
+        ValueError: a part is no plain `ResQLinear` (an adapter, a hook), or the parts differ.
         RuntimeError: a linear is not packed.
     """
 
-    def __init__(self, parts: Mapping[str, ResQLinear]) -> None:
-        kinds = {name: _kind(linear) for name, linear in parts.items()}
-        if len(set(kinds.values())) != 1:
-            raise ValueError(
-                "FusedLinear: parts: expected linears with the same columns, row format, bias, "
-                f"dtype and device, got {kinds}"
-            )
+    def __init__(self, name: str, parts: Mapping[str, ResQLinear]) -> None:
         linears = list(parts.values())
+        _check_parts(parts)
         weight = PackedWeight.cat([linear.packed() for linear in linears])
-        biases: list[torch.Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         first = linears[0]
         super().__init__(
             first.in_features,
@@ -47,22 +43,77 @@ class FusedLinear(ResQLinear):
             dtype=first.dtype,
             device="meta",
         )
-        self.row_format = first.row_format
-        self.rows = {name: linear.out_features for name, linear in parts.items()}
-        self.hold(weight, torch.cat(biases) if biases else None)
+        self.name, self.row_format = name, first.row_format
+        self.rows = {part: linear.out_features for part, linear in parts.items()}
+        self.hold(weight, _joined_bias(linears))
+
+    def hold(self, weight: PackedWeight | QuantizedWeight, bias: torch.Tensor | None) -> None:
+        """Takes these tensors in place of its own, scale and bias as buffers."""
+        super().hold(weight, bias)
+        for name in ("weight_scale", "bias"):
+            parameter = self._parameters.pop(name, None)
+            buffer = None if parameter is None else parameter.data
+            self.register_buffer(name, buffer, persistent=False)
 
     def split(self) -> dict[str, ResQLinear]:
         """The parts as linears of their own, around slices where blocks of rows allow it."""
         rows = list(self.rows.values())
+        weights: list[Any] = (self.packed() if self.is_packed else self.codes()).split(rows)
         biases = [None] * len(rows) if self.bias is None else self.bias.split(rows)
-        weights = self.packed().split(rows)
         return {
-            name: ResQLinear.of(weight, bias, self.row_format, self.dtype)
-            for name, weight, bias in zip(self.rows, weights, biases, strict=True)
+            part: ResQLinear.of(weight, bias, self.row_format, self.dtype)
+            for part, weight, bias in zip(self.rows, weights, biases, strict=True)
         }
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rows={self.rows}"
+
+    def _outer(self, prefix: str) -> str:
+        return prefix.removesuffix(f"{self.name}.")
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        own: dict[str, Any] = {}
+        for part, linear in self.split().items():
+            linear._save_to_state_dict(own, f"{self._outer(prefix)}{part}.", keep_vars)
+        # Tensors of their own: some savers refuse those that share a storage.
+        destination |= {key: tensor.clone() for key, tensor in own.items()}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        outer, own = self._outer(prefix), {}
+        for key, tensor in state_dict.items():
+            inner = key.removeprefix(prefix)
+            if key.startswith(prefix) and inner.partition(".")[0] in self.rows:
+                own[outer + inner] = tensor
+            elif key.startswith(prefix) and strict:
+                unexpected_keys.append(key)
+        lists = (missing_keys, unexpected_keys, error_msgs)
+        parts = self.split()
+        for part, linear in parts.items():
+            linear._load_from_state_dict(own, f"{outer}{part}.", local_metadata, strict, *lists)
+        linears = list(parts.values())
+        devices = {tensor.device for linear in linears for tensor in linear.parameters()}
+        if len(devices) > 1:  # some loaded by assignment, the others still on meta
+            error_msgs.append(
+                f"FusedLinear: {outer}{self.name}: expected all parts on one device, got "
+                f"{' and '.join(sorted(map(str, devices)))}; load every part, or unfuse() first"
+            )
+        elif all(linear.is_packed for linear in linears):
+            weight = PackedWeight.cat([linear.packed() for linear in linears])
+            self.hold(weight, _joined_bias(linears))
+        else:
+            codes = QuantizedWeight.cat([linear.codes() for linear in linears])
+            self.hold(codes, _joined_bias(linears))
 
 
 class FusesLinears(nn.Module):
@@ -79,27 +130,26 @@ class FusesLinears(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_module(self.FUSED, None)
-        module: Any = self  # torch leaves these two without types
-        module.register_state_dict_post_hook(_split_state)
-        module.register_load_state_dict_pre_hook(_join_state)
 
     @property
     def fused(self) -> FusedLinear | None:
         """The fused linear, or None while the parts are apart."""
-        found: FusedLinear | None = getattr(self, self.FUSED)
-        return found
+        found: Any = self._modules.get(self.FUSED)
+        return found if isinstance(found, FusedLinear) else None
 
     def fuse(self) -> None:
         """Replaces the packed parts by a `FusedLinear`.
 
         Raises:
-            ValueError: the parts differ in more than their rows.
+            ValueError: a part has a hook or is no `ResQLinear`, or the parts differ in more than
+                their rows.
             RuntimeError: a part is not packed.
         """
         if self.fused is None:
             # Tensors that outlive the caller's inference mode.
             with torch.inference_mode(False):
-                fused = FusedLinear({part: getattr(self, part) for part in self.PARTS})
+                parts = {part: getattr(self, part) for part in self.PARTS}
+                fused = FusedLinear(self.FUSED, parts)
             for part in self.PARTS:
                 delattr(self, part)
             setattr(self, self.FUSED, fused)
@@ -107,9 +157,9 @@ class FusesLinears(nn.Module):
     def unfuse(self) -> None:
         """Replaces the `FusedLinear` by its parts."""
         if (fused := self.fused) is not None:
-            setattr(self, self.FUSED, None)
             with torch.inference_mode(False):
                 parts = fused.split()
+            setattr(self, self.FUSED, None)
             for part, linear in parts.items():
                 setattr(self, part, linear)
 
@@ -120,57 +170,63 @@ class FusesLinears(nn.Module):
             return joined
         return torch.cat([getattr(self, part)(x) for part in self.PARTS], dim=-1)
 
+    def __getattr__(self, name: str) -> Any:
+        self._refuse_fused(name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._refuse_fused(name)
+        super().__setattr__(name, value)
+
+    def _refuse_fused(self, name: str) -> None:
+        """A part that is fused is no module: nobody would call what takes its place."""
+        if name in type(self).PARTS and self.__dict__["_modules"].get(self.FUSED) is not None:
+            raise AttributeError(
+                f"{type(self).__name__}: {name}: expected a module of its own, got a part of "
+                f"{self.FUSED}; call unfuse() first"
+            )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        if self.fused is not None:
+            # torch hands a child the keys below its own name.
+            parts = tuple(f"{prefix}{part}." for part in self.PARTS)
+            for key in [key for key in state_dict if key.startswith(parts)]:
+                inner = key.removeprefix(prefix)
+                state_dict[f"{prefix}{self.FUSED}.{inner}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def _joined_bias(linears: list[ResQLinear]) -> torch.Tensor | None:
+    biases: list[torch.Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    return torch.cat(biases) if biases else None
+
+
+def _check_parts(parts: Mapping[str, ResQLinear]) -> None:
+    """That one product can stand for all of them."""
+    first: ResQLinear | None = None
+    for name, linear in parts.items():
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        if type(linear) is not ResQLinear or "forward" in vars(linear):
+            raise ValueError(
+                f"FusedLinear: {name}: expected a ResQLinear as it is, got {type(linear).__name__}"
+                f"{' with another forward' if type(linear) is ResQLinear else ''}"
+            )
+        if any(getattr(linear, kind) for kind in hooks):
+            raise ValueError(f"FusedLinear: {name}: expected no hooks, which would not be called")
+        first = first or linear
+        for what, expected, given in zip(_KIND, _kind(first), _kind(linear), strict=True):
+            if expected != given:
+                raise ValueError(
+                    f"FusedLinear: {name}: {what}: expected {expected} as of {next(iter(parts))}, "
+                    f"got {given}"
+                )
+
+
+_KIND = ("in_features", "row_format", "bias", "dtype", "device")
+
 
 def _kind(linear: ResQLinear) -> tuple[Any, ...]:
-    """What must be the same for one product to stand for several linears."""
-    place = (linear.dtype, str(linear.weight_scale.device))
+    place = (linear.dtype, linear.weight_scale.device)
     return (linear.in_features, tuple(linear.row_format), linear.bias is not None, *place)
-
-
-def _split_state(
-    module: FusesLinears, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
-) -> None:
-    """Of a `state_dict`: gives the rows of the fused tensors the names of the parts."""
-    if (fused := module.fused) is None:
-        return
-    for name in _TENSORS:
-        whole = state.pop(f"{prefix}{module.FUSED}.{name}", None)
-        if whole is None:
-            continue
-        parts = whole.split(list(fused.rows.values()))
-        if name in ("weight_lo", "weight_hi"):
-            # Tensors of their own: who saves them must not find them in one storage, and copy.
-            parts = [part.clone() for part in parts]
-        state |= {f"{prefix}{p}.{name}": t for p, t in zip(fused.rows, parts, strict=True)}
-
-
-def _join_state(
-    module: FusesLinears,
-    state: dict[str, Any],
-    prefix: str,
-    local_metadata: dict[str, Any],
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-) -> None:
-    """Of `load_state_dict`: joins the tensors of the parts; what is missing stays as it is."""
-    if (fused := module.fused) is None:
-        return
-    own = {name: tensor for name, tensor in fused.state_dict().items() if name in _TENSORS}
-    for name, whole in own.items():
-        parts = []
-        for part, old in zip(fused.rows, whole.split(list(fused.rows.values())), strict=True):
-            key = f"{prefix}{part}.{name}"
-            new = state.pop(key, None)
-            if new is None:
-                missing_keys.append(key)
-            elif new.shape != old.shape or (name != "bias" and new.dtype != old.dtype):
-                error_msgs.append(
-                    f"FusedLinear: {key}: expected {old.dtype} {list(old.shape)}, "
-                    f"got {new.dtype} {list(new.shape)}"
-                )
-            else:
-                old = new
-            parts.append(old)
-        state[f"{prefix}{module.FUSED}.{name}"] = torch.cat(parts)

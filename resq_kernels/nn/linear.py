@@ -12,8 +12,6 @@ from resq_kernels import ops
 from resq_kernels.formats import MixedTensor, PackedWeight, QuantizedWeight, RowFormat
 from resq_kernels.weights import quantize_weight
 
-_CODES = ("weight_lo", "weight_hi")
-
 
 class ResQLinear(nn.Module):
     """y = x W^T + b with x quantized per token and W per output row, in two parts.
@@ -45,7 +43,8 @@ class ResQLinear(nn.Module):
     Source: arXiv 2412.14363, section 4.
     """
 
-    # Buffers, which nn.Module does not declare.
+    # What nn.Module registers, it does not declare.
+    bias: nn.Parameter | None
     packed_weight: torch.Tensor | None
     weight_sum: torch.Tensor | None
 
@@ -81,7 +80,9 @@ class ResQLinear(nn.Module):
             out_features, high_columns, dtype=torch.int8
         )
         self.weight_scale = parameter(out_features, 2, dtype=torch.float32)
-        self.bias = parameter(out_features, dtype=self.dtype) if bias else None
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = parameter(out_features, dtype=self.dtype)
         self.register_buffer("packed_weight", None, persistent=False)
         self.register_buffer("weight_sum", None, persistent=False)
 
@@ -98,12 +99,15 @@ class ResQLinear(nn.Module):
 
     @staticmethod
     def of(
-        weight: PackedWeight, bias: torch.Tensor | None, row_format: RowFormat, dtype: torch.dtype
+        weight: PackedWeight | QuantizedWeight,
+        bias: torch.Tensor | None,
+        row_format: RowFormat,
+        dtype: torch.dtype,
     ) -> ResQLinear:
-        """A packed layer around these tensors, which are not copied.
+        """A layer around these tensors, which are not copied.
 
         Args:
-            weight: [N, K].
+            weight: [N, K]; the layer is packed if the weight is.
             bias: [N] in the compute dtype, or None.
             row_format: how the input is quantized.
             dtype: compute dtype.
@@ -140,24 +144,28 @@ class ResQLinear(nn.Module):
     def pack(self) -> None:
         """Moves the codes into the layout that the kernel of their device reads."""
         if not self.is_packed:
-            packed = PackedWeight.pack(self.codes())
-            self.packed_weight, self.weight_sum = packed.data, packed.sums
-            self.weight_lo = self.weight_hi = None
+            self._hold_codes(PackedWeight.pack(self.codes()))
 
     def unpack(self) -> None:
         """Moves the codes back into `weight_lo` and `weight_hi`."""
         if self.is_packed:
-            codes = self.codes()
-            self.weight_lo = nn.Parameter(codes.weight_lo, False)
-            self.weight_hi = nn.Parameter(codes.weight_hi, False)
-            self.packed_weight = self.weight_sum = None
+            self._hold_codes(self.codes())
 
-    def hold(self, weight: PackedWeight, bias: torch.Tensor | None) -> None:
+    def hold(self, weight: PackedWeight | QuantizedWeight, bias: torch.Tensor | None) -> None:
         """Takes these tensors, of the layer's sizes, in place of its own."""
-        self.packed_weight, self.weight_sum = weight.data, weight.sums
-        self.weight_lo = self.weight_hi = None
-        self.weight_scale = nn.Parameter(weight.scale.detach(), False)
+        self._hold_codes(weight)
+        scale = weight.scale if isinstance(weight, PackedWeight) else weight.weight_scale
+        self.weight_scale = nn.Parameter(scale.detach(), False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), False)
+
+    def _hold_codes(self, weight: PackedWeight | QuantizedWeight) -> None:
+        if isinstance(weight, PackedWeight):
+            self.packed_weight, self.weight_sum = weight.data, weight.sums
+            self.weight_lo = self.weight_hi = None
+        else:
+            self.weight_lo = nn.Parameter(weight.weight_lo, False)
+            self.weight_hi = nn.Parameter(weight.weight_hi, False)
+            self.packed_weight = self.weight_sum = None
 
     def codes(self) -> QuantizedWeight:
         """The canonical weight: uint8 [N, K_lo / 2], int8 [N, K_hi] and the scale."""
@@ -214,7 +222,8 @@ class ResQLinear(nn.Module):
     ) -> None:
         if self.is_packed:
             codes = self.codes()
-            destination |= {prefix + name: getattr(codes, name) for name in _CODES}
+            destination[prefix + "weight_lo"] = codes.weight_lo
+            destination[prefix + "weight_hi"] = codes.weight_hi
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -228,7 +237,7 @@ class ResQLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         self.unpack()
-        for name in (*_CODES, "weight_scale"):
+        for name in QuantizedWeight._fields:
             expected, given = getattr(self, name), state_dict.get(prefix + name)
             if given is not None and given.dtype != expected.dtype:
                 error_msgs.append(

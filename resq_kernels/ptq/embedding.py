@@ -81,8 +81,7 @@ def _tensors(
         for start, part in zip(range(0, len(matrix), VOCAB_ROWS), rows, strict=True):
             matrix[start : start + VOCAB_ROWS] = part.to(matrix.dtype)
         return {f"{module}.weight": matrix}
-    parts = zip(*(_round(part) for part in rows), strict=True)
-    return QuantizedWeight(*map(torch.cat, parts)).named(module)
+    return QuantizedWeight.cat([_round(part) for part in rows]).named(module)
 
 
 def _round(rows: torch.Tensor) -> QuantizedWeight:

@@ -25,6 +25,8 @@ from resq_kernels.safetensors_io import read_json, save_tensors, write_json
 Piece = TypeVar("Piece")
 
 FINGERPRINT_FILE = "fingerprint.json"
+# Counts what the pieces hold: an older program's work folder cannot be continued.
+PIECES = 2
 # Files up to 64 MiB are hashed whole, of larger ones 64 blocks from the first byte to the last:
 # 140 GB of weights are told apart in a second, and a different model differs everywhere.
 HASH_BLOCKS = 64
@@ -59,7 +61,7 @@ def fingerprint(
         "model": model.hexdigest(),
         "calibration": hashlib.sha256(str(tokens.shape).encode() + tokens.tobytes()).hexdigest(),
         "config": json.dumps(config.to_dict()),
-        "version": f"{resq_kernels.__version__}, torch {torch.__version__}",
+        "version": f"{resq_kernels.__version__}, pieces {PIECES}, torch {torch.__version__}",
     }
 
 

@@ -235,7 +235,9 @@ def test_layers_without_tokens_do_not_count(model: Any) -> None:
     options = {"attention_mask": mask[rows]}
     got, expected = (hidden(shallow, ids[rows, 6:], one, **options) for one in (cache, other))
     assert torch.equal(got, expected)
-    with pytest.raises(ValueError, match="holds 14 columns as the others do, got one with 0"):
+    with pytest.raises(
+        ValueError, match="with the 14 columns that the batch has seen, got one with 0"
+    ):
         hidden(model, ids[:, :1], cache, attention_mask=torch.cat([mask[rows], mask[:, :1]], 1))
 
 
@@ -322,7 +324,9 @@ def test_a_pass_that_was_interrupted(
     if layer == 0:
         assert cache.get_seq_length() == 7 and cache.batch.state.length == 7
     else:
-        with pytest.raises(ValueError, match="holds 9 columns as the others do, got one with 7"):
+        with pytest.raises(
+            ValueError, match="with the 9 columns that the batch has seen, got one with 7"
+        ):
             hidden(model, ids[:, 9:], cache)
         cache.reset()
     start = cache.get_seq_length()
@@ -338,10 +342,21 @@ def test_another_batch_than_the_cache_s_is_refused(model: Any) -> None:
     assert torch.equal(hidden(model, ids[:2], cache), hidden(model, ids[:2]))  # nothing is held
 
 
+def test_another_batch_than_a_padded_cache_s_is_refused(model: Any) -> None:
+    ids, mask, cache = tokens(3, 10), padding(3, 10), ResQCache(model.config)
+    hidden(model, ids[:, :8], cache, attention_mask=mask[:, :8])
+    with pytest.raises(ValueError, match="expected the 3 sequences that it holds, got 2"):
+        hidden(model, ids[:2, 8:], cache)
+    cache.crop(-8)
+    assert torch.equal(hidden(model, ids[:2], cache), hidden(model, ids[:2]))  # nothing is held
+
+
 def test_a_pass_cannot_be_taken_twice(model: Any) -> None:
     ids, cache, forward_pass = tokens(1, 8), ResQCache(model.config), ForwardPass()
     hidden(model, ids[:, :4], cache, forward_pass=forward_pass)
-    with pytest.raises(ValueError, match="holds 0 columns as the others do, got one with 4"):
+    with pytest.raises(
+        ValueError, match="with the 0 columns that the batch has seen, got one with 4"
+    ):
         hidden(model, ids[:, 4:], cache, forward_pass=forward_pass)
 
 

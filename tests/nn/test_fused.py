@@ -104,8 +104,9 @@ def test_the_state_has_the_names_and_values_of_the_parts(rows: tuple[int, ...], 
     assert equal_states(separate, fused)
     outer, prefixed = torch.nn.Sequential(fused), torch.nn.Sequential(separate)
     assert equal_states(outer, prefixed)
-    storages = [t.untyped_storage().data_ptr() for k, t in fused.state_dict().items() if "_lo" in k]
-    assert len(set(storages)) == 3, "who saves a state copies tensors that share a storage"
+    state = list(fused.state_dict().values())
+    storages = {tensor.untyped_storage().data_ptr() for tensor in state}
+    assert len(storages) == len(state), "some savers refuse tensors that share a storage"
     fused.abc_proj.unpack()
     assert equal_states(separate, fused)
     fused.abc_proj.pack()
@@ -145,10 +146,19 @@ def test_a_part_is_loaded_alone() -> None:
 @pytest.mark.parametrize(
     ("name", "wrong", "words"),
     [
-        ("b.weight_lo", torch.zeros(64, 84, dtype=torch.int8), "expected torch.uint8"),
+        (
+            "b.weight_lo",
+            torch.zeros(64, 84, dtype=torch.int8),
+            "0.b.weight_lo: expected torch.uint8",
+        ),
+        (
+            "abc_proj.bias",
+            torch.zeros(192),
+            r'Unexpected key\(s\) in state_dict: "0.abc_proj.bias"',
+        ),
         ("c.weight_scale", torch.zeros(64, 2).half(), "got torch.float16"),
-        ("a.weight_hi", torch.zeros(64, 15, dtype=torch.int8), r"a.weight_hi: expected .*, 24\]"),
-        ("b.bias", torch.zeros(1), r"b.bias: expected torch.float32 \[64\]"),
+        ("a.weight_hi", torch.zeros(64, 15, dtype=torch.int8), "size mismatch for 0.a.weight_hi"),
+        ("b.bias", torch.zeros(1), "size mismatch for 0.b.bias"),
         ("b.weight", torch.zeros(64, K), r'Unexpected key\(s\) in state_dict: "0.b.weight"'),
         ("d.bias", torch.zeros(64), r'Unexpected key\(s\) in state_dict: "0.d.bias"'),
     ],
@@ -243,19 +253,73 @@ def test_a_part_is_hooked_when_it_is_apart(products: list[int]) -> None:
     assert products == [64, 64, 64]
 
 
-def test_linears_that_differ_are_refused() -> None:
+def test_parts_that_cannot_be_fused_are_refused() -> None:
     a, b = linears(64, 64)
-    for other in (
-        ResQLinear.from_linear(torch.nn.Linear(K, 64), HIGH + 8),
-        ResQLinear.from_linear(torch.nn.Linear(K, 64, bias=False), HIGH),
-        ResQLinear.from_linear(torch.nn.Linear(K, 64, dtype=torch.bfloat16), HIGH),
-        ResQLinear.of(b.packed(), b.bias, b.row_format._replace(clip=0.8), b.dtype),
+    hooked, replaced, adapter = linears(64, 64, 64)
+    hooked.register_forward_pre_hook(lambda module, args: None)
+    replaced.forward = lambda x: x
+    for other, words in (
+        (ResQLinear.from_linear(torch.nn.Linear(K, 64), HIGH + 8), r"row_format: .*got \(32, 4"),
+        (ResQLinear.from_linear(torch.nn.Linear(K, 64, bias=False), HIGH), "bias: expected True"),
+        (ResQLinear.from_linear(torch.nn.Linear(K, 64).half(), HIGH), "got torch.float16"),
+        (ResQLinear.of(b.packed(), b.bias, b.row_format._replace(clip=0.8), b.dtype), "0.8"),
+        (hooked, "expected no hooks"),
+        (replaced, "got ResQLinear with another forward"),
+        (torch.nn.Sequential(adapter), "expected a ResQLinear as it is, got Sequential"),
     ):
-        with pytest.raises(ValueError, match="expected linears with the same columns, row format"):
-            FusedLinear({"a": a, "b": other})
+        with pytest.raises(ValueError, match=f"FusedLinear: b: .*{words}"):
+            FusedLinear("ab", {"a": a, "b": other})
     b.unpack()
     with pytest.raises(RuntimeError, match=r"call pack\(\) after loading"):
-        FusedLinear({"a": a, "b": b})
+        FusedLinear("ab", {"a": a, "b": b})
+
+
+def test_a_fused_part_is_no_module() -> None:
+    module = projections(64, 64, 64)
+    with pytest.raises(AttributeError, match="b: expected a module .*part of abc_proj; call unfu"):
+        module.b.register_forward_hook(lambda *_: None)
+    with pytest.raises(AttributeError, match="c: expected a module"):
+        module.c = torch.nn.Identity()
+    module.unfuse()
+    module.c = torch.nn.Identity()
+    with pytest.raises(AttributeError, match="has no attribute 'd'"):
+        module.d  # noqa: B018
+
+
+def test_a_part_is_unfused_without_being_packed() -> None:
+    module, x = projections(64, 37, 5), torch.randn(3, K)
+    expected, state = module(x), module.state_dict()
+    module.abc_proj.unpack()
+    module.unfuse()
+    assert module.state_dict().keys() == state.keys() and not module.a.is_packed
+    for part in (module.a, module.b, module.c):
+        part.pack()
+    assert torch.equal(module(x), expected)
+
+
+def test_names_of_parameters_are_names_of_the_state() -> None:
+    """Tools that offload parameters one by one look each of them up in the state."""
+    model = random_quantized("qwen2")
+    assert dict(model.named_parameters()).keys() <= model.state_dict().keys()
+
+
+def test_a_shallow_copy_loads() -> None:
+    module = projections(64, 64, 64)
+    shallow = copy.copy(module)
+    del module
+    other = projections(64, 64, 64)
+    shallow.load_state_dict(other.state_dict())
+    x = torch.randn(2, K)
+    assert torch.equal(shallow(x), other(x))
+
+
+def test_parts_on_two_devices_are_refused() -> None:
+    module, other = projections(64, 64, 64).to("meta"), linears(64)[0]
+    state = {f"b.{name}": tensor for name, tensor in other.state_dict().items()}
+    with pytest.raises(RuntimeError, match="abc_proj: expected all parts on one device, got cpu a"):
+        module.load_state_dict(state, assign=True, strict=False)
+    module.load_state_dict(projections(64, 64, 64).state_dict(), assign=True)
+    assert module(torch.randn(2, K)).shape == (2, 192)
 
 
 def test_an_unpacked_linear_is_refused() -> None:
