@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 def convert(model: PreTrainedModel, config: ResQConfig, tied_head: bool) -> None:
-    """Replaces, in place, norms, attention and MLP of every decoder layer, its `forward`, and a
-    vocabulary in 8 bits; the last norm stays.
+    """Replaces, in place, norms, attention and MLP of every decoder layer, its `forward`, and
+    embedding and lm_head if they are in 8 bits; the last norm stays.
 
     The new parameters have the names, shapes and dtypes of a checkpoint (docs/formats.md section
     6), on the device and in the dtype of the ones they replace, and no values yet: load them, then

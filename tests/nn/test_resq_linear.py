@@ -29,7 +29,7 @@ def random_layer(
 
 
 def expected(layer: ResQLinear, x: torch.Tensor) -> torch.Tensor:
-    """The layer's output by reference.py."""
+    """The layer's output by the reference."""
     mixed = reference.mixed_quantize(x, *layer.row_format)
     return reference.mixed_gemm(*mixed, *layer.codes(), layer.bias, x.dtype)
 
