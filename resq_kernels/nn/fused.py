@@ -179,7 +179,7 @@ class FusesLinears(nn.Module):
         super().__setattr__(name, value)
 
     def _refuse_fused(self, name: str) -> None:
-        """A part that is fused is no module: nobody would call what takes its place."""
+        """Raises for a part that is fused: a module in its place would never be called."""
         if name in type(self).PARTS and self.__dict__["_modules"].get(self.FUSED) is not None:
             raise AttributeError(
                 f"{type(self).__name__}: {name}: expected a module of its own, got a part of "

@@ -13,7 +13,7 @@ from resq_kernels import _library
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-def why_not() -> str:
+def unsupported_reason() -> str:
     """Why these tests cannot run here, or ""."""
     if _library.CUDA_MISSING:
         return _library.CUDA_MISSING
@@ -23,6 +23,6 @@ def why_not() -> str:
 @pytest.fixture(autouse=True)
 def cuda() -> None:
     """Skips the test without a device; otherwise fixes the seed of its inputs."""
-    if reason := why_not():
+    if reason := unsupported_reason():
         pytest.skip(reason)
     torch.manual_seed(0)

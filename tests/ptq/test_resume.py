@@ -17,7 +17,7 @@ from resq_kernels.ptq.pipeline import quantize_folder
 from resq_kernels.ptq.workspace import fingerprint
 from resq_kernels.safetensors_io import CheckpointError
 
-SCRIPT = Path(__file__).with_name("walk_of_kills.py")
+SCRIPT = Path(__file__).with_name("kill_points.py")
 
 
 class Interruption(Exception):

@@ -1,6 +1,6 @@
 """Runs a quantization that is killed again and again; started by test_resume.py.
 
-python walk_of_kills.py SOURCE OUT TOKENS MODE. Every attempt is a forked process with resume=True
+python kill_points.py SOURCE OUT TOKENS MODE. Every attempt is a forked process with resume=True
 that ends by SIGKILL: right after or right before it gives a file its name, the 1st, 2nd, ... 9th
 of an attempt in turn (modes "after" and "before"), or when the parent's patience is over, which
 grows by the factor 1.6 from 0.2 seconds ("timer"). Prints the number of attempts that died.
