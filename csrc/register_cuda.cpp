@@ -1,5 +1,5 @@
-// Registers the CUDA operators, and says how parameters reach their launchers. Operators with a
-// plan or a workspace of their own do that in <op>_cuda.cpp: mixed_gemm and kv_attention.
+// Registers the CUDA operators, and passes their parameters to the launchers. Operators with a plan
+// or a workspace of their own do that in <op>_cuda.cpp: mixed_gemm and kv_attention.
 #include "cuda/hadamard_layout.h"
 #include "ops/embedding/embedding_torch.h"
 #include "ops/hadamard/hadamard_torch.h"

@@ -1,5 +1,5 @@
 // The only place that declares operators: the table of contents of the library. Formulas, shapes
-// and dtypes stand in each op's header (csrc/ops/<op>/<op>.h) and in docs/ops.md.
+// and dtypes are in each op's header (csrc/ops/<op>/<op>.h) and in docs/ops.md.
 #include <torch/csrc/stable/library.h>
 
 #ifndef RESQ_NAMESPACE  // tests build the CUDA operators for an emulator under other names

@@ -1,6 +1,6 @@
 // The product that CUTLASS 4.2 offers for 4-bit weights and 8-bit activations on sm_90a: the
-// collective builder's mixed-input main loop, as it comes. `resq bench gemm` times it beside
-// mixed_gemm, which does more: 8-bit columns and zero points.
+// collective builder's mixed-input main loop, unchanged. `resq bench gemm` compares its time with
+// that of mixed_gemm, which does more: 8-bit columns and zero points.
 //
 //   y[m, n] = bf16(sum_k weight[n, k] * x[m, k] * weight_scale[n] * row_scale[m])
 //
@@ -27,10 +27,10 @@ using Weight = cutlass::int4b_t;
 using Code = int8_t;
 using Out = cutlass::bfloat16_t;
 
-// Of TMA, 16 bytes each: K is a multiple of kWeightAlignment, N of kOutAlignment.
+// TMA's alignments, 16 bytes each: K is a multiple of kWeightAlignment, N of kOutAlignment.
 constexpr int kWeightAlignment = 32, kCodeAlignment = 16, kOutAlignment = 8;
 
-// Multiplies the sums by one scale a weight row (a column of D), then by one a token (a row).
+// Multiplies the sums by one scale per weight row (a row of D), then by one per token (a column).
 template <class Tile>
 struct Scales {
   template <class Left, class Right, class Result>
@@ -45,8 +45,8 @@ struct Scales {
   using Tree = Times<OfToken, Times<OfWeight, cutlass::epilogue::fusion::Sm90AccFetch, float>, Out>;
 };
 
-// 128 weights by kTokens tokens a tile, two warpgroups, the tokens shared by two blocks. Stream-K
-// splits K where there are fewer tiles than multiprocessors, or a last turn with few of them.
+// Tiles of 128 weights by kTokens tokens, two warpgroups; two blocks share the tokens. Stream-K
+// splits K where there are fewer tiles than multiprocessors, or a last wave with few of them.
 template <int kTokens>
 struct Product {
   using Tile = Shape<_128, Int<kTokens>, _128>;

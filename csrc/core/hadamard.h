@@ -103,8 +103,8 @@ inline std::vector<int64_t> hadamard_factors(int64_t n) {
 //   Construction II, two streams of half the size: with a_i = x_2i and b_i = x_2i+1,
 //     y_2i = (S (a + b))_i - 2 b_i,   y_2i+1 = (S (a - b))_i - 2 a_i.
 // S is applied to four inputs at a time: for each group of four the 16 sums +-u0 +-u1 +-u2 +-u3 are
-// tabulated, of which every row of S then adds one. That is rows / 4 additions per output instead
-// of rows, and every table is reused by all rows.
+// tabulated, and every row of S adds one of them. That is rows / 4 additions per output instead of
+// rows, and all rows reuse each table.
 inline constexpr int64_t kPaleyTile = 16;    // columns: one cache line of float32
 inline constexpr int64_t kPaleyTables = 16;  // held at once: 16 KB, half of a first-level cache
 

@@ -66,9 +66,9 @@ RESQ_HOST_DEVICE constexpr KvPlace kv_nibble(int word, int lane, int nibble) {
   return {kv_word_byte(word, lane) + nibble / 2, nibble % 2 * 4, false};
 }
 
-// A 4-bit code of the 16 x 16 block `block` (of low dims) of 16-token group `group`. `half` is the
-// half of the 16 tokens, `part` that of the 16 dims, `odd` the parity along the contraction: nibble
-// n and nibble n + 4 of a word are the two halves of register n.
+// The place of a 4-bit code in the 16 x 16 block `block` (of low dims) of 16-token group `group`.
+// `half` selects the half of the 16 tokens, `part` the half of the 16 dims, `odd` is the parity
+// along the contraction: nibbles n and n + 4 of a word are the two halves of register n.
 template <int kHeadDim>
 RESQ_HOST_DEVICE constexpr KvPlace kv_low_place(int group, int half, int block, int part, int odd,
                                                 int lane) {
@@ -142,13 +142,15 @@ struct KvRange {
 inline constexpr KvRange kKvNanRange = {{0x7e00}, {0x7e00}, 0.0f, 0.0f};
 
 // `min` and `max` are the part's extremes, both finite. The offset is rounded down and the scale
-// up, so that no value of the part lies outside the codes: 2 |x - (scale * code + offset)| <= scale
-// for every |x| <= 65504, however large the part's mean against its range. Values beyond saturate.
+// up, so that the codes cover every value of the part: 2 |x - (scale * code + offset)| <= scale for
+// every |x| <= 65504, however large the part's mean is relative to its range. Values beyond 65504
+// saturate.
 RESQ_HOST_DEVICE inline KvRange kv_range(float min, float max, int levels) {
   min = min < -kKvLargest ? -kKvLargest : min > kKvLargest ? kKvLargest : min;
   max = max < -kKvLargest ? -kKvLargest : max > kKvLargest ? kKvLargest : max;
   KvRange range;
-  // -0 becomes 0: which of the two is the extreme of a row of zeros depends on the order.
+  // Adding 0 turns -0 into 0: which of the two is the extreme of a row of zeros depends on the
+  // order of the reduction.
   range.stored_offset = half_below(min + 0.0f);
   range.offset = to_float(range.stored_offset);
   range.stored_scale =

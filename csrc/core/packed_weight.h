@@ -10,7 +10,7 @@ namespace resq {
 // registers along N of a prefill tile; 8 of K are what one byte of nibbles spans.
 inline constexpr int64_t kPackedBlockN = 32;
 inline constexpr int64_t kPackedGroupK = 8;
-inline constexpr int64_t kPackedWordBytes = 4;  // codes of one n that stand side by side
+inline constexpr int64_t kPackedWordBytes = 4;  // adjacent codes of one n
 
 // Stored codes are unsigned: code + 8 in a nibble, code + 128 in a byte.
 inline constexpr int kPackedOffsetLo = 8;

@@ -10,7 +10,7 @@
 
 namespace resq {
 
-// The low codes of a lane stand in one of two orders.
+// The low codes of a lane are stored in one of two orders.
 //   kMma:   registers of mma.m16n8k64.s4 (sm_80, 86, 89, and the portable kernel elsewhere).
 //   kWgmma: two steps of the 8-bit A operand of wgmma.m64nNk32 (sm_90a); a byte holds n = g in its
 //           high nibble and n = g + 8 in its low one, so that one AND gives four codes times 16.

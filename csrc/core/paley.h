@@ -1,5 +1,5 @@
 // Which orders have a Hadamard matrix by Paley's constructions, the fields they are made of, and
-// the signs of the matrices for kernels: as constants of the compiler, or as a small table.
+// the signs of the matrices for kernels: as compile-time constants, or as a small table.
 #pragma once
 
 #include <cstdint>
@@ -89,10 +89,10 @@ class GaloisField {
   int64_t poly_[3] = {};
 };
 
-// The signs of S = core + I (see PaleyFactor) as a table for a kernel's parameters: chi by the
-// difference of two elements, whose base-p digits are subtracted without a borrow, so that the
-// table is indexed by position(i) - position(j). Of orders up to 1024, GF(7^3) needs most bits:
-// 13^3.
+// The signs of S = core + I (see PaleyFactor) as a table for a kernel's parameters: chi of the
+// difference of two elements. Their base-p digits are subtracted without a borrow, so
+// position(i) - position(j) indexes the table. Of the orders up to 1024, GF(7^3) needs the most
+// bits: 13^3.
 struct PaleySigns {
   int order, streams, rows;
   int p, q;

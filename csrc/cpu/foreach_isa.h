@@ -1,13 +1,13 @@
-// Compiles RESQ_ISA_BODY once for every instruction set: in a namespace of its own, local to the
-// file, and in a region of its own target, after the SIMD operations of the set (cpu/simd_*.h).
-// RESQ_ISA_CHOOSE(f) is the function f of the set that this process runs.
+// Compiles RESQ_ISA_BODY once for every instruction set. Each copy is in a file-local namespace and
+// a target region of its own, and follows the set's SIMD operations (cpu/simd_*.h).
+// RESQ_ISA_CHOOSE(f) is the f of the set that this process runs.
 //
 //   #define RESQ_ISA_BODY "ops/hadamard/hadamard_body.h"
 //   #include "cpu/foreach_isa.h"
 //
 // A body is included several times, so it has no include guard and includes no standard header.
-// Where a set needs code of its own, the body includes a sibling: RESQ_ISA_AVX2 or
-// RESQ_ISA_AVX512VNNI is defined in the region of that set, neither in the portable one.
+// Where a set needs code of its own, the body includes another file: RESQ_ISA_AVX2 or
+// RESQ_ISA_AVX512VNNI is defined in the region of that set, neither is in the portable region.
 #pragma once
 
 #include "cpu/isa.h"
@@ -16,7 +16,7 @@
 namespace resq::cpu::scalar {
 namespace {
 #include "cpu/simd_scalar.h"
-// clang-format off: the body needs what stands above it
+// clang-format off: the body depends on the includes above it
 #include RESQ_ISA_BODY
 // clang-format on
 }  // namespace

@@ -7,7 +7,7 @@
 
 namespace resq::cpu {
 
-// In order of preference; each needs all that the ones before it need. kAmx adds tiles for
+// In order of preference; each needs all features of the previous ones. kAmx adds tiles for
 // mixed_gemm's prefill; everything else runs the vector kernels of kAvx512Vnni under it.
 enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512Vnni = 2, kAmx = 3 };
 
@@ -18,9 +18,9 @@ const char* isa_name(Isa isa);
 // One bit for each entry of kFeatures (cpu/isa.cpp).
 using Features = uint32_t;
 
-// The features of this machine. Asks the kernel once for the use of tile data where the processor
-// has tiles: Linux grants the 8 KB of state per thread to a process that asks, before its first
-// use.
+// The features of this machine. Where the processor has AMX tiles, requests permission to use tile
+// data from the operating system, once: Linux grants the 8 KB of state per thread to a process that
+// asks before its first use.
 Features detect_features();
 
 // The features that `isa` needs and `have` lacks, by name with commas between; "" if none.

@@ -9,7 +9,7 @@ using namespace resq::cpu;
 
 std::string cpu_isa() { return isa_name(current_isa()); }
 
-// Of every set that this machine cannot run, "name: what is missing", with semicolons between.
+// For every set that this machine cannot run, "name: what is missing", separated by semicolons.
 std::string cpu_isa_missing() {
   static const Features have = detect_features();
   std::string lines;

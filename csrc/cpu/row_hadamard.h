@@ -2,9 +2,9 @@
 // of additions on every instruction set.
 // Included inside the namespace of an instruction set.
 
-// The stages kHalf, 2 kHalf, ... below kRadix on the vectors a[0], a[1], ...; the recursion is what
-// makes g++ keep them in registers (with a loop over the stages 8192 elements took 8.7 us,
-// not 2.8).
+// The stages kHalf, 2 kHalf, ... below kRadix on the vectors a[0], a[1], ... Recursive, so that g++
+// keeps the vectors in registers: with a loop over the stages 8192 elements took 8.7 us instead of
+// 2.8.
 template <int kHalf, int kRadix>
 inline void butterflies(Vec (&a)[kRadix]) {
   if constexpr (kHalf < kRadix) {
@@ -18,7 +18,8 @@ inline void butterflies(Vec (&a)[kRadix]) {
   }
 }
 
-// Stages h .. h * kRadix / 2 of blocks of h * kRadix floats; kFirst: and those inside a vector.
+// Stages h .. h * kRadix / 2 of blocks of h * kRadix floats. kFirst: also the stages inside a
+// vector.
 template <int kRadix, bool kFirst>
 inline void sylvester_pass(float* x, int64_t n, int64_t h) {
   for (int64_t base = 0; base < n; base += kRadix * h) {
@@ -45,7 +46,7 @@ inline int64_t sylvester_pass(float* x, int64_t n, int64_t h, int64_t power) {
 }
 
 // Kronecker factor Sylvester(power), contiguous; x is padded to a multiple of kLanes. Three stages
-// a pass: a row of 57 KB and more leaves the first cache between passes.
+// per pass: rows of 57 KB and more do not stay in the first-level cache between passes.
 inline void sylvester_stages(float* x, int64_t n, int64_t power) {
   if (power < kLanes) {
     for (int64_t i = 0; i < n; i += kLanes) {
@@ -59,7 +60,7 @@ inline void sylvester_stages(float* x, int64_t n, int64_t power) {
 
 constexpr int64_t kTableFloats = 16 * kPaleyTile;  // one table: 16 lines
 
-// One vector of the 16 sums of four lines.
+// Tabulates the 16 sums of one vector from each of four lines.
 inline void tabulate(Vec a, Vec b, Vec c, Vec d, float* table) {
   const Vec first[4] = {a + b, b - a, a - b, 0.0f - (a + b)};
   const Vec second[4] = {c + d, d - c, c - d, 0.0f - (c + d)};
@@ -167,13 +168,14 @@ inline void paley_tile(const float* x, float* y, int64_t stride, const PaleyFact
   paley_tile<2>(x, y, stride, factor, table, partial);
 }
 
-// A run of `kRun` floats (0: of `run` floats) between a row of lines and one of pieces.
+// Copies a run of kRun floats (kRun = 0: `run` floats) between a line and a piece.
 template <int kRun>
 inline void copy_run(float* to, const float* from, int64_t run) {
   std::memcpy(to, from, static_cast<size_t>(kRun ? kRun : run) * sizeof(float));
 }
 
-// The tile of `count` pieces of `run` floats, piece p at x + p * jump, as lines; and back.
+// Gathers a tile of `count` pieces of `run` floats, piece p at x + p * jump, into lines, multiplies
+// it, and scatters it back.
 template <int kRun>
 inline void gathered_paley_tile(float* x, int64_t stride, int64_t jump, int64_t count, int64_t run,
                                 const PaleyFactor& factor, float* table, float* partial,

@@ -2,7 +2,7 @@
 // Included inside the namespace of an instruction set.
 
 struct Range {
-  float min, max;  // widened to contain 0, which no scale depends on
+  float min, max;  // widened to contain 0, which changes no scale
   bool finite;
 };
 
@@ -15,7 +15,7 @@ inline Range row_range(const float* x, int64_t k) {
       const Vec v = load(x + i + u * kLanes);
       mins[u] = min(mins[u], v);
       maxs[u] = max(maxs[u], v);
-      nan[u] += v * 0.0f;  // 0, or NaN for good once v is NaN or infinite
+      nan[u] += v * 0.0f;  // 0, and NaN from the first NaN or infinite v on
     }
   }
   for (; i < k; i += kLanes) {

@@ -2,9 +2,9 @@
 // Included inside the namespace of an instruction set.
 
 // e^x with a relative error below 1.3e-7; 0 below -86.9, infinity above 88.7; NaN for NaN.
-// x = n ln 2 + r with |r| <= ln 2 / 2: n * kLn2High is exact (355 / 512), and
-// e^r = 1 + r + r^2 q(r), q the minimax polynomial of degree 4 of that form (relative
-// error 3.8e-9). No fused multiply-adds: the portable variant must give the same bits.
+// x = n ln 2 + r with |r| <= ln 2 / 2, where n * kLn2High is exact (355 / 512).
+// e^r = 1 + r + r^2 q(r), with q the minimax polynomial of degree 4 of that form (relative error
+// 3.8e-9). No fused multiply-adds: the portable variant must give the same bits.
 inline Vec exp(Vec x) {
   constexpr float kLog2E = 1.442695f, kLn2High = 0.693359375f, kLn2Low = -2.1219444e-4f;
   x = min(set1(89.0f), max(set1(-87.5f), x));
@@ -16,8 +16,8 @@ inline Vec exp(Vec x) {
   q = q * r + 0x1.555492p-3f;
   q = q * r + 0x1.fffffcp-2f;
   const Vec p = (q * (r * r) + r) + 1.0f;
-  // 2 * 2^(n - 1), because 2^128 is not a float but e^88.7 is. Subtracted as floats: the integer of
-  // NaN is the lowest one.
+  // 2 * 2^(n - 1), because 2^128 is not a float but e^88.7 is. The 1 is subtracted in float,
+  // because NaN converts to the lowest integer.
   return (p + p) * exp2_int(round_to_int(n - 1.0f));
 }
 

@@ -1,7 +1,7 @@
-// What every instruction set shares and what must not be compiled for one of them: an inline
-// function that two files compile for different targets under one name would be merged by the
-// linker, and a machine without AVX-512 could run the AVX-512 copy. So this comes before
-// `#pragma GCC target`, and all that comes after it lives in the instruction set's namespace.
+// Definitions that all instruction sets share and that must not be compiled for one of them. If two
+// files compiled an inline function of one name for different targets, the linker would merge the
+// copies, and a machine without AVX-512 could run the AVX-512 one. So this comes before
+// `#pragma GCC target`, and everything after that pragma is in the instruction set's namespace.
 #pragma once
 
 #if defined(__x86_64__)
@@ -36,7 +36,7 @@ namespace resq::cpu {
 // x + kRoundMagic rounds |x| < 2^22 half to even and leaves the integer in the low mantissa bits.
 inline constexpr float kRoundMagic = 0x1.8p23f;
 
-// GNU vectors of any power of two of numbers: registers, and parts of rows narrower or wider.
+// GNU vectors of kWidth numbers, a power of two: a register, or a narrower or wider part of a row.
 template <int kWidth>
 struct Vectors {
   typedef float Vec __attribute__((vector_size(kWidth * sizeof(float))));

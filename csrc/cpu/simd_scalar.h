@@ -10,8 +10,8 @@ using Shorts = uint16_t __attribute__((vector_size(kLanes * 2)));
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-// kRoundMagic rounds below 2^22; larger values are clamped there, which the callers cannot see:
-// codes and exponents end far below.
+// kRoundMagic rounds below 2^22. Larger values are clamped to 2^22, which changes no caller's
+// result: codes and exponents end far below.
 inline Vec round(Vec x) {
   const Vec limit = Vec{} + 0x1p22f;
   x = min(limit, max(-limit, x));

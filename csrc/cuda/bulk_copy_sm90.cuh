@@ -17,7 +17,7 @@ __device__ inline void bulk_copy(void* shared, const void* global, uint32_t byte
       : "memory");
 }
 
-// The same of bytes that are read once: the second-level cache gives up their lines first.
+// The same for bytes that are read once: the second-level cache evicts their lines first.
 __device__ inline void bulk_copy_streaming(void* shared, const void* global, uint32_t bytes,
                                            uint64_t* barrier) {
   asm volatile(
@@ -31,8 +31,8 @@ __device__ inline void bulk_copy_streaming(void* shared, const void* global, uin
       : "memory");
 }
 
-// The same, written at the same place in every block of the cluster that `blocks` names by bits,
-// reporting to the barrier at the same place in each.
+// The same, multicast to the blocks of the cluster whose bits are set in `blocks`: written at the
+// same shared-memory offset in each, and reported to the barrier at the same offset.
 __device__ inline void bulk_copy_multicast(void* shared, const void* global, uint32_t bytes,
                                            uint64_t* barrier, uint16_t blocks) {
   asm volatile(

@@ -2,8 +2,7 @@
 // With 16-bit numbers one 16-byte access.
 //
 // Device code of the quantizers rounds every product and sum on its own (docs/formats.md section
-// 4). nvcc contracts a product and a sum wherever it sees both, so they are written as __fmul_rn
-// and
+// 4). nvcc contracts a product and a sum wherever it sees both, so the code uses __fmul_rn and
 // __fadd_rn, which it never contracts.
 #pragma once
 

@@ -1,7 +1,8 @@
-// A block transforms a row: the load in runs of eight columns, the stages in shared memory, and the
-// results in the same runs. A split row is two rows of half the length, of the sums and of the
-// differences of neighbours (which is stage 1), one after the other in the same shared memory; the
-// results of the first stay in registers. It is loaded twice.
+// A block transforms a row: it loads runs of eight columns, does the stages in shared memory, and
+// returns the results in the same runs. A split row becomes two rows of half the length, the sums
+// and the differences of neighbours (which is stage 1). They are transformed one after the other in
+// the same shared memory, and the results of the first stay in registers. A split row is loaded
+// twice.
 #pragma once
 
 #include "cuda/launch.h"
@@ -13,8 +14,8 @@ namespace resq::cuda {
 template <bool kSplit, bool kTensor>
 class TransformedRow {
  public:
-  // load(run, x): columns 8 run .. 8 run + 7 in x. All threads of a warp call it together, with
-  // runs beyond the row too, which are 0.
+  // load(run, x) sets x to columns 8 run .. 8 run + 7. All threads of a warp call it together, also
+  // for runs beyond the row, which are 0.
   template <class Load>
   __device__ TransformedRow(unsigned char* shared, const HadamardLayout& h, Load load)
       : row_(reinterpret_cast<float*>(shared)), h_(h) {
@@ -46,7 +47,7 @@ class TransformedRow {
     }
   }
 
-  // use(run, y) for the thread's runs.
+  // Calls use(run, y) for the thread's runs.
   template <class Use>
   __device__ void for_each(Use use) const {
     if constexpr (kSplit) {
@@ -77,7 +78,8 @@ class TransformedRow {
   __device__ float4 load_four(int e) const {
     return *reinterpret_cast<const float4*>(row_ + h_.place(e));
   }
-  // A run belongs to one thread in both halves: no barrier before it is written again.
+  // A run belongs to the same thread in both halves, so no barrier is needed before it is
+  // overwritten.
   __device__ void keep_half() {
 #pragma unroll
     for (int slot = 0; slot < kMostHalfRuns; ++slot) {
@@ -91,8 +93,8 @@ class TransformedRow {
   float4 kept_[kSplit ? kMostHalfRuns : 1];
 };
 
-// Eight numbers of any type as floats, 0 from `count` on. `aligned`: all eight, at an aligned
-// place.
+// Loads eight numbers of any type as floats, 0 from `count` on. `aligned`: all eight exist and
+// their address is aligned.
 template <class T>
 __device__ inline void load_eight(const T* from, int count, bool aligned, float (&x)[8]) {
   const Chunk<T> chunk = aligned ? load_chunk<true>(from, 8) : load_chunk<false>(from, count);
@@ -111,8 +113,8 @@ __device__ inline void load_eight(const void* base, FloatType type, int64_t inde
   }
 }
 
-// Launches kernel<split><<<>>>(params, layout, ...) with one block a row, or as many as fit the
-// device where a block prepares tables for all its rows.
+// Launches kernel<split><<<>>>(params, layout, ...) with one block per row; where a block prepares
+// tables for all its rows, with no more blocks than fit the device at once.
 template <class Kernel, class... Arguments>
 inline void launch_hadamard(const char* op, Kernel kernel, const HadamardLayout& layout,
                             int64_t rows, const Device& device, Stream stream,

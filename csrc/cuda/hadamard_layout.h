@@ -16,15 +16,15 @@ inline constexpr int kHadamardThreads = 256;
 inline constexpr int kHadamardWarps = kHadamardThreads / 32;
 inline constexpr int kMostPaleyFactors = 4;  // 12^5 floats do not fit any block
 
-// A split row keeps half of its floats in registers, this many runs of four a thread.
+// A split row keeps half of its floats in registers: up to this many runs of four per thread.
 inline constexpr int kMostHalfRuns = 16;
 inline constexpr int64_t kMostSplitColumns = 2 * 4 * kMostHalfRuns * kHadamardThreads;
 
-// Shorter rows leave room for two blocks a multiprocessor unsplit.
+// Shorter rows leave room for two blocks per multiprocessor without a split.
 inline constexpr int64_t kLeastSplitColumns = 20000;
 
-// Orders whose columns a thread holds whole: its code adds and subtracts in the CPU's order. The
-// others go to the tensor cores.
+// Orders for which one thread holds a whole column, and adds and subtracts in the CPU's order. The
+// others run on the tensor cores.
 constexpr bool paley_in_thread(int64_t order) {
   return order == 12 || order == 20 || order == 28 || order == 44;
 }
@@ -41,7 +41,7 @@ struct HadamardLayout {
   int n;       // floats in shared memory: the row, or half of it
   bool split;  // stage 1 in registers makes two rows of n: of sums, then of differences of pairs
   int power;   // of two, without the split
-  // Float e is at e + e / block * pad: threads that walk along an axis meet different banks.
+  // Float e is at e + e / block * pad: threads that walk along an axis hit different banks.
   int block, pad;
   int factors, tensor_factors;
   int order[kMostPaleyFactors];            // inside first
@@ -50,14 +50,15 @@ struct HadamardLayout {
   int row_bytes, shared_bytes;
 
   RESQ_HOST_DEVICE int place(int e) const { return e + e / block * pad; }
-  // Distance of neighbours on an axis of this stride: inside a block, or whole blocks.
+  // Distance of neighbours along an axis of this stride, which is inside a block or a multiple of
+  // blocks.
   RESQ_HOST_DEVICE int place_stride(int stride) const {
     return stride % block == 0 ? stride / block * (block + pad) : stride;
   }
 };
 
-// Of the stages that the runs a thread starts with leave over: how many the next pass does. Up to 2
-// are done by shuffles; passes do 3 to 5, which are 32 registers.
+// How many stages the next pass does when `left` remain after those inside a thread's runs. Up to 2
+// remaining stages are done by shuffles; a pass does 3 to 5, and 5 take 32 registers.
 constexpr int pass_bits(int left) {
   return left <= 2 ? 0 : left <= 5 ? left : left <= 10 ? (left + 1) / 2 : (left + 2) / 3;
 }
@@ -73,12 +74,12 @@ inline HadamardLayout hadamard_layout(const HadamardPlan& plan, bool split) {
   h.factors = static_cast<int>(plan.paley.size());
   const int innermost = h.factors ? static_cast<int>(plan.paley.back()->order) : 1;
   if (first > 0) {
-    // Runs of 8 (or 4) floats, 2^first of them apart in neighbouring lanes.
+    // Neighbouring lanes access runs of 8 (or 4) floats that are 2^first runs apart.
     h.block = 1 << (run_bits + first);
     h.pad = 1 << run_bits;
   } else if (h.factors && h.power > 1) {
     // Columns of the innermost factor: runs of `power` floats, a block apart. A pad of 4 keeps
-    // 16-byte accesses aligned; without a pad runs of 8 meet in the same banks four times.
+    // 16-byte accesses aligned; without a pad, runs of 8 have four-way bank conflicts.
     h.block = innermost * h.power;
     h.pad = h.power >= 32 ? 0 : h.power >= 4 ? h.power : 4;
   } else {
@@ -104,8 +105,8 @@ inline HadamardLayout hadamard_layout(const HadamardPlan& plan, bool split) {
   return h;
 }
 
-// The layout for a device whose blocks may have `shared_bytes`: split if that is needed; made at
-// its first use and kept. Throws "op: argument: expected ..., got ..." for rows that do not fit.
+// The layout for a device whose blocks may have `shared_bytes`: split if that is needed. Built at
+// its first use and cached. Throws "op: argument: expected ..., got ..." for rows that do not fit.
 inline const HadamardLayout& checked_hadamard_layout(const char* op, const char* argument,
                                                      const HadamardPlan& plan,
                                                      int64_t shared_bytes) {
@@ -116,7 +117,7 @@ inline const HadamardLayout& checked_hadamard_layout(const char* op, const char*
   if (found != layouts.end()) return found->second;
 
   const int64_t largest = int64_t{1} << 20;
-  const int64_t room = shared_bytes - 1024;  // the block's own reductions
+  const int64_t room = shared_bytes - 1024;  // 1 KB is for the block's own reductions
   if (plan.n <= largest && plan.paley.size() <= kMostPaleyFactors) {
     HadamardLayout layout = hadamard_layout(plan, false);
     if (2 * layout.shared_bytes > room && plan.power % 2 == 0 && plan.n % 8 == 0 &&

@@ -36,7 +36,7 @@ void check_driver() {
 }  // namespace
 
 Device device(int index) {
-  // Once a process: the driver stays the same, and every call of an operator comes here.
+  // Once per process: the driver does not change, and every operator call runs this.
   [[maybe_unused]] static const bool checked = (check_driver(), true);
   return {attribute(index, cudaDevAttrComputeCapabilityMajor),
           attribute(index, cudaDevAttrComputeCapabilityMinor),

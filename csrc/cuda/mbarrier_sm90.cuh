@@ -1,4 +1,4 @@
-// mbarriers and warpgroup registers of sm_90: the words of PTX, one function each.
+// mbarriers and warpgroup registers of sm_90: one function per PTX instruction.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,8 @@ __device__ inline void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Arrives, and adds `bytes` to what copies must still bring in this phase.
+// Arrives, and adds `bytes` to what copies must still deliver in this phase (the transaction
+// count).
 __device__ inline void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -31,8 +32,8 @@ __device__ inline void mbarrier_arrive(uint64_t* barrier) {
                : "memory");
 }
 
-// Arrives on the barrier at the same place in block `rank` of the cluster. Without .cluster scope,
-// which would put a MEMBAR before it: what it releases has been read, not written.
+// Arrives on the barrier at the same offset in block `rank` of the cluster. Not with .cluster
+// scope, which would put a MEMBAR before it: what the arrival releases has been read, not written.
 __device__ inline void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{\n"

@@ -1,10 +1,10 @@
-// Tensor cores on float16 with float32 sums, and the instruction that feeds them here: PTX's words,
-// one function each. Lane 4 g + i of a warp holds
+// float16 tensor-core MMAs with float32 accumulators, and the instruction that prepares their
+// operands here: one function per PTX instruction. Lane 4 g + i of a warp holds
 //
-//   A [16, 16]  registers 0..3: row g, of registers 1 and 3 row g + 8; columns 2 i and 2 i + 1, of
-//               registers 2 and 3 those plus 8
-//   B [16, 8]   registers 0, 1: rows 2 i and 2 i + 1, of register 1 those plus 8; column g
-//   C [16, 8]   numbers 0..3: row g, of numbers 2 and 3 row g + 8; columns 2 i and 2 i + 1 in turn
+//   A [16, 16]  registers 0..3: row g (g + 8 in registers 1 and 3); columns 2 i and 2 i + 1 (plus 8
+//               in registers 2 and 3)
+//   B [16, 8]   registers 0, 1: rows 2 i and 2 i + 1 (plus 8 in register 1); column g
+//   C [16, 8]   numbers 0..3: row g (g + 8 in numbers 2 and 3); columns 2 i and 2 i + 1 in turn
 #pragma once
 
 #include <cuda_fp16.h>
@@ -31,7 +31,7 @@ __device__ inline void mma_1688(float (&c)[4], uint32_t a0, uint32_t a1, uint32_
       : "r"(a0), "r"(a1), "r"(b));
 }
 
-// Lane 4 g + i holds elements (g, 2 i) and (g, 2 i + 1) of an 8 x 8 matrix; answers (2 i, g) and
+// Lane 4 g + i holds elements (g, 2 i) and (g, 2 i + 1) of an 8 x 8 matrix; returns (2 i, g) and
 // (2 i + 1, g).
 __device__ inline uint32_t transpose_8x8(uint32_t pair) {
   uint32_t transposed;

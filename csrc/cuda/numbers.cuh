@@ -1,4 +1,4 @@
-// Numbers of memory, of any of the three float types, as float32 in registers and back.
+// Numbers of any of the three float types: loaded from memory as float32, and stored back.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,8 +12,9 @@ __device__ inline float number(float x) { return x; }
 __device__ inline float number(Half x) { return __half2float(__ushort_as_half(x.bits)); }
 __device__ inline float number(BFloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 
-// Integers in the order of the floats, a positive NaN above infinity; its own inverse. It lets
-// redux.sync, which knows integers only, replace five shuffles and five comparisons.
+// Maps the bits of floats to integers of the same order, with a positive NaN above infinity. Its
+// own inverse. With it redux.sync, which takes integers only, replaces five shuffles and five
+// comparisons.
 __device__ inline int ordered_bits(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
 template <class T>
@@ -37,7 +38,7 @@ __device__ inline float load_number(FloatArray numbers, int64_t index) {
   });
 }
 
-// One number, rounded to nearest even.
+// Stores one number, rounded to nearest even.
 __device__ inline void store_number(void* numbers, FloatType type, int64_t index, float value) {
   switch (type) {
     case FloatType::kFloat32: static_cast<float*>(numbers)[index] = value; break;
@@ -46,7 +47,7 @@ __device__ inline void store_number(void* numbers, FloatType type, int64_t index
   }
 }
 
-// kCount numbers from `index` on, in one access; the address is a multiple of their size.
+// Loads kCount numbers from `index` on in one access; the address is a multiple of their size.
 template <int kCount>
 __device__ inline void load_numbers(FloatArray numbers, int64_t index, float (&out)[kCount]) {
   with_number_type(numbers.type, [&]<class T>(NumberType<T>) {

@@ -21,7 +21,7 @@ __device__ inline void pdl_wait() {
 #endif
 }
 
-// Lets the next kernel start once every block of this one has come here.
+// Lets the next kernel start once every block of this one has called this.
 __device__ inline void pdl_trigger() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

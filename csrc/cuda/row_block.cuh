@@ -1,4 +1,5 @@
-// A block of four warps works on one row: who holds which chunk, and the reductions over a row.
+// A block of four warps works on one row: which thread holds which chunk, and the reductions over a
+// row.
 #pragma once
 
 #include "cuda/chunk.cuh"
@@ -7,8 +8,8 @@
 namespace resq::cuda {
 
 // 128 threads: eight rows of 4096 columns and more per multiprocessor keep 64 KB of loads in
-// flight. The order of sum_of_squares is made of this number, so it is the same for every row
-// length.
+// flight. The order of sum_of_squares follows from this number, so it is the same number for every
+// row length.
 inline constexpr int kRowThreads = 128;
 inline constexpr int kRowWarps = kRowThreads / 32;
 
@@ -92,7 +93,7 @@ struct RangeExchange {
   int4 warps[kWarps];  // min and max of the low part, of the high part, as ordered bits
 };
 
-// The block's range of both parts to every thread. `shared` may be written again after the next
+// Gives every thread the block's ranges of both parts. `shared` may be overwritten after the next
 // barrier.
 template <int kWarps>
 __device__ inline void reduce_ranges(Range (&ranges)[2], RangeExchange<kWarps>& shared) {
@@ -119,14 +120,14 @@ __device__ inline void reduce_ranges(Range (&ranges)[2], RangeExchange<kWarps>& 
 }
 
 // Sum of squares in the order of csrc/cpu (rms_norm_quantize_body.h), so that both devices give the
-// same bits: 1024 interleaved partial sums, one for each of a thread's eight columns, ...
+// same bits: 1024 interleaved partial sums, one for each of the eight columns of a thread.
 struct SquareSums {
   float partial[kChunkColumns] = {};
 
   __device__ void add(int i, float x) { partial[i] = __fadd_rn(partial[i], __fmul_rn(x, x)); }
 
-  // ... of which a warp's 256 are folded in half eight times. The first three folds keep half of
-  // the columns in either half of the lanes: 12 shuffles, not 8 x 5.
+  // Folds the warp's 256 partial sums in half eight times. In the first three folds either half of
+  // the lanes keeps half of the columns: 12 shuffles, not 8 x 5.
   __device__ float fold_warp() {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -155,7 +156,7 @@ struct SumExchange {
   float warps[kRowWarps];
 };
 
-// A barrier is between the two: the caller may exchange more across it.
+// The caller puts a barrier between share_sum and shared_sum, and may exchange more across it.
 __device__ inline void share_sum(SquareSums& sums, SumExchange& shared) {
   const float sum = sums.fold_warp();
   if (threadIdx.x % 32 == 0) shared.warps[threadIdx.x / 32] = sum;

@@ -25,12 +25,12 @@ __device__ inline void butterflies(float (&x)[kCount], int below = kCount) {
   }
 }
 
-// The first stages of a run of kCount floats, the thread's lane being the run's number modulo 32,
-// and the stages that two shuffles finish.
+// The stages inside a run of kCount floats, and the stages across two or four runs, by shuffles.
+// The thread's lane is the run's number modulo 32.
 template <int kCount>
 __device__ inline void start_run(const HadamardLayout& h, float (&x)[kCount]) {
   butterflies(x, h.power);
-  const int runs = h.power / kCount;  // that a Sylvester block is made of
+  const int runs = h.power / kCount;  // in a Sylvester block
   if (runs != 2 && runs != 4) return;
 #pragma unroll
   for (int distance = 1; distance <= 2; distance *= 2) {
@@ -44,7 +44,7 @@ __device__ inline void start_run(const HadamardLayout& h, float (&x)[kCount]) {
   }
 }
 
-// Where column `q` of an axis starts: one float of every `order`, `stride` apart.
+// The start of column `q` along an axis: `order` floats that are `stride` apart.
 __device__ inline float* column_start(float* row, const HadamardLayout& h, int q, int order,
                                       int stride) {
   return row + h.place(q / stride * (order * stride) + q % stride);
@@ -84,8 +84,9 @@ __device__ inline void sylvester_pass(float* row, const HadamardLayout& h, int s
   }
 }
 
-// y = S x of a construction I for the columns of a thread. For each group of four inputs the eight
-// sums of which a row adds or subtracts one: 12 additions instead of 4 a row.
+// y = S x of a construction I for the columns of a thread. For each group of four inputs it
+// computes eight sums, of which every row adds or subtracts one: 12 additions per group instead of
+// 4 per row.
 template <int kOrder>
 __device__ inline void paley_pass(float* row, const HadamardLayout& h, int stride) {
   constexpr PaleyGroups<kOrder> kSigns = paley_groups<kOrder>();
@@ -105,7 +106,7 @@ __device__ inline void paley_pass(float* row, const HadamardLayout& h, int strid
     for (int g = 0; g < kSigns.kGroups; ++g) {
       const float a = x[0], b = x[1], c = x[2], d = x[3];
       if (g + 1 < kSigns.kGroups) load_group();
-      asm volatile("" ::: "memory");  // one group ahead and not all: they would fill the registers
+      asm volatile("" ::: "memory");  // load one group ahead: all would fill the registers
       const float first[2] = {__fadd_rn(a, b), __fsub_rn(a, b)};
       const float second[2] = {__fadd_rn(c, d), __fsub_rn(c, d)};
       float sums[2][2][2];  // [b's sign against a's][d's against c's][c's against a's]
@@ -128,7 +129,7 @@ __device__ inline void paley_pass(float* row, const HadamardLayout& h, int strid
   __syncthreads();
 }
 
-// Before the first row of a block; the barrier of its first stage orders it.
+// Call before the first row of a block. The barrier that starts the row's stages orders the writes.
 __device__ inline void prepare_transform(unsigned char* shared, const HadamardLayout& h) {
   for (int i = 0; i < h.factors; ++i) {
     if (!paley_in_thread(h.order[i])) build_positions(shared + h.row_bytes, h.tensor[i]);
@@ -140,7 +141,8 @@ __device__ inline void prepare_transform(unsigned char* shared, const HadamardLa
 }
 
 // All stages after start_run. Starts with a barrier and ends with one. kTensor: with factors for
-// the tensor cores, whose code costs the other rows the second block of a multiprocessor.
+// the tensor cores. In the same instance their code would cost the other rows the second block per
+// multiprocessor.
 template <bool kTensor>
 __device__ inline void finish_transform(unsigned char* shared, const HadamardLayout& h) {
   float* row = reinterpret_cast<float*>(shared);

@@ -11,8 +11,8 @@
 
 namespace resq::cuda {
 
-// Whether every chunk of every row lies in one part and at aligned places, both those of the rows
-// that `rows` start and those of the codes.
+// Whether every chunk of every row lies in one part and is aligned, both in the rows that start at
+// `rows` and in the codes.
 inline bool chunks_aligned(const MixedRows& out, std::initializer_list<const void*> rows) {
   bool aligned = out.k_lo % kChunkColumns == 0 && out.k_hi % kChunkColumns == 0;
   for (const void* pointer : rows) aligned &= reinterpret_cast<uintptr_t>(pointer) % 16 == 0;

@@ -10,8 +10,8 @@ namespace resq::cuda {
 
 inline constexpr int kMmaTiles = 8;  // of 16 rows that a warp holds: 32 registers
 
-// The same number, which the compiler takes for another one: without it the addresses of a column's
-// loads are kept in as many registers for its stores.
+// Returns x, opaque to the compiler. Without it the compiler keeps the address of each of a
+// column's loads in a register, for the stores.
 __device__ inline int forgotten(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -33,7 +33,8 @@ __device__ inline void build_positions(unsigned char* tables, const TensorFactor
 }
 
 // [tiles, tiles, 32 lanes] bytes: the signs of a lane's A fragment; bit r is the first number of
-// register r and bit 4 + r the second. Rows and columns of padding meet zeros or are not written.
+// register r and bit 4 + r the second. Padded columns are multiplied by zeros, and padded rows are
+// not written.
 __device__ inline void build_signs(unsigned char* tables, const TensorFactor& factor) {
   const PaleySigns& signs = factor.signs;
   const uint16_t* positions = reinterpret_cast<const uint16_t*>(tables + factor.position_at);
@@ -63,8 +64,8 @@ __device__ inline void expand_signs(uint32_t bits, uint32_t (&a)[4]) {
   for (int r = 0; r < 4; ++r) a[r] = (both << (15 - r) & 0x80008000u) ^ 0x3f803f80u;
 }
 
-// x = b[0] + b[1] + b[2] exactly: the leading 8 bits, those of the rest, what is left. Cut off and
-// not rounded, so that the largest floats stay finite.
+// x = b[0] + b[1] + b[2] exactly: the leading 8 bits, the leading 8 bits of the remainder, and the
+// rest. Truncated, not rounded, so that the largest floats stay finite.
 __device__ inline void split_pair(float even, float odd, uint32_t (&b)[3]) {
 #pragma unroll
   for (int t = 0; t < 3; ++t) {
@@ -76,9 +77,9 @@ __device__ inline void split_pair(float even, float odd, uint32_t (&b)[3]) {
   }
 }
 
-// All columns of the axis. A warp multiplies up to eight tiles of rows with eight columns of one
-// stream; as many tiles of columns as the warps cover are in work at once, and are written over
-// when all of them have been read. Ends with a barrier.
+// Transforms all columns of the axis. A warp multiplies up to eight row tiles by eight columns of
+// one stream. The block works on as many column tiles at once as its warps cover, and overwrites
+// them when all of them have been read. Ends with a barrier.
 __device__ inline void paley_mma_pass(float* row, const unsigned char* tables,
                                       const HadamardLayout& h, const TensorFactor& factor,
                                       int stride) {

@@ -7,24 +7,26 @@
 namespace resq::cuda {
 
 // value -> code of one part. code = clamp(rint(x / scale) + zero) is computed as
-// rint(clamp(x / scale)) + zero with the limits moved by -zero, which are integers: the same codes,
-// and rint becomes the addition of 1.5 * 2^23, which leaves the integer in the low mantissa bits.
-// F2I and FRND run at a quarter of the rate of additions, and two of them an element would bound
-// the kernel.
+// rint(clamp(x / scale)) + zero, with the limits shifted by -zero. The limits are integers, so the
+// codes are the same, and rint becomes the addition of 1.5 * 2^23, which leaves the integer in the
+// low mantissa bits. F2I and FRND run at a quarter of the rate of additions; two of them per
+// element would bound the kernel.
 struct Coder {
   float inv_scale, lowest, highest;
   int zero;
 
   static constexpr float kMagic = 0x1.8p23f;
 
-  // As kMagic's bits plus the integer. A product that is NaN (rows that are not finite) gives 0.
+  // Returns the bits of kMagic plus the integer. A product that is NaN (rows that are not finite)
+  // gives 0.
   __device__ uint32_t rounded(float x) const {
     const float code = fminf(fmaxf(__fmul_rn(x, inv_scale), lowest), highest);
     return __float_as_uint(__fadd_rn(code, kMagic));
   }
 
   // Codes of kBits bits, 32 / kBits in a word, the first one lowest. They are added as unsigned
-  // numbers, code + 2^(kBits - 1), so that no borrow passes between them; the xor takes that off.
+  // numbers, code + 2^(kBits - 1), so that no borrow passes between them; the xor removes the
+  // offset.
   template <int kBits, class Values>
   __device__ uint32_t word(const Values& x, int first) const {
     constexpr uint32_t kOnes = 0xffffffffu / ((1u << kBits) - 1), kHalf = 1u << (kBits - 1);

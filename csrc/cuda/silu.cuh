@@ -6,7 +6,7 @@
 
 namespace resq::cuda {
 
-// e^x; the constants and the error bound stand in csrc/cpu/row_silu.h. NaN for NaN.
+// e^x; see csrc/cpu/row_silu.h for the constants and the error bound. NaN for NaN.
 __device__ inline float exp_rounded(float x) {
   constexpr float kMagic = 0x1.8p23f;  // its sum with |n| < 2^22 is n in the low mantissa bits
   x = x < -87.5f ? -87.5f : x;

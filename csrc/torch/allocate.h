@@ -1,5 +1,6 @@
 // Output and workspace tensors of the operators: torch's allocator of the device. Tests that run
-// the CUDA operators under an emulator put a header of this name before it (tests/cuda/emulated/).
+// the CUDA operators under an emulator put another header of this name earlier in the include path
+// (tests/cuda/emulated/).
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

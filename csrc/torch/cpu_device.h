@@ -21,23 +21,24 @@ class Cpu {
     return resq::packed_weight_bytes(n, k_lo, k_hi);
   }
 
-  // Of arguments whose type the kernels do not choose by: they read float32.
+  // For arguments that the CPU kernels read as float32 only.
   Tensor as_float32(const Tensor& tensor) const {
     return torch::stable::to(tensor, ScalarType::Float);
   }
 
-  // What only CUDA's kernels ask for.
+  // Checks that only the CUDA kernels need.
   void check_rows(const char*, int64_t) const {}
   void check_aligned(const char*, const Tensor&) const {}
   void check_aligned_tokens(const char*, const Tensor&) const {}
   Tensor aligned(const Tensor& tensor) const { return tensor; }
 
-  // Names the kernel that runs; `isa` where it is not the vector kernel of this process.
+  // Logs which kernel runs; pass `isa` where it is not the vector kernel of this process.
   void log(cpu::Isa isa = cpu::vector_isa()) const {
     if (logs_kernels()) log_kernel(op_, std::string("cpu ") + cpu::isa_name(isa));
   }
 
-  // kernel(params, begin, end) over all rows, of `columns` numbers each, by as many threads as pay.
+  // Runs kernel(params, begin, end) over all rows of `columns` numbers, on as many threads as pay
+  // off.
   template <class Params>
   void for_rows(int64_t rows, int64_t columns, void (*kernel)(const Params&, int64_t, int64_t),
                 const Params& params) const {

@@ -25,7 +25,8 @@ namespace resq {
 
 class Cuda {
  public:
-  // Makes the tensor's device current for as long as it lives. Make it before the outputs.
+  // Keeps the tensor's device current for the lifetime of this object. Construct it before the
+  // outputs.
   Cuda(const char* op, const Tensor& tensor)
       : op_(op),
         like_(tensor),
@@ -42,7 +43,7 @@ class Cuda {
     return cuda_packed_weight_bytes(n, k_lo, k_hi);
   }
 
-  // To launch on; `kernel` names the one of several in the log.
+  // The stream to launch on. `kernel`: the kernel's name in the log, where the op has several.
   cuda::Stream stream(const std::string& kernel = "") const {
     if (logs_kernels()) {
       log_kernel(op_, std::string("cuda ") + cuda::family_name(family_) + kernel);
@@ -50,10 +51,10 @@ class Cuda {
     return {cuda::current_stream(index_), family_ == cuda::Family::kSm90 && wants_pdl()};
   }
 
-  // Workspace of the call.
+  // A workspace for the call.
   Tensor scratch(int64_t count, ScalarType dtype) const { return allocate(like_, {count}, dtype); }
 
-  // Kernels that give every row a block.
+  // For kernels that launch one block per row.
   void check_rows(const char* argument, int64_t rows) const {
     if (rows > INT32_MAX) fail(op_, argument, "fewer than 2^31 rows", std::to_string(rows));
   }
@@ -65,7 +66,7 @@ class Cuda {
          "an address " + std::to_string(past_alignment(tensor)) + " bytes past");
   }
 
-  // The same of every token of a tensor whose tokens lie apart (kv_tensors.h).
+  // The same for every token of a tensor with a token stride (kv_tensors.h).
   void check_aligned_tokens(const char* argument, const Tensor& tensor) const {
     check_aligned(argument, tensor);
     const int64_t bytes = tensor.size(0) > 1 ? tensor.stride(0) * tensor.element_size() : 0;
@@ -74,7 +75,7 @@ class Cuda {
     }
   }
 
-  // Kernels read any float type: a conversion would be a launch.
+  // No conversion, which would be a launch: the kernels read any float type.
   Tensor as_float32(const Tensor& tensor) const { return tensor; }
 
   // The tensor itself, or a copy if it is contiguous at an address that is not aligned.
@@ -86,7 +87,8 @@ class Cuda {
   }
 
  private:
-  // RESQ_DEPENDENT_LAUNCHES=0: every kernel starts after the end of the one before, on sm_90 too.
+  // RESQ_DEPENDENT_LAUNCHES=0: every kernel starts only after the previous one has ended, on sm_90
+  // too.
   static bool wants_pdl() {
     static const bool wanted = environment_switch("RESQ_DEPENDENT_LAUNCHES", true);
     return wanted;

@@ -1,5 +1,5 @@
 // torch's device and stream of a CUDA tensor. Tests that run the CUDA operators under an emulator
-// put a header of this name before it (tests/cuda/emulated/).
+// put another header of this name earlier in the include path (tests/cuda/emulated/).
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

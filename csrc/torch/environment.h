@@ -6,7 +6,7 @@
 
 namespace resq {
 
-// Whether a variable is set to something else than "0"; `otherwise` where it is not set or empty.
+// Whether a variable is set to something other than "0"; `otherwise` if it is unset or empty.
 inline bool environment_switch(const char* name, bool otherwise) {
   const char* value = std::getenv(name);
   return value && *value ? std::string(value) != "0" : otherwise;

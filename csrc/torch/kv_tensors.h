@@ -12,8 +12,8 @@ inline void check_head_dim(const char* op, const char* argument, const Tensor& x
   }
 }
 
-// [tokens, heads, head_dim] whose tokens may lie apart, as in a slice of the output that q, k and v
-// share: each token's heads are contiguous.
+// [tokens, heads, head_dim] with any token stride, as in a slice of the output that q, k and v
+// share; each token's heads are contiguous.
 inline void check_token_heads(const char* op, const char* argument, const Tensor& x,
                               std::initializer_list<ScalarType> dtypes,
                               const std::vector<int64_t>& sizes) {
@@ -25,7 +25,7 @@ inline void check_token_heads(const char* op, const char* argument, const Tensor
   check_tensor(op, argument, x, dtypes, sizes, apart, "with contiguous heads");
 }
 
-// Numbers from a token to the next.
+// Distance from one token to the next, in numbers.
 inline int64_t token_stride(const Tensor& x) {
   return x.size(0) > 1 ? x.stride(0) : x.size(1) * x.size(2);
 }

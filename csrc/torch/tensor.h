@@ -59,7 +59,7 @@ inline std::initializer_list<ScalarType> float_dtypes() {
   return kDtypes;
 }
 
-// A dtype that an argument asks an output to have.
+// The output dtype that an argument requests.
 inline void check_float_dtype(const char* op, const char* argument, ScalarType dtype) {
   for (ScalarType known : float_dtypes()) {
     if (dtype == known) return;
@@ -69,8 +69,8 @@ inline void check_float_dtype(const char* op, const char* argument, ScalarType d
 
 inline constexpr int64_t kAnySize = -1;
 
-// A tensor of one of `dtypes` and of exactly `sizes` (kAnySize matches any) that lies in memory as
-// `layout` says, which `laid_out` has found out.
+// A tensor of one of `dtypes` and of exactly `sizes` (kAnySize matches any). `laid_out`: whether
+// its memory layout is the one that `layout` names in the message.
 inline void check_tensor(const char* op, const char* argument, const Tensor& tensor,
                          std::initializer_list<ScalarType> dtypes,
                          const std::vector<int64_t>& sizes, bool laid_out, const char* layout) {

@@ -17,7 +17,7 @@ namespace {
 #include "cpu/simd_scalar.h"
 #include "emulated_tiles.h"
 
-// clang-format off: the body needs what stands above it
+// clang-format off: the body depends on the includes above it
 #include "ops/mixed_gemm/cpu/amx_body.h"
 // clang-format on
 }  // namespace

@@ -1,5 +1,5 @@
 // The tile registers of AMX-INT8 in plain C++, as the instruction set reference defines them: what
-// csrc/ops/mixed_gemm/cpu/tiles_amx.h does by instructions. What the processor refuses throws.
+// csrc/ops/mixed_gemm/cpu/tiles_amx.h does with instructions. What the processor refuses throws.
 // Included inside a namespace.
 
 class Tiles {
@@ -49,7 +49,7 @@ class Tiles {
     }
   }
   // TDPBSUD: bytes of kA signed, bytes of kB unsigned, int32 sums modulo 2^32. Word k of a row of A
-  // meets row k of B.
+  // is multiplied by row k of B.
   template <int kSums, int kA, int kB>
   static void add_products() {
     Register& sums = at(kSums);

@@ -1,5 +1,5 @@
-// A block makes one row. 32 neighbouring columns of a row stand in 64 bytes of the layout, so that
-// a warp's loads are two sectors; its stores are contiguous.
+// One block per row. 32 neighbouring columns of a row occupy 64 bytes of the layout, so that a
+// warp's loads are two sectors; its stores are contiguous.
 #include <cuda_runtime.h>
 
 #include "core/int4.h"

@@ -1,4 +1,4 @@
-// embedding: rows of a packed weight as floats, for a model whose vocabulary is quantized.
+// embedding: rows of a packed weight as floats, for a model whose embedding is quantized.
 //
 //   y[i, k] = scale_p[ids[i]] * code[ids[i], k]      p = the part of column k
 //
@@ -24,8 +24,8 @@ struct EmbeddingParams {
 
 namespace cuda {
 
-// Rows of a layout of docs/formats.md section 3.3. Device pointers; an id that is none stops the
-// kernel.
+// Rows of a layout of docs/formats.md section 3.3. Device pointers. An id that is out of range
+// stops the kernel.
 void embedding(const EmbeddingParams& p, CudaLayout layout, Stream stream);
 
 }  // namespace cuda

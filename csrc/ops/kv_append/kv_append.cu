@@ -1,10 +1,10 @@
 // One launch: RoPE and rotation of k and q, quantization of k and v, write into pages. A block
 // takes some tokens of one head, of k and v or of q, which share the reads of the head's rotation.
 //
-//   thread = one dim of some rows    RoPE into shared memory, then the sums of the rotation in the
-//                                    CPU's order of d, product and sum rounded on their own: the
-//                                    same bits, which tensor cores would not give; for q, of
-//                                    which no bytes are kept, by fused multiply-adds
+//   thread = one dim of some rows    RoPE into shared memory, then the rotation. For k it sums over
+//                                    d in the CPU's order and rounds each product and sum on its
+//                                    own: the CPU's bits, which tensor cores would not give. q, of
+//                                    which no bytes are stored, uses fused multiply-adds
 //   warp = one row                   ranges, codes, bytes
 #include <cuda_runtime.h>
 
@@ -65,7 +65,7 @@ struct Extremes {
   unsigned magnitude;  // bits of the largest |x|; NaN is above infinity
 };
 
-// What kv_range makes of the extremes of the numbers of all lanes that are `inside` the part.
+// kv_range of the extremes of the numbers in all lanes that are `inside` the part.
 template <int kCount>
 __device__ KvRange part_range(const float (&x)[kCount], bool inside, int levels) {
   Extremes e{0x7fffffff, static_cast<int>(0x80000000), 0};
@@ -90,8 +90,8 @@ __device__ uint32_t stored_pair(const KvRange& range) {
   return range.stored_scale.bits | uint32_t{range.stored_offset.bits} << 16;
 }
 
-// Quantizes a row whose dims lane * kHeadDim / 32 + i this warp's lanes hold, and writes the bytes
-// of token `token` of `tile`; returns the two stored ranges.
+// Quantizes a row of which each lane holds dims lane * kHeadDim / 32 + i, and writes the bytes of
+// token `token` of `tile`. Returns the two stored ranges.
 template <int kHeadDim, bool kKey>
 __device__ uint2 store_row(const float (&x)[kHeadDim / 32], bool uniform, int token, uint8_t* codes,
                            uint8_t* tile) {
@@ -256,8 +256,8 @@ void launch_rotation(const KvAppendParams& p, Stream stream) {
 
 void kv_append(const KvAppendParams& p, const Device& device, Stream stream) {
   if (p.tokens == 0 || p.n_kv == 0) return;
-  // Eight rows a thread share each number of the rotation, once that leaves two blocks for every
-  // multiprocessor; the bits do not depend on it.
+  // With eight rows per thread, the rows share each load of the rotation. Used once that leaves two
+  // blocks for every multiprocessor; the bits do not depend on it.
   constexpr int kMany = 8;
   const int64_t blocks = p.tokens * (p.n_kv + p.n_q) * p.head_dim / (kMany * kThreads);
   const bool many = blocks >= 2 * device.sms;

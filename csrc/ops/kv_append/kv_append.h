@@ -24,14 +24,14 @@ struct KvAppendParams {
   uint8_t* cache;               // [pages, n_kv, page_size * token_bytes]
   FloatType type;
   int64_t tokens, n_kv, n_q, head_dim, page_size;
-  int64_t k_stride, v_stride, q_stride;  // numbers from a token to the next
+  int64_t k_stride, v_stride, q_stride;  // from one token to the next, in numbers
   int64_t slots;                         // of the cache: pages * page_size
   bool shared_rotation;                  // one rotation for all heads
   bool uniform;                          // hi_bits = 4: one 4-bit range per row
 };
 
-// A row is one head of one token; rows of a group share a rotation, and the order of the rows of a
-// group does not matter to the result.
+// A row is one head of one token; rows of a group share a rotation, and the result does not depend
+// on their order.
 struct KvAppendGroups {
   int64_t groups, heads, rows;  // heads and rows of each group
 

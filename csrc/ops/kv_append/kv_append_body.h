@@ -38,7 +38,7 @@ struct OwnedBytes {
 template <int kHeadDim>
 inline constexpr OwnedBytes<kHeadDim> kOwnedBytes{};
 
-// What kv_range makes of the extremes of kCount numbers; NaN if one is NaN or infinite.
+// kv_range of the extremes of kCount numbers; NaN if one of them is NaN or infinite.
 template <int kCount>
 inline KvRange row_range(const float* x, int levels) {
   constexpr int kWidth = kCount < kLanes ? kCount : kLanes;
@@ -47,7 +47,7 @@ inline KvRange row_range(const float* x, int levels) {
   Wide min = load_bits<Wide>(x), max = min;
   WideInts magnitude{};
   for (int first = 0; first < kCount; first += kWidth) {
-    // The last vector of 56 numbers overlaps the one before it: extremes do not mind.
+    // The last vector of 56 numbers overlaps the previous one, which does not change the extremes.
     const Wide value = load_bits<Wide>(x + (first + kWidth <= kCount ? first : kCount - kWidth));
     const WideInts bits = __builtin_bit_cast(WideInts, value) & 0x7fffffff;
     min = value < min ? value : min;

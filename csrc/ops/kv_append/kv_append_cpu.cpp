@@ -7,7 +7,7 @@
 namespace resq {
 namespace {
 
-// Every slot lies inside the cache, or is negative.
+// Checks that every slot lies inside the cache or is negative.
 void check_slots(const KvAppendParams& p) {
   for (int64_t t = 0; t < p.tokens; ++t) {
     if (p.slot_mapping[t] < p.slots) continue;

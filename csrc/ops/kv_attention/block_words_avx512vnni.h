@@ -1,5 +1,5 @@
 // Words of a tile for kv_attention_block.h on AVX-512: the transposition of AVX2 (512-bit loads and
-// stores brought nothing on Zen 4), and nibbles that fill a register of 16.
+// stores gained nothing on Zen 4), and nibbles that fill a register of 16 lanes.
 
 #include "ops/kv_attention/transpose_avx2.h"
 

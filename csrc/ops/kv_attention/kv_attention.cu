@@ -1,6 +1,6 @@
-// The attention kernel of every architecture: a warp copies its own tiles, 16 bytes a lane, into a
-// ring of its own and never waits for another warp until the split's end. sm_90 has a sibling that
-// copies pages (kv_attention_sm90.cu).
+// The attention kernel of every architecture: each warp copies its own tiles, 16 bytes per lane,
+// into its own ring and waits for no other warp until the end of the split. sm_90 has a kernel of
+// its own that copies pages (kv_attention_sm90.cu).
 #include <cuda_runtime.h>
 
 #include "cuda/copy_sm80.cuh"
@@ -9,7 +9,7 @@
 namespace resq::cuda::attention {
 namespace {
 
-constexpr int kStages = 4;  // 40 KB a block in flight: three blocks cover 1 us of 33 bytes/ns
+constexpr int kStages = 4;  // 40 KB in flight per block: three blocks cover 1 us of 33 bytes/ns
 
 // A tile's K words, metadata and V words, one after the other.
 template <int kHeadDim>
@@ -47,7 +47,7 @@ class Ring {
 
   __device__ TileParts wait(int step) {
     wait_copies<kStages - 2>();
-    __syncwarp();  // and all lanes have read the stage that is filled next
+    __syncwarp();  // all lanes have read the stage that fetch overwrites
     fetch(step + kStages - 1);
     const uint8_t* stage = stages_[step % kStages];
     return {stage, stage + Stage<kHeadDim>::kMetadata, stage + Stage<kHeadDim>::kValues};
@@ -57,11 +57,11 @@ class Ring {
 
   __device__ void finish() {
     wait_copies<0>();
-    __syncthreads();  // before rows are written over the ring
+    __syncthreads();  // before rows overwrite the ring
   }
 
  private:
-  // Starts the copies of the warp's tile; every lane commits a group, also where there is no tile.
+  // Starts the copies of the warp's tile; every lane commits a group, even if there is no tile.
   __device__ void fetch(int step) {
     using S = Stage<kHeadDim>;
     const int tile = warp_ + step * kAttendWarps;
@@ -70,7 +70,8 @@ class Ring {
       const int lane_byte = threadIdx.x % 32 * 16;
       uint8_t* stage = stages_[step % kStages];
       const uint8_t* keys = call_.params.cache + place.keys + lane_byte;
-      // From where a byte of the stage would be if all came after the K words.
+      // Offsets of the sources of metadata and V words from where they would be if they followed
+      // the K words as they do in the stage.
       const int metadata = place.metadata - S::kMetadata;
       const int values =
           static_cast<int>(kv_v_tile_byte<kHeadDim>(call_.params.page_size, 0)) - S::kValues;

@@ -4,12 +4,12 @@
 //   q' ~ s_p * integer, 16 bits, per row and part p (low and high dims)
 //   score[t] = sum over p of k_scale_p[t] * s_p * (integers . codes) + k_offset_p[t] * sum(q'_p)
 //   out = sum_t softmax(score)[t] V[t], in blocks of 64 tokens: per block the products
-//         exp2(score - max) * v_scale_p become 16-bit integers, and meet the codes of V exactly.
+//         exp2(score - max) * v_scale_p become 16-bit integers, multiplied exactly by V's codes.
 //
-// Dot products of integers have no order, the float32 steps have a fixed one: blocks of kKeyBlock
-// tokens merge in order inside splits of kSplitTokens, and splits in order. A query's result is
-// the same bits for every batch, chunking of the prompt, page size, thread count and instruction
-// set.
+// Integer dot products do not depend on the order, and the float32 steps have a fixed one: blocks
+// of kKeyBlock tokens merge in order inside splits of kSplitTokens, and splits merge in order. A
+// query's result has the same bits for every batch, chunking of the prompt, page size, thread count
+// and instruction set.
 #pragma once
 
 #include "core/kv_page.h"
@@ -29,7 +29,7 @@ struct KvAttentionParams {
   int64_t q_stride;
   int64_t n_q, n_kv, head_dim, page_size, max_pages;
   float scale;          // of the scores, times log2(e)
-  int64_t head_dim_hi;  // of a head that stand behind all heads' low dims; 0: heads one by one
+  int64_t head_dim_hi;  // per head, stored after all heads' low dims; 0: head after head
 
   RESQ_HOST_DEVICE int64_t group() const { return n_q / n_kv; }
 };
@@ -45,7 +45,7 @@ struct KvAttentionBatch {
 
 // Where the result of a head goes: the column order that o_proj reads (docs/formats.md section 6).
 struct KvOutputRow {
-  int64_t low, high;  // in `out`, where dim 0 is and where it would be beside the high dims
+  int64_t low, high;  // in `out`: a low dim is at low + dim, a high one at high + dim
   int64_t low_dims;
 
   RESQ_HOST_DEVICE KvOutputRow(const KvAttentionParams& p, int64_t token, int64_t head)

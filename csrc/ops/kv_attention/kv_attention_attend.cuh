@@ -1,11 +1,11 @@
 // Attention of eight (or sixteen) query rows to splits of 1024 tokens, straight from the codes:
-// everything but the copies of pages into shared memory (TileRing), which the cp.async and the
-// bulk-copy kernel do in their own way. Letters of lanes: kv_attention_products.cuh.
+// everything except the copies of pages into shared memory (TileRing), which the cp.async and the
+// bulk-copy kernel each implement. kv_attention_products.cuh explains the index letters.
 //
 // Tokens are the rows of the tensor core's A operand and query rows the columns of B, so that a
 // group of up to eight heads fills one tile. Warp w takes tiles w, w + 4, ... of a split; the four
-// states merge in order at its end, and a row has the same bits in every form. Blocks walk the list
-// of items until it ends: the grid depends on nothing that the host would have to read.
+// states merge in order at its end, so a row has the same bits in every instance. Blocks walk the
+// list of items to its end, so the grid depends on nothing that the host would have to read.
 #pragma once
 
 #include <concepts>
@@ -27,17 +27,18 @@ inline constexpr int kTileTokens = KvLayout<kHeadDim>::kTileTokens;
 template <int kHeadDim>
 inline constexpr int kSplitTiles = kSplitTokens / kTileTokens<kHeadDim>;
 
-// Blocks that registers let run at once on a multiprocessor.
+// Blocks resident on a multiprocessor, as limited by registers.
 constexpr int attend_blocks(int tiles) { return tiles == 1 ? 3 : 2; }
 
-// State of a row as warps leave it for the merge.
+// State of a row as a warp stores it for the merge.
 template <int kHeadDim>
 struct WarpRow {
   float values[kHeadDim];
   float max, sum, unused[2];
 };
 
-// Where a tile of the split lies: K words in the cache, and metadata from there.
+// Where a tile of the split lies: the offset of its K words in the cache, and of its metadata from
+// there.
 struct TilePlace {
   int64_t keys;
   int metadata;
@@ -65,13 +66,13 @@ struct TileParts {
   const uint8_t *keys, *metadata, *values;
 };
 
-// What copies the tiles of a split into shared memory, for all warps of a block or each for itself.
+// Copies the tiles of a split into shared memory, for all warps of a block or each warp for itself.
 // In step s warp w takes tile kAttendWarps s + w. All threads call
 //   start(tiles)   once `shared.places` holds the split's tiles; the first copies begin
 //   wait(step)     the warp's tile of the step, complete and visible to its lanes; if the split has
 //                  no such tile, memory that must not be read
 //   release(step)  after the lane's last read of that tile: it may be overwritten
-//   finish()       after the last step: no copy is under way, and `shared.rows` may be written
+//   finish()       after the last step: no copy is in flight, and `shared.rows` may be written
 // with step = 0, 1, ... in turn, and a barrier of the block between finish and the next start.
 template <class Ring>
 concept TileRing = requires(Ring ring, int number) {
@@ -81,7 +82,7 @@ concept TileRing = requires(Ring ring, int number) {
   ring.finish();
 };
 
-// A lane's part of a tile in registers: all that it needs of shared memory.
+// A lane's part of a tile in registers: everything it needs from shared memory.
 template <int kHeadDim>
 struct Tile {
   TileWords k, v;
@@ -96,7 +97,7 @@ struct Tile {
   }
 };
 
-// What a warp keeps of its item, and its steps.
+// A warp's registers of its item, and its steps.
 template <int kHeadDim, int kTiles>
 struct AttendWarp {
   QueryOperand<kHeadDim> queries[kTiles];
@@ -110,7 +111,7 @@ struct AttendWarp {
     const int group = static_cast<int>(call.params.group()), last = item.rows - 1;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      // Rows that do not exist see nothing, and repeat the last one's numbers.
+      // Rows past the last one are masked, and repeat its numbers.
       const int row = min(n * kTileRows + g, last);
 #pragma unroll
       for (int r = 0; r < kHeadDim / 8; ++r) queries[n].values[r] = rows.values[row][4 * r + i];
@@ -152,7 +153,7 @@ struct AttendWarp {
     if constexpr (kTileTokens<kHeadDim> == 32) attend_group<1>(tile, token, softmax);
   }
 
-  // The warp's state of every row into shared memory.
+  // Stores the warp's state of every row in shared memory.
   __device__ void leave(RunningSoftmax<kHeadDim>& softmax, WarpRow<kHeadDim>* rows) const {
     softmax.finish();
 #pragma unroll
@@ -180,7 +181,7 @@ struct AttendWarp {
   }
 };
 
-// A thread's dims of one row per tile of eight.
+// A thread's dims of one row, for each tile of eight rows.
 template <int kHeadDim>
 using ThreadState = RowState<kHeadDim / kThreadsPerRow>;
 
@@ -197,7 +198,7 @@ __device__ inline int start_split(const KvAttentionCuda& call, const KvItem& ite
   return tiles;
 }
 
-// A split that has been started; `states` becomes the thread's part of its states.
+// Processes a split after start_split; sets `states` to the thread's part of its states.
 template <int kHeadDim, int kTiles, class Shared, TileRing Ring>
 __device__ inline void attend_split(int first_token, int tiles,
                                     const AttendWarp<kHeadDim, kTiles>& self, Shared& shared,
@@ -256,14 +257,14 @@ __device__ inline void attend_items(const KvAttentionCuda& call, Shared& shared,
   for (int index = blockIdx.x; find_item<kTiles * kTileRows>(call, index, item);
        index += gridDim.x) {
     const int splits = (max(item.last_visible(group), 0) + kSplitTokens - 1) / kSplitTokens;
-    if (call.states && item.split >= splits) continue;  // the rows see none of it
+    if (call.states && item.split >= splits) continue;  // no row sees this split
     const int first = call.states ? item.split : 0, end = call.states ? first + 1 : splits;
 
     AttendWarp<kHeadDim, kTiles> self;
     ThreadState<kHeadDim> total[kTiles];
     for (int split = first; split < end; ++split) {
       const int tiles = start_split<kHeadDim>(call, item, split, shared, ring);
-      if (split == first) {  // while the first tiles are on their way
+      if (split == first) {  // while the first tiles are in flight
         make_queries(call, item, shared.queries);
         __syncthreads();
         self.read(call, item, shared.queries);
@@ -303,15 +304,15 @@ template <class Launch>
 inline void launch_attend(const KvAttentionCuda& call, const Device& device, Launch launch) {
   const KvAttentionParams& p = call.params;
   const auto with_tiles = [&](auto head_dim, auto tiles) {
-    // At most as many items as there can be, at most as many blocks as run at once.
+    // As many blocks as there can be items, and at most as many as are resident at once.
     const int64_t groups = call.tokens * p.group() / (tiles * kTileRows) + call.sequences + 1;
     const int64_t items = groups * p.n_kv * (call.states ? call.splits() : 1);
     const int64_t resident = int64_t{device.sms} * attend_blocks(tiles);
     launch(head_dim, tiles, static_cast<unsigned>(items < resident ? items : resident));
   };
   const auto with_head_dim = [&](auto head_dim) {
-    // More than eight rows a sequence on average: sixteen share the unpacking. The bits are the
-    // same.
+    // With more than eight rows per sequence on average, sixteen share the unpacking. The bits are
+    // the same.
     const bool many = call.tokens * p.group() > kTileRows * call.sequences;
     many ? with_tiles(head_dim, std::integral_constant<int, 2>())
          : with_tiles(head_dim, std::integral_constant<int, 1>());

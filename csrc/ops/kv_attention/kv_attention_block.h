@@ -1,29 +1,29 @@
 // A block of 64 tokens of K and V as the integer products read it, and the products. Included
 // inside the namespace of an instruction set.
 //
-// The words of a tile stay packed, four or two registers of two 4-bit codes each; a product masks
-// them out in registers, beside the multiplications. Unpacking into a buffer first was bound by its
-// stores (32 of 32 bytes a token) and filled the first-level cache.
+// The words of a tile stay packed: a word holds four or two registers of two 4-bit codes each. The
+// products mask the codes out in registers, alongside the multiplications. Unpacking into a buffer
+// first was bound by its stores (32 of 32 bytes a token) and filled the first-level cache.
 
 template <int kHeadDim>
 struct BlockLayout {
   static constexpr int kLow = KvLayout<kHeadDim>::kLowDims;
-  // Words of four registers, then one of two, then registers that need no unpacking: the 8-bit
-  // dims, and the last eight 4-bit dims of head dim 64.
+  // kFull words of four registers each, then one word of two, then registers that need no
+  // unpacking: the 8-bit dims, and the last eight 4-bit dims of head dim 64.
   static constexpr int kFull = kHeadDim == 128 ? 3 : 1;
   static constexpr int kDirectLow = kHeadDim == 128 ? 0 : 1;
   static constexpr int kDirectHigh = kHeadDim == 128 ? 2 : 1;
   static constexpr int kLines = kFull + 1 + kDirectLow + kDirectHigh;
-  // V: the words of a pair of tokens are 8 wide, the direct registers hold the last 16 dims.
+  // V: the words of a pair of tokens are 8 wide; the direct registers hold the last 16 dims.
   static constexpr int kPairWords = 8 * (kFull + 1) + 16;
 };
 
 template <int kHeadDim>
 struct Block {
   using Layout = BlockLayout<kHeadDim>;
-  // Lane i of K's rows; a register is two codes, of dims (2 j, 2 j + 1) of a token.
+  // keys[i]: lane i of K's rows. A register holds two codes, of dims (2 j, 2 j + 1) of a token.
   int32_t keys[4][Layout::kLines][kKeyBlock];
-  // Pairs of tokens; a register is the codes of both tokens for one dim.
+  // Pairs of tokens. A register holds the codes of both tokens for one dim.
   int32_t values[kKeyBlock / 2][Layout::kPairWords];
   float metadata[8][kKeyBlock];  // (scale, offset) of K low, K high, V low, V high
 };
@@ -38,8 +38,8 @@ using EightIVec = Vectors<8>::IVec;
 #include "ops/kv_attention/block_words_scalar.h"
 #endif
 
-// Registers of eight words, stored: functions that return 32-byte vectors would have an ABI of
-// their own on the portable instruction set.
+// The functions below store registers of eight words instead of returning them: functions that
+// return 32-byte vectors would have a different ABI on the portable instruction set.
 
 // Bytes 2 `part` and 2 `part` + 1 of each word, as two 16-bit codes.
 inline void store_bytes(int32_t* out, const EightIVec& words, int part) {
@@ -74,7 +74,7 @@ inline void load_lanes(const uint8_t* tile, LaneWords (&lanes)[4]) {
   }
 }
 
-// One K tile to columns `at` .. of the block.
+// Loads one K tile into columns `at` .. of the block.
 template <int kHeadDim>
 inline void load_key_tile(const uint8_t* tile, int64_t at, Block<kHeadDim>* block) {
   using Layout = BlockLayout<kHeadDim>;
@@ -100,7 +100,7 @@ inline void load_key_tile(const uint8_t* tile, int64_t at, Block<kHeadDim>* bloc
   }
 }
 
-// One V tile to the pairs from token `at` on.
+// Loads one V tile into the pairs from token `at` on.
 template <int kHeadDim>
 inline void load_value_tile(const uint8_t* tile, int64_t at, Block<kHeadDim>* block) {
   using Layout = BlockLayout<kHeadDim>;
@@ -127,7 +127,7 @@ inline void load_value_tile(const uint8_t* tile, int64_t at, Block<kHeadDim>* bl
   }
 }
 
-// The order in which key_products meets the pairs of dims: entry n is the pair (2 j, 2 j + 1).
+// The order in which key_products visits the pairs of dims: entry n is the pair (2 j, 2 j + 1).
 template <int kHeadDim>
 struct PairOrder {
   uint8_t pair[kHeadDim / 2] = {};
@@ -152,7 +152,7 @@ struct PairOrder {
 template <int kHeadDim>
 inline constexpr PairOrder<kHeadDim> kPairOrder{};
 
-// sums[r] += the pair x[r] of every row times the pairs of all columns.
+// For every row r: sums[r] += its pair at x times the pairs of all columns.
 template <int kRows, int kVectors>
 inline void multiply(IVec (&sums)[kRows][kVectors], const int16_t* x, int64_t stride,
                      const IVec (&codes)[kVectors]) {
@@ -224,7 +224,7 @@ inline void key_tile_products(const int16_t* q, const Block<kHeadDim>& block, in
 
 template <int kHeadDim, int kRows>
 inline void key_products(const int16_t* q, const Block<kHeadDim>& block, int32_t* lo, int32_t* hi) {
-  constexpr int kVectors = kLanes == 16 ? 4 : 2;  // what the registers hold beside the sums
+  constexpr int kVectors = kLanes == 16 ? 4 : 2;  // as many as fit in registers next to the sums
   for (int column = 0; column < kKeyBlock; column += kVectors * kLanes) {
     key_tile_products<kHeadDim, kRows, kVectors>(q, block, column, lo, hi);
   }
@@ -243,8 +243,8 @@ inline IVec value_codes(const int32_t* words) {
   }
 }
 
-// out[r][dim] = sum over tokens of weights[r] . codes, for the dims of vectors [kFirst, kFirst +
-// kVectors).
+// out[r][dim] = sum over tokens of weights[r] . codes, for the dims of vectors
+// [kFirst, kFirst + kVectors).
 template <int kHeadDim, int kRows, int kFirst, int... kVector>
 inline void value_tile_products(const int16_t* weights, int64_t stride,
                                 const Block<kHeadDim>& block, int32_t* out, int64_t out_stride,

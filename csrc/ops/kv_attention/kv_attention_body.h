@@ -58,8 +58,8 @@ struct Maximum {
   Vec operator()(Vec a, Vec b) const { return max(a, b); }
 };
 
-// Lanes j and j + kWidth / 2 meet, then the halves of what is left: 16 lanes fold in the same order
-// whatever the width of the registers that hold them.
+// Combines lanes j and j + kWidth / 2, then halves the rest in the same way: 16 lanes fold in the
+// same order whatever the width of the registers that hold them.
 template <class Op, int kWidth>
 inline float fold_lanes(typename Vectors<kWidth>::Vec v) {
   if constexpr (kWidth == 1) {
@@ -110,7 +110,7 @@ inline void quantize_query(const float* x, int16_t* integers, float* scale, floa
   const float inverse = largest > 0x1p-100f && finite ? 32767.0f / largest : 0.0f;
   int32_t total = 0;
   for (int j = 0; j < kCount; ++j) {
-    // NaN and infinities leave garbage here, which their scale, NaN, keeps from being seen.
+    // NaN and infinities give garbage here, which has no effect because their scale is NaN.
     const int32_t bits = std::bit_cast<int32_t>(x[j] * inverse + kRoundMagic);
     const auto integer = static_cast<int16_t>(bits - std::bit_cast<int32_t>(kRoundMagic));
     integers[j] = integer;
@@ -161,9 +161,9 @@ inline void prefetch(const uint8_t* bytes, int count) {
 }
 
 // Loads tokens [first, end) of the sequence, at most kKeyBlock of them. Tokens from `end` on get
-// scales and offsets 0: what a page's tail holds has no effect. The next block is prefetched, which
-// the hardware does not do across the streams of a page (8 x 4096 tokens, ns a token: 45 without,
-// 40 into the first-level cache, 30 into the second).
+// scales and offsets 0, so the contents of a page's tail have no effect. Prefetches the next block,
+// which the hardware does not do across the streams of a page (8 x 4096 tokens, ns per token: 45
+// without prefetch, 40 into the first-level cache, 30 into the second).
 template <int kHeadDim>
 inline void load_block(const KvAttentionParams& p, const KvAttentionTask& task, int64_t first,
                        int64_t end, Block<kHeadDim>* block) {
@@ -255,7 +255,7 @@ inline BlockSoftmax block_softmax(const int32_t* sums_lo, const int32_t* sums_hi
   return out;
 }
 
-// state := state and (max, sum, part [head_dim]) under a common maximum.
+// Merges (max, sum, part [head_dim]) into `state` under a common maximum.
 template <int kHeadDim>
 inline void merge(float* state, float max, float sum, const float* part) {
   float& state_max = state[kHeadDim];
@@ -330,7 +330,7 @@ inline void split_states(const KvAttentionParams& p, const KvAttentionTask& task
   }
 }
 
-// Merges the states of one split into the total; rows that see none of its tokens keep theirs.
+// Merges the states of one split into the total; rows that see none of its tokens are unchanged.
 template <int kHeadDim>
 inline void merge_split(const KvAttentionParams& p, const KvAttentionTask& task, int64_t split,
                         const float* states, const Workspace<kHeadDim>& w) {

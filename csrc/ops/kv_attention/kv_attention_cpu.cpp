@@ -12,8 +12,8 @@
 namespace resq {
 namespace {
 
-// query_starts ascends from 0 to at most the rows of q; every length fits its row of the block
-// table, and every page that it uses exists.
+// Checks that query_starts ascends from 0 to at most the rows of q, that every length fits its row
+// of the block table, and that every page it uses exists.
 void check_batch(const KvAttentionParams& p, const KvAttentionBatch& batch) {
   const auto refuse = [](const char* argument, const std::string& expected, int64_t got,
                          const char* of, int64_t index) {
@@ -46,7 +46,7 @@ void check_batch(const KvAttentionParams& p, const KvAttentionBatch& batch) {
   }
 }
 
-// Blocks of queries that share the unpacking of a block of keys, the longest of a sequence first.
+// Groups of queries that share the unpacking of a block of keys, the longest of a sequence first.
 std::vector<KvAttentionTask> make_tasks(const KvAttentionParams& p, const KvAttentionBatch& batch) {
   const int64_t queries_per_task = std::max<int64_t>(1, kTaskRows / p.group());
   std::vector<KvAttentionTask> tasks;
@@ -66,7 +66,8 @@ std::vector<KvAttentionTask> make_tasks(const KvAttentionParams& p, const KvAtte
   return tasks;
 }
 
-// Calls work(i, workspace) for i in [0, count). Threads fetch the next i: tasks differ in length.
+// Calls work(i, workspace) for i in [0, count). Threads fetch the next i as they go, because tasks
+// differ in length.
 template <class Work>
 void for_each_task(int64_t count, int64_t workspace_floats, const Work& work) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
@@ -77,7 +78,7 @@ void for_each_task(int64_t count, int64_t workspace_floats, const Work& work) {
   });
 }
 
-// More than this many bytes of split states, and tasks run whole instead.
+// Above this many bytes of split states, tasks run unsplit instead.
 constexpr int64_t kMaxStateBytes = int64_t{64} << 20;
 
 void attend_tasks(const KvAttentionParams& p, const std::vector<KvAttentionTask>& tasks) {

@@ -4,9 +4,9 @@
 //   attend   items (sequence, rows, split, kv head) found on the device            .cu, _sm90.cu
 //   merge    the splits of a row in their order, where there are several           _merge.cu
 //
-// A row's result depends on the tokens it sees and on their order only: not on the batch, the rows
-// beside it, the block table or the mode. Lengths, pages and query_starts that do not fit stop the
-// kernel with a device error.
+// A row's result depends only on the tokens it sees and on their order, not on the batch, the
+// neighbouring rows, the block table or the mode. Lengths, pages and query_starts that are out of
+// range stop the kernel with a device error.
 #pragma once
 
 #include "cuda/launch.h"
@@ -31,7 +31,7 @@ struct KvAttentionCuda {
 // head_dim weighted sums, the maximum and the sum of weights, and two unused.
 constexpr RESQ_HOST_DEVICE int kv_cuda_state_floats(int head_dim) { return head_dim + 4; }
 
-// More than this many bytes of states, and blocks take whole rows instead.
+// Above this many bytes of states, blocks take all splits of their rows instead.
 inline constexpr int64_t kKvMaxStateBytes = int64_t{64} << 20;
 
 void attend(const KvAttentionCuda& call, const Device& device, Stream stream);

@@ -1,11 +1,12 @@
 // Products of the codes of one tile on the tensor cores: keys with queries, values with weights.
 //
-// A tile's words are A operands already (core/kv_page.h): a nibble next to the bits of 1024 (or 64,
-// for the upper nibbles of a byte) is that number plus the code in float16, and one subtraction
-// leaves code - 8 exactly. Centred, because tensor cores truncate while they add: a common bias in
-// the sum over thousands of values would cost more than V's quantization error.
+// A tile's words are already in the order of A operands (core/kv_page.h). A nibble ORed into the
+// bits of 1024 (or 64, for the upper nibbles of a byte) is that number plus the code in float16,
+// and one subtraction leaves code - 8 exactly. The codes are centred because tensor cores truncate
+// while they add: a common bias in the sum over thousands of values would cost more than V's
+// quantization error.
 //
-// Letters of the kernels' lanes (the registers of cuda/mma_f16.cuh). Tokens of K, or dims of V, are
+// Index letters in the kernels (registers as in cuda/mma_f16.cuh). Tokens of K, or dims of V, are
 // rows of A and C; query rows, that is (query, head), are columns of B and C.
 //
 //   g, i   lane = 4 g + i: the lane holds rows g and g + 8 of A and C, column g of B, and columns
@@ -24,14 +25,14 @@ namespace resq::cuda::attention {
 inline constexpr int kKvCentreLow = 8;     // subtracted from 4-bit codes
 inline constexpr int kKvCentreHigh = 128;  // and from 8-bit codes
 
-// (bits & mask) | number in one instruction; written as operators it becomes two.
+// (bits & mask) | number in one instruction; written with operators it compiles to two.
 __device__ inline uint32_t place_codes(uint32_t bits, uint32_t mask, uint32_t number) {
   uint32_t placed;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(placed) : "r"(bits), "r"(mask), "r"(number));
   return placed;
 }
 
-// Registers of word x: nibbles (0, 4), (1, 5), (2, 6), (3, 7), less 8.
+// Unpacks a word into four registers: nibbles (0, 4), (1, 5), (2, 6), (3, 7), minus 8.
 __device__ inline void unpack_nibbles(uint32_t word, uint32_t (&out)[4]) {
   const uint32_t next = word >> 8;
   out[0] = subtract_halves(place_codes(word, 0x000f000f, 0x64006400), 0x64086408);
@@ -40,13 +41,13 @@ __device__ inline void unpack_nibbles(uint32_t word, uint32_t (&out)[4]) {
   out[3] = subtract_halves(place_codes(next, 0x00f000f0, 0x54005400), 0x54805480);
 }
 
-// Registers of a word of 8-bit codes: bytes (0, 1) and (2, 3), less 128.
+// Unpacks a word of 8-bit codes into two registers: bytes (0, 1) and (2, 3), minus 128.
 __device__ inline void unpack_bytes(uint32_t word, uint32_t& first, uint32_t& second) {
   first = subtract_halves(__byte_perm(word, 0x64646464, 0x4140), 0x64806480);
   second = subtract_halves(__byte_perm(word, 0x64646464, 0x4342), 0x64806480);
 }
 
-// Register of the two nibbles of a byte, less 8.
+// Unpacks the two nibbles of a byte into a register, minus 8.
 __device__ inline uint32_t unpack_byte_of_nibbles(uint32_t word, int byte) {
   const uint32_t twice = __byte_perm(word, 0, byte | 0x40 | byte << 8 | 0x4000);
   return subtract_halves(place_codes(twice, 0x00f0000f, 0x54006400), 0x54806408);
@@ -78,7 +79,7 @@ struct ScoreSums {
   float low[4] = {}, high[4] = {};
 };
 
-// 16-token group `kGroup` of a K tile with kTiles times eight query rows.
+// Multiplies 16-token group `kGroup` of a K tile by kTiles times eight query rows.
 template <int kHeadDim, int kGroup, int kTiles>
 __device__ inline void key_products(const TileWords& k, const QueryOperand<kHeadDim> (&q)[kTiles],
                                     ScoreSums (&sums)[kTiles]) {
@@ -125,8 +126,8 @@ __device__ inline void key_products(const TileWords& k, const QueryOperand<kHead
   }
 }
 
-// B operands of the weights of 16 tokens for eight query rows; what float16 loses of those for the
-// high dims, whose codes are 8 bits long, is a second operand.
+// B operands of the weights of 16 tokens for eight query rows. The high dims have 8-bit codes, so
+// what float16 loses of their weights is a second operand.
 struct WeightOperand {
   uint32_t low[2], high[2], high_residuals[2];
 };
@@ -149,7 +150,8 @@ struct OutputSums {
   }
 };
 
-// 16-token group `kGroup` of a V tile with kTiles times eight query rows, into softmax[n].out.
+// Multiplies 16-token group `kGroup` of a V tile by the weights of kTiles times eight query rows,
+// into softmax[n].out.
 template <int kHeadDim, int kGroup, class Softmax, int kTiles>
 __device__ inline void value_products(const TileWords& v, const WeightOperand (&p)[kTiles],
                                       Softmax (&softmax)[kTiles]) {

@@ -1,5 +1,6 @@
-// Query rows of an item as the tensor cores' operand: float16 times a power of two of the row, so
-// that float16 holds it whatever its magnitude, and what float16 loses of the high dims.
+// Query rows of an item as tensor-core operands: float16 values times a power of two per row, so
+// that float16 holds a row of any magnitude, and residuals, which are what float16 loses of the
+// high dims.
 #pragma once
 
 #include "cuda/numbers.cuh"
@@ -14,7 +15,8 @@ struct QueryNumbers {
   float multiplier, sum_low, sum_high, unused;
 };
 
-// Rows in shared memory, eight words a lane group apart in the banks.
+// Rows in shared memory. Their pitch is 4 modulo 32 words, so that the rows g of a warp's lanes are
+// in different banks.
 template <int kHeadDim, int kRows>
 struct QueryRows {
   uint32_t values[kRows][kHeadDim / 2 + 4];  // pairs of float16
@@ -30,7 +32,7 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-// A warp makes row `row` of the query at `from`; the dims lane * kHeadDim / 32 + i are a lane's.
+// A warp computes row `row` from the query at `from`; each lane has dims lane * kHeadDim / 32 + i.
 template <int kHeadDim, int kRows>
 __device__ inline void make_query(const KvAttentionCuda& call, int64_t from, int row,
                                   QueryRows<kHeadDim, kRows>& to) {
@@ -46,7 +48,7 @@ __device__ inline void make_query(const KvAttentionCuda& call, int64_t from, int
   }
   magnitude = __reduce_max_sync(0xffffffff, magnitude);
   const bool finite = magnitude < 0x7f800000;
-  // 2^e with the row's largest |x| in [2^e, 2^(e + 1)), inside what keeps 2^-e normal.
+  // 2^e with the row's largest |x| in [2^e, 2^(e + 1)), clamped so that 2^-e stays normal.
   const unsigned exponent = min(max(magnitude >> 23, 20u), 253u);
   const float inverse = __uint_as_float((254 - exponent) << 23);
 

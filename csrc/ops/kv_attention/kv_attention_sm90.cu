@@ -1,9 +1,9 @@
 // The attention kernel of sm_90: bulk copies of pages into a ring that the block's warps share.
 //
 // A page of 64 tokens is one run of the cache (10 KB at head dim 128), which one instruction of one
-// thread copies; other pages come in three runs a tile. Nobody waits for room in the ring: a warp
-// reads its tile into registers before it computes, and the last of the four to have read a stage
-// starts the copies that fill it again.
+// thread copies; other pages come in three runs per tile. No warp waits for an empty stage: a warp
+// reads its tile into registers before it computes, and the last of the four warps to read a stage
+// starts the copies that refill it.
 #include <cuda_runtime.h>
 
 #include "cuda/bulk_copy_sm90.cuh"
@@ -47,7 +47,7 @@ struct Shared {
   QueryRows<kHeadDim, kTiles * kTileRows> queries;
   TilePlace places[kSplitTiles<kHeadDim>];
   uint64_t full[kStages];
-  uint32_t readers[kStages];  // warps that have read what the stage holds
+  uint32_t readers[kStages];  // warps that have read the stage
 };
 
 template <int kHeadDim, int kTiles>
@@ -67,7 +67,7 @@ class Ring {
     __syncthreads();
   }
 
-  // All stages are empty: every warp has read every step of the splits before.
+  // All stages are empty: every warp has read every step of the previous splits.
   __device__ void start(int tiles) {
     tiles_ = tiles;
     if (threadIdx.x > 0) return;
@@ -98,8 +98,8 @@ class Ring {
  private:
   static __device__ int next(int stage) { return stage == kStages - 1 ? 0 : stage + 1; }
 
-  // Counts the warp among the stage's readers; all but one are told no. Acquire, because what the
-  // others have read is written next.
+  // Counts the warp as a reader of the stage; true for the last one only. Acquire, because what the
+  // other warps have read is overwritten next.
   __device__ bool last_reader() {
     uint32_t before;
     asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;"
@@ -109,8 +109,8 @@ class Ring {
     return before == kAttendWarps - 1;
   }
 
-  // Eight rows are all that read these bytes in a decode step: what should stay in the second-level
-  // cache are the states. Of more rows, every sixteen read them again.
+  // In a decode step only one item of eight rows reads these bytes, and the states should stay in
+  // the second-level cache instead. With more rows, every sixteen read them again.
   static __device__ void copy(uint8_t* to, const uint8_t* from, uint32_t bytes, uint64_t* full) {
     if constexpr (kTiles == 1) {
       bulk_copy_streaming(to, from, bytes, full);
@@ -128,7 +128,7 @@ class Ring {
     uint64_t* full = &shared_.full[stage];
     const uint8_t* cache = call_.params.cache;
     if (call_.params.page_size == kPageTokens) {
-      // What lies beyond the last tile is not looked at.
+      // The rest of the last page is copied, but not read.
       const int pages = (count + S::kPageTiles - 1) / S::kPageTiles;
       mbarrier_arrive_expect(full, pages * S::kPageBytes);
 #pragma unroll 1

@@ -1,6 +1,6 @@
-// The running softmax of a warp over its tiles, and states that merge. Sums and products that could
-// become one operation are written as the operations they are: a row has the same bits in every
-// instance of the kernel.
+// The running softmax of a warp over its tiles, and states that merge. Sums and products that the
+// compiler could contract into one operation are written as explicit operations, so that a row has
+// the same bits in every instance of the kernel.
 #pragma once
 
 #include "cuda/numbers.cuh"
@@ -17,7 +17,7 @@ __device__ inline float exp2_approximate(float x) {
   return y;
 }
 
-// What scores and weights need of a token: 4 x = scale * (code - centre) + 4 * offset, with the
+// What scores and weights need from a token: 4 x = scale * (code - centre) + 4 * offset, with the
 // scale as it is stored.
 struct PartRange {
   float scale, offset;
@@ -41,7 +41,7 @@ struct TokenRanges {
 };
 
 // A lane's two query rows 2 i and 2 i + 1 of eight. Scores are multiplier * (sums + sums of q x
-// offset), both 4 times too large and the multiplier 4 times too small.
+// offset): both sums are 4 times too large, the multiplier is 4 times too small.
 struct QueryColumns {
   float multiplier[2], sum_low[2], sum_high[2];
   int visible[2];  // tokens that the row sees
@@ -60,7 +60,8 @@ __device__ inline float weight_factor(float scale) {
   return __uint_as_float((254 - exponent) << 23) * (kWeightTop / 2);
 }
 
-// Eight query rows over the tiles of a warp. Sums over tokens are kept by lane until the end.
+// Eight query rows over the tiles of a warp. Each lane keeps its own sums over tokens until the
+// end.
 template <int kHeadDim>
 struct RunningSoftmax {
   float max[2], sum[2], offset_low[2], offset_high[2];
@@ -76,8 +77,8 @@ struct RunningSoftmax {
     }
   }
 
-  // Scores of 16 tokens, of which this lane has `first_token` (ranges[0]) and the one 8 later, to
-  // the weights' operand.
+  // Turns the scores of 16 tokens into the weights' operand. This lane has token `first_token`
+  // (ranges[0]) and the token 8 later (ranges[1]).
   __device__ WeightOperand add(const ScoreSums& sums, const TokenRanges (&ranges)[2],
                                const QueryColumns& q, int first_token) {
     float scores[4], low[4], high[4];
@@ -96,7 +97,7 @@ struct RunningSoftmax {
       visible[c] = first_token + c / 2 * 8 < q.visible[h];
       grows |= visible[c] & ((scores[c] > max[h]) | (fmaxf(low[c], high[c]) >= kWeightTop));
     }
-    // Rare after the first tiles, and without effect on rows whose extremes stay.
+    // Rare after the first tiles, and without effect on rows whose extremes do not change.
     if (__any_sync(kAllLanes, grows)) {
       raise(scores, visible, ranges);
 #pragma unroll
@@ -111,7 +112,7 @@ struct RunningSoftmax {
       const int h = c % 2;
       const TokenRanges& r = ranges[c / 2];
       const float p = exp2_approximate(__fsub_rn(scores[c], max[h]));
-      // Selected, not multiplied by 0: what a token that is not seen holds may be NaN.
+      // Selected, not multiplied by 0: a masked token may hold NaN.
       sum[h] = visible[c] ? __fadd_rn(sum[h], p) : sum[h];
       offset_low[h] = visible[c] ? fmaf(p, r.v_low.offset, offset_low[h]) : offset_low[h];
       offset_high[h] = visible[c] ? fmaf(p, r.v_high.offset, offset_high[h]) : offset_high[h];
@@ -132,7 +133,7 @@ struct RunningSoftmax {
     return weights;
   }
 
-  // Sums over the lanes.
+  // Reduces the sums over the lanes.
   __device__ void finish() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -145,7 +146,7 @@ struct RunningSoftmax {
     }
   }
 
-  // A number of `out`, in row h's column, as the weighted sum of values.
+  // Converts a number of `out`, in row h's column, to the weighted sum of values.
   __device__ float low_value(float codes, int h) const {
     return fmaf(codes, value_scale(factor_low[h]), offset_low[h]);
   }
@@ -159,7 +160,7 @@ struct RunningSoftmax {
     return __uint_as_float((254u << 23) - __float_as_uint(factor)) * (1.0f / kKvScaleFactor);
   }
 
-  // Of two powers of two, exact.
+  // a / b of two powers of two, exact.
   static __device__ float ratio(float a, float b) {
     return __uint_as_float((127u << 23) + __float_as_uint(a) - __float_as_uint(b));
   }
@@ -199,8 +200,8 @@ struct RunningSoftmax {
   }
 };
 
-// Some dims of a row's weighted sum, with the maximum and the sum of its weights. A sum of 0 says
-// that no token has been seen (the largest weight of those that have is 1).
+// Some dims of a row's weighted sum, with the maximum and the sum of its weights. A sum of 0 means
+// that the row has seen no token (of those seen, the largest weight is 1).
 template <int kCount>
 struct RowState {
   float max = -INFINITY, sum = 0.0f, values[kCount] = {};

@@ -1,4 +1,4 @@
-// Which item a block works on: found from the lengths in device memory, by all its threads alike.
+// Which item a block works on. All threads find the same item from the lengths in device memory.
 #pragma once
 
 #include "ops/kv_attention/kv_attention_cuda.h"
@@ -20,8 +20,8 @@ struct KvItem {
   __device__ int last_visible(int group) const { return visible + query(group, rows - 1); }
 };
 
-// Queries of sequence `i` from `begin` on, and its tokens. Rows of q after the last sequence are
-// one more, of length 0. Numbers that do not fit stop the kernel.
+// Queries of sequence `i` from `begin` on, and its tokens. Rows of q after the last sequence form
+// one more sequence, of length 0. Numbers that are out of range stop the kernel.
 struct KvSequence {
   int begin, queries, length;
 
@@ -37,8 +37,8 @@ struct KvSequence {
   }
 };
 
-// Item number `index`, false if there are fewer. Items of a sequence: kv head fastest, then split,
-// then rows. A warp counts the items of 32 sequences at once.
+// Finds item number `index`; false if there are fewer items. Items of a sequence: kv head fastest,
+// then split, then rows. A warp counts the items of 32 sequences at once.
 template <int kRows>
 __device__ inline bool find_item(const KvAttentionCuda& call, int index, KvItem& item) {
   constexpr unsigned kAll = 0xffffffff;

@@ -1,5 +1,5 @@
 // One launch, bound by memory: a warp copies one tile of K, one of V and their ranges to shared
-// memory, 16 bytes a lane, then each lane makes eight dims of a token and stores 16 bytes (32 as
+// memory, 16 bytes a lane, then each lane computes eight dims of a token and stores 16 bytes (32 as
 // float32); a warp's stores are whole rows of a head. Tiles past the length are not read.
 #include <cuda_runtime.h>
 

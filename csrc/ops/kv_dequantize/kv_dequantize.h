@@ -1,4 +1,4 @@
-// kv_dequantize: the keys and values that pages stand for, as floats.
+// kv_dequantize: the keys and values stored in pages, as floats.
 //
 //   k, v[s, t] = scale * code + offset     t < seq_lens[s]; 0 for seq_lens[s] <= t < max_tokens
 //
@@ -45,8 +45,8 @@ struct KvDequantizeItem {
 
 namespace cuda {
 
-// Device pointers; cache, k and v aligned to 16 bytes. A length or page that does not fit stops the
-// kernel with a device error (lengths are not read on the host).
+// Device pointers; cache, k and v aligned to 16 bytes. A length or page that is out of range stops
+// the kernel with a device error (lengths are not read on the host).
 void kv_dequantize(const KvDequantizeParams& p, Stream stream);
 
 }  // namespace cuda

@@ -12,8 +12,9 @@ inline FourIVec load_words(const uint8_t* tile, int byte, int step) {
                   load_bits<int32_t>(tile + byte + 3 * step)};
 }
 
-// Row `t` of an octet of tokens. All shifts of a vector are the same: SSE2 has no others, and
-// 8-wide vectors with a shift a lane were no faster with AVX2 and four times slower without.
+// Dequantizes row `t` of an octet of tokens. All lanes of a vector shift by the same count: SSE2
+// has no other shifts, and 8-wide vectors with a shift per lane were no faster with AVX2 and four
+// times slower without.
 template <int kHeadDim, bool kKey>
 inline void dequantize_row(const uint8_t* tile, const KvRun* runs, int t, const Half* ranges,
                            FloatType type, void* out, int64_t first) {

@@ -8,7 +8,8 @@
 namespace resq {
 namespace {
 
-// Every length fits max_tokens and its row of the block table; every page that it uses exists.
+// Checks that every length fits max_tokens and its row of the block table, and that every page it
+// uses exists.
 void check_lengths(const KvDequantizeParams& p) {
   const auto refuse = [](const char* argument, const std::string& expected, int64_t got,
                          const char* of, int64_t sequence) {

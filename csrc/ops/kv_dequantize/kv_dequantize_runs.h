@@ -1,7 +1,7 @@
-// Where a tile has the codes of eight neighbouring dims of a token, as few numbers as a lane can
-// keep: the places of core/kv_page.h are regular inside eight tokens and eight dims, which
-// kv_runs_agree proves. Computed place by place they cost a GPU 900 instructions for 16 numbers
-// instead of 140.
+// Where the codes of eight neighbouring dims of a token lie in a tile, in so few numbers that a
+// lane can keep them. The places of core/kv_page.h are regular inside eight tokens and eight dims,
+// which kv_runs_agree proves. Computing them place by place cost a GPU 900 instructions for 16
+// numbers instead of 140.
 #pragma once
 
 #include "core/kv_page.h"

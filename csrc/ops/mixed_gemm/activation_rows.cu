@@ -11,7 +11,7 @@ constexpr int kPadThreads = 128, kUnpackThreads = 256;
 constexpr int kThreadBytes = 16;  // that a thread writes
 constexpr int kWords = kThreadBytes / 4;
 
-// from [M, bytes] -> to [M, padded], zeros behind; `padded` is a multiple of 16.
+// from [M, bytes] -> to [M, padded], padded with zeros; `padded` is a multiple of 16.
 __global__ void __launch_bounds__(kPadThreads)
     mixed_gemm_pad_rows_kernel(const uint8_t* from, uint8_t* to, int64_t bytes, int64_t padded,
                                unsigned blocks_per_row) {
@@ -39,8 +39,8 @@ __device__ inline uint2 unpack_codes(uint32_t packed) {
   return {__vsub4(low ^ kSign, kSign), __vsub4(high ^ kSign, kSign)};
 }
 
-// source [M, source_bytes] of packed codes -> out int8 [M, stride], zeros behind; `stride` is a
-// multiple of 16. A row of whole 8 bytes is read so, any other byte by byte.
+// source [M, source_bytes] of packed codes -> out int8 [M, stride], padded with zeros; `stride` is
+// a multiple of 16. Rows of a multiple of 8 bytes are read 8 bytes at a time, others byte by byte.
 __global__ void __launch_bounds__(kUnpackThreads)
     mixed_gemm_unpack_rows_kernel(const uint8_t* source, int64_t source_bytes, uint8_t* out,
                                   int64_t stride, unsigned blocks_per_row) {

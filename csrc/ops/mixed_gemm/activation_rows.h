@@ -1,6 +1,6 @@
 // Activation rows as the CUDA kernels of mixed_gemm can read them. A part whose rows a kernel
-// cannot read where they are is copied into the workspace first: padded with zeros, and unpacked if
-// the kernel takes int8 only. What is copied, and to where, are pure functions, tested on the CPU;
+// cannot read in place is copied into the workspace first: padded with zeros, and unpacked if the
+// kernel takes int8 only. Pure functions, tested on the CPU, decide what is copied and where;
 // activation_rows.cu makes the copies.
 #pragma once
 
@@ -9,29 +9,29 @@
 
 namespace resq::cuda {
 
-// What the loads of a kernel ask of the rows.
+// What the loads of a kernel require of the rows.
 struct RowAlignment {
   int lo, hi;  // K_lo and K_hi are multiples of these
   int copy;    // the rows of a copy are padded to a multiple of this many codes
-  bool int8;   // INT4 codes come one a byte
+  bool int8;   // INT4 codes must be one per byte
 };
 
 // One part of the activations.
 struct PartRows {
   bool copied;
-  int64_t k;       // codes from row to row; zeros behind those of the call
+  int64_t k;       // codes from row to row; those beyond the call's are 0
   int64_t offset;  // of the copy in the workspace, bytes
 };
 
 struct ActivationRows {
   PartRows lo, hi;
-  bool unpacks_lo;  // INT4 codes become int8 on the way
+  bool unpacks_lo;  // the copy turns INT4 codes into int8
   int64_t end;      // of the copies in the workspace, bytes
 };
 
 inline constexpr int64_t kWorkspaceAlignment = 256;  // of every region, bytes
 
-// The copies lie behind the workspace's first `begin` bytes.
+// The copies follow the workspace's first `begin` bytes.
 constexpr ActivationRows activation_rows(int64_t m, int64_t k_lo, int64_t k_hi, bool packed,
                                          const RowAlignment& alignment, int64_t begin) {
   ActivationRows rows{};

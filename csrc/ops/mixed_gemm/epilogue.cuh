@@ -2,7 +2,7 @@
 // in the order of docs/formats.md section 4, and the predicated stores. m is a row of activations
 // and of the output, n a row of the weight and column of the output.
 //
-// The intrinsics keep every operation rounded on its own whatever -fmad says.
+// The intrinsics round every operation on its own, whatever -fmad says.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -33,7 +33,7 @@ __device__ __forceinline__ PresentTerms present_terms(const MixedGemmParams& p) 
   return {p.k_lo > 0, p.k_hi > 0, p.bias != nullptr};
 }
 
-// Outside the matrix all terms are zero, so that a tile needs no tests of its own.
+// Outside the matrix all terms are zero, so that a tile needs no bounds checks of its own.
 __device__ __forceinline__ TermsOfM load_terms_of_m(const MixedGemmParams& p, int64_t m) {
   if (m >= p.m) return {};
   const float4 v = reinterpret_cast<const float4*>(p.params)[m];

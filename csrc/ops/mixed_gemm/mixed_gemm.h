@@ -29,7 +29,8 @@ struct MixedGemmParams {
   FloatType out_type;
 };
 
-// Zeros are integers of magnitude at most 255; the test keeps the conversion defined for others.
+// Zeros are integers of magnitude at most 255; the range check keeps the conversion defined for
+// other values.
 RESQ_HOST_DEVICE inline uint32_t exact_integer(float zero) {
   const bool fits = zero >= -0x1p30f && zero <= 0x1p30f;
   return fits ? static_cast<uint32_t>(static_cast<int32_t>(zero)) : 0u;

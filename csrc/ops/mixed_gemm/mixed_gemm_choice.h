@@ -84,8 +84,8 @@ constexpr RowAlignment row_alignment(MixedGemmKernel kernel, bool packed) {
   }
 }
 
-// How the blocks of one output tile share K: split s takes the K tiles begin(s) .. begin(s + 1) -
-// 1, the low part's first.
+// How the blocks of one output tile share K: split s takes the K tiles begin(s) ..
+// begin(s + 1) - 1, those of the low part first.
 struct SplitK {
   int lo_tiles, hi_tiles, splits;
 
@@ -165,7 +165,7 @@ inline int best_splits(const MixedGemmShape& s, MixedGemmKernel kernel, const Mi
   return best;
 }
 
-// Up to here the bytes of the weight decide the time, and reading them straight into registers is
+// Up to this M, reading the weight decides the time, and reading it straight into registers is
 // best.
 inline constexpr int64_t kMaxSmallM = 64;
 
@@ -185,7 +185,7 @@ inline MixedGemmChoice sm80_choice(const MixedGemmShape& s, int sms) {
   return make_choice(s, kKernel, kSmall, best_splits(s, kKernel, kSmall, kTileBytes, sms));
 }
 
-// Tenths of a clock that a tile of sm90 takes for a column of K [not measured]: the most of
+// Tenths of a clock that a tile of sm90 takes per column of K [not measured]: the maximum of
 //   tensor cores    M / 32
 //   second level    half a byte a weight and a byte a code of the activations, each divided by the
 //                   blocks that share it, at 28 bytes a clock

@@ -1,6 +1,6 @@
-// Split-K: the blocks of an output tile each leave the exact sums of their part of K in the
-// workspace, and a second launch adds them. No atomics and nothing to clear, so that a captured
-// graph can be replayed, and the result has the bits of one block's.
+// Split-K: each block of an output tile writes the exact sums of its part of K to the workspace,
+// and a second launch adds them. There are no atomics and nothing to clear, so that a captured
+// graph can be replayed, and the result has the same bits as that of a single block.
 #pragma once
 
 #include "ops/mixed_gemm/epilogue.cuh"

@@ -1,5 +1,5 @@
 // A thread gathers the 16 bytes of one lane of one fragment. Packing happens once, when a model is
-// loaded: what counts is that each byte of the layout has one writer, and none is left out.
+// loaded: what matters is that every byte of the layout has exactly one writer.
 #include <cuda_runtime.h>
 
 #include "core/int4.h"

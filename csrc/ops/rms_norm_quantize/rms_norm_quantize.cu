@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kRowThreads) rms_norm_quantize_kernel(RmsNormQ
     });
   }
 
-  // Without a weight the extremes of y are those of h times inverse_rms: one reduction does.
+  // Without a weight the extremes of y are those of h times inverse_rms: one reduction is enough.
   const bool weighted = p.weight != nullptr;
   SquareSums squares;
   Range ranges[2];

@@ -4,9 +4,9 @@
 #include "cpu/row_quantize.h"
 
 // Sum of squares in 1024 interleaved partial sums; runs of 256 of them are folded in half eight
-// times, then the four runs are added in pairs. The same additions on every instruction set, and
-// those of a block of four warps, each thread of which holds every 128th run of eight columns. The
-// padding of x up to a multiple of kLanes must be 0.
+// times, then the four runs are added in pairs. These are the same additions on every instruction
+// set, and the same as on CUDA in a block of four warps, each thread of which holds every 128th run
+// of eight columns. The padding of x up to a multiple of kLanes must be 0.
 inline float sum_of_squares(const float* x, int64_t k) {
   constexpr int kPartial = 1024, kRun = 256;
   float partial[kPartial];

@@ -22,7 +22,8 @@ __device__ inline void load_products(const SiluMulHadamardQuantizeParams& p, int
   for (int i = 0; i < 8; ++i) x[i] = __fmul_rn(__fmul_rn(silu(gate[i]), up[i]), p.scale);
 }
 
-// Codes the row whose runs for_each(use) gives to use(run, values). kAlways: parts of whole runs.
+// Quantizes the row whose runs for_each(use) passes to use(run, values). kAlways: both parts
+// consist of whole runs.
 template <bool kAlways, int kWarps, class ForEach>
 __device__ inline void quantize_runs(const MixedRows& out, int64_t row, ForEach for_each,
                                      RangeExchange<kWarps>& exchange) {

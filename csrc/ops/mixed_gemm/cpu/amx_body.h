@@ -7,10 +7,10 @@
 //   add_products<kSums, kA, kB>()    sums[m][n] += sum over words and the 4 k of a word of
 //                                    A[m][word][k] (signed) B[word][n][k] (unsigned)
 //
-// The packed layout is that of B tiles: a word of 4 of K of 16 of N is one row of a
-// tile, 128 bytes from the next. High codes are loaded where they lie; low codes are unpacked to
-// such words, one chunk of K at a time, which then stays in the first-level cache while the rows of
-// the panel pass. The sums of a panel stay in the second-level cache from one chunk to the next.
+// The packed layout is that of B tiles: the words of 16 of N, 4 of K each, are one row of a tile,
+// and rows are 128 bytes apart. High codes are loaded in place. Low codes are unpacked to such
+// words, one chunk of K at a time, which then stays in the first-level cache while all rows of the
+// panel use it. The sums of a panel stay in the second-level cache from one chunk to the next.
 
 #include "ops/mixed_gemm/cpu/epilogue.h"
 
@@ -76,7 +76,7 @@ void fill_tile_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_
     spread_row(panel.row_codes, padded_k_lo, i, panel.lo);
     spread_row(panel.row_codes + padded_k_lo, padded_k_hi, i, panel.hi);
   }
-  // The rows that fill up the last tile get sums that are never read: zeros, to be determinate.
+  // The rows that pad the last tile get sums that are never read. Zeros make them deterministic.
   const int64_t filled = std::max(padded_k_lo, padded_k_hi);
   std::memset(panel.row_codes, 0, filled);
   for (int64_t i = panel.m; i < panel.tiles * kTileM; ++i) {
@@ -95,7 +95,8 @@ void unpack_words(const uint8_t* nibbles, int64_t k, uint8_t* words) {
   }
 }
 
-// The words of `k` of K that begin at `weight`, in whole steps: in `chunk`, or where they lie.
+// The words of `k` of K that begin at `weight`, in whole steps: unpacked or copied to `chunk`, or
+// in place.
 template <bool kHigh>
 const uint8_t* chunk_words(const uint8_t* weight, int64_t k, uint8_t* chunk) {
   if (kHigh && k % kTileK == 0) return weight;
@@ -105,7 +106,7 @@ const uint8_t* chunk_words(const uint8_t* weight, int64_t k, uint8_t* chunk) {
   } else {
     unpack_words(weight, k, chunk);
   }
-  // Behind the end stand zero codes of activations; the block's own bytes end here.
+  // Past the end the activations have zero codes; the block's own bytes end here.
   std::memset(chunk + bytes, 0, step_k(k) * kBlockN - bytes);
   return chunk;
 }

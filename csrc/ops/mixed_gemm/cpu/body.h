@@ -3,8 +3,8 @@
 //
 // A set's tile_*.h offers
 //   kTileM                            M of the largest tile
-//   kPrefetchBytes                    how far ahead a single tile asks for its weights; 0: not
-//   Tile<kM>                          kM x 32 int32 sums, zero at first, with
+//   kPrefetchBytes                    how far ahead a single tile prefetches its weights; 0: off
+//   Tile<kM>                          kM x 32 int32 sums, initially zero, with
 //     add_group<kHigh>(weight, words)   adds 8 of K; `weight` is a group of the packed layout (128
 //                                       bytes, or 256 of the high part), `words` the activation
 //                                       codes in the order [2][kM][4]
@@ -27,7 +27,7 @@ struct Panel {
   RowScales* scales;
   int8_t* lo;
   int8_t* hi;
-  int8_t* row_codes;  // of read_row, before their words are spread
+  int8_t* row_codes;  // from read_row, before their words are spread
 
   // `padded_k`: rounded up to whole groups of the packed weight.
   Panel(int64_t max_m, int64_t padded_k_lo, int64_t padded_k_hi) {
@@ -130,9 +130,9 @@ void run_tasks(const MixedGemmTasks& tasks, int64_t begin, int64_t end) {
     const int64_t block_bytes = packed_block_bytes(p.k_lo, p.k_hi);
     const uint8_t* weight = p.packed_weight + block * block_bytes;
     for (int64_t tile = 0; tile < panel.tiles; ++tile) {
-      // With more than one tile the memory would idle while the others read the block from the
-      // cache: the first two fetch half of the next block each (M = 16: 10 % faster). A single tile
-      // is one stream, which the hardware's prefetchers follow (kPrefetchBytes).
+      // With more than one tile, memory would idle while the later tiles read the block from the
+      // cache, so the first two tiles prefetch half of the next block each (M = 16: 10 % faster). A
+      // single tile is one stream, which the hardware's prefetchers follow (kPrefetchBytes).
       const bool fetches = panel.tiles > 1 && tile < 2 && block + 1 < plan.blocks;
       const uint8_t* ahead = fetches ? weight + block_bytes + tile * block_bytes / 2 : nullptr;
       const int64_t first = panel.tile_begin(tile);

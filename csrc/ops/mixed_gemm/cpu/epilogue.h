@@ -42,7 +42,7 @@ int32_t pad_and_sum(int8_t* codes, int64_t k, int64_t padded) {
   return sum;
 }
 
-// Of a row of activations, from the sums of its codes.
+// The scales of a row of activations, from the sums of its codes.
 RowScales make_row_scales(const float* params, int32_t sum_lo, int32_t sum_hi) {
   return {{params[0], exact_integer(params[1]), static_cast<uint32_t>(sum_lo) * kPackedOffsetLo},
           {params[2], exact_integer(params[3]), static_cast<uint32_t>(sum_hi) * kPackedOffsetHi}};

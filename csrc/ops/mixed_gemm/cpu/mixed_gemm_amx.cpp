@@ -12,7 +12,7 @@ namespace {
 #include "cpu/simd_avx512vnni.h"
 #include "ops/mixed_gemm/cpu/tiles_amx.h"
 
-// clang-format off: the body needs what stands above it
+// clang-format off: the body depends on the includes above it
 #include "ops/mixed_gemm/cpu/amx_body.h"
 // clang-format on
 }  // namespace

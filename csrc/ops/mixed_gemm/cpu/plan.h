@@ -26,10 +26,10 @@ struct MixedGemmPlan {
   int64_t first_m(int64_t panel) const { return panel * panel_m; }
 };
 
-// A panel stays in a second-level cache of 1 MB beside the weight block that passes through, and is
-// as tall as that allows: a weight block is read from memory once for each panel. Measured with
-// K = 14336 (36 MB of weights) on one core: 256 KB 176, 512 KB 200, 768 KB 207 G products/s.
-// Processors with AMX have second-level caches of 2 MB.
+// A panel stays in a second-level cache of 1 MB next to the weight block that streams through it,
+// and is as tall as that allows, because each panel reads every weight block from memory once.
+// Measured with K = 14336 (36 MB of weights) on one core: 256 KB 176, 512 KB 200, 768 KB 207 G
+// products/s. Processors with AMX have second-level caches of 2 MB.
 inline constexpr int64_t kMixedGemmPanelBytes = 768 * 1024;
 inline constexpr int64_t kMixedGemmAmxPanelBytes = 1280 * 1024;
 
@@ -43,8 +43,8 @@ inline constexpr int64_t kMixedGemmAmxTileM = 16;
 inline constexpr int64_t kMixedGemmChunkSteps = 8;
 
 // Processor cycles for one weight block and 64 of K, by the rates of Sapphire Rapids: two
-// 64-byte loads, one 64-byte store and two 512-bit operations a cycle; one tile product in 16. What
-// can overlap is added up all the same, on both sides.
+// 64-byte loads, one 64-byte store and two 512-bit operations a cycle; one tile product in 16.
+// Operations that could overlap are added up nevertheless, on both sides.
 //
 // Vectors: two vpdpbusd for each row and word, and for each pass of 12 rows 6 operations to unpack
 // each of the 8 groups.
@@ -56,8 +56,8 @@ constexpr int64_t mixed_gemm_tile_cycles(int64_t m) {
          (8 + 32 + (16 + 32) / kMixedGemmChunkSteps) * ceil_div(m, kMixedGemmAmxTileM);
 }
 
-// Small batches keep the vector body: up to 4 rows it starts fewer cycles, and has no tile state to
-// set up and no sums to store.
+// Small batches keep the vector body: up to 4 rows it takes fewer cycles, and it has no tile state
+// to set up and no sums to store.
 constexpr bool mixed_gemm_uses_tiles(cpu::Isa isa, int64_t m) {
   return isa == cpu::Isa::kAmx && mixed_gemm_tile_cycles(m) < mixed_gemm_vector_cycles(m);
 }
@@ -72,7 +72,7 @@ constexpr MixedGemmPlan mixed_gemm_plan(int64_t m, int64_t n, int64_t k_lo, int6
   const int64_t panel_bytes = amx ? kMixedGemmAmxPanelBytes : kMixedGemmPanelBytes;
   const int64_t row_bytes = std::max<int64_t>(packed_k(k_lo) + packed_k(k_hi), 1);
   const int64_t tiles = std::max<int64_t>(panel_bytes / (tile_m * row_bytes), 1);
-  // As few panels as that allows, of about the same M; AMX tiles are cut whole.
+  // As few panels as that allows, of about the same M; with AMX, of whole tiles.
   const int64_t least = std::max<int64_t>(ceil_div(m, tiles * tile_m), 1);
   const int64_t panel_m = align_up(ceil_div(m, least), amx ? tile_m : 1);
   const int64_t panels = panel_m ? ceil_div(m, panel_m) : 0;

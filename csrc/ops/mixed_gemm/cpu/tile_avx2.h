@@ -52,8 +52,8 @@ class Tile {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
 
-  // With codes up to 255 a pair reaches 65280: even and odd columns are multiplied apart, as 16-bit
-  // numbers with 32-bit results.
+  // With codes up to 255 a pair reaches 65280: even and odd columns are multiplied separately, as
+  // 16-bit numbers with 32-bit results.
   static __m256i add_wide(__m256i sum, __m256i w, __m256i q) {
     const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0xff)),
                                            _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8));

@@ -1,8 +1,8 @@
 // AVX-512 VNNI: vpdpbusd multiplies four unsigned weight codes by four signed activation codes and
 // adds them to an int32 without saturation.
 
-// 12 rows x 2 vectors of sums, 2 vectors as loaded, 2 of codes, the nibble mask and a word: 30 of
-// the 32 registers.
+// 12 rows x 2 vectors of sums, 2 vectors of weights as loaded, 2 of codes, the nibble mask and a
+// word: 30 of the 32 registers.
 inline constexpr int kTileM = mixed_gemm_tile_m(Isa::kAvx512Vnni);
 
 // Hardware prefetchers stop at the end of a page of 4 KB. Zen 5, one row: 10 to 20 % faster with 3

@@ -1,7 +1,7 @@
 // The tile registers of AMX-INT8. Included inside the namespace of an instruction set.
 //
-// Written as instructions and not by the intrinsics of <amxtileintrin.h>: those are macros that
-// take the register as a literal, and in g++ 12 their loads and stores do not say that they touch
+// Inline assembly instead of the intrinsics of <amxtileintrin.h>: those are macros that take the
+// register as a literal, and in g++ 12 their loads and stores do not declare that they access
 // memory.
 
 struct Tiles {

@@ -8,9 +8,9 @@
 
 namespace resq::cuda::sm80 {
 
-constexpr int kPitch = kTileN + 4;  // words; = 4 modulo 16: fragments do not meet in a bank
+constexpr int kPitch = kTileN + 4;  // words; = 4 modulo 16: fragments have no bank conflicts
 
-// Inside the tile: where register r of a thread's accumulator [fn][fm] stands.
+// The position in the tile of register r of a thread's accumulator [fn][fm].
 __device__ __forceinline__ int tile_m(const Place& at, int fm, int r) {
   return at.warp_m * kWarpM + 8 * fm + 2 * (at.lane % 4) + r % 2;
 }
@@ -18,7 +18,7 @@ __device__ __forceinline__ int tile_n(const Place& at, int fn, int r) {
   return at.warp_n * kWarpN + 16 * fn + at.lane / 4 + 8 * (r / 2);
 }
 
-// Puts value(fn, fm, r) of every accumulator at its place in the tile.
+// Writes value(fn, fm, r) of every accumulator to its place in the tile.
 template <class Value>
 __device__ __forceinline__ void stage_tile(uint8_t* shared, const Place& at, const Value& value) {
   auto* tile = reinterpret_cast<uint32_t*>(shared);

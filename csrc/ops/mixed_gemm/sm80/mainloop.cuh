@@ -3,15 +3,15 @@
 //   M  rows of activations, the B operand    N  rows of the weight, the A operand    K  columns
 //
 // A block computes a tile of kTileM x 128 (two blocks of the packed weight) of the output [M, N],
-// in warps of 32 x 64. K goes by in tiles of 64 bytes of an activation row: 128 packed low codes,
-// 64 unpacked ones, or 64 high codes. cp.async fills a ring of kStages tiles:
+// in warps of 32 x 64. K is processed in tiles of 64 bytes of an activation row: 128 packed low
+// codes, 64 unpacked ones, or 64 high codes. cp.async fills a ring of kStages tiles:
 //
-//   weights      the fragments as they lie in memory; a lane reads its 16 bytes with one LDS.128
+//   weights      the fragments as they are in memory; a lane reads its 16 bytes with one LDS.128
 //   activations  [m][64 bytes], 16-byte chunks swizzled so that neither ldmatrix nor the 8-byte
-//                loads of unpacked codes meet in a bank
+//                loads of unpacked codes have bank conflicts
 //
-// Both parts keep their own int32 sums, as the epilogue scales them apart: 128 registers, and the
-// reason for warps of 32 x 64 (64 x 64 would need 256).
+// Each part has its own int32 sums, because the epilogue scales them separately. They take 128
+// registers, which is the reason for warps of 32 x 64 (64 x 64 would need 256).
 #pragma once
 
 #include "cuda/copy_sm80.cuh"
@@ -55,8 +55,9 @@ struct Place {
 
 using Accumulators = int32_t[kFragmentsN][kFragmentsM][4];
 
-// Chunk c of row m of the activations stands at chunk c ^ swizzle(m). Eight rows from an even one
-// have the four keys twice, in both halves of the banks; so have rows 0 .. 3 for pairs of chunks.
+// Chunk c of row m of the activations is stored at chunk c ^ swizzle(m). Eight consecutive rows
+// from an even one have each of the four keys twice, once in either half of the banks; so have rows
+// 0 .. 3 for pairs of chunks.
 __device__ __forceinline__ int swizzle(int m) { return (m & 2) | ((m >> 2) & 1); }
 
 // Addresses of a thread's copies of one K tile.

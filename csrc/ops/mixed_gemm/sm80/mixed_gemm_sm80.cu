@@ -8,7 +8,7 @@
 namespace resq::cuda::sm80 {
 namespace {
 
-// Blocks in an order in which those that run at once share activations and weights in the L2 cache.
+// Orders the blocks so that those that run at once share activations and weights in the L2 cache.
 template <class C>
 __device__ __forceinline__ Place place_of_block(const MixedGemmParams& p) {
   const auto m_tiles = static_cast<unsigned>(ceil_div(p.m, C::kTileM));
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(Config<kTileM, kPacked>::kThreads,
   };
   const auto next_stage = [&](int k_tile) {
     wait_copies<C::kStages - 2>();
-    __syncthreads();  // all have this tile's bytes, and none reads those that fetch overwrites
+    __syncthreads();  // all have this tile's bytes; none still reads those that fetch overwrites
     fetch(k_tile + C::kStages - 1);
     return shared + (k_tile - begin) % C::kStages * C::kStageBytes;
   };

@@ -1,5 +1,5 @@
-// The epilogue of mixed_gemm on sm_90a. wgmma leaves a thread two n and pairs of neighbouring m, so
-// the outputs of a warpgroup, kTileM x 64 (N), are transposed in shared memory, kTurnM rows at a
+// The epilogue of mixed_gemm on sm_90a. wgmma leaves each thread two n and pairs of neighbouring m,
+// so the outputs of a warpgroup, kTileM x 64 (N), are transposed in shared memory, kTurnM rows at a
 // time, and written 128 bytes or more of a row together.
 #pragma once
 
@@ -18,14 +18,14 @@ struct Transpose {
   alignas(16) Out values[kTurnM * kPitch];
 };
 
-// What a warpgroup's epilogue needs of its tile, fetched while it multiplies.
+// What a warpgroup's epilogue needs for its tile, fetched during the main loop.
 struct alignas(16) ScalesOfN {
   float lo, hi;
   uint32_t sum_lo, sum_hi;
 };
 template <int kTileM, class Out>
 struct EpilogueShared {
-  Transpose<Out> transpose[2];  // in turns, so that one barrier a turn is enough
+  Transpose<Out> transpose[2];  // used alternately, so that one barrier per turn is enough
   float4 of_m[kTileM];          // MixedGemmParams::params, then TermsOfM
   ScalesOfN of_n[kWarpgroupN];
   float bias[kWarpgroupN];
@@ -67,7 +67,7 @@ struct Epilogue {
   __device__ EpilogueShared<kTileM, Out>& own() const { return all[thread / 128]; }
   __device__ void sync() const { named_barrier_sync(1 + thread / 128, 128); }
 
-  // Begins to fetch scales, zeros and weight sums; what lies outside the matrix is zero.
+  // Starts the copies of scales, zeros and weight sums; what lies outside the matrix is zero.
   __device__ void fetch(int m, int n) {
     const uint32_t member = thread % 128;
     EpilogueShared<kTileM, Out>& shared = own();
@@ -88,9 +88,9 @@ struct Epilogue {
     }
   }
 
-  // Each thread finishes what it fetched itself; then all may read it. An absent part or bias
-  // becomes -0, which leaves every value that it is added to as it is, -0 included; without any
-  // part the output starts from +0. The low weight sums are multiplied by the factor of the low
+  // Each thread converts what it fetched itself; after the barrier all may read it. An absent part
+  // or bias becomes -0, which leaves every value that it is added to as it is, -0 included; without
+  // any part the output starts from +0. The low weight sums are multiplied by the factor of the low
   // sums of products and the low scales divided by it: powers of two change no rounding of scales
   // of at least 2^-122, and the quantizer's are at least 2^-60.
   __device__ void finish_fetch() {
@@ -126,7 +126,7 @@ struct Epilogue {
     return __fadd_rn(both, of_n.bias);
   }
 
-  // The outputs of one turn into shared memory, [m][n].
+  // Writes the outputs of one turn to shared memory, [m][n].
   template <int kTurn>
   __device__ void transpose(const uint32_t (&sums_lo)[kTileM / 2],
                             const uint32_t (&sums_hi)[kTileM / 2], const TermsOfN (&of_n)[2],
@@ -160,14 +160,14 @@ struct Epilogue {
     }
   }
 
-  // From shared memory to the output: a piece of 16 bytes per thread and pass.
+  // Copies from shared memory to the output: a piece of 16 bytes per thread and pass.
   __device__ void store(const Turn& turn, int first_m, int first_n) const {
     constexpr int kRowPieces = kWarpgroupN / Turn::kPieceN;
     constexpr int kPassM = 128 / kRowPieces;
     const int m_end = static_cast<int>(p.m), n_end = static_cast<int>(p.n);
     const uint32_t member = thread % 128;
     const int n = first_n + static_cast<int>(member % kRowPieces) * Turn::kPieceN;
-    const bool whole = n_end % Turn::kPieceN == 0;  // then pieces are, and their address aligned
+    const bool whole = n_end % Turn::kPieceN == 0;  // then all pieces are whole and aligned
 #pragma unroll
     for (int pass = 0; pass < Turn::kTurnM / kPassM; ++pass) {
       const uint32_t i = member / kRowPieces + pass * kPassM;
@@ -186,7 +186,7 @@ struct Epilogue {
 
   __device__ void write(const uint32_t (&sums_lo)[kTileM / 2],
                         const uint32_t (&sums_hi)[kTileM / 2]) {
-    keep_opaque(thread);  // or the epilogue's addresses are computed before the main loop
+    keep_opaque(thread);  // or the compiler computes the epilogue's addresses before the main loop
     finish_fetch();
     const int m = own().m, n = own().n;
     const uint32_t g = thread % 128 / 32 * 16 + thread % 32 / 4;
@@ -201,7 +201,8 @@ struct Epilogue {
           }(),
           ...);
     }(std::make_integer_sequence<int, kTurns>());
-    // The next tile's fetch overwrites what every thread has read before the last sync.
+    // No barrier here: the next tile's fetch overwrites only what every thread has read before the
+    // last sync.
   }
 };
 

@@ -7,10 +7,10 @@
 // swizzle of wgmma's B operand, and kTileN = 128 rows of the weight in the order of wgmma's A
 // registers.
 //
-// wgmma's 8-bit operands are the only ones for integers on sm_90, so 4-bit weights become bytes in
+// 8-bit operands are wgmma's only integer operands on sm_90, so 4-bit weights become bytes in
 // registers: a packed byte holds the codes of two n, and one AND leaves 16 times the code of one of
 // them. The low sums are therefore 16 x the sums of codes times codes. With a row's zero point
-// taken off they are at most 16 * 255 * 8 * K < 2^31 for every K up to 65536, also with 8-bit
+// subtracted they are at most 16 * 255 * 8 * K < 2^31 for every K up to 65536, also with 8-bit
 // activations.
 #pragma once
 
@@ -48,7 +48,8 @@ struct Ring {
   uint64_t empty[kStages];  // every warp that reads the stage, here and in the cluster, is done
 };
 
-// A stage and the parity of its current use; both sides walk the ring in the same order.
+// A stage and the parity of its current use; producer and consumers walk the ring in the same
+// order.
 template <int kStages>
 struct RingPosition {
   int stage = 0;
@@ -72,21 +73,22 @@ inline KTiles k_tiles(int64_t k) {
   return {halves / 2, halves % 2 != 0};
 }
 
-// A block's place in its cluster of cluster_m x cluster_n neighbouring tiles, and with whom it
-// shares: rank = m * cluster_n + n.
+// A block's place in its cluster of cluster_m x cluster_n neighbouring tiles, and the blocks it
+// shares operands with: rank = m * cluster_n + n.
 template <int kTileM>
 struct ClusterPlace {
   static constexpr int kM = kTile<kTileM>.cluster_m, kN = kTile<kTileM>.cluster_n;
   static constexpr int kBlocks = kM * kN;
-  // Blocks that write into a block's stages: those of its m and those of its n, itself once.
+  // Blocks that write into a block's stages: those of its m and those of its n, itself counted
+  // once.
   static constexpr int kPeers = kM + kN - 1;
   static_assert(kM <= 2 && kN == 2 && kTile<kTileM>.n == kTileN);
 
   int rank;
   __device__ int m() const { return rank / kN; }
   __device__ int n() const { return rank % kN; }
-  // The blocks of the cluster with the same m, that is the same activations, or with the same n,
-  // the same weights, by bits.
+  // Bit masks of the blocks of the cluster with the same m, that is the same activations, and with
+  // the same n, that is the same weights.
   __device__ uint16_t same_m() const { return 3 << m() * kN; }
   __device__ uint16_t same_n() const { return 1 << rank | 1 << peer(kN); }
   __device__ int peer(int index) const {  // index < kPeers
@@ -95,7 +97,8 @@ struct ClusterPlace {
 };
 
 // What a block copies for its tile: one half of the activation rows, since its neighbour along N
-// copies the other; of its two blocks of 64 weight rows both, or one if it has a neighbour along M.
+// copies the other, and both of its two blocks of 64 weight rows, or one of them if it has a
+// neighbour along M.
 template <int kTileM>
 struct TileSource {
   static constexpr int kWeightBlocks = kConsumers / ClusterPlace<kTileM>::kM;
@@ -103,7 +106,7 @@ struct TileSource {
   int m;  // first of the half
 };
 
-// The producer's walk: one thread.
+// The producer: one thread.
 template <int kTileM, int kStages>
 struct Producer {
   static constexpr int kHalfM = kTileM / ClusterPlace<kTileM>::kN;
@@ -146,8 +149,9 @@ struct Producer {
 inline constexpr uint32_t kLoStageBytes = kWarpgroupN * kTileK / 2;  // of one weight block
 inline constexpr uint32_t kHiStageBytes = kWarpgroupN * kTileK;
 
-// A consumer warpgroup's walk. One step of 32 columns is in flight while the registers of the next
-// are made, across stages too; a stage is released when the second step of the next one is issued.
+// A consumer warpgroup. The wgmma of one step of 32 columns is in flight while the registers of the
+// next step are prepared, across stages too. A stage is released when the second step of the next
+// one is issued.
 template <int kTileM, int kStages>
 struct Consumer {
   Ring<kTileM, kStages>& ring;
@@ -157,8 +161,8 @@ struct Consumer {
   int unreleased = -1;    // the stage that wgmmas in flight may still read
   uint32_t a[2][4] = {};  // A's registers of even and odd steps
 
-  // Signals all blocks that write into this one's stages. Every warp does so for itself: the end of
-  // its wgmmas says nothing about the weights that other warps may still load.
+  // Signals all blocks that write into this one's stages. Every warp signals for itself: the end of
+  // its wgmmas does not mean that other warps have loaded their weights.
   __device__ void release() {
     const uint32_t lane = thread % 32;
     if (unreleased >= 0 && lane < place.kPeers) {

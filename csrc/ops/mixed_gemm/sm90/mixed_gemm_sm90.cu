@@ -1,11 +1,11 @@
 // mixed_gemm for many rows on sm_90a: D = W X^T by wgmma, weights from registers, activations from
 // shared memory.
 //
-// Persistent blocks of three warpgroups walk over output tiles of kTileM x 128 (N): one warpgroup
-// has a thread that copies, two multiply 64 rows of the weight each. Both parts' sums stay exact in
-// registers until the epilogue, as the numerics contract asks. The copying thread runs ahead into
-// the next tile during the epilogue. The blocks of a cluster share activations, and weights if
-// tiles are small.
+// Persistent blocks of three warpgroups walk over output tiles of kTileM x 128 (N): one is the
+// producer, of which one thread copies; two are consumers, which multiply 64 rows of the weight
+// each. Both parts' sums stay exact in registers until the epilogue, as the numerics contract asks.
+// During the epilogue the producer runs ahead into the next tile. The blocks of a cluster share
+// activations, and weights if tiles are small.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -26,8 +26,8 @@ constexpr const char* kOp = "mixed_gemm";
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kMaxSharedBytes = 227 * 1024;
 
-// Registers of a thread after the split: 128 x 24 + 256 x 240 = 384 x 168, what the block starts
-// with.
+// Registers of a thread after the split: 128 x 24 + 256 x 240 = 384 x 168, the registers that the
+// block starts with.
 constexpr int kProducerRegisters = 24;
 constexpr int kConsumerRegisters = 240;
 
@@ -42,7 +42,7 @@ struct SharedPlan {
   Epilogues epilogues;
 };
 
-// The kernel's argument. What the host can compute is computed there: the copying thread has 24
+// The kernel's argument. The host computes what it can, because the producer thread has 24
 // registers.
 struct Arguments {
   MixedGemmParams p;
@@ -53,8 +53,8 @@ struct Arguments {
   int m_tiles, n_tiles, tiles;  // of a cluster
 };
 
-// Order of the tiles: groups along M that stay in L2; inside a group m changes first, so that
-// blocks that run together read few weights from memory and each of them once.
+// Order of the tiles: groups along M that stay in L2. Inside a group m changes fastest, so that
+// blocks that run together read few weights from memory, and each of them once.
 constexpr int kRasterM = 16;
 
 struct TilePlace {
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kTile<kTileM>.min_blocks)
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   Plan& shared = *reinterpret_cast<Plan*>(shared_bytes);
   const MixedGemmParams& p = arguments.p;
-  // Through a shuffle, so that the compiler knows it to be the same in a warp.
+  // Through a shuffle, so that the compiler knows that it is warp-uniform.
   const uint32_t warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   using Place = ClusterPlace<kTileM>;
   const Place place{static_cast<int>(blockIdx.x) % Place::kBlocks};
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kTile<kTileM>.min_blocks)
         const TilePlace tile = tile_at(arguments, t, place);
         using Source = TileSource<kTileM>;
         Source source{{}, tile.m + place.n() * producer.kHalfM};
-        for (int c = 0; c < Source::kWeightBlocks; ++c) {  // the last block again instead of none
+        for (int c = 0; c < Source::kWeightBlocks; ++c) {  // past the end: the last block again
           const int block = tile.n_block + (Source::kWeightBlocks == 1 ? place.m() : c);
           source.weights[c] =
               p.packed_weight + min(block, arguments.last_block) * arguments.block_bytes;
@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(kThreads, kTile<kTileM>.min_blocks)
   cluster_sync();
 }
 
-// Clusters of this launch that run at once on the current device, of `sms` multiprocessors. The
-// driver is asked once a kernel; where none fits, the launch says so.
+// Clusters of this launch that run at once on the current device, of `sms` multiprocessors. Asks
+// the driver once per kernel. If no cluster fits, the launch reports it.
 int clusters_at_once(const void* kernel, const cudaLaunchConfig_t& config, int blocks, int sms) {
   static std::mutex mutex;
   static std::map<std::pair<int, const void*>, int> known;

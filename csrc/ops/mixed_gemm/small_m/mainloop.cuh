@@ -2,16 +2,16 @@
 //
 //   M  rows of activations, the B operand    N  rows of the weight, the A operand    K  columns
 //
-// The bytes of the weight decide the time, so they go straight from memory to registers, in the
-// order in which the tensor cores take them as the A operand of mma.m16n8k32.s8.
+// Reading the weight decides the time, so its bytes go straight from memory to registers, in the
+// register order of the A operand of mma.m16n8k32.s8.
 //
 // A block owns a tile of kTileM x 64 of the output [M, N] and a range of K. One step of K is 64 low
 // or 32 high columns; the eight warps are four along K, each with its own steps, times two along N,
 // each with two fragments of 16 n. They work through K in stages of kStageSteps steps. In each
 //
 //   fetch_activations   codes of the next stage, memory -> registers
-//   multiply            the weights at hand times the activations in shared memory
-//   fetch_weights       into the registers just read, kDepth stages ahead
+//   multiply            the weights in registers times the activations in shared memory
+//   fetch_weights       into the registers that multiply has read, kDepth stages ahead
 //   store_activations   registers -> the other half of shared memory, decoded, as B fragments
 //
 // A nibble is used as 16 times its code: one AND, no sign extension. With packed activations the
@@ -31,7 +31,7 @@ constexpr int kTileN = 64;
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kWarpsK = 4;             // warps along K
 constexpr int kFragmentsN = 2;         // of A, in a warp and step
-constexpr int kSumPitch = kTileN + 4;  // words; = 4 modulo 16, so that fragments do not clash
+constexpr int kSumPitch = kTileN + 4;  // words; = 4 modulo 16: fragments have no bank conflicts
 constexpr int kStepVectors = kCudaStepBytes / sizeof(uint4);
 constexpr int kPieceCodes = 8;  // of a row that a lane fetches at once
 
@@ -91,9 +91,9 @@ __device__ __forceinline__ void multiply_lo(int32_t (&d)[4], const uint4& w, con
 }
 
 // The codes of one lane of a B fragment for one MMA, 32 columns: eight neighbours if the layout
-// splits them into even and odd ones, else four and, 16 columns on, four. `from` is at the first,
-// `left` columns before the end of the row; codes past it are zero. No __ldg: the previous kernel
-// may still be writing the codes when this one starts (cuda/pdl.cuh).
+// splits them into even and odd ones, else four, and four more 16 columns on. `from` points at the
+// first, which is `left` columns before the end of the row; codes past the end are zero. No __ldg:
+// the previous kernel may still be writing the codes when this one starts (cuda/pdl.cuh).
 template <class P>
 __device__ __forceinline__ uint2 fetch_piece(const uint8_t* from, int left) {
   using Half = std::conditional_t<P::kNibbles, uint16_t, uint32_t>;
@@ -169,7 +169,8 @@ __device__ __forceinline__ void multiply_part(const P& part, const uint8_t* weig
     next_weights += C::kStageSteps * kStepVectors;
   };
 
-  // A warp fetches one step of kFetchM rows kFetches times, a lane a piece: whole sectors of rows.
+  // kFetches times, a warp fetches one step of kFetchM rows, one piece per lane: whole sectors of
+  // rows.
   const int step = at.warp % C::kStageSteps, piece = at.lane % P::kPiecesPerRow;
   const int m = at.warp / C::kStageSteps * P::kFetchM + at.lane / P::kPiecesPerRow;
   constexpr int kApartM = P::kWarpsPerStep * P::kFetchM;  // from a lane's piece to its next

@@ -11,7 +11,7 @@
 namespace resq::cuda::small_m {
 namespace {
 
-// Eight outputs of a row for each thread, or this split's partial sums of them.
+// Each thread writes eight outputs of a row, or this split's partial sums of them.
 template <class C>
 __device__ __forceinline__ void write_tile(const MixedGemmParams& p, const SplitK& split_k,
                                            const Partials& partials, int split, int64_t tile_n,
@@ -40,7 +40,8 @@ __device__ __forceinline__ void write_tile(const MixedGemmParams& p, const Split
   }
 }
 
-// Block (tile, split); tiles of the same weight rows are neighbours, so that they share its bytes.
+// Block (tile, split); tiles of the same weight rows are neighbours, so that they share the
+// weight's bytes.
 template <CudaLayout kLayout, int kTileM, bool kPacked>
 __global__ void __launch_bounds__(kThreads, Config<kLayout, kTileM, kPacked>::kMinBlocks)
     mixed_gemm_small_m_kernel(const __grid_constant__ MixedGemmParams p, const SplitK split_k,
@@ -69,14 +70,16 @@ __global__ void __launch_bounds__(kThreads, Config<kLayout, kTileM, kPacked>::kM
     const int ahead = min(steps, C::kDepth * C::kStageSteps) * static_cast<int>(kCudaStepBytes);
     for (int i = threadIdx.x * 128; i < ahead; i += kThreads * 128) prefetch_line(from + i);
   };
-  // Weights may be requested while the previous kernel still makes the activations, but only into
-  // the second-level cache: a register could hold what that kernel has yet to write.
+  // Weights may be prefetched while the previous kernel still computes the activations, but only
+  // into the second-level cache: a load into a register could return stale bytes that that kernel
+  // has yet to overwrite.
   if constexpr (kLayout == CudaLayout::kWgmma) {
     prefetch(weight + int64_t{begin} * kCudaStepBytes, end - begin);
   }
   pdl_wait();
   pdl_trigger();
-  // The high part starts with empty registers: its first weights wait in the second-level cache.
+  // The high part starts with empty registers, so its first weights are prefetched into the
+  // second-level cache.
   if (split_k.has_lo(split) && split_k.has_hi(split)) {
     prefetch(weight_hi, end - split_k.lo_tiles);
   }
