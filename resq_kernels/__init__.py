@@ -26,7 +26,7 @@ __all__ = [
     "quantize",
 ]
 
-# Loaded when asked for: what is behind them imports transformers.
+# Imported on first use, because their modules import transformers.
 _LAZY = {
     "DecodeGraph": "resq_kernels.nn.decode_graph",
     "ResQCache": "resq_kernels.nn.kv_cache",

@@ -34,7 +34,7 @@ def load() -> None:
 
 
 def load_cuda() -> str:
-    """Registers the CUDA kernels where they can run; safe to call again, and asks for no GPU.
+    """Registers the CUDA kernels where they can run; safe to call again, and needs no GPU.
 
     Returns:
         "" if they are registered, else the sentence that says why not.
@@ -57,9 +57,9 @@ def load_cuda() -> str:
 
 @cache
 def refuse_cuda(why: str) -> torch.library.Library:
-    """Makes every operator raise "op: device: ..." with `why` where it is given CUDA tensors.
+    """Makes every operator raise "op: device: ..." with `why` when it is given CUDA tensors.
 
-    Without it torch's own error lists dispatch keys and not the reason.
+    Without this, torch's own error lists dispatch keys instead of the reason.
 
     Returns:
         The registrations, kept alive by the cache until their `_destroy`.

@@ -1,4 +1,4 @@
-"""Quantizing and loading from Python: what `resq quantize` and `resq generate` stand on."""
+"""Quantizing and loading from Python, as `resq quantize` and `resq generate` do."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ class ModelShape:
         """Reads a config.json.
 
         Raises:
-            ValueError: another architecture, or one of its options that changes the function in a
-                way this package does not compute; the message names the key.
+            ValueError: another architecture, or an option that changes the computation in a way
+                this package does not support; the message names the key.
         """
         model_type = config.get("model_type")
         if model_type not in SUPPORTED:
@@ -155,5 +155,5 @@ _SIZES = (
 
 
 def layer_prefix(layer: int) -> str:
-    """What the names of a decoder layer's tensors start with."""
+    """The prefix of the names of a decoder layer's tensors."""
     return f"model.layers.{layer}."

@@ -33,7 +33,7 @@ _CONFIG_KEYS = (
     "kv_bits",
     "embedding_bits",
 )
-# What folders of format 1, which had neither key, mean.
+# The values that format 1, which had neither key, stands for.
 _FORMAT_1 = {"embedding_bits": 16, "tied_head": False}
 
 
@@ -141,14 +141,14 @@ def quantized_tensors(
 def validate(folder: Path | str) -> ResQConfig:
     """Checks a quantized folder before anything is built from it.
 
-    config.json, the presence, shape and dtype of every tensor, the size of every file, that all
-    weight scales are finite and not negative, and the hash of the key rotations.
+    The checks cover config.json, the presence, shape and dtype of every tensor, the size of every
+    file, the hash of the key rotations, and that all weight scales are finite and not negative.
 
     Returns:
         The options that it was made with (`samples`, `seqlen` and `damping` are not stored).
 
     Raises:
-        CheckpointError: one sentence that names the tensor, what was expected and what came.
+        CheckpointError: one sentence that names the tensor, what was expected and what was found.
     """
     reader = CheckpointReader(folder)
     entry = reader.config.get("quantization_config")

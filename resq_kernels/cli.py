@@ -1,4 +1,4 @@
-"""The `resq` program: parses, runs one of resq_kernels.commands, turns failures into a sentence."""
+"""The `resq` program: parses, runs one of resq_kernels.commands, reports failures as sentences."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = build_parser().parse_args(argv)
-    except SystemExit as stop:  # argparse ends --help with 0 and errors with 2
+    except SystemExit as stop:  # argparse exits with 0 after --help, with 2 after errors
         return int(stop.code or 0)
     args.argv = list(argv)  # reports say with which command they were made
     stopped: list[int] = []
@@ -111,7 +111,7 @@ def _show_warning(message: Warning | str, *rest: object, **more: object) -> None
 
 
 def _sentence(error: BaseException) -> str:
-    """One line that says what was wrong; types that carry no sentence of their own are named."""
+    """One line that says what was wrong; exceptions without a sentence of their own are named."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
@@ -127,8 +127,8 @@ def _sentence(error: BaseException) -> str:
 def _signals_unwind(stopped: list[int]) -> Iterator[None]:
     """Makes SIGINT and SIGTERM raise while a command runs, so that temporary files are removed.
 
-    `stopped` tells main which came. The exception itself does not: an interrupted quantization was
-    seen to end with another type, as libraries catch what is raised inside their calls.
+    `stopped` tells main which signal came. The exception cannot: libraries catch what is raised
+    inside their calls, and an interrupted quantization was seen to end with another type.
     """
 
     def stop(signum: int, frame: FrameType | None) -> None:

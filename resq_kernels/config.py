@@ -12,7 +12,7 @@ WEIGHT_METHODS = ("gptq", "rtn")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResQConfig:
-    """What `quantize` does to a model.
+    """The options of `quantize`.
 
     Args:
         method: "resq" (PCA bases, random rotation inside each subspace, INT8 + INT4), "quarot"
@@ -32,7 +32,8 @@ class ResQConfig:
         ValueError: a value is outside its range; the message names the field.
     """
 
-    # What transformers reads of a `quantization_config`; our quantizer then says what to do.
+    # transformers reads this attribute of a `quantization_config`; our quantizer then says what to
+    # do.
     quant_method: ClassVar[str] = "resq"
 
     method: str = "resq"

@@ -14,14 +14,14 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Rows of logits that are turned into float32 at a time: 256 x 128k words are 131 MB, the whole
-# window of 2048 would be 1 GB twice over.
+# Rows of logits that are turned into float32 at a time: 256 rows of a vocabulary of 128k take
+# 131 MB; a whole window of 2048 would take 1 GB, twice.
 _ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What `perplexity` measured.
+    """The results of `perplexity`.
 
     Attributes:
         perplexity: exp of the mean cross entropy, in words of the vocabulary.
@@ -43,7 +43,7 @@ class Evaluation:
 
 
 def cut_windows(tokens: torch.Tensor, seqlen: int, max_windows: int | None = None) -> torch.Tensor:
-    """The text cut into windows that touch but do not overlap; the tail is dropped.
+    """Cuts the text into consecutive windows that do not overlap; the tail is dropped.
 
     Args:
         tokens: ids of the whole text, int64 [tokens].

@@ -1,6 +1,6 @@
-"""What activations and weights are in 4 and 8 bits: objects, packing, sizes.
+"""Activations and weights in 4 and 8 bits: types, packing, sizes.
 
-docs/formats.md states the bytes.
+docs/formats.md specifies the bytes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from resq_kernels.config import ResQConfig
 FORMAT_VERSION = 2
 
 _SUM_ROWS = 1024
-# Packed weights are blocks of 32 rows on CPUs and of 64 on CUDA: one after the other, weights of
-# whole blocks are the packed weight of all their rows (docs/formats.md section 3).
+# Packed weights consist of blocks of 32 rows on CPUs and of 64 on CUDA. Packed weights of whole
+# blocks, concatenated, are therefore the packed weight of all their rows (docs/formats.md
+# section 3).
 _BLOCK_ROWS = 64
 
 
@@ -25,8 +26,8 @@ class RowFormat(NamedTuple):
 
     Attributes:
         k_hi: columns of the INT8 part, the last ones.
-        lo_bits: 4 or 8, of the part before.
-        packed: whether two 4-bit codes share a byte; None: what the device is fastest with.
+        lo_bits: 4 or 8, bits of the low part.
+        packed: whether two 4-bit codes share a byte; None: the faster one on the device.
         symmetric: zero = 0.
         clip: factor on the range, in (0, 1].
     """
@@ -39,7 +40,7 @@ class RowFormat(NamedTuple):
 
     @classmethod
     def of(cls, config: ResQConfig, k_hi: int) -> RowFormat:
-        """What a model that was quantized with `config` reads `k_hi` high columns with."""
+        """The format of rows with `k_hi` high columns in a model quantized with `config`."""
         return cls(k_hi, config.lo_bits, None, config.symmetric, config.activation_clip)
 
 
@@ -86,11 +87,11 @@ class QuantizedWeight(NamedTuple):
 
     @classmethod
     def cat(cls, weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-        """The rows of all `weights`, which have the same columns, one weight after the other."""
+        """Concatenates the rows of `weights`, which have the same columns."""
         return cls(*map(torch.cat, zip(*weights, strict=True)))
 
     def split(self, rows: Sequence[int]) -> list[QuantizedWeight]:
-        """Weights of `rows` rows each, slices of this one."""
+        """Splits it into weights of `rows` rows each, slices of this one."""
         parts = zip(*(tensor.split(rows) for tensor in self), strict=True)
         return [QuantizedWeight(*tensors) for tensors in parts]
 
@@ -115,7 +116,7 @@ class QuantizedWeight(NamedTuple):
         return torch.cat([scale_lo * unpack_int4(self.weight_lo), scale_hi * self.weight_hi], dim=1)
 
     def named(self, linear: str) -> dict[str, torch.Tensor]:
-        """The tensors under their names in a checkpoint, those of the linear `linear`."""
+        """The tensors under their names in a checkpoint, for the linear `linear`."""
         return {f"{linear}.{name}": tensor for name, tensor in self._asdict().items()}
 
 
@@ -144,14 +145,14 @@ class PackedWeight(NamedTuple):
 
     @classmethod
     def cat(cls, weights: Sequence[PackedWeight]) -> PackedWeight:
-        """The rows of all `weights`, which have the same columns, one weight after the other."""
+        """Concatenates the rows of `weights`, which have the same columns."""
         if any(weight.n % _BLOCK_ROWS for weight in weights[:-1]):
             return cls.pack(QuantizedWeight.cat([weight.codes() for weight in weights]))
         data, scale, sums, k_lo, k_hi = zip(*weights, strict=True)
         return cls(torch.cat(data), torch.cat(scale), torch.cat(sums), k_lo[0], k_hi[0])
 
     def split(self, rows: Sequence[int]) -> list[PackedWeight]:
-        """Weights of `rows` rows each: the inverse of `cat`, slices where blocks allow it."""
+        """Splits it into weights of `rows` rows each, the inverse of `cat`; slices if possible."""
         if any(n % _BLOCK_ROWS for n in rows[:-1]):
             return [PackedWeight.pack(weight) for weight in self.codes().split(rows)]
         columns, device = (self.k_lo, self.k_hi), self.data.device.type
@@ -215,7 +216,7 @@ def weight_sums(codes_lo: torch.Tensor, codes_hi: torch.Tensor) -> torch.Tensor:
         codes_lo: uint8 [N, K_lo / 2] packed 4-bit codes.
         codes_hi: int8 [N, K_hi].
     """
-    # torch converts what it sums: four bytes a code, a gigabyte for a vocabulary.
+    # torch converts the codes before it sums them: four bytes each, a gigabyte for a vocabulary.
     parts = zip(codes_lo.split(_SUM_ROWS), codes_hi.split(_SUM_ROWS), strict=True)
     return torch.cat(
         [

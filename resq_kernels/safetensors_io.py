@@ -1,7 +1,7 @@
 """The files of a Hugging Face folder: lazy reading and atomic writing of safetensors and JSON.
 
-Whatever is wrong with a folder is reported by one `CheckpointError` sentence: which file or tensor,
-what was expected, what came.
+Every fault of a folder is reported by one `CheckpointError` sentence that names the file or tensor,
+what was expected and what was found.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _DTYPES = {
 
 
 class CheckpointError(ValueError):
-    """A folder that cannot be read as what it should be."""
+    """A model folder or file that is missing, damaged or not as expected."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 class CheckpointReader:
-    """Reads one tensor at a time of a folder with config.json and safetensors files.
+    """Reads a folder with config.json and safetensors files, one tensor at a time.
 
     Attributes:
         folder: the folder.
@@ -213,8 +213,8 @@ class CheckpointReader:
 class ShardWriter:
     """Collects tensors and writes them as shards of at most `max_bytes`, then the index.
 
-    A folder with one shard is a plain model.safetensors. Nothing bears its final name before
-    `finish`. Memory: one shard.
+    A single shard becomes a plain model.safetensors. No file has its final name before `finish`.
+    Memory: one shard.
     """
 
     def __init__(self, folder: Path, max_bytes: int = 1 << 30) -> None:
@@ -247,7 +247,7 @@ class ShardWriter:
         self._pending, self._pending_bytes = {}, 0
 
     def finish(self) -> int:
-        """Gives the shards their names and writes the index; the bytes of all tensors."""
+        """Renames the shards and writes the index; returns the bytes of all tensors."""
         if self._pending:
             self._flush()
         count = len(self._shards)

@@ -107,7 +107,7 @@ def _raw_file(place: Path, split: str) -> Path:
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     """The ids of the whole text without BOS or any other special token, int64 [tokens]."""
-    # verbose=False: the ids are cut into windows later, the "longer than the maximum" warning
+    # verbose=False: the ids are cut into windows later, so the "longer than the maximum" warning
     # would be wrong.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)

@@ -126,7 +126,7 @@ def stream(
     from transformers import TextStreamer
 
     class TimedStreamer(TextStreamer):
-        """A streamer that notes when each token came."""
+        """A streamer that records when each token came."""
 
         def put(self, value: torch.Tensor) -> None:
             times.append(time.perf_counter())
@@ -163,7 +163,7 @@ def stream(
 
 
 def _decoding(model: PreTrainedModel, streamer: BaseStreamer) -> dict[str, object]:
-    """The option that captures a step: on a GPU, for a model that it can be captured of."""
+    """The option to decode with CUDA graphs, on a GPU and if the model supports it."""
     from resq_kernels.nn.decode_graph import graph_decoding, unsupported_reason
 
     if model.device.type != "cuda" or unsupported_reason(model) is not None:
@@ -172,7 +172,7 @@ def _decoding(model: PreTrainedModel, streamer: BaseStreamer) -> dict[str, objec
 
 
 def _pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """An id to pad with: never used with one prompt, but its absence is warned about."""
+    """An id to pad with: never used with one prompt, but without it transformers warns."""
     for source in (model.generation_config.pad_token_id, tokenizer.pad_token_id):
         if source is not None:
             return source
@@ -180,7 +180,7 @@ def _pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> in
 
 
 def _room(prompt: int, limit: int | None, asked: int) -> int:
-    """New tokens that fit behind the prompt; says so when they are fewer than asked."""
+    """New tokens that fit after the prompt; prints a note if they are fewer than asked."""
     if prompt == 0:
         raise CommandError("--prompt: expected text, got no token")
     if limit is None:

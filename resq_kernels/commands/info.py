@@ -87,8 +87,8 @@ def machine() -> dict[str, Any]:
 
 
 def cpu() -> dict[str, Any]:
-    """CPU kernel variants: those built, the one that runs here, what each other one would need that
-    the machine lacks, and whether the one was forced.
+    """CPU kernel variants: those built, the one that runs here, the features that the machine lacks
+    for each of the others, and whether the choice was forced.
 
     Raises:
         RuntimeError: RESQ_CPU_ISA names a variant that does not exist or cannot run here.

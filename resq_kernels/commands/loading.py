@@ -165,7 +165,7 @@ def _why(model: str, error: Exception) -> str:
 
 
 def _quiet() -> None:
-    """Keeps the libraries' own chatter off stderr: a failure is one sentence, progress is ours."""
+    """Silences the libraries on stderr: a failure is one sentence, progress bars are ours."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

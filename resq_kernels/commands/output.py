@@ -20,8 +20,8 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) ->
 
     Args:
         rows: cells as text.
-        header: titles, underlined, over columns of figures that are set flush right (all but the
-            first); None sets every column flush left: a list of names and values.
+        header: underlined titles; all columns but the first are then aligned right. None aligns
+            every column left: a list of names and values.
     """
     lines = [list(header), *map(list, rows)] if header else [list(row) for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))] if lines else []
@@ -67,7 +67,7 @@ def check_json_target(path: str | None, option: str = "--json") -> None:
 
 
 def write_json(path: str | None, figures: Mapping[str, object]) -> None:
-    """Writes figures to a temporary name and moves it, so that FILE is whole or unchanged.
+    """Writes figures under a temporary name, then moves it: FILE is complete or unchanged.
 
     Numbers that are not finite become null (JSON has none).
     """

@@ -1,4 +1,4 @@
-"""Adapters to other libraries, each loaded only when its library is."""
+"""Adapters to other libraries, each loaded only together with its library."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _ADAPTERS = {"transformers.quantizers.auto": "resq_kernels.integrations.transfor
 
 
 def register() -> None:
-    """Adds the adapters to the libraries that are loaded, and to the others when they are.
+    """Imports the adapters of loaded libraries now, the others when their library is imported.
 
-    So `import resq_kernels` loads none of them, and a checkpoint of ours loads in whatever order
-    the imports stand.
+    So `import resq_kernels` loads none of the libraries, and a checkpoint of ours loads whatever
+    the order of the imports.
     """
     for library, adapter in _ADAPTERS.items():
         if library in sys.modules:
@@ -28,7 +28,7 @@ def register() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules of `_ADAPTERS` as everyone does, with a loader that loads ours after."""
+    """Finds the modules of `_ADAPTERS` as usual; its loader then imports the adapter."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None

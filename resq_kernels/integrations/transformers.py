@@ -83,7 +83,7 @@ class ResQQuantizer(HfQuantizer):
 
 
 def prepare(model: PreTrainedModel, config: ResQConfig, tied_head: bool) -> None:
-    """Swaps the modules of a model (`nn.convert`) and has transformers pass what they need.
+    """Swaps the modules of a model (`nn.convert`) and makes transformers pass their arguments.
 
     Raises:
         ValueError: another architecture, or a model split over devices by tensor parallelism.
@@ -101,7 +101,7 @@ def prepare(model: PreTrainedModel, config: ResQConfig, tied_head: bool) -> None
 
 
 def register_attention() -> None:
-    """Makes "resq" a name of an attention whose mask is the padding, [B, columns] or None."""
+    """Registers the attention "resq", whose mask is the padding mask, [B, columns] or None."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION, _attention)
@@ -115,7 +115,7 @@ def padding_mask(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """What `ResQAttention` gets as `attention_mask`: true where a token is, None if everywhere.
+    """The padding mask of `ResQAttention`: true where a token is; None if all are tokens.
 
     Args:
         kv_length: columns, those in the cache included.
@@ -127,8 +127,8 @@ def padding_mask(
     """
     from transformers.masking_utils import causal_mask_function
 
-    # A compiled graph cannot ask values: transformers always composes a mask of packed sequences
-    # there, and the padding cannot be dropped.
+    # A compiled graph cannot read values: transformers then always composes a mask of packed
+    # sequences, and a mask without padding cannot be dropped.
     if torch.compiler.is_compiling():
         return attention_mask
     if mask_function not in (None, causal_mask_function):

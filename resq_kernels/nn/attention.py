@@ -23,23 +23,24 @@ if TYPE_CHECKING:
 class ResQAttention(FusesLinears):
     """RoPE, key rotation, 4-bit keys and values, attention: with a cache and without one.
 
-    Keys and values are quantized here, so every pass computes with what a cache would hold;
-    without a cache the pages live as long as the pass.
+    Keys and values are quantized here, so every pass computes with the values that a cache would
+    hold; without a cache the pages live only for the pass.
 
     Args:
         q_proj, k_proj, v_proj: [n_q D, K], [n_kv D, K], [n_kv D, K] linears that read the same
             rows; `fuse` makes one of them.
         o_proj: [K, n_q D] linear whose columns are ordered as in docs/formats.md section 6.
         head_dim: D, 64 or 128.
-        layer_idx: which layer of the cache is this module's.
+        layer_idx: index of this module's layer in the cache.
         kv_bits: 4, or 16 for keys and values that are not quantized.
         hi_bits: bits of the last eighth of a head: 8, or 4 for the uniform methods.
         rotated: whether keys are rotated, by `key_rotation`.
 
     Attributes:
         key_rotation: float16 [1, D, D], or None; no `.to(dtype)` casts it.
-        batch_invariant: False; True keeps the bits of a query independent of the batch and of how a
-            prompt is cut on CUDA too, where long steps else go through `prefill.attend`.
+        batch_invariant: False by default. True makes the bits of a query independent of the batch
+            and of how a prompt is chunked on CUDA too, where long steps otherwise go through
+            `prefill.attend`.
 
     Source: arXiv 2412.14363, section 4.2 (U_B, U_C) and 4.3 (KV cache).
     """
@@ -85,7 +86,7 @@ class ResQAttention(FusesLinears):
         forward_pass: ForwardPass | None = None,
         **kwargs: object,
     ) -> tuple[torch.Tensor, None]:
-        """[B, L, K] -> ([B, L, K], None): called as the attention of a transformers decoder layer.
+        """[B, L, K] -> ([B, L, K], None): called as in a decoder layer of transformers.
 
         Args:
             hidden_states: [B, L, K], or the `MixedTensor` of `ResQRMSNorm`.
@@ -93,14 +94,14 @@ class ResQAttention(FusesLinears):
             attention_mask: [B, columns], true where a token is, or None. With kv_bits 16: what
                 `scaled_dot_product_attention` takes.
             cache: a `ResQCache`, an empty `DynamicCache`, or None.
-            forward_pass: what the layers of a pass share. None: this layer is called by itself.
-            kwargs: `past_key_values`, the name of `cache` before transformers 5.24; what else
-                decoder layers pass is not used.
+            forward_pass: shared by the layers of a pass; None if this layer is called on its own.
+            kwargs: `past_key_values`, the name of `cache` before transformers 5.24; other arguments
+                of decoder layers are ignored.
 
         Raises:
             ValueError: a mask of another shape, a cache of another kind, or a cache whose layers
                 hold different columns.
-            TypeError: a cache under a name that is not known here.
+            TypeError: a cache is passed under an unknown name.
         """
         cache = named_cache(cache, kwargs)
         heads = self.project(hidden_states).unflatten(-1, (-1, self.head_dim))
@@ -182,9 +183,9 @@ class ResQAttention(FusesLinears):
 
 
 def named_cache(cache: Cache | None, kwargs: dict[str, object]) -> Cache | None:
-    """The cache, under whichever name this transformers passes it.
+    """The cache, under the name that this version of transformers uses.
 
-    A cache that is overlooked among the ignored arguments loses every token without a sign.
+    A cache overlooked among the ignored arguments would silently lose every token.
     """
     from transformers.cache_utils import Cache
 

@@ -1,6 +1,6 @@
-"""What the layers of a batch share: its state between passes and the metadata of one pass.
+"""State that the layers of a batch share: between passes, and within one pass.
 
-`Batch` is the account of a cache, one for all of its layers. `ForwardPass` makes the
+`Batch` holds the state of a cache, one for all of its layers. `ForwardPass` makes the
 `AttentionMetadata` of a pass, once for all layers. Nothing here knows transformers or pages.
 """
 
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class BatchState:
-    """What a batch has seen. Immutable: every change returns a new state.
+    """The columns that a batch has seen. Immutable: every change returns a new state.
 
     Attributes:
         length: columns seen, padding included (what transformers calls the cache's length).
@@ -28,7 +28,7 @@ class BatchState:
     def append(
         self, batch: int, new: int, mask: torch.Tensor | None, device: torch.device
     ) -> AttentionMetadata:
-        """Where the tokens of `new` more columns go, and the state after them.
+        """Returns where the tokens of `new` more columns go, and the state after them.
 
         Args:
             batch, new: B and L.
@@ -37,8 +37,8 @@ class BatchState:
             device: where the tensors of the metadata are made.
 
         Raises:
-            ValueError: the mask has another batch or fewer columns than L, or treats a token that
-                is in the cache differently than the pass that put it there.
+            ValueError: the mask has another batch size or fewer than L columns, or disagrees
+                about a cached token with the mask of the pass that stored it.
         """
         length = self.length + new
         if self.valid is not None and len(self.valid) != batch:
@@ -64,7 +64,7 @@ class BatchState:
         return AttentionMetadata(positions, rows, lens, starts, self.length, after)
 
     def tokens(self, batch: int, device: torch.device) -> torch.Tensor:
-        """bool [B, length]: `valid`, or that all columns are tokens."""
+        """`valid` as bool [B, length]; all true if it is None."""
         if self.valid is None:
             return torch.ones(batch, self.length, dtype=torch.bool, device=device)
         return self.valid.to(device)
@@ -90,7 +90,7 @@ class BatchState:
         return mask[:, -new:]
 
     def first(self, columns: int) -> BatchState:
-        """The state that had seen the first `columns` columns alone."""
+        """The state after only the first `columns` columns."""
         if columns >= self.length:
             return self
         if columns <= 0:
@@ -121,7 +121,7 @@ class AttentionMetadata:
         cu_seqlens_q: int32 [B + 1], where the new tokens of every sequence start among `rows`.
         start: columns of the batch before the pass, padding included.
         after: the state of the batch after the pass. None for a step that is prepared for any
-            length: only the device knows where it starts, and pages must have been reserved.
+            length: only the device knows where it starts, and pages must be reserved beforehand.
         cos, sin: [B * L, D] contiguous, RoPE of every row; None until `with_rope`.
     """
 
@@ -171,7 +171,7 @@ class AttentionMetadata:
         return self._tables[pages]
 
     def with_rope(self, cos: torch.Tensor, sin: torch.Tensor) -> AttentionMetadata:
-        """The same with cos and sin [B or 1, L, D], on their device."""
+        """A copy with cos and sin [B or 1, L, D], on their device."""
         shape = (self.batch, self.new, -1)
         cos, sin = (x.expand(shape).flatten(0, 1).contiguous() for x in (cos, sin))
         rows = None if self.rows is None else self.rows.to(cos.device)
@@ -181,14 +181,15 @@ class AttentionMetadata:
 
 
 class Batch:
-    """The batch of a cache: one account for all of its layers.
+    """The batch of a cache: one state for all of its layers.
 
-    transformers changes a cache layer by layer (crop, beam search). The first layer that comes with
-    a change changes the state, the others catch up: each layer counts its changes.
+    transformers changes a cache layer by layer (crop, beam search). The first layer to make a
+    change updates the state. For the other layers it is already done: each layer counts its
+    changes.
 
     Attributes:
-        state: what the batch has seen.
-        changes: how many there have been besides passes, since the last reset.
+        state: the columns that the batch has seen.
+        changes: number of changes since the last reset; passes do not count.
     """
 
     def __init__(self) -> None:
@@ -199,8 +200,8 @@ class Batch:
         self.state, self.changes = BatchState(), 0
 
     def change(self, seen: int, change: Callable[[BatchState], BatchState]) -> int:
-        """Changes the state for a layer that has gone through `seen` changes, unless another layer
-        did so before; returns seen + 1."""
+        """Changes the state for a layer that has made `seen` changes, unless another layer already
+        did; returns seen + 1."""
         if seen == self.changes:
             self.state, self.changes = change(self.state), self.changes + 1
         return seen + 1
@@ -210,11 +211,11 @@ class Batch:
     ) -> AttentionMetadata:
         """`BatchState.append` for a layer that holds `held` columns; `advance` changes the state.
 
-        A layer that is called by itself may be behind the others, and catches up.
+        A layer that is called on its own may hold fewer columns than the others and catches up.
 
         Raises:
             ValueError: the layer holds more columns than the batch has seen, or gets other padding
-                than the layers before it; or what `BatchState.append` raises.
+                than the layers before it; or as in `BatchState.append`.
         """
         if held > self.state.length:
             raise ValueError(out_of_step(held, self.state.length))
@@ -231,21 +232,21 @@ class Batch:
         return metadata
 
     def advance(self, metadata: AttentionMetadata) -> None:
-        """The state after a pass, set by the first layer that has stored its tokens."""
+        """Sets the state after a pass; the first layer that has stored its tokens does so."""
         if metadata.after is not None and metadata.after.length > self.state.length:
             self.state = metadata.after
 
 
 class ForwardPass:
-    """The metadata of one forward pass and no other, made by the first layer, once a device.
+    """The metadata of one forward pass, made by its first layer, once per device.
 
-    A decoder gives the same object to all of its layers (nn/convert.py).
+    A decoder gives the same object to all of its layers (nn/convert.py) and a new one to each pass.
 
     Args:
-        prepared: metadata that was made before the pass, whose cache is then left alone.
+        prepared: metadata that was made before the pass; the state of the cache is then not used.
     """
 
-    # No `to`: accelerate would call it between devices.
+    # No method `to`: accelerate would call it between devices.
     def __init__(self, prepared: AttentionMetadata | None = None) -> None:
         self._prepared = prepared
         self._made: dict[torch.device, AttentionMetadata] = {}
@@ -262,7 +263,7 @@ class ForwardPass:
         """The metadata on the device of cos and sin.
 
         Args:
-            batch, held, mask: as of `Batch.append`, which says what is raised.
+            batch, held, mask: as in `Batch.append`, which lists the errors.
             shape: (B, L).
             cos, sin: [B or 1, L, D].
         """
@@ -274,7 +275,7 @@ class ForwardPass:
 
 
 def out_of_step(held: int, expected: int) -> str:
-    """What to say of a layer that was left out of a pass or of a change of its cache."""
+    """The error text for a layer that missed a pass or a change of its cache."""
     return (
         f"ResQAttention: cache: expected a layer with the {expected} columns that the batch has "
         f"seen, got one with {held}: every layer must see every pass and change; reset the cache"

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 def convert(model: PreTrainedModel, config: ResQConfig, tied_head: bool) -> None:
-    """Replaces, in place, norms, attention and MLP of every decoder layer, its `forward`, and
-    embedding and lm_head if they are in 8 bits; the last norm stays.
+    """Replaces modules of a model in place: norms, attention and MLP of every decoder layer, the
+    layer's `forward`, and embedding and lm_head if they are in 8 bits. The last norm stays.
 
     The new parameters have the names, shapes and dtypes of a checkpoint (docs/formats.md section
     6), on the device and in the dtype of the ones they replace, and no values yet: load them, then
@@ -54,7 +54,7 @@ def convert(model: PreTrainedModel, config: ResQConfig, tied_head: bool) -> None
 def _share_metadata(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Gives all layers of a pass one `ForwardPass`; the decoder passes what it does not know on."""
+    """Gives all layers of a pass one `ForwardPass`; the decoder passes it on to its layers."""
     return args, {"forward_pass": ForwardPass(), **kwargs}
 
 
@@ -62,9 +62,10 @@ def pack(model: nn.Module) -> None:
     """Packs every `ResQLinear` for the kernel of its device and fuses those that read the same
     rows; no parameter is left trainable.
 
-    Module by module, so that memory freed by one is reused by the next: packing everything before
-    fusing left a process with twice the memory (Llama-3.2-1B: 1.73 GB, not 0.8). On a CPU a loaded
-    parameter lies in a file that is mapped into memory, all of it as long as one is left there.
+    Goes module by module, so that memory freed by one is reused by the next: packing everything
+    before fusing left a process with twice the memory (Llama-3.2-1B: 1.73 GB, not 0.8). On a CPU
+    loaded parameters lie in a memory-mapped file, which stays mapped as a whole while one of them
+    is left in it; they are therefore copied first.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.device.type == "cpu":
@@ -82,8 +83,8 @@ def pack(model: nn.Module) -> None:
 
 
 def _return_freed_memory() -> None:
-    """glibc keeps what packing freed between tensors that live: 0.2 GB on top of the 0.8 of
-    Llama-3.2-1B."""
+    """Makes glibc return the memory that packing freed between live tensors: 0.2 GB on top of the
+    0.8 of Llama-3.2-1B."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -136,7 +137,7 @@ def _convert_embedding(
     like = decoder.embed_tokens.weight
     vocabulary, hidden = like.shape
     decoder.embed_tokens = ResQEmbedding(vocabulary, hidden, dtype=like.dtype, device=like.device)
-    # The first floating parameter has the model's dtype for transformers: not a scale.
+    # transformers takes the model's dtype from the first floating parameter: not from a scale.
     decoder._modules = {"norm": decoder.norm, **decoder._modules}
     if not hasattr(model, "lm_head"):
         return

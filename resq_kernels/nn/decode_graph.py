@@ -1,8 +1,9 @@
-"""DecodeGraph: one more token of every sequence, as a CUDA graph instead of launches from Python.
+"""DecodeGraph: decodes one token of every sequence by a CUDA graph instead of Python's launches.
 
-A step has to be the same launches on the same addresses every time, so whatever changes from step
-to step lives in tensors that the step itself advances: tokens, lengths, and what follows from the
-lengths (positions, slots). Pages are reserved beforehand (docs/notes/0020-decode-graph.md).
+A step must repeat the same launches on the same addresses. Whatever changes from step to step
+therefore lives in tensors that the step itself advances: tokens, lengths, and the positions and
+slots that it computes from the lengths. Pages are reserved beforehand
+(docs/notes/0020-decode-graph.md).
 """
 
 from __future__ import annotations
@@ -20,26 +21,27 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
     from transformers.cache_utils import Cache
 
-# Passes before the capture: the first loads kernels and makes workspaces; the second finds
-# everything as the captured one will.
+# Passes before the capture: the first loads kernels and makes workspaces; the second runs under the
+# same conditions as the captured one.
 WARMUPS = 2
 # RoPE whose frequencies depend on the longest position: transformers reads it on the host.
 _HOST_ROPE = ("dynamic", "longrope")
 
 
 class DecodeGraph:
-    """Decoding steps of a quantized model that read nothing from the device and need no Python.
+    """Decode steps of a quantized model that read nothing back from the device and need no Python.
 
-    On CUDA a step is captured once and replayed; on a CPU the same step runs as Python calls it.
-    Logits and cache have the bits of an ordinary call. Between steps the cache may be used and
-    cropped as usual. The step reads the weights that the model has now: a model that is moved,
+    On CUDA a step is captured once and replayed; on a CPU Python runs the same step. Logits and
+    cache have the bits of an ordinary call. Between steps the cache may be used and cropped as
+    usual. The step uses the weights that the model has at construction: a model that is moved,
     cast or loaded afterwards needs another `DecodeGraph`.
 
     Args:
         model: a quantized `LlamaForCausalLM` or `Qwen2ForCausalLM`.
         cache: the model's cache with 4-bit pages, after at least one pass. Padding in the prompt
-            is fine; what a step appends counts as tokens, also for sequences that have ended.
-        max_new_tokens: steps that pages are reserved for.
+            is fine. Every column that a step appends counts as a token, even in sequences that
+            have ended.
+        max_new_tokens: number of steps to reserve pages for.
 
     Raises:
         ValueError: a model that is not quantized, is on more than one device, or has a RoPE that
@@ -56,7 +58,7 @@ class DecodeGraph:
         self._limit = state.length + max_new_tokens
         pages = paged.held()
         batch, device = len(pages) // paged.pages_per_sequence, pages.device
-        # Made for later steps too, which may be outside of the caller's inference mode.
+        # Later steps use these tensors too, possibly outside of the caller's inference mode.
         with torch.inference_mode(False), torch.no_grad():
             for layer in layers:
                 layer.paged.reserve(self._limit)
@@ -72,7 +74,7 @@ class DecodeGraph:
 
     @torch.no_grad()
     def step(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Appends one token to every sequence and returns the logits behind it.
+        """Appends one token to every sequence and returns the logits that follow it.
 
         Args:
             token_ids: int64 [B].
@@ -82,7 +84,7 @@ class DecodeGraph:
 
         Raises:
             ValueError: token_ids has another shape or dtype.
-            RuntimeError: there is no room left, or the cache has other pages than at the start.
+            RuntimeError: there is no room left, or the cache has other pages than at construction.
                 Nothing is written.
         """
         state = self._batch.state
@@ -120,7 +122,7 @@ class DecodeGraph:
         return logits
 
     def _pass(self) -> torch.Tensor:
-        """The step itself: from `_ids` and `_lens` to logits [B, vocabulary] and longer `_lens`."""
+        """The step itself: returns logits [B, vocabulary] for `_ids`, and advances `_lens`."""
         positions, lens = self._lens.long(), self._lens + 1
         metadata = AttentionMetadata(positions, None, lens, self._cu_seqlens_q)
         out = self._model(
@@ -134,7 +136,7 @@ class DecodeGraph:
         return logits[:, -1]
 
     def _capture(self, state: BatchState) -> None:
-        """Records `_pass`. The passes before it append at the end, where nothing is yet."""
+        """Captures `_pass`. The warm-up passes append at the end, where nothing is yet."""
         with torch.cuda.device(self._ids.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -147,7 +149,7 @@ class DecodeGraph:
             with torch.cuda.graph(graph):
                 self._logits = self._pass()
         self._graph = graph
-        # The graph reads these addresses, whatever becomes of the model's parameters.
+        # Keeps alive the memory that the graph reads, whatever happens to the model's parameters.
         tensors = (*self._model.parameters(), *self._model.buffers())
         self._weights = [tensor.detach() for tensor in tensors]
 
@@ -169,7 +171,7 @@ class DecodeGraph:
 
 
 def unsupported_reason(model: PreTrainedModel) -> str | None:
-    """What `DecodeGraph` misses in a model, or None."""
+    """Why `DecodeGraph` cannot run a model, or None."""
     attentions = [module for module in model.modules() if isinstance(module, ResQAttention)]
     if not attentions or any(module.kv_bits != 4 for module in attentions):
         return "expected a quantized model with 4-bit keys and values"
@@ -216,17 +218,17 @@ def graph_decoding(
 
         model.generate(ids, max_new_tokens=100, custom_generate=graph_decoding)
 
-    Returns the tokens that generate returns without it, seed by seed. Its cache may be used
+    Returns the same tokens as `generate` without it, for every seed. The cache may be used
     afterwards, as after any `generate`.
 
     Args:
         model: a quantized model.
         input_ids: int64 [B, prompt].
         logits_processor, stopping_criteria, generation_config: as generate makes them.
-        streamer: gets the new tokens. transformers 5.24 passes generate's own on to none but its
-            own loops: give it by `functools.partial` as well.
+        streamer: gets the new tokens. transformers 5.24 passes generate's streamer only to its own
+            loops: bind it here with `functools.partial` as well.
         kwargs: the cache, under either name, and attention_mask [B, prompt], nonzero where a token
-            is; what else generate passes is not used.
+            is; other arguments of generate are ignored.
 
     Returns:
         int64 [B, prompt + new tokens].

@@ -11,7 +11,7 @@ from resq_kernels.nn.linear import ResQLinear
 
 
 class ResQEmbedding(ResQLinear):
-    """Rows of a quantized matrix [vocabulary, hidden]; as a linear layer, the head tied to it.
+    """Looks up rows of a quantized matrix [vocabulary, hidden]; a tied head multiplies by it.
 
     Parameters, packing and state are those of `ResQLinear`; all columns are INT8.
 
@@ -35,7 +35,7 @@ class ResQEmbedding(ResQLinear):
         """scale * code of the rows `ids` int64 [...], in the compute dtype [..., hidden].
 
         Raises:
-            RuntimeError: not packed, or an id is none (`ops.embedding`).
+            RuntimeError: not packed, or an id is out of range (`ops.embedding`).
         """
         data, scale, _, k_lo, k_hi = self.packed()
         return ops.embedding(ids, data, scale, k_lo, k_hi, self.dtype)
@@ -44,12 +44,12 @@ class ResQEmbedding(ResQLinear):
 class TiedHead(nn.Module):
     """logits = (x G) E^T: the head of a model that ties it to the embedding E.
 
-    A rotation U of the hidden states makes the embedding E U and the head E diag(g) U, g the gain
-    of the final norm: two matrices. G = U^T diag(g) U [hidden, hidden] turns one into the other, E
-    diag(g) U = (E U) G, so that the vocabulary is stored and read once.
+    With a rotation U of the hidden states and the gain g of the final norm, the embedding becomes
+    E U and the head E diag(g) U: two matrices. G = U^T diag(g) U [hidden, hidden] turns one into
+    the other, E diag(g) U = (E U) G, so that the vocabulary is stored and read once.
 
     Args:
-        embedding: E, whose packed weight is the head's too; it stays the module of its owner.
+        embedding: E, whose packed weight is also the head's; it stays a module of its owner alone.
         rotated: whether there is a G; without a rotation the norm keeps its gain.
 
     Attributes:
@@ -58,7 +58,7 @@ class TiedHead(nn.Module):
 
     def __init__(self, embedding: ResQEmbedding, rotated: bool) -> None:
         super().__init__()
-        self._embedding = (embedding,)  # in a tuple: not a second owner of its parameters
+        self._embedding = (embedding,)  # in a tuple, so that it is not registered here too
         self.gain: nn.Parameter | None = None
         if rotated:
             device = embedding.weight_scale.device
@@ -75,5 +75,5 @@ class TiedHead(nn.Module):
         return ResQLinear.forward(self.embedding, self.rotated(x))
 
     def rotated(self, x: torch.Tensor) -> torch.Tensor:
-        """x G, what the embedding's matrix multiplies."""
+        """x G, the input that the embedding's matrix is multiplied with."""
         return x if self.gain is None else F.linear(x, self.gain)

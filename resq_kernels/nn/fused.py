@@ -15,19 +15,20 @@ from resq_kernels.nn.linear import ResQLinear
 class FusedLinear(ResQLinear):
     """[y_1 | y_2 | ...] of linears that read the same rows, by one `mixed_gemm`; the same bits.
 
-    A state has the names of the parts: "q_proj.weight_lo". Scale and bias are buffers outside of
-    it, as who moves parameters one by one looks each of them up in the state.
+    A state dict has the names of the parts: "q_proj.weight_lo". Scale and bias are buffers that it
+    does not contain, because code that moves parameters one by one looks each of them up in the
+    state dict.
 
     Args:
-        name: the attribute that its owner keeps it under; no part of the names in a state.
+        name: the owner's attribute that holds it; not part of the names in a state dict.
         parts: the packed linears by name, in the order of the result. They have the same K, K_hi,
-            row format, dtype and device, and all or none has a bias. Their tensors are copied.
+            row format, dtype and device, and all or none have a bias. Their tensors are copied.
 
     Attributes:
         rows: name of a part -> its N.
 
     Raises:
-        ValueError: a part is no plain `ResQLinear` (an adapter, a hook), or the parts differ.
+        ValueError: a part is not a plain `ResQLinear` (adapter, hook), or the parts differ.
         RuntimeError: a linear is not packed.
     """
 
@@ -56,7 +57,7 @@ class FusedLinear(ResQLinear):
             self.register_buffer(name, buffer, persistent=False)
 
     def split(self) -> dict[str, ResQLinear]:
-        """The parts as linears of their own, around slices where blocks of rows allow it."""
+        """The parts as separate linears; their tensors are slices where row blocks allow it."""
         rows = list(self.rows.values())
         weights: list[Any] = (self.packed() if self.is_packed else self.codes()).split(rows)
         biases = [None] * len(rows) if self.bias is None else self.bias.split(rows)
@@ -77,7 +78,7 @@ class FusedLinear(ResQLinear):
         own: dict[str, Any] = {}
         for part, linear in self.split().items():
             linear._save_to_state_dict(own, f"{self._outer(prefix)}{part}.", keep_vars)
-        # Tensors of their own: some savers refuse those that share a storage.
+        # Clones, because some savers refuse tensors that share a storage.
         destination |= {key: tensor.clone() for key, tensor in own.items()}
 
     def _load_from_state_dict(
@@ -119,8 +120,8 @@ class FusedLinear(ResQLinear):
 class FusesLinears(nn.Module):
     """A module that can replace its linears `PARTS` by one `FusedLinear` named `FUSED`.
 
-    Before `fuse`, and after `unfuse`, the parts are ordinary modules that are called one by one:
-    that is how checkpoints are loaded, and how a part gets a hook or an adapter. `state_dict` and
+    Before `fuse`, and after `unfuse`, the parts are ordinary modules that are called one by one.
+    Checkpoints are loaded in this form, and a part can get a hook or an adapter. `state_dict` and
     `load_state_dict` use the names of the parts either way.
     """
 
@@ -141,12 +142,12 @@ class FusesLinears(nn.Module):
         """Replaces the packed parts by a `FusedLinear`.
 
         Raises:
-            ValueError: a part has a hook or is no `ResQLinear`, or the parts differ in more than
+            ValueError: a part has a hook or is not a `ResQLinear`, or the parts differ in more than
                 their rows.
             RuntimeError: a part is not packed.
         """
         if self.fused is None:
-            # Tensors that outlive the caller's inference mode.
+            # These tensors must outlive the caller's inference mode.
             with torch.inference_mode(False):
                 parts = {part: getattr(self, part) for part in self.PARTS}
                 fused = FusedLinear(self.FUSED, parts)
@@ -164,7 +165,7 @@ class FusesLinears(nn.Module):
                 setattr(self, part, linear)
 
     def project(self, x: torch.Tensor | MixedTensor) -> torch.Tensor:
-        """[..., N_1 + N_2 + ...] of x [..., K]: the results of the parts next to each other."""
+        """The outputs of all parts for x [..., K], concatenated: [..., N_1 + N_2 + ...]."""
         if (fused := self.fused) is not None:
             joined: torch.Tensor = fused(x)
             return joined
@@ -190,7 +191,7 @@ class FusesLinears(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
         if self.fused is not None:
-            # torch hands a child the keys below its own name.
+            # torch passes a child the keys that start with its own name.
             parts = tuple(f"{prefix}{part}." for part in self.PARTS)
             for key in [key for key in state_dict if key.startswith(parts)]:
                 inner = key.removeprefix(prefix)
@@ -204,7 +205,7 @@ def _joined_bias(linears: list[ResQLinear]) -> torch.Tensor | None:
 
 
 def _check_parts(parts: Mapping[str, ResQLinear]) -> None:
-    """That one product can stand for all of them."""
+    """Checks that one product can replace those of all parts."""
     first: ResQLinear | None = None
     for name, linear in parts.items():
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -23,9 +23,9 @@ class ResQCacheLayer(CacheLayerMixin):
     tensors to offload or to zero.
 
     Attributes:
-        batch: what the batch has seen; the same object for all layers of a cache.
+        batch: the state of the batch; the same object for all layers of a cache.
         paged: the pages of this layer.
-        changes: how many of the batch's changes this layer has gone through.
+        changes: number of the batch's changes that this layer has made.
     """
 
     is_compileable = False
@@ -57,7 +57,7 @@ class ResQCacheLayer(CacheLayerMixin):
         return self.paged.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(columns that the mask of a pass with `query_length` new ones covers, the first one)."""
+        """Of the mask of a pass with `query_length` new columns: (its columns, the first one)."""
         return self.paged.length + query_length, 0
 
     def get_max_length(self) -> int:
@@ -67,10 +67,10 @@ class ResQCacheLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.23
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last columns; the count is negative, as in transformers >= 5.17.
+        """Removes the last columns; the count is negative, as in transformers >= 5.17.
 
         Raises:
-            ValueError: the count is positive, which once meant the length to keep.
+            ValueError: the count is positive, which in older versions was the length to keep.
         """
         if tokens_to_remove > 0:
             raise ValueError(
@@ -83,7 +83,7 @@ class ResQCacheLayer(CacheLayerMixin):
         self.paged.length = max(self.paged.length + tokens_to_remove, 0)
 
     def reset(self) -> None:
-        """Forgets everything and gives the pages back."""
+        """Forgets everything and frees the pages."""
         self.batch.reset()
         self.changes = 0
         self.paged.reset()
@@ -94,7 +94,7 @@ class ResQCacheLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the sequences `indices` int64 [B'], in that order."""
-        self.paged.select(indices)  # first: it refuses indices of no sequence
+        self.paged.select(indices)  # first: it raises for invalid indices
         self.changes = self.batch.change(self.changes, lambda state: state.select(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -108,8 +108,8 @@ class ResQCacheLayer(CacheLayerMixin):
 class ResQCache(Cache):
     """A KV cache of 160 bytes per token and kv head (88 at head_dim 64) instead of 512 (256).
 
-    A quantized model makes one by itself whenever it is asked to use a cache, so it is only needed
-    to keep a cache between calls: `model.generate(..., cache=cache)` (`past_key_values=` before
+    A quantized model makes one itself whenever it uses a cache. Make one yourself only to keep a
+    cache between calls: `model.generate(..., cache=cache)` (`past_key_values=` before
     transformers 5.24).
 
     Args:
@@ -130,7 +130,7 @@ class ResQCache(Cache):
 
 
 def cache_name(model: nn.Module) -> str:
-    """Under which name a transformers model or decoder layer takes its cache: 5.24 changed it."""
+    """The argument under which a model or decoder layer takes its cache; 5.24 renamed it."""
     parameters = inspect.signature(model.forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 
@@ -139,8 +139,8 @@ def paged_layer(cache: Cache, index: int) -> ResQCacheLayer:
     """The paged layer `index` of a cache; an empty `DynamicCache` becomes a paged one first.
 
     Raises:
-        ValueError: another kind of cache, one that holds float keys and values, or a layer that was
-            left out of a change of its cache.
+        ValueError: another kind of cache, one that holds float keys and values, or a layer that
+            missed a change of its cache.
     """
     if index >= len(cache.layers) or not isinstance(cache.layers[index], ResQCacheLayer):
         _adopt(cache, index)
@@ -156,8 +156,8 @@ def paged_layer(cache: Cache, index: int) -> ResQCacheLayer:
 def _adopt(cache: Cache, index: int) -> None:
     """Puts paged layers in place of the empty float layers of a `DynamicCache`.
 
-    `generate` and a forward pass with `use_cache` make a `DynamicCache` before the model is asked.
-    Its layers are replaced on first use, so that no caller has to know about pages.
+    `generate`, and a forward pass with `use_cache`, make a `DynamicCache` on their own. Its layers
+    are replaced on first use, so that no caller has to know about pages.
     """
     paged = [layer for layer in cache.layers if isinstance(layer, ResQCacheLayer)]
     batch = paged[0].batch if paged else Batch()

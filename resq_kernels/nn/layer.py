@@ -1,4 +1,4 @@
-"""Decoder layers of transformers whose first residual sum is part of the second norm."""
+"""Decoder layers of transformers with the first residual sum fused into the second norm."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 
 class _ResidualInNorm:
-    """h = attention(norm(x)); x + h and its norm in one pass, instead of a sum and a norm.
+    """Computes x + attention(norm(x)) and its norm in one pass instead of two.
 
-    The same bits: `rms_norm_quantize` rounds the sum to the dtype of the hidden states too. The
-    norm of the next layer could take the second sum the same way, but layers pass tensors on.
+    The bits are the same: `rms_norm_quantize` also rounds the sum to the dtype of the hidden
+    states. The norm of the next layer could absorb the second sum in the same way, but a layer
+    hands the next one a single tensor.
     """
 
-    # What the decoder layers of transformers hold.
+    # Attributes of the decoder layers of transformers.
     self_attn: nn.Module
     mlp: nn.Module
     input_layernorm: nn.Module
@@ -30,7 +31,7 @@ class _ResidualInNorm:
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """[B, L, K] -> [B, L, K]; called as the layer of transformers that it replaces."""
+        """[B, L, K] -> [B, L, K]; called like the transformers layer that it replaces."""
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states), position_embeddings, attention_mask, **kwargs
         )

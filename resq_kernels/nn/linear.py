@@ -18,8 +18,8 @@ class ResQLinear(nn.Module):
 
     Formula: docs/formats.md section 4; the sums over codes are exact, so y has the same bits
     whatever the batch size. The parameters are the canonical tensors of a checkpoint. `pack`
-    replaces the codes by the layout that the kernel reads; `state_dict`, `dequantize` and
-    `unpack` give the canonical codes back, and loading a state packs it.
+    puts the codes into the layout that the kernel reads; `state_dict`, `dequantize` and
+    `unpack` recover the canonical codes, and loading a state dict packs them.
 
     Args:
         in_features, out_features: K and N.
@@ -35,7 +35,7 @@ class ResQLinear(nn.Module):
         weight_scale: float32 [N, 2]; no `.to(dtype)` casts it.
         bias: compute dtype [N], or None.
         row_format: `RowFormat` of the input.
-        dtype: compute dtype; `.to(dtype)` and its relatives change it.
+        dtype: compute dtype; `.to(dtype)` and similar calls change it.
 
     Raises:
         ValueError: K_lo would be negative or odd.
@@ -43,7 +43,7 @@ class ResQLinear(nn.Module):
     Source: arXiv 2412.14363, section 4.
     """
 
-    # What nn.Module registers, it does not declare.
+    # nn.Module registers these without declaring them.
     bias: nn.Parameter | None
     packed_weight: torch.Tensor | None
     weight_sum: torch.Tensor | None
@@ -88,7 +88,7 @@ class ResQLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, high_columns: int = 512) -> ResQLinear:
-        """One linear without calibration: the last `high_columns` columns INT8, rounded to nearest.
+        """Quantizes one linear without calibration, to nearest, the last `high_columns` in INT8.
 
         Raises:
             ValueError: the weight is not finite, or the split is impossible.
@@ -129,7 +129,7 @@ class ResQLinear(nn.Module):
         return self.packed_weight is not None
 
     def packed(self) -> PackedWeight:
-        """The packed weight, of the layer's own tensors.
+        """The packed weight; it holds the layer's own tensors.
 
         Raises:
             RuntimeError: not packed.
@@ -152,7 +152,7 @@ class ResQLinear(nn.Module):
             self._hold_codes(self.codes())
 
     def hold(self, weight: PackedWeight | QuantizedWeight, bias: torch.Tensor | None) -> None:
-        """Takes these tensors, of the layer's sizes, in place of its own."""
+        """Replaces the layer's tensors by these, which have its sizes."""
         self._hold_codes(weight)
         scale = weight.scale if isinstance(weight, PackedWeight) else weight.weight_scale
         self.weight_scale = nn.Parameter(scale.detach(), False)
@@ -253,7 +253,7 @@ class ResQLinear(nn.Module):
 def keep_dtype(
     fn: Callable[[torch.Tensor], torch.Tensor], *kept: torch.Tensor
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`fn` as `Module._apply` gets it, except that it does not cast the tensors in `kept`."""
+    """`fn`, an argument of `Module._apply`, without casting the tensors in `kept`."""
 
     def apply(tensor: torch.Tensor) -> torch.Tensor:
         moved = fn(tensor)

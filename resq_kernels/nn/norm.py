@@ -10,7 +10,7 @@ from resq_kernels.formats import MixedTensor, RowFormat
 
 
 class ResQRMSNorm(nn.Module):
-    """mixed_quantize(x / sqrt(mean(x^2) + eps) * weight): what q, k, v (gate, up) share.
+    """mixed_quantize(x / sqrt(mean(x^2) + eps) * weight): input of q, k, v (or gate, up).
 
     Args:
         hidden_size: K.
@@ -21,7 +21,7 @@ class ResQRMSNorm(nn.Module):
     Attributes:
         weight: [K] gain; ones after a rotation, which folds the gain into the next linears.
 
-    Source: arXiv 2412.14363, section 4; the gain's folding as in SliceGPT and QuaRot.
+    Source: arXiv 2412.14363, section 4; folding of the gain as in SliceGPT and QuaRot.
     """
 
     def __init__(
@@ -43,7 +43,8 @@ class ResQRMSNorm(nn.Module):
     ) -> MixedTensor | tuple[MixedTensor, torch.Tensor]:
         """x [..., K] -> codes and scales of the normalized rows.
 
-        With a residual [..., K]: those of x + residual, and that sum in x's dtype.
+        With a residual [..., K]: codes and scales of the normalized x + residual, and that sum in
+        x's dtype.
         """
         quantized, new_residual = ops.rms_norm_quantize(
             x, residual, self.weight, self.eps, *self.row_format

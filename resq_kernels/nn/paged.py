@@ -12,14 +12,15 @@ from resq_kernels.nn.batch import AttentionMetadata, out_of_step
 
 
 class PagedKeysValues:
-    """The keys and values of one layer in 4-bit pages; sequence b owns pages b P to (b + 1) P - 1.
+    """The keys and values of one layer in 4-bit pages.
 
-    Growing copies, at least doubling P, so appending is amortised linear; beam search and its
-    relatives copy whole pages, as a float cache copies tensors.
+    Sequence b owns pages b P to (b + 1) P - 1. Growing copies the pages and at least doubles P, so
+    appending takes amortised linear time. Beam search and similar methods copy whole pages, as a
+    float cache copies tensors.
 
     Attributes:
         pages: uint8 [B * P, n_kv, page_size * token_bytes] (docs/formats.md section 5), or None.
-        length: columns that are stored, padding included.
+        length: number of stored columns, padding included.
 
     Source: arXiv 2412.14363, section 4.3 (KV cache).
     """
@@ -48,7 +49,7 @@ class PagedKeysValues:
         RoPE and rotation, float32 (`ops.kv_append`).
 
         Raises:
-            ValueError: the pages hold other columns or sequences than those before the pass.
+            ValueError: the pages hold other columns or sequences than the batch before the pass.
         """
         if metadata.after is not None:
             self._make_room(metadata, metadata.after.length, k)
@@ -68,10 +69,10 @@ class PagedKeysValues:
         head_dim_hi: int = 0,
         batch_invariant: bool = False,
     ) -> torch.Tensor:
-        """[B * L, n_q D] in `dtype` of rotated q [B * L, n_q, D]; zero for padding.
+        """Attention of rotated q [B * L, n_q, D]: [B * L, n_q D] in `dtype`, zero for padding.
 
-        Heads are joined as `formats.join_heads` does.
-        `ops.kv_attention`, or `prefill.attend` where that is faster.
+        Computed by `ops.kv_attention`, or by `prefill.attend` where that is faster. Heads are
+        joined as in `formats.join_heads`.
         """
         table, rows = metadata.block_table(self.pages_per_sequence), metadata.rows
         if rows is not None:
@@ -105,7 +106,7 @@ class PagedKeysValues:
             self._grow((metadata.batch, per_sequence, k.shape[1], chunk), k.device)
 
     def reserve(self, length: int) -> None:
-        """Makes room for `length` columns and no more, of a batch that has tokens."""
+        """Makes room for `length` columns and no more; the batch must have tokens."""
         needed = -(-length // self.page_size)
         if needed > self.pages_per_sequence:
             batch, _, heads, chunk = self._by_sequence().shape
@@ -145,7 +146,7 @@ class PagedKeysValues:
             self.pages = self._by_sequence().repeat_interleave(repeats, dim=0).flatten(0, 1)
 
     def reset(self) -> None:
-        """Gives all pages back."""
+        """Frees all pages."""
         self.pages, self.pages_per_sequence, self.length = None, 0, 0
 
     def memory_bytes(self, reserved: bool = False) -> int:

@@ -1,7 +1,8 @@
 """Prefill: attention of many new tokens, in 16 bits over dequantized pages.
 
-`ops.kv_attention` unpacks the codes of a tile for every 16 rows of queries. A step of many tokens
-unpacks them once and leaves the rest to torch's attention (docs/notes/0016-prefill.md).
+`ops.kv_attention` unpacks the codes of a tile for every 16 rows of queries. For a step of many
+tokens, this module unpacks them once and then calls torch's attention
+(docs/notes/0016-prefill.md).
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from resq_kernels import ops
 
-# Up to here `kv_attention` is the faster one: keys and values of 16 bits are written and read once
-# a step, however few tokens it brings, and 128 rows fill a tile of torch's kernel.
+# Up to this many new tokens `kv_attention` is faster: `attend` writes and reads 16-bit keys and
+# values once per step, however few its tokens, and 128 rows fill a tile of torch's kernel.
 KV_ATTENTION_TOKENS = 64
 
-# What the keys and values of one call may take, unless a single sequence needs more. They live
-# for one call; a call of this size has work for every multiprocessor.
+# Limit on the keys and values of one call, unless a single sequence needs more. They live for one
+# call; a call of this size has work for every multiprocessor.
 CALL_BYTES = 1 << 28
 
 
@@ -29,9 +30,9 @@ def is_faster(device_type: str, new: int, batch_invariant: bool) -> bool:
     """Whether a step goes through `attend` and not through `ops.kv_attention`.
 
     Args:
-        device_type: of the pages. On CPUs `kv_attention` is the faster one at every length, and
+        device_type: where the pages are. On CPUs `kv_attention` is faster at every length, and
             its bits do not depend on chunking.
-        new: tokens that the step brings, of the sequence with the most.
+        new: new tokens of the step, of the sequence with the most.
         batch_invariant: whether the bits must not depend on the batch or on chunking, which
             torch's attention does not promise.
     """
@@ -39,7 +40,7 @@ def is_faster(device_type: str, new: int, batch_invariant: bool) -> bool:
 
 
 class VarlenGroup(NamedTuple):
-    """Neighbouring sequences with the same lengths, which one call of torch's attention takes."""
+    """Consecutive sequences of the same lengths, for one call of torch's attention."""
 
     first: int  # sequence
     sequences: int
@@ -48,11 +49,11 @@ class VarlenGroup(NamedTuple):
 
 
 def varlen_groups(lengths: Sequence[tuple[int, int]], token_bytes: int) -> list[VarlenGroup]:
-    """How to cut a batch so that no call needs a mask or padding, and none is too large.
+    """Splits a batch into calls that need no mask or padding and are not too large.
 
     Args:
         lengths: (new tokens, all tokens) of every sequence; those without new tokens are left out.
-        token_bytes: of a token's keys and values in 16 bits.
+        token_bytes: size of a token's keys and values in 16 bits.
     """
     found, first = [], 0
     for (new, length), run in groupby(lengths):
@@ -75,7 +76,7 @@ def attend(
     scale: float,
     dtype: torch.dtype = torch.float16,
 ) -> torch.Tensor:
-    """What `ops.kv_attention` returns, up to the rounding of q, K, V and the weights to `dtype`.
+    """Computes `ops.kv_attention` up to the rounding of q, K, V and the weights to `dtype`.
 
     Formula: softmax(scale q K^T) V over the visible tokens, with K and V of `ops.kv_dequantize`.
     Query i of a sequence with n new tokens of `length` sees the first length - n + i + 1. Every
@@ -85,17 +86,17 @@ def attend(
     Args:
         q: float [T, n_q_heads, D] after RoPE and rotation (`ops.kv_append`), the new tokens of all
             sequences one after the other.
-        cache, block_table, seq_lens: as of `ops.kv_attention`.
-        lengths: (new tokens, all tokens) of every sequence; all tokens are seq_lens on the host.
+        cache, block_table, seq_lens: as in `ops.kv_attention`.
+        lengths: (new tokens, all tokens) of every sequence; the second is seq_lens on the host.
         scale: factor on the scores.
-        dtype: what is multiplied, with float32 sums.
+        dtype: dtype of the factors; sums are float32.
 
     Returns:
         [T, n_q_heads, D] in `dtype`.
 
     Raises:
-        ValueError: q has another number of rows than there are new tokens, or a sequence has more
-            new tokens than tokens.
+        ValueError: q does not have one row per new token, or a sequence has more new tokens than
+            tokens.
     """
     n_q, head_dim = q.shape[1:]
     tokens = sum(new for new, _ in lengths)

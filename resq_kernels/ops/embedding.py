@@ -1,4 +1,4 @@
-"""embedding: rows of a packed weight as floats, the lookup of a quantized vocabulary."""
+"""embedding: rows of a packed weight as floats, the lookup in a quantized embedding."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def embedding(
 
     Raises:
         RuntimeError: a shape or dtype is not as above, or an id is out of range. On CUDA ids are
-            not read on the host: one that is none stops the kernel with a device error.
+            not read on the host: an invalid one traps in the kernel (a device error).
 
     Source: docs/formats.md sections 3 and 6.
     """

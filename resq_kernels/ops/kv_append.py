@@ -19,19 +19,20 @@ def kv_append(
     q: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Applies RoPE and the key rotation to k, quantizes k and v per token and head, writes them
-    into pages, and rotates the queries of the same tokens: all of a layer before its attention.
+    into pages, and rotates the queries of the same tokens: all that a layer does to q, k and v
+    before attention.
 
     Formula: k' = (k cos + rotate_half(k) sin) U[head] in float32; per row of k' and v and per part
     (low: the first 7/8 of the dims, 4 bits; high: the rest, 8 bits) offset = min rounded down to
     float16, scale = (max - offset) / levels rounded up, code = round((x - offset) / scale), half to
     even. So |x - (scale * code + offset)| <= scale / 2; values beyond 65504 saturate; a part that
     holds NaN or an infinity reads as NaN. A row gives the same bytes whatever the batch.
-    q' = (q cos + rotate_half(q) sin) U[kv head] in float32, kv head = head // (n_q / n_kv): what
-    `kv_attention` takes.
+    q' = (q cos + rotate_half(q) sin) U[kv head] in float32, kv head = head // (n_q / n_kv): the
+    input of `kv_attention`.
 
     Args:
         k, v: float32, float16 or bfloat16 [T, n_kv_heads, D], D = 64 or 128; not rotated yet.
-            The tokens of k, v and q may lie apart in memory, as slices of one tensor's columns.
+            The tokens of k, v and q may be strided in memory, as in column slices of one tensor.
         cos, sin: float [T, D] (Hugging Face's rotate_half convention), or both None if k already
             went through RoPE.
         key_rotation: float16, bfloat16 or float32 [1 or n_kv_heads, D, D], or None.
@@ -41,7 +42,7 @@ def kv_append(
             slot skips the token.
         hi_bits: 8, or 4 for one 4-bit range over all dims (the uniform baselines).
         q: [T, n_q_heads, D] in k's dtype, n_q_heads a multiple of n_kv_heads, or None; tokens
-            that slot_mapping skips are rotated all the same.
+            that slot_mapping skips are rotated too.
 
     Returns:
         q' float32 [T, n_q_heads, D], or None without q.

@@ -23,25 +23,24 @@ def kv_attention(
     Formula: out = softmax(scale q K^T) V over the visible tokens, with q as 16-bit integers per
     part of the row, K and V as dequantized, exact integer dot products and a float32 softmax.
     Query i of a sequence with n queries sees the first seq_len - n + i + 1 tokens (bottom-right
-    aligned). Blocks of keys have a fixed size and order, so that the result of a query does not
-    depend on the batch, on chunking, on the page size, on the thread count or on the instruction
-    set.
+    aligned). Blocks of keys have a fixed size and order, so the result of a query does not depend
+    on the batch, on chunking, on the page size, on the thread count or on the instruction set.
 
     Args:
         q: float32, float16 or bfloat16 [T, n_q_heads, D], the queries of all sequences, one after
             the other, in the basis of the keys: after RoPE and the key rotation, as `kv_append`
             returns them. n_q_heads is a multiple of the cache's heads; D = 64 or 128. Each token is
-            contiguous; tokens may lie apart, as in a slice of a wider projection (on CUDA a
+            contiguous; tokens may be strided, as in a slice of a wider projection (on CUDA by a
             multiple of 16 bytes).
         cache: uint8 [num_pages, n_kv_heads, page_size * token_bytes], holding the new tokens too.
         block_table: int32 [S, max_pages]; entries beyond a sequence's length are not read.
         seq_lens: int32 [S], tokens of each sequence including the new ones.
         query_starts: int32 [S + 1], first query of each sequence, and the end of the last one;
-            rows of q beyond it return zeros.
+            the result is zero for rows of q beyond it.
         scale: factor on the scores, usually D ** -0.5.
         out_dtype: float32, float16 or bfloat16; None for q's.
-        head_dim_hi: None, or 0 to D: the result in the column order of o_proj's input, first the
-            D - head_dim_hi low dims of every head, then the last head_dim_hi of every head
+        head_dim_hi: None, or 0 to D for a result in the column order of o_proj's input: first the
+            D - head_dim_hi low dims of every head, then the last head_dim_hi dims of every head
             (docs/formats.md section 6).
 
     Returns:

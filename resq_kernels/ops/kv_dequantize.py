@@ -1,4 +1,4 @@
-"""kv_dequantize: the keys and values that the pages of the 4-bit cache stand for."""
+"""kv_dequantize: keys and values as floats, from the pages of the 4-bit cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def kv_dequantize(
     head_dim: int,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of sequences in pages, as floats, for an attention that reads floats.
+    """Dequantizes the paged keys and values of sequences, for an attention that reads floats.
 
     Formula: scale * code + offset in float32 (one rounding: the product is exact), rounded once
     more to float16 or bfloat16; float16 saturates at 65504, which the top code of a range may
@@ -36,7 +36,7 @@ def kv_dequantize(
 
     Raises:
         RuntimeError: a shape, dtype, length or page is not as above. On CUDA lengths and pages are
-            not read on the host: one that does not fit stops the kernel with a device error.
+            not read on the host: an invalid one traps in the kernel (a device error).
 
     Source: arXiv 2412.14363, section 4 (mixed-precision cache); docs/formats.md section 5.
     """

@@ -28,7 +28,7 @@ def mixed_gemm(
         q_hi: int8 [..., K_hi].
         params: float32 [..., 4] = (s_lo, zero_lo, s_hi, zero_hi); zeros are integers of magnitude
             at most 255.
-        packed_weight: uint8, one dimension: what `pack_weight` returned for N, K_lo, K_hi.
+        packed_weight: uint8, one dimension, as `pack_weight` returned it for N, K_lo, K_hi.
         weight_scale: float32 [N, 2] = (t_lo, t_hi).
         weight_sum: int32 [N, 2], `formats.weight_sums` of the canonical codes.
         bias: float32, float16 or bfloat16 [N], or None.
@@ -39,7 +39,7 @@ def mixed_gemm(
 
     Raises:
         RuntimeError: a dtype, shape or device differs from the above, a tensor is not contiguous,
-            or `packed_weight` has another size than N, K_lo and K_hi give.
+            or the size of `packed_weight` is not the one for N, K_lo and K_hi.
 
     Source: arXiv 2412.14363 section 4 (x W as the sum of its 4-bit and 8-bit parts).
     """

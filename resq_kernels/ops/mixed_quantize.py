@@ -28,7 +28,7 @@ def mixed_quantize(
         n_hi: columns of the INT8 part, 0 to K.
         lo_bits: 4 or 8.
         packed: True: two 4-bit codes a byte (K - n_hi even, lo_bits 4); False: a byte per code;
-            None: what `mixed_gemm` is fastest with on x's device (CPU: False).
+            None: the one that is faster for `mixed_gemm` on x's device (CPU: False).
         symmetric: zero = 0.
         clip: factor on the range, in (0, 1].
 
@@ -45,7 +45,7 @@ def mixed_quantize(
 
 
 def packs_activations(device: torch.device) -> bool:
-    """What `packed=None` means: nibbles on devices with INT4 tensor cores (sm_80 to 89)."""
+    """Whether `packed=None` packs nibbles: on devices with INT4 tensor cores (sm_80 to 89)."""
     if device.type != "cuda":
         return False
     index = device.index if device.index is not None else torch.cuda.current_device()
@@ -55,7 +55,7 @@ def packs_activations(device: torch.device) -> bool:
 def mixed_outputs(
     like: torch.Tensor, columns: int, n_hi: int, lo_bits: int, packed: bool | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Empty (q_lo, q_hi, params) for rows of `columns` columns batched as `like`, for the fakes."""
+    """Empty (q_lo, q_hi, params) for rows of `columns` columns batched as `like`, for fakes."""
     batch = like.shape[:-1]
     k_lo = columns - n_hi
     if packed is None:

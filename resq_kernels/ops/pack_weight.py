@@ -8,7 +8,7 @@ from resq_kernels.formats import packed_weight_bytes
 
 
 def pack_weight(codes_lo: torch.Tensor, codes_hi: torch.Tensor) -> torch.Tensor:
-    """Canonical codes in the order that `mixed_gemm` streams (docs/formats.md sections 3.2, 3.3).
+    """Packs canonical codes for `mixed_gemm` (docs/formats.md sections 3.2, 3.3).
 
     Args:
         codes_lo: uint8 [N, K_lo / 2], packed signed 4-bit codes, even column in the low nibble.
@@ -17,8 +17,8 @@ def pack_weight(codes_lo: torch.Tensor, codes_hi: torch.Tensor) -> torch.Tensor:
     Returns:
         uint8, one dimension of `formats.packed_weight_bytes(N, K_lo, K_hi, device type)` bytes; N,
         K_lo and K_hi are padded with code 0 (to multiples of 32, 8, 8 on the CPU, of 64 on CUDA).
-        The order is that of the device: codes move to another kind of device through
-        `unpack_weight`.
+        The layout belongs to the kind of device; use `unpack_weight` to move the codes to another
+        kind.
 
     Raises:
         RuntimeError: a dtype or shape differs, or a tensor is not contiguous.

@@ -29,7 +29,7 @@ def rms_norm_quantize(
         residual: x's dtype and shape, or None.
         weight: float32, float16 or bfloat16 [K], or None for ones.
         eps: added to the mean square, 0 or more.
-        n_hi, lo_bits, packed, symmetric, clip: as of `mixed_quantize`.
+        n_hi, lo_bits, packed, symmetric, clip: as in `mixed_quantize`.
 
     Returns:
         (MixedTensor of the normalized rows, new_residual): new_residual is h, a new tensor of x's

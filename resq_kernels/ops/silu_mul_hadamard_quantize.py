@@ -25,7 +25,7 @@ def silu_mul_hadamard_quantize(
     Args:
         gate_up: float32, float16 or bfloat16 [..., 2 K], gate first, any strides.
         hadamard: False leaves H out; True needs a size K that `hadamard` takes.
-        n_hi, lo_bits, packed, symmetric, clip: as of `mixed_quantize`.
+        n_hi, lo_bits, packed, symmetric, clip: as in `mixed_quantize`.
 
     Returns:
         MixedTensor of rows of K columns.

@@ -1,4 +1,4 @@
-"""Which directions of an activation carry its variance: the bases that split INT4 from INT8."""
+"""The bases, by variance of the activations, that split INT4 from INT8."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Basis:
         hidden: U_A's eigenvectors [hidden, hidden], orthogonal.
         values: U_B's balancing matrices [layers, kv_heads, head_dim, head_dim]; v_proj's outputs
             are multiplied by them.
-        values_inverse: their inverses, which o_proj undoes them with.
+        values_inverse: their inverses, multiplied into o_proj.
         keys: U_C's eigenvectors [layers, head_dim, head_dim], orthogonal.
         key_factors: [layers, kv_heads, head_dim / 2]: k_proj's rotary pairs are multiplied by
-            them, q_proj's divided.
+            them, q_proj's are divided by them.
         intermediate_factors: [layers, intermediate]: up_proj's rows are multiplied by them,
-            down_proj's columns divided.
-        hidden_variances, value_variances, key_variances: what each column carries, without the
-            last dimension of the matrices.
+            down_proj's columns are divided by them.
+        hidden_variances, value_variances, key_variances: the variance along each column; shapes as
+            of the matrices, without the last dimension.
     """
 
     hidden: torch.Tensor
@@ -48,7 +48,7 @@ class Basis:
 
 
 def find_basis(model: SourceModel, moments: SecondMoments) -> Basis:
-    """Principal components of the residual stream and of keys, balanced ones of values.
+    """Finds PCA bases of the residual stream and of keys, and balanced bases of values.
 
     Formula: E[x x^T] = P diag(variance) P^T for U_A and, with the keys of all kv heads after
     `key_factors`, for U_C. U_B balances E[a a^T] of attention's outputs against o_proj's columns

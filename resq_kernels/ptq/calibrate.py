@@ -46,13 +46,13 @@ def windows(
 ) -> torch.Tensor:
     """Cuts texts into windows of tokens and draws some of them.
 
-    The texts' tokens (no special tokens added) follow each other, are cut into windows from a
-    random offset, and `samples` windows are drawn without replacement, in random order.
+    The tokens of all texts (no special tokens added) are concatenated and cut into windows from a
+    random offset. `samples` windows are drawn without replacement, in random order.
 
     Args:
         tokenizer: a tokenizer of transformers.
         texts: one text or several.
-        samples: windows wanted; fewer come back, with a warning, where the text is short.
+        samples: number of windows; a short text gives fewer, with a warning.
         seqlen: tokens of a window.
         seed: seed of the draw.
 
@@ -137,9 +137,9 @@ def calibrate(
 ) -> SecondMoments:
     """Runs the float model layer by layer over the windows and sums second moments in float64.
 
-    Gains of norms are folded into the linears first, so the inputs are those of the rotated model
-    before its rotation. Memory: one layer and `BATCH_TOKENS` tokens of activations; hidden states
-    live in the work folder, in one piece per layer, so that a killed run continues.
+    Norm gains are folded into the linears first, so the inputs are those of the model that is then
+    rotated. Memory: one layer and `BATCH_TOKENS` tokens of activations; hidden states live in the
+    work folder, in one piece per layer, so that a killed run can continue.
 
     Raises:
         ValueError: a weight or a moment is not finite.
@@ -163,7 +163,7 @@ def calibrate(
                     f"calibration: layer {index}: expected a finite second moment ({name}), got "
                     "NaN or infinity; the model overflows on these tokens"
                 )
-        # The largest moment is kept as a running sum: one file, whatever the number of layers.
+        # The largest moment is kept as a running sum: one file, for any number of layers.
         hidden = moments.pop("hidden")
         if index > 0:
             hidden += work.load(f"hidden-moment-{index - 1:05d}")["hidden"]

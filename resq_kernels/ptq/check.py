@@ -1,4 +1,4 @@
-"""What can be known before any work: model and options fit, and the disk holds the result."""
+"""Checks before any work: model and options fit, and the disk has room for the result."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def check_shape(shape: ModelShape, config: ResQConfig) -> None:
 def work_bytes(
     shape: ModelShape, config: ResQConfig, windows: int, seqlen: int, item_bytes: int
 ) -> int:
-    """Disk space of the work folder when it is fullest, the result included, within a few percent.
+    """Peak size of the work folder in bytes, the result included, within a few percent.
 
     Args:
         shape: sizes of the model.
-        config: the options, for those of the vocabulary.
+        config: the options, for the bits of the embedding.
         windows, seqlen: calibration tokens.
         item_bytes: size of an element of the embedding.
     """
@@ -49,7 +49,7 @@ def work_bytes(
     head = shape.kv_heads * shape.head_dim**2
     moments = 8 * (3 * shape.hidden**2 + shape.layers * (6 * head + 3 * shape.intermediate))
     states = 4 * 4 * windows * seqlen * shape.hidden
-    # Layers are there twice when they are joined; hidden states are gone by then.
+    # Layers exist twice while they are joined; hidden states are deleted by then.
     vocabulary = 2 * shape.vocab * shape.hidden * item_bytes
     if config.embedding_bits == 8:
         vocabulary = (1 if shape.tied else 2) * shape.vocab * (shape.hidden + 8)
@@ -58,7 +58,7 @@ def work_bytes(
 
 
 def check_disk(out: Path, needed: int) -> None:
-    """Refuses to begin where the disk is too small; what the work folder holds counts as free.
+    """Refuses to begin if the disk is too small; the present work folder counts as free space.
 
     Raises:
         OSError: ENOSPC, with both sizes.

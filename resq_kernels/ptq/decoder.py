@@ -1,7 +1,7 @@
 """One decoder layer in float32, cut at the inputs of its linears, with or without rounding.
 
-Calibration reads the inputs off the float layer; GPTQ off the same layer computed as the kernels
-will: inputs, keys and values rounded by the functions of `reference`.
+Calibration takes the inputs from the float layer. GPTQ takes them from the same layer computed as
+the kernels will: with inputs, keys and values rounded by the functions of `reference`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Layer:
 def rope_tables(config: Mapping[str, Any], folder: Path, seqlen: int) -> Rope:
     """Cosine and sine [seqlen, head_dim] of positions 0 .. seqlen - 1, float32.
 
-    transformers' own class computes them, so every RoPE scaling that it knows is right.
+    transformers' own class computes them, so every RoPE scaling that it knows is supported.
     """
     from transformers import AutoConfig
 
@@ -91,7 +91,7 @@ class DecoderLayer:
     """The steps of a decoder layer between the inputs of its linears.
 
     Every method takes and returns float32 [windows, seqlen, features]. With `rounding`, the inputs
-    that a method returns are what the kernel computes with: quantized and dequantized.
+    that a method returns are quantized and dequantized: the values that the kernel computes with.
 
     Args:
         shape: sizes of the model.
@@ -106,7 +106,7 @@ class DecoderLayer:
         self.shape, self.layer, self.rope, self.rounding = shape, layer, rope, rounding
 
     def qkv_input(self, x: torch.Tensor) -> torch.Tensor:
-        """What q_proj, k_proj and v_proj read."""
+        """The input of q_proj, k_proj and v_proj."""
         normed = reference.rms_norm(x, self.layer.norms.get(ATTENTION_NORM), self.shape.norm_eps)
         return self._input(normed, QKV[0])
 
@@ -118,7 +118,7 @@ class DecoderLayer:
     def attend(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        """What o_proj reads: causal attention, its columns in o_proj's order."""
+        """The input of o_proj: causal attention, its columns in o_proj's order."""
         if self.layer.key_rotation is not None:
             rotation = self.layer.key_rotation[0].float()
             queries, keys = queries @ rotation, keys @ rotation
@@ -135,7 +135,7 @@ class DecoderLayer:
         return self._input(attended, O_PROJ)
 
     def o_input(self, qkv_input: torch.Tensor) -> torch.Tensor:
-        """What o_proj reads, from what q, k and v read."""
+        """The input of o_proj, from the input of q, k and v."""
         return self.attend(*self.heads(qkv_input))
 
     def after_attention(self, x: torch.Tensor, o_input: torch.Tensor) -> torch.Tensor:
@@ -143,12 +143,12 @@ class DecoderLayer:
         return x + self._linear(o_input, O_PROJ)
 
     def gate_up_input(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What gate_proj and up_proj read."""
+        """The input of gate_proj and up_proj."""
         normed = reference.rms_norm(hidden, self.layer.norms.get(MLP_NORM), self.shape.norm_eps)
         return self._input(normed, GATE_UP[0])
 
     def down_input(self, gate_up_input: torch.Tensor) -> torch.Tensor:
-        """What down_proj reads: SwiGLU and, where the model is rotated, the Hadamard transform."""
+        """The input of down_proj: SwiGLU and, in a rotated model, the Hadamard transform."""
         gate, up = (self._linear(gate_up_input, name) for name in GATE_UP)
         product = functional.silu(gate) * up
         if self.layer.hadamard:

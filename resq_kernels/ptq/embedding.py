@@ -26,7 +26,7 @@ VOCAB_ROWS = 8192
 def embed(
     model: SourceModel, rotation: Rotation | None, tokens: torch.Tensor, config: ResQConfig
 ) -> torch.Tensor:
-    """What the quantized model's embedding returns: float32 [..., hidden] of int64 [...]."""
+    """The output of the quantized model's embedding: int64 [...] -> float32 [..., hidden]."""
     ids, places = tokens.unique(return_inverse=True)
     rows = _rotated(model, EMBEDDING, model.reader.load(EMBEDDING)[ids], None, rotation)
     if config.embedding_bits == 8:
@@ -49,9 +49,9 @@ def head_tensors(
 ) -> dict[str, torch.Tensor]:
     """The head under its names in a checkpoint, g the gain of the final norm.
 
-    Formula: W diag(g) U_A; for a head that is tied to an embedding in 8 bits G = U_A^T diag(g) U_A,
-    which turns E U_A into it (`nn.embedding.TiedHead`). Without a rotation the norm keeps g: W, or
-    nothing if it is tied.
+    Formula: W diag(g) U_A; for a head tied to an embedding in 8 bits, G = U_A^T diag(g) U_A,
+    which turns E U_A into the head (`nn.embedding.TiedHead`). Without a rotation the norm keeps g,
+    and the head is W, or nothing if it is tied.
     """
     gain = None if rotation is None else model.load(FINAL_NORM).double()
     if not tied_head(model, config):
@@ -85,10 +85,10 @@ def _tensors(
 
 
 def _round(rows: torch.Tensor) -> QuantizedWeight:
-    """Rows to INT8 over their whole range.
+    """Rounds rows to INT8 over their whole range.
 
-    A search for a smaller one (`weights.search_scale`) finds 0.99 of it for Gaussian rows, which is
-    2 % of the noise's power, in 80 passes: 80 s for the vocabulary of Llama-3.2-1B on two cores.
+    A search for a smaller range (`weights.search_scale`) finds 0.99 of it for Gaussian rows, 2 % of
+    the noise's power, and takes 80 passes: 80 s for the vocabulary of Llama-3.2-1B on two cores.
     """
     rows = rows.float()
     largest = rows.abs().amax(1)

@@ -1,4 +1,4 @@
-"""Multiplies the rotations into a layer's weights: the model computes the same function."""
+"""Multiplies the rotations into a layer's weights; the model still computes the same function."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def fuse_layer(
     intermediate factors f: q: diag(1/k) W diag(g) U_A; k: diag(k) W diag(g) U_A;
     v: U_B^T W diag(g) U_A;
     gate: W diag(g) U_A; up: diag(f) W diag(g) U_A; o: U_A^T W U_B^-T per head, then columns
-    low | high; down: U_A^T W diag(1/f) H^T. Biases of q, k and v as the rows of their weights.
+    low | high; down: U_A^T W diag(1/f) H^T. Biases of q, k, v change as the rows of their weights.
 
     Args:
         model: the source.

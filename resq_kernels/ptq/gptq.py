@@ -11,7 +11,7 @@ BLOCK = 128
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, k_hi: int, damping: float) -> QuantizedWeight:
-    """Rounds column by column and lets the columns still to come absorb every error.
+    """Rounds column by column; the columns not yet rounded absorb every error.
 
     Formula: with C the upper Cholesky factor of (E[x x^T] + damping * mean diagonal * I)^-1, for
     every column j in turn: e = (w_j - Q(w_j)) / C_jj, w_k -= e C_jk for k > j. The columns stand
@@ -20,8 +20,8 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, k_hi: int, damping: float)
 
     Args:
         weight: float32 [N, K].
-        hessian: E[x x^T] of the inputs as the kernel sees them, float64 [K, K]: of the squared
-            output error, up to a factor of 2.
+        hessian: E[x x^T] of the inputs as the kernel sees them, float64 [K, K]: the Hessian of the
+            squared output error, up to a factor of 2.
         k_hi: number of 8-bit columns.
         damping: share of the mean diagonal that is added to it.
 
@@ -54,7 +54,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, k_hi: int, damping: float)
 def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """The upper Cholesky factor of the inverse of the damped Hessian, float64 [K, K].
 
-    An input that is always 0 gets diagonal 1: its weight takes part in nothing.
+    An input that is always 0 gets diagonal 1: its weight has no effect.
     """
     damped = hessian.clone()
     diagonal = damped.diagonal()

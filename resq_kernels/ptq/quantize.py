@@ -1,4 +1,4 @@
-"""Rounds the rotated model layer by layer, each linear on the inputs that it will really get."""
+"""Rounds the rotated model layer by layer, each linear on the inputs that it gets at run time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def quantize(
     device: str = "cpu",
     progress: bool = True,
 ) -> None:
-    """Leaves two pieces per layer in the work folder: tensors under their names in a checkpoint
+    """Writes two pieces per layer to the work folder: tensors under their names in a checkpoint
     (`layer_piece`), and the relative output error of every linear (`error_piece`).
 
     Calibration windows run through the layers quantized so far, with inputs, keys and values
@@ -73,7 +73,7 @@ def quantize(
             piece[f"{prefix}{name}.bias"] = bias.to(dtype)
         if layer.key_rotation is not None:
             piece[prefix + KEY_ROTATION] = layer.key_rotation
-        # In this order: a layer that is there counts as finished, its errors included.
+        # In this order: once its piece exists, a layer counts as finished, its errors included.
         work.save(error_piece(index), errors)
         work.save(layer_piece(index), piece)
         states.delete()

@@ -19,7 +19,7 @@ CACHE_HIGH_FRACTION = 0.125
 
 @dataclass(frozen=True)
 class Rotation:
-    """What is multiplied into the weights (`fuse`); orthogonal up to the balancing of `Basis`.
+    """The matrices multiplied into the weights (`fuse`); orthogonal up to the balancing of `Basis`.
 
     Attributes:
         hidden: U_A, float64 [hidden, hidden]: the residual stream x becomes x U_A.
@@ -37,14 +37,14 @@ class Rotation:
 
 
 def rotate(basis: Basis | None, shape: ModelShape, config: ResQConfig) -> Rotation:
-    """Draws the random rotations and joins them to the bases.
+    """Draws the random rotations and multiplies them into the bases.
 
     Formula: U = P blockdiag(R_1, ..., R_n), each R random orthogonal: variance is spread evenly
     inside the INT4 part and inside the INT8 part, and never moves between them. Without a basis
     (method "quarot"): U = diag(random signs) H.
 
     Args:
-        basis: the bases, or None for a method without.
+        basis: the bases, or None for a method without bases.
         shape: sizes of the model.
         config: `high_fraction` and `seed`.
 

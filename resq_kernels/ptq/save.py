@@ -1,4 +1,4 @@
-"""Joins the pieces of the work folder to a Hugging Face folder that appears whole."""
+"""Joins the pieces of the work folder into a Hugging Face folder that appears whole."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def save(
     config: ResQConfig,
     work: Workspace,
 ) -> Path:
-    """Writes the folder docs/formats.md section 6 inside the work folder, and checks it.
+    """Writes the folder of docs/formats.md section 6 inside the work folder, and checks it.
 
     Returns:
         The complete folder, still under the work folder.
@@ -75,6 +75,6 @@ def save(
 
 
 def publish(folder: Path, out: Path, work: Workspace) -> None:
-    """Gives the complete folder its name and removes the work folder."""
+    """Renames the complete folder to `out` and removes the work folder."""
     os.replace(folder, out)
     work.remove()

@@ -46,7 +46,7 @@ class SourceModel:
 
     @property
     def head(self) -> str:
-        """The stored tensor that the head multiplies with: the embedding's where tied."""
+        """Name of the stored tensor that the head multiplies with: the embedding's if tied."""
         return architecture.EMBEDDING if self.shape.tied else architecture.HEAD
 
     @property
@@ -78,7 +78,7 @@ class SourceModel:
             )
 
     def layer(self, index: int, fold_norms: bool) -> Layer:
-        """A decoder layer; with `fold_norms`, gains of norms multiply the columns that follow."""
+        """A decoder layer; with `fold_norms`, norm gains are multiplied into the next linears."""
         prefix = layer_prefix(index)
         names = architecture.LINEARS
         weights = {name: self.load(f"{prefix}{name}.weight") for name in names}

@@ -1,7 +1,7 @@
-"""The work folder OUT.partial: what makes an interrupted quantization continue with the same bits.
+"""The work folder OUT.partial: an interrupted quantization continues from it to the same bits.
 
 Every finished piece is one safetensors file, written under a temporary name and moved into place;
-a piece depends on pieces before it and on the inputs only. The fingerprint of those inputs (model
+a piece depends only on earlier pieces and on the inputs. The fingerprint of those inputs (model
 files, calibration tokens, options, program version) is stored first and compared on resumption.
 """
 
@@ -25,10 +25,10 @@ from resq_kernels.safetensors_io import read_json, save_tensors, write_json
 Piece = TypeVar("Piece")
 
 FINGERPRINT_FILE = "fingerprint.json"
-# Counts what the pieces hold: an older program's work folder cannot be continued.
+# Version of the pieces' content: a work folder of another version cannot be continued.
 PIECES = 2
-# Files up to 64 MiB are hashed whole, of larger ones 64 blocks from the first byte to the last:
-# 140 GB of weights are told apart in a second, and a different model differs everywhere.
+# Files up to 64 MiB are hashed whole; of larger ones, 64 blocks from the first byte to the last.
+# Hashing 140 GB of weights takes a second, and a different model differs everywhere.
 HASH_BLOCKS = 64
 HASH_BLOCK_BYTES = 1 << 20
 
@@ -110,7 +110,7 @@ class Workspace:
                     "use the same inputs, or remove the folder"
                 )
         else:
-            # Without a fingerprint nothing was computed yet: a kill hit the first instant.
+            # Without a fingerprint nothing was computed yet: the run was killed at its very start.
             root.mkdir(parents=True, exist_ok=True)
             write_json(record, inputs)
         return cls(root)
@@ -127,15 +127,15 @@ class Workspace:
         return load_file(self._path(piece))
 
     def save(self, piece: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Finishes a piece."""
+        """Writes a piece, which is then finished."""
         save_tensors(self._path(piece), tensors)
 
     def delete(self, piece: str) -> None:
-        """Frees a piece that nothing needs any more."""
+        """Deletes a piece that is no longer needed."""
         self._path(piece).unlink(missing_ok=True)
 
     def stage(self, piece: str, kind: type[Piece], compute: Callable[[], Piece]) -> Piece:
-        """A finished stage's dataclass of tensors, or what `compute` returns, then finished."""
+        """The dataclass of tensors of a stage; runs `compute` and saves it if not finished."""
         if not self.has(piece):
             self.save(piece, vars(compute()))
         return kind(**self.load(piece))
@@ -179,7 +179,7 @@ class HiddenStates:
         return self._map(self._unfinished)
 
     def finish(self) -> None:
-        """Gives the file its name."""
+        """Renames the complete file to its final name."""
         with self._unfinished.open("rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(self._unfinished, self.path)

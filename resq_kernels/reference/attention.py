@@ -12,7 +12,7 @@ from resq_kernels.reference.kv_pages import quantize_rows, read_tokens, write_to
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RoPE: x cos + rotate_half(x) sin of x [..., D]; cos and sin broadcast to x.
 
-    nn/attention.py has its own, as what runs a model does not import the specification.
+    nn/attention.py has its own copy: modules that run a model do not import the specification.
     """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
@@ -36,7 +36,7 @@ def rotate_heads(x: torch.Tensor, key_rotation: torch.Tensor | None, n_kv: int) 
 
 
 def kv_fake_quantize(x: torch.Tensor, hi_bits: int = 8) -> torch.Tensor:
-    """Rows [..., D] -> what they are in float32 after a round trip through a page.
+    """Rows [..., D] in float32 after a round trip through a page.
 
     Formula: scale * code + offset with the codes of `quantize_rows`.
     """

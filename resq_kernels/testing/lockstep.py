@@ -1,12 +1,12 @@
-"""Kernels and reference path side by side without the chaos of rounding.
+"""Compares kernels and reference path without the divergence that rounding causes.
 
-Two paths that differ by float rounding alone do not stay together in a 4-bit model: a value on the
-edge of two codes goes the other way in one of them, everything after it sees a different number,
-and after some tens of tokens the paths are as far apart as two draws of the quantization noise. A
-perplexity over 16k tokens then differs by 0.2 % whichever path is right, and hides errors below
-that. So the reference path takes over a row of the kernels' codes where they represent the
-reference's own values as well as its own codes do, up to `edge_share` of the range; anywhere else
-it keeps its own. What is left is the error of the kernels.
+In a 4-bit model, two paths that differ only by float rounding drift apart. A value on the edge of
+two codes is rounded up in one path and down in the other; everything after it sees a different
+number. After some tens of tokens the paths are as far apart as two draws of the quantization noise.
+A perplexity over 16k tokens then differs by 0.2 % whichever path is right, which hides smaller
+errors. Therefore the reference path follows the kernels: it takes over a row of their codes if
+these represent the reference's values as well as its own codes do, up to `edge_share` of the range.
+Otherwise it keeps its own codes. The remaining difference is the error of the kernels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _QUANTIZERS = ("mixed_quantize", "rms_norm_quantize", "silu_mul_hadamard_quantiz
 
 
 def edge_share(dtype: torch.dtype) -> float:
-    """How much worse than its own codes the kernels' may be, as a share of the range.
+    """How much worse the kernels' codes may be than the reference's, as a share of the range.
 
     Formula: half of max(eps(dtype), 2^-8): 1/256 for bfloat16, one rounding of a value (0.06 of a
     4-bit step), and 1/512 otherwise, as kv_attention computes in float16 inside and may average
@@ -44,7 +44,7 @@ def edge_share(dtype: torch.dtype) -> float:
 
 @dataclasses.dataclass
 class Agreement:
-    """What the reference path saw of the kernels' codes.
+    """How far the kernels' codes agreed with the reference path.
 
     Attributes:
         rows: quantized rows (a token at one place, a head of a key or value).
@@ -61,7 +61,7 @@ class Agreement:
 
 @contextlib.contextmanager
 def lockstep(model: nn.Module, run: Callable[[], Any]) -> Iterator[tuple[Any, Agreement]]:
-    """Runs the kernels, then makes the block the reference path along their codes.
+    """Runs the kernels; inside the block the model is the reference path that follows their codes.
 
     Args:
         model: a quantized model, on any device for `run`.
@@ -174,7 +174,7 @@ class _Follower:
     def _fits(
         self, x: torch.Tensor, own: torch.Tensor, theirs: torch.Tensor, edge: torch.Tensor
     ) -> torch.Tensor:
-        """bool [..., 1]: which rows of the kernels represent x as well as the own ones."""
+        """bool [..., 1]: which of the kernels' rows represent x as well as the reference's own."""
         fits = ((x - theirs).abs() <= (x - own).abs() + edge).all(-1, keepdim=True)
         self.agreement.rows += fits.numel()
         self.agreement.refused += int((~fits).sum())

@@ -97,7 +97,7 @@ def save_tiny_model(
     max_shard_size: str = "5GB",
     **options: Any,
 ) -> Path:
-    """Writes `make_model(...)` with `make_tokenizer()` as a Hugging Face folder; the folder."""
+    """Writes `make_model(...)` with `make_tokenizer()` as a Hugging Face folder and returns it."""
     model = make_model(model_type, seed=seed, **options).to(dtype)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     make_tokenizer().save_pretrained(folder)
