@@ -48,7 +48,8 @@ def kv_append(
         q' float32 [T, n_q_heads, D], or None without q.
 
     Raises:
-        RuntimeError: a shape, dtype, slot or hi_bits is not as above; nothing is written.
+        RuntimeError: a shape, dtype or hi_bits is not as above, on CPUs also a slot; nothing is
+            written. On CUDA slots are not read on the host: one outside of the cache traps.
 
     Source: arXiv 2412.14363, section 4 (U_C on keys, mixed-precision cache); docs/formats.md
     section 5.

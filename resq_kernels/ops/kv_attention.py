@@ -20,8 +20,9 @@ def kv_attention(
     """Causal grouped-query attention of all sequences over 4-bit pages: prefill, chunked prefill
     and decode.
 
-    Formula: out = softmax(scale q K^T) V over the visible tokens, with q as 16-bit integers per
-    part of the row, K and V as dequantized, exact integer dot products and a float32 softmax.
+    Formula: out = softmax(scale q K^T) V over the visible tokens, with K and V as
+    dequantized and a float32 softmax. CPUs: q as 16-bit integers per part of the row, exact integer
+    dot products. CUDA: products of float16 with float32 sums (docs/cuda.md).
     Query i of a sequence with n queries sees the first seq_len - n + i + 1 tokens (bottom-right
     aligned). Blocks of keys have a fixed size and order, so the result of a query does not depend
     on the batch, on chunking, on the page size, on the thread count or on the instruction set.
@@ -48,7 +49,8 @@ def kv_attention(
         see no token; NaN where a visible row or the query holds NaN.
 
     Raises:
-        RuntimeError: a shape, dtype, length or page is not as above; nothing is computed.
+        RuntimeError: a shape or dtype is not as above, on CPUs also a length or page; nothing is
+            computed. On CUDA lengths and pages are not read on the host: a wrong one traps.
 
     Source: arXiv 2412.14363, section 4; docs/formats.md section 5.
     """

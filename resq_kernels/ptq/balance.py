@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import torch
 
-# Keeps every factor within what the calibration can know: powers below this share of the mean
-# are treated as this share.
+# Keeps every factor within what the calibration can know: this share of the mean is added to every
+# power.
 FLOOR = 1e-3
 
 
