@@ -24,7 +24,7 @@ class Evaluation:
     """The results of `perplexity`.
 
     Attributes:
-        perplexity: exp of the mean cross entropy, in words of the vocabulary.
+        perplexity: exp of the mean cross entropy per token.
         tokens: tokens that were evaluated, windows x seqlen; the tail of the text is dropped.
         seqlen: tokens of a window; the first one is context only.
         windows: number of windows.

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=real(0.0, 1.0, open_low=True),
         default=1.0,
         metavar="P",
-        help="sample from the likeliest tokens that hold a share P (default: 1, all)",
+        help="sample from the most likely tokens whose probabilities add up to P (default: 1, all)",
     )
     parser.add_argument(
         "--seed", type=at_least(0), default=0, metavar="S", help="seed of the sampling (default: 0)"
@@ -191,5 +191,5 @@ def _room(prompt: int, limit: int | None, asked: int) -> int:
             f"got {prompt}"
         )
     if prompt + asked > limit:
-        sys.stderr.write(f"resq: only {limit - prompt} positions are left behind the prompt\n")
+        sys.stderr.write(f"resq: only {limit - prompt} positions are left after the prompt\n")
     return min(asked, limit - prompt)

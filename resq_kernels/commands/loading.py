@@ -160,7 +160,7 @@ def _why(model: str, error: Exception) -> str:
     if Path(model).exists():
         return f"{model}: {text}"
     if isinstance(error, OSError):
-        return f"{model}: neither a folder nor a model that the hub gives ({text})"
+        return f"{model}: neither a folder nor a model on the hub ({text})"
     return f"{model}: {text}"
 
 

@@ -23,7 +23,7 @@ DESCRIPTION = """\
 Reads a Llama or Qwen2.5 model, finds the directions that need 8 bits on a calibration text, rotates
 and quantizes layer by layer, and writes a Hugging Face folder that `resq eval`, `resq generate` and
 AutoModelForCausalLM load. Memory: one decoder layer and its activations, whatever the model's size.
-OUT appears complete or not at all; an interrupted run leaves OUT.partial and goes on with --resume.
+OUT appears complete or not at all. An interrupted run leaves OUT.partial; --resume continues it.
 
 examples:
   resq quantize meta-llama/Llama-3.2-1B out/llama-resq

@@ -210,10 +210,10 @@ def _check_parts(parts: Mapping[str, ResQLinear]) -> None:
     for name, linear in parts.items():
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         if type(linear) is not ResQLinear or "forward" in vars(linear):
-            raise ValueError(
-                f"FusedLinear: {name}: expected a ResQLinear as it is, got {type(linear).__name__}"
-                f"{' with another forward' if type(linear) is ResQLinear else ''}"
-            )
+            kind = type(linear).__name__
+            if type(linear) is ResQLinear:
+                kind += " with another forward"
+            raise ValueError(f"FusedLinear: {name}: expected an unmodified ResQLinear, got {kind}")
         if any(getattr(linear, kind) for kind in hooks):
             raise ValueError(f"FusedLinear: {name}: expected no hooks, which would not be called")
         first = first or linear

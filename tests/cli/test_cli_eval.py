@@ -210,7 +210,7 @@ def test_eval_without_wikitext_says_how_to_get_it(
     assert "RESQ_WIKITEXT2" in result.sentence and "pip install datasets" in result.sentence
 
 
-def test_eval_tasks_answers_the_harness_numbers(
+def test_eval_tasks_returns_the_harness_numbers(
     llama: Path, tmp_path: Path, resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = {"alias": "arc_easy", "acc,none": 0.25, "acc_stderr,none": 0.1, "samples": 4}

@@ -103,8 +103,7 @@ def test_hub_name_that_cannot_be_had_is_a_sentence(
     assert result.code == 1
     assert "looking for it on the Hugging Face hub" in result.err
     assert result.sentence == (
-        "nobody/nothing: neither a folder nor a model that the hub gives "
-        "(We couldn't connect to the hub)"
+        "nobody/nothing: neither a folder nor a model on the hub (We couldn't connect to the hub)"
     )
 
 

@@ -82,7 +82,7 @@ def test_sm80_holds_the_largest_sums(a100: Emulated, packed: bool) -> None:
     assert_exact(make_case(65, (16, 4096, 512), packed, extreme=True), a100)
 
 
-def test_sm80_answers_nan_for_rows_of_nan_scales(a100: Emulated) -> None:
+def test_sm80_returns_nan_for_rows_of_nan_scales(a100: Emulated) -> None:
     case = make_case(70, (40, 128, 32), out_dtype=torch.bfloat16)
     case.params[4, 0] = torch.nan
     case.params[66, 2] = torch.inf

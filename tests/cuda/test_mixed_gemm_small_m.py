@@ -101,7 +101,7 @@ def test_small_m_holds_the_largest_sums(device: Emulated, packed: bool) -> None:
     assert_exact(case, device)
 
 
-def test_small_m_answers_nan_for_rows_of_nan_scales(device: Emulated) -> None:
+def test_small_m_returns_nan_for_rows_of_nan_scales(device: Emulated) -> None:
     case = make_case(9, (40, 128, 32), out_dtype=torch.bfloat16)
     case.params[4, 0] = torch.nan
     case.params[7, 2] = torch.inf

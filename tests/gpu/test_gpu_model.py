@@ -108,7 +108,7 @@ def test_a_captured_step_is_the_ordinary_one(family: str, padded: bool) -> None:
 
 
 @torch.no_grad()
-def test_generate_by_captured_steps_answers_the_same_tokens() -> None:
+def test_generate_by_captured_steps_returns_the_same_tokens() -> None:
     model = random_quantized("llama", num_hidden_layers=2).cuda()
     ids = torch.randint(0, model.config.vocab_size, (2, 17), device="cuda")
     options = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

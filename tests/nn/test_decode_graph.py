@@ -266,7 +266,7 @@ def generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_generate_answers_the_same_tokens(model: Any, options: dict[str, Any]) -> None:
+def test_generate_returns_the_same_tokens(model: Any, options: dict[str, Any]) -> None:
     ids = tokens(3, 20)
     mask = torch.ones_like(ids)
     mask[1, :7] = 0

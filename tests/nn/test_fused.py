@@ -265,7 +265,7 @@ def test_parts_that_cannot_be_fused_are_refused() -> None:
         (ResQLinear.of(b.packed(), b.bias, b.row_format._replace(clip=0.8), b.dtype), "0.8"),
         (hooked, "expected no hooks"),
         (replaced, "got ResQLinear with another forward"),
-        (torch.nn.Sequential(adapter), "expected a ResQLinear as it is, got Sequential"),
+        (torch.nn.Sequential(adapter), "expected an unmodified ResQLinear, got Sequential"),
     ):
         with pytest.raises(ValueError, match=f"FusedLinear: b: .*{words}"):
             FusedLinear("ab", {"a": a, "b": other})

@@ -55,7 +55,7 @@ def test_splits_and_options(k: int, high: int, options: dict[str, object]) -> No
     assert torch.equal(layer(layer.quantize_input(x)), layer(x))
 
 
-def test_a_mixed_tensor_is_answered_in_the_compute_dtype() -> None:
+def test_a_mixed_tensor_is_returned_in_the_compute_dtype() -> None:
     layer = random_layer(dtype=torch.bfloat16)
     mixed = ops.mixed_quantize(torch.randn(3, 96), 16)
     assert layer(mixed).dtype == torch.bfloat16
