@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
+from resq_kernels.bench.device import evenly_spaced
+
 # In a checkout; a wheel does not contain it.
 LIBRARY = Path(__file__).resolve().parents[2] / "benchmarks/cuda/cutlass_s4s8.so"
-CHECKED_ROWS, CHECKED_COLUMNS = 64, 256
+CHECKED_COLUMNS = 256
 
 
 class CutlassS4S8:
@@ -107,10 +109,8 @@ def check(
     Raises:
         RuntimeError: a value differs in any bit.
     """
-    rows, columns = (
-        torch.linspace(0, size - 1, min(size, most), device=y.device).long()
-        for size, most in zip(y.shape, (CHECKED_ROWS, CHECKED_COLUMNS), strict=True)
-    )
+    rows = evenly_spaced(y.shape[0]).to(y.device)
+    columns = evenly_spaced(y.shape[1], CHECKED_COLUMNS).to(y.device)
     sums = x[rows].double() @ codes[columns].double().T  # exact: below 2^53
     expected = (sums.float() * weight_scale[columns] * row_scale[rows, None]).bfloat16()
     if wrong := int((y[rows][:, columns] != expected).sum()):

@@ -188,6 +188,14 @@ class BenchDevice:
         return [common | timing.against(ours, name, times[name]) for name in others]
 
 
+def evenly_spaced(size: int, most: int = 64) -> torch.Tensor:
+    """Which rows of a result to check: int64, all of `size` or `most` from the first to the last.
+
+    References compute in float64 on the CPU, slowly.
+    """
+    return torch.linspace(0, size - 1, min(size, most)).long()
+
+
 def nbytes(*values: object) -> int:
     """Bytes of all tensors, also inside tuples and lists; other values count as none."""
     return sum(

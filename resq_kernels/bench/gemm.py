@@ -17,12 +17,11 @@ import torch
 
 from resq_kernels import ops, reference
 from resq_kernels.bench import gemm_baselines, models
-from resq_kernels.bench.device import BenchDevice, Call, Row, Work, nbytes
+from resq_kernels.bench.device import BenchDevice, Call, Row, Work, evenly_spaced, nbytes
 from resq_kernels.formats import MixedTensor, PackedWeight, QuantizedWeight
 
 MODELS = (models.SQUARE, *models.names())
 DEFAULTS = {"shapes": [models.SQUARE], "batch": [1, 4, 16, 64, 512]}
-CHECKED_ROWS = 64  # of a batch at most: the reference computes in float64, slowly
 OUT = torch.bfloat16
 
 
@@ -45,7 +44,7 @@ def differing(
     Evenly spaced rows of each batch go through one call of the reference, which spends most of
     its time on the weight.
     """
-    rows = [torch.linspace(0, len(y) - 1, min(len(y), CHECKED_ROWS)).long() for y in results]
+    rows = [evenly_spaced(len(y)) for y in results]
     sampled = [
         torch.cat([part.cpu()[row] for part, row in zip(parts, rows, strict=True)])
         for parts in zip(*activations, strict=True)

@@ -15,11 +15,10 @@ import torch
 
 from resq_kernels import hadamard, ops
 from resq_kernels.bench import models
-from resq_kernels.bench.device import BenchDevice, Row, Work, nbytes
+from resq_kernels.bench.device import BenchDevice, Row, Work, evenly_spaced, nbytes
 
 MODELS = models.names()
 DEFAULTS = {"shapes": ["llama-3-8b"], "batch": [1, 16, 512]}
-CHECKED_ROWS = 64
 # Half a BF16 ulp, plus the rounding of float32 sums of normal values. One input with the wrong sign
 # would move every output by 2 / sqrt(n), which is 1e-2 at the largest width.
 RELATIVE, ABSOLUTE = 2.0**-8, 2.0**-12
@@ -48,8 +47,8 @@ def kron_transform(
 
 
 def agrees(y: torch.Tensor, x: torch.Tensor) -> bool:
-    """Whether y is the transform of x, in at most CHECKED_ROWS evenly spaced rows."""
-    rows = torch.linspace(0, len(x) - 1, min(len(x), CHECKED_ROWS)).long()
+    """Whether y is the transform of x, in rows `evenly_spaced`."""
+    rows = evenly_spaced(len(x))
     expected = hadamard.transform(x.cpu()[rows].double())
     allowed = RELATIVE * expected.abs() + ABSOLUTE * x.double().square().mean().sqrt().cpu()
     return bool(((y.cpu()[rows].double() - expected).abs() <= allowed).all())

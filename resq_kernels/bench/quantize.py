@@ -18,12 +18,11 @@ from torch.nn import functional
 
 from resq_kernels import formats, ops, reference
 from resq_kernels.bench import models
-from resq_kernels.bench.device import BenchDevice, Row, Work, nbytes
+from resq_kernels.bench.device import BenchDevice, Row, Work, evenly_spaced, nbytes
 from resq_kernels.bench.hadamard import kron_transform
 
 MODELS = models.names()
 DEFAULTS = {"shapes": ["llama-3-8b"], "batch": [1, 16, 512]}
-CHECKED_ROWS = 64
 EPS = 1e-5
 # Another order of float32 additions may round a value to the neighbouring code: at most one code
 # away and for at most one value in a thousand (tests/gpu), so one in a row of a few hundred.
@@ -117,13 +116,12 @@ def cases(model: str, device: str) -> list[Case]:
 
 
 def agrees(case: Case, inputs: list[torch.Tensor], result: Quantized) -> bool:
-    """Whether the result agrees with the reference in at most CHECKED_ROWS evenly spaced rows.
+    """Whether the result agrees with the reference in rows `evenly_spaced`.
 
     Compares code - zero, because a zero point that rounds the other way shifts all codes of its
     row.
     """
-    count = len(inputs[0])
-    rows = torch.linspace(0, count - 1, min(count, CHECKED_ROWS)).long()
+    rows = evenly_spaced(len(inputs[0]))
     expected, expected_residual = case.reference(*(x.cpu()[rows] for x in inputs))
     codes, residual = result
     if residual is not None and (

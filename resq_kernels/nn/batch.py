@@ -174,10 +174,15 @@ class AttentionMetadata:
         """A copy with cos and sin [B or 1, L, D], on their device."""
         shape = (self.batch, self.new, -1)
         cos, sin = (x.expand(shape).flatten(0, 1).contiguous() for x in (cos, sin))
-        rows = None if self.rows is None else self.rows.to(cos.device)
-        lens, starts = self.seq_lens.to(cos.device), self.cu_seqlens_q.to(cos.device)
-        here = (self.positions.to(cos.device), rows, lens, starts)
-        return AttentionMetadata(*here, self.start, self.after, cos, sin)
+        return replace(
+            self,
+            positions=self.positions.to(cos.device),
+            rows=None if self.rows is None else self.rows.to(cos.device),
+            seq_lens=self.seq_lens.to(cos.device),
+            cu_seqlens_q=self.cu_seqlens_q.to(cos.device),
+            cos=cos,
+            sin=sin,
+        )
 
 
 class Batch:
@@ -222,13 +227,14 @@ class Batch:
         metadata = self.state.first(held).append(batch, new, mask, device)
         assert metadata.after is not None
         common = min(metadata.after.length, self.state.length)
-        states = [state.first(common) for state in (metadata.after, self.state)]
-        padded = common > held and any(state.valid is not None for state in states)
-        if padded and not torch.equal(*(state.tokens(batch, device) for state in states)):
-            raise ValueError(
-                "ResQAttention: attention_mask: expected the padding that the other layers of the "
-                "cache got for these columns, got another"
-            )
+        if common > held:  # the others have seen these columns
+            states = [state.first(common) for state in (metadata.after, self.state)]
+            padded = any(state.valid is not None for state in states)
+            if padded and not torch.equal(*(state.tokens(batch, device) for state in states)):
+                raise ValueError(
+                    "ResQAttention: attention_mask: expected the padding that the other layers of "
+                    "the cache got for these columns, got another"
+                )
         return metadata
 
     def advance(self, metadata: AttentionMetadata) -> None:

@@ -33,20 +33,19 @@ class FusedLinear(ResQLinear):
     """
 
     def __init__(self, name: str, parts: Mapping[str, ResQLinear]) -> None:
-        linears = list(parts.values())
         _check_parts(parts)
-        weight = PackedWeight.cat([linear.packed() for linear in linears])
+        linears = list(parts.values())
         first = linears[0]
         super().__init__(
             first.in_features,
-            weight.n,
+            sum(linear.out_features for linear in linears),
             high_columns=first.high_columns,
             dtype=first.dtype,
             device="meta",
         )
         self.name, self.row_format = name, first.row_format
         self.rows = {part: linear.out_features for part, linear in parts.items()}
-        self.hold(weight, _joined_bias(linears))
+        self._join(linears)
 
     def hold(self, weight: PackedWeight | QuantizedWeight, bias: torch.Tensor | None) -> None:
         """Takes these tensors in place of its own, scale and bias as buffers."""
@@ -55,6 +54,16 @@ class FusedLinear(ResQLinear):
             parameter = self._parameters.pop(name, None)
             buffer = None if parameter is None else parameter.data
             self.register_buffer(name, buffer, persistent=False)
+
+    def _join(self, linears: list[ResQLinear]) -> None:
+        """Holds the concatenated tensors of the parts; packed if all of them are."""
+        weight: PackedWeight | QuantizedWeight
+        if all(linear.is_packed for linear in linears):
+            weight = PackedWeight.cat([linear.packed() for linear in linears])
+        else:
+            weight = QuantizedWeight.cat([linear.codes() for linear in linears])
+        biases: list[torch.Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+        self.hold(weight, torch.cat(biases) if biases else None)
 
     def split(self) -> dict[str, ResQLinear]:
         """The parts as separate linears; their tensors are slices where row blocks allow it."""
@@ -109,12 +118,8 @@ class FusedLinear(ResQLinear):
                 f"FusedLinear: {outer}{self.name}: expected all parts on one device, got "
                 f"{' and '.join(sorted(map(str, devices)))}; load every part, or unfuse() first"
             )
-        elif all(linear.is_packed for linear in linears):
-            weight = PackedWeight.cat([linear.packed() for linear in linears])
-            self.hold(weight, _joined_bias(linears))
         else:
-            codes = QuantizedWeight.cat([linear.codes() for linear in linears])
-            self.hold(codes, _joined_bias(linears))
+            self._join(linears)
 
 
 class FusesLinears(nn.Module):
@@ -199,16 +204,11 @@ class FusesLinears(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
-def _joined_bias(linears: list[ResQLinear]) -> torch.Tensor | None:
-    biases: list[torch.Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-    return torch.cat(biases) if biases else None
-
-
 def _check_parts(parts: Mapping[str, ResQLinear]) -> None:
     """Checks that one product can replace those of all parts."""
-    first: ResQLinear | None = None
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    first, expected = next((name, _kind(linear)) for name, linear in parts.items())
     for name, linear in parts.items():
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         if type(linear) is not ResQLinear or "forward" in vars(linear):
             kind = type(linear).__name__
             if type(linear) is ResQLinear:
@@ -216,18 +216,21 @@ def _check_parts(parts: Mapping[str, ResQLinear]) -> None:
             raise ValueError(f"FusedLinear: {name}: expected an unmodified ResQLinear, got {kind}")
         if any(getattr(linear, kind) for kind in hooks):
             raise ValueError(f"FusedLinear: {name}: expected no hooks, which would not be called")
-        first = first or linear
-        for what, expected, given in zip(_KIND, _kind(first), _kind(linear), strict=True):
-            if expected != given:
+        for what, given in _kind(linear).items():
+            if given != expected[what]:
                 raise ValueError(
-                    f"FusedLinear: {name}: {what}: expected {expected} as of {next(iter(parts))}, "
+                    f"FusedLinear: {name}: {what}: expected {expected[what]} as of {first}, "
                     f"got {given}"
                 )
+        linear.packed()  # raises if it is not
 
 
-_KIND = ("in_features", "row_format", "bias", "dtype", "device")
-
-
-def _kind(linear: ResQLinear) -> tuple[Any, ...]:
-    place = (linear.dtype, linear.weight_scale.device)
-    return (linear.in_features, tuple(linear.row_format), linear.bias is not None, *place)
+def _kind(linear: ResQLinear) -> dict[str, Any]:
+    """What all parts must have in common."""
+    return {
+        "in_features": linear.in_features,
+        "row_format": tuple(linear.row_format),
+        "bias": linear.bias is not None,
+        "dtype": linear.dtype,
+        "device": linear.weight_scale.device,
+    }

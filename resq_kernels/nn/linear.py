@@ -86,8 +86,8 @@ class ResQLinear(nn.Module):
         self.register_buffer("packed_weight", None, persistent=False)
         self.register_buffer("weight_sum", None, persistent=False)
 
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, high_columns: int = 512) -> ResQLinear:
+    @staticmethod
+    def from_linear(linear: nn.Linear, high_columns: int = 512) -> ResQLinear:
         """Quantizes one linear without calibration, to nearest, the last `high_columns` in INT8.
 
         Raises:

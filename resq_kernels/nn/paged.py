@@ -34,7 +34,10 @@ class PagedKeysValues:
     @property
     def used_pages(self) -> int:
         """Pages of a sequence that hold tokens."""
-        return -(-self.length // self.page_size)
+        return self._pages_of(self.length)
+
+    def _pages_of(self, length: int) -> int:
+        return -(-length // self.page_size)
 
     def append(
         self,
@@ -99,7 +102,7 @@ class PagedKeysValues:
                     f"{len(self.pages) // self.pages_per_sequence}, got {metadata.batch}"
                 )
             self.reset()
-        needed = -(-length // self.page_size)
+        needed = self._pages_of(length)
         if needed > self.pages_per_sequence:
             chunk = self.page_size * token_bytes(k.shape[-1])
             per_sequence = max(needed, 2 * self.pages_per_sequence)
@@ -107,7 +110,7 @@ class PagedKeysValues:
 
     def reserve(self, length: int) -> None:
         """Makes room for `length` columns and no more; the batch must have tokens."""
-        needed = -(-length // self.page_size)
+        needed = self._pages_of(length)
         if needed > self.pages_per_sequence:
             batch, _, heads, chunk = self._by_sequence().shape
             self._grow((batch, needed, heads, chunk), self.held().device)
