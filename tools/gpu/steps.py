@@ -71,7 +71,7 @@ def first_values() -> list[Step]:
     info = Step(
         name="info",
         arguments=("-m", "resq_kernels", "info", "--json", "{out}.json"),
-        limit_s=60,
+        limit_s=150,  # the first process reads torch from a cold disk
         decides="whether CUDA's kernels run here at all; if not, nothing else is tried",
     )
     decides = "whether the kernel is right on tiny inputs"
