@@ -14,6 +14,7 @@ import torch
 from gpu_cases import Weight, activations, gemm_on_both, on, same_bits
 
 from resq_kernels import DecodeGraph
+from resq_kernels.bench.model import filled_cache, given
 from resq_kernels.testing.quantized_models import random_quantized
 
 REPLAYS, SEQUENCES, PROMPT = 1000, 3, 70
@@ -26,11 +27,11 @@ def one_step() -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
     model = random_quantized("llama", num_hidden_layers=4).cuda()
     ids = torch.randint(0, model.config.vocab_size, (SEQUENCES, PROMPT + 1)).cuda()
     with torch.no_grad():
-        cache = model(ids[:, :-1], use_cache=True).cache
+        cache = filled_cache(model, ids[:, :-1])
 
     def ordinary() -> torch.Tensor:
         with torch.no_grad():
-            logits = model(ids[:, -1:], cache=cache, use_cache=True).logits[:, -1]
+            logits = model(ids[:, -1:], **given(model, cache)).logits[:, -1]
         cache.crop(-1)
         return logits
 
@@ -56,7 +57,8 @@ def test_replays_under_delay_keep_every_bit(tmp_path: Path) -> None:
     # Where this runs on the dry device, so does the other process.
     dry = [os.environ["RESQ_DRY_CUDA"]] if "RESQ_DRY_CUDA" in os.environ else []
     command = [sys.executable, *dry, __file__, path]
-    variables = os.environ | {"RESQ_DEPENDENT_LAUNCHES": "0"}
+    paths = os.pathsep.join(filter(None, sys.path))
+    variables = os.environ | {"RESQ_DEPENDENT_LAUNCHES": "0", "PYTHONPATH": paths}
     subprocess.run(command, env=variables, check=True, timeout=90)
     expected = torch.load(path)
     replayed, _ = one_step()
