@@ -63,12 +63,10 @@ __global__ void __launch_bounds__(kHeadDim)
 
 void merge(const KvAttentionCuda& call, Stream stream) {
   const auto rows = static_cast<unsigned>(call.tokens * call.params.n_q);
-  if (call.params.head_dim == 128) {
-    launch_pdl(kv_attention_merge_kernel<128>, rows, 128, 0, stream, call);
-  } else {
-    launch_pdl(kv_attention_merge_kernel<64>, rows, 64, 0, stream, call);
-  }
-  check_launch("kv_attention");
+  const auto kernel =
+      call.params.head_dim == 128 ? kv_attention_merge_kernel<128> : kv_attention_merge_kernel<64>;
+  const auto threads = static_cast<unsigned>(call.params.head_dim);
+  launch_pdl("kv_attention", kernel, {.x = rows, .threads = threads}, stream, call);
 }
 
 }  // namespace resq::cuda::attention
