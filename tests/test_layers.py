@@ -124,8 +124,7 @@ def test_kernels_are_launched_and_errors_taken_in_one_place() -> None:
 
 def test_graphs_are_captured_in_the_mode_of_the_thread() -> None:
     """In the default mode, "global", a cudaMalloc of any other thread ends the capture."""
-    paths = [path for name in ("resq_kernels", "tests", "tools") for path in ROOT.glob(name)]
-    for path in (file for folder in paths for file in folder.rglob("*.py")):
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tests/gpu").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.cuda.graph":
                 mode = {word.arg: ast.unparse(word.value) for word in node.keywords}
