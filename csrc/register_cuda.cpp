@@ -66,6 +66,20 @@ std::string cuda_family(int64_t device) {
   return cuda::family_name(cuda::current_family(cuda::device(static_cast<int>(device))));
 }
 
+// Whether kernels may overlap on a device (cuda/pdl.cuh), and if not, why.
+std::string cuda_pdl(int64_t device) {
+  const int index = static_cast<int>(device);
+  if (cuda::current_family(cuda::device(index)) != cuda::Family::kSm90) {
+    return "off: only the family sm90 has them";
+  }
+  if (!Cuda::wants_pdl()) return "off: RESQ_DEPENDENT_LAUNCHES=0";
+  const cuda::DeviceGuard guard(index);
+  cuda::bind_context(index);
+  if (cuda::kernels_wait(index)) return "on";
+  return "off: kernels run from PTX of compute_80 (RESQ_CUDA_ARCHS without 90, or "
+         "CUDA_FORCE_PTX_JIT)";
+}
+
 }  // namespace
 }  // namespace resq
 
@@ -84,4 +98,5 @@ RESQ_CUDA_IMPL(m) {
 
 RESQ_IMPL_EXPANDED(RESQ_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cuda_family", TORCH_BOX(&resq::cuda_family));
+  m.impl("cuda_pdl", TORCH_BOX(&resq::cuda_pdl));
 }

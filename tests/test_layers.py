@@ -112,6 +112,25 @@ def test_cuda_runtime_headers_stay_in_files_for_nvcc() -> None:
         assert not names, (path.name, names)
 
 
+def test_kernels_are_launched_and_errors_taken_in_one_place() -> None:
+    """cuda/launch.cu: a launch that bypassed it could drop its error or take another's."""
+    calls = re.compile(r"<<<.*>>>\(|cudaLaunchKernel|cudaGetLastError|cudaFuncSetAttribute")
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_dir() or path.name in ("launch.cu", "tensor_map.cu"):
+            continue
+        code = re.sub(r"//.*", "", path.read_text())
+        assert not calls.search(code), path.name
+
+
+def test_graphs_are_captured_in_the_mode_of_the_thread() -> None:
+    """In the default mode, "global", a cudaMalloc of any other thread ends the capture."""
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tests/gpu").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.cuda.graph":
+                mode = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                assert mode.get("capture_error_mode") == "'thread_local'", path
+
+
 def test_no_file_is_longer_than_500_lines() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
     suffixes = {".py", ".h", ".cpp", ".cu", ".cuh"}

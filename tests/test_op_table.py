@@ -17,6 +17,7 @@ QUERIES = {
     "cpu_isa",
     "cpu_isa_missing",
     "cuda_family",
+    "cuda_pdl",
     "mixed_gemm_kernel",
 }  # return a fact about the library; no tensors, no kernel
 OPS = sorted(set(re.findall(r'm\.def\(\s*"(\w+)\(', SCHEMA)) - QUERIES)

@@ -66,9 +66,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 // codes: at least 16384 random bytes; out: blocks * 256 ints.
 extern "C" double int8_ceiling_launch(const void* codes, void* out, int blocks, int steps,
                                       void* stream) {
-  int8_ceiling<<<blocks, kThreads, kTokens * 128, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<const uint4*>(codes), static_cast<int*>(out), steps);
-  const cudaError_t error = cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kTokens * 128;
+  config.stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = cudaLaunchKernelEx(
+      &config, int8_ceiling, static_cast<const uint4*>(codes), static_cast<int*>(out), steps);
   if (error != cudaSuccess) return -static_cast<double>(error);
   return 2.0 * blocks * (kThreads / 128) * steps * kUnroll * kRows * kTokens * kDepth;
 }

@@ -113,7 +113,7 @@ __device__ inline void load_eight(const void* base, FloatType type, int64_t inde
   }
 }
 
-// Launches kernel<split><<<>>>(params, layout, ...) with one block per row; where a block prepares
+// Launches kernel<split>(params, layout, ...) with one block per row; where a block prepares
 // tables for all its rows, with no more blocks than fit the device at once.
 template <class Kernel, class... Arguments>
 inline void launch_hadamard(const char* op, Kernel kernel, const HadamardLayout& layout,
@@ -123,12 +123,11 @@ inline void launch_hadamard(const char* op, Kernel kernel, const HadamardLayout&
   const int64_t blocks = layout.tensor_factors == 0 || rows < resident ? rows
                          : resident > 0                                ? resident
                                                                        : 1;
-  if (layout.shared_bytes > 48 * 1024 - 1024) {
-    allow_shared_bytes(op, reinterpret_cast<const void*>(kernel), layout.shared_bytes);
-  }
-  launch_pdl(kernel, static_cast<unsigned>(blocks), kHadamardThreads, layout.shared_bytes, stream,
-             arguments...);
-  check_launch(op);
+  launch_pdl(op, kernel,
+             {.x = static_cast<unsigned>(blocks),
+              .threads = kHadamardThreads,
+              .shared_bytes = layout.shared_bytes},
+             stream, arguments...);
 }
 
 }  // namespace resq::cuda

@@ -1,5 +1,5 @@
-// What every CUDA launcher shares: the device it launches on, and launch errors as sentences. Host
-// code without CUDA or torch headers, so that both sides may include it.
+// What every CUDA launcher shares: the device it launches on, the launch, and errors as sentences.
+// Host code without CUDA or torch headers, so that both sides may include it.
 #pragma once
 
 #include <cstdint>
@@ -9,19 +9,25 @@
 
 namespace resq::cuda {
 
-struct Stream {
-  void* handle;      // a cudaStream_t
-  bool pdl = false;  // whether launch_pdl (cuda/pdl.cuh) lets kernels overlap
-};
-
 struct Device {
   int major, minor;  // compute capability
   int sms;           // multiprocessors
   int shared_bytes;  // that a block may opt in to
 };
 
-// Properties of a device; throws if the driver is older than the CUDA runtime in this library.
-Device device(int index);
+// Properties of a device, asked for once; throws if the driver is older than the CUDA runtime in
+// this library.
+const Device& device(int index);
+
+// Makes the primary context of the current device `index` current on the calling thread, once per
+// thread. Driver calls (cuda/tensor_map.h) need one, and a thread that has done no CUDA work has
+// none: torch's guard does nothing where the device already is the thread's.
+void bind_context(int index);
+
+// Whether the kernels outside *_sm90.cu hold pdl_wait (cuda/pdl.cuh) as they run on the current
+// device `index`: not if they run from PTX for an older architecture, because the library was built
+// without sm_90 or CUDA_FORCE_PTX_JIT is set.
+bool kernels_wait(int index);
 
 const char* family_name(Family family);
 
@@ -30,10 +36,52 @@ const char* family_name(Family family);
 Family select_family(const std::string& forced, int major, int minor);
 Family current_family(const Device& device);
 
-// Throws std::runtime_error "op: launch: expected ..., got <CUDA's words>" after a failed call.
-void check_launch(const char* op);
+// The share of a multiprocessor's L1 that every kernel asks to have as shared memory, in percent:
+// the environment variable RESQ_CUDA_CARVEOUT, or what the driver chooses for each kernel.
+inline constexpr int kDriversCarveout = -1;
+int select_carveout(const std::string& text);
+int current_carveout();
 
-// Lets `kernel` use `bytes` of dynamic shared memory (needed above 48 KB).
-void allow_shared_bytes(const char* op, const void* kernel, int64_t bytes);
+struct Stream {
+  void* handle;      // a cudaStream_t
+  int device;        // of the stream, and current
+  bool pdl = false;  // whether launch_pdl (cuda/pdl.cuh) lets kernels overlap
+};
+
+struct Grid {
+  unsigned x, y = 1;     // blocks
+  unsigned threads;      // of a block
+  int shared_bytes = 0;  // of dynamic shared memory
+  unsigned cluster = 1;  // blocks of a cluster, along x
+};
+
+// Launches a kernel (launch_kernel is the typed form). What launches it is also what prepares it,
+// at its first launch on a device: dynamic shared memory up to the device's limit, and the
+// carveout. Throws "op: launch: expected ..., got <CUDA's words>" if this launch fails; an error
+// that another call has left behind is neither reported nor taken away.
+void enqueue(const char* op, const void* kernel, const Grid& grid, Stream stream, void** arguments);
+
+// Clusters of grid.cluster blocks that run at once on the current device, asked for once per
+// kernel.
+int resident_clusters(const char* op, const void* kernel, const Grid& grid, int device);
+
+// kernel<<<grid>>>(arguments...). With `stream.pdl` the kernel may start before the previous one
+// has finished: launch_pdl (cuda/pdl.cuh) says which kernels may, the others are launched with
+// launch_kernel.
+template <class... Parameters, class... Arguments>
+inline void enqueue(const char* op, void (*kernel)(Parameters...), const Grid& grid, Stream stream,
+                    const Arguments&... arguments) {
+  [&](Parameters... values) {
+    void* pointers[] = {&values...};
+    enqueue(op, reinterpret_cast<const void*>(kernel), grid, stream, pointers);
+  }(arguments...);
+}
+
+template <class Kernel, class... Arguments>
+inline void launch_kernel(const char* op, Kernel* kernel, const Grid& grid, Stream stream,
+                          const Arguments&... arguments) {
+  stream.pdl = false;
+  enqueue(op, kernel, grid, stream, arguments...);
+}
 
 }  // namespace resq::cuda

@@ -8,8 +8,6 @@
 // when the next kernel starts, everything before its predecessor is then complete.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include "cuda/launch.h"
 
 namespace resq::cuda {
@@ -28,22 +26,12 @@ __device__ inline void pdl_trigger() {
 #endif
 }
 
-// kernel<<<grid, threads, shared_bytes, stream>>>(arguments...). The previous kernel may be any:
-// one that never calls pdl_trigger triggers when it finishes.
-template <class... Parameters, class... Arguments>
-inline void launch_pdl(void (*kernel)(Parameters...), dim3 grid, unsigned threads, int shared_bytes,
-                       Stream stream, const Arguments&... arguments) {
-  cudaLaunchAttribute pdl;
-  pdl.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  pdl.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream.handle);
-  config.attrs = &pdl;
-  config.numAttrs = stream.pdl ? 1 : 0;
-  cudaLaunchKernelEx(&config, kernel, arguments...);
+// A launch (cuda/launch.h) that may overlap the previous kernel, which may be any: one that never
+// calls pdl_trigger triggers when it finishes.
+template <class Kernel, class... Arguments>
+inline void launch_pdl(const char* op, Kernel* kernel, const Grid& grid, Stream stream,
+                       const Arguments&... arguments) {
+  enqueue(op, kernel, grid, stream, arguments...);
 }
 
 }  // namespace resq::cuda

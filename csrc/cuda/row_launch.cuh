@@ -21,7 +21,7 @@ inline bool chunks_aligned(const MixedRows& out, std::initializer_list<const voi
 
 // launch(T{}, held, aligned) with std::integral_constants; null `rows` count as aligned.
 template <class Launch>
-inline void launch_row_kernel(const char* op, FloatType type, const MixedRows& out,
+inline void launch_row_kernel(FloatType type, const MixedRows& out,
                               std::initializer_list<const void*> rows, Launch launch) {
   const int64_t chunks = ceil_div(out.k_lo + out.k_hi, kChunkColumns);
   const int64_t held = ceil_div(chunks, kRowThreads);
@@ -49,7 +49,6 @@ inline void launch_row_kernel(const char* op, FloatType type, const MixedRows& o
     case FloatType::kFloat16: launch_type(Half{}); break;
     case FloatType::kBFloat16: launch_type(BFloat16{}); break;
   }
-  check_launch(op);
 }
 
 }  // namespace resq::cuda

@@ -10,21 +10,18 @@ namespace {
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
-Encode encode_function(const char* op) {
-  static const Encode function = [] {
-    void* pointer = nullptr;
-    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer,
-                                                               12000, cudaEnableDefault, &found);
-    const bool usable = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
-    return usable ? reinterpret_cast<Encode>(pointer) : nullptr;
-  }();
-  if (function == nullptr) {
-    throw std::runtime_error(std::string(op) +
-                             ": driver: expected cuTensorMapEncodeTiled (CUDA 12.0 or newer), "
-                             "got a driver without it");
+Encode find_encode(const char* op) {
+  void* pointer = nullptr;
+  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer,
+                                                             12000, cudaEnableDefault, &found);
+  if (error == cudaSuccess && found == cudaDriverEntryPointSuccess) {
+    return reinterpret_cast<Encode>(pointer);
   }
-  return function;
+  cudaGetLastError();
+  throw std::runtime_error(std::string(op) +
+                           ": driver: expected cuTensorMapEncodeTiled (CUDA 12.0 or newer), "
+                           "got a driver without it");
 }
 
 }  // namespace
@@ -36,10 +33,11 @@ CUtensorMap byte_rows_map(const char* op, const void* data, int64_t rows, int64_
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_bytes)};
   const cuuint32_t box[] = {128, static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t element_strides[] = {1, 1};
-  const CUresult result = encode_function(op)(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(data), sizes, strides, box,
-      element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  static const Encode encode = find_encode(op);
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(data), sizes, strides, box,
+             element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error(std::string(op) + ": tensor map of " + std::to_string(rows) + " x " +
                              std::to_string(columns) + " bytes, " + std::to_string(row_bytes) +

@@ -27,7 +27,6 @@ class Cpu {
   }
 
   // Checks that only the CUDA kernels need.
-  void check_rows(const char*, int64_t) const {}
   void check_aligned(const char*, const Tensor&) const {}
   void check_aligned_tokens(const char*, const Tensor&) const {}
   Tensor aligned(const Tensor& tensor) const { return tensor; }

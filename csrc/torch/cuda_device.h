@@ -33,7 +33,9 @@ class Cuda {
         index_(cuda::device_index(tensor)),
         guard_(index_),
         device_(cuda::device(index_)),
-        family_(cuda::current_family(device_)) {}
+        family_(cuda::current_family(device_)) {
+    cuda::bind_context(index_);
+  }
 
   const cuda::Device& device() const { return device_; }
   cuda::Family family() const { return family_; }
@@ -46,18 +48,14 @@ class Cuda {
   // The stream to launch on. `kernel`: the kernel's name in the log, where the op has several.
   cuda::Stream stream(const std::string& kernel = "") const {
     if (logs_kernels()) {
-      log_kernel(op_, std::string("cuda ") + cuda::family_name(family_) + kernel);
+      log_kernel(op_, std::string("cuda ") + cuda::family_name(family_) + kernel + carveout());
     }
-    return {cuda::current_stream(index_), family_ == cuda::Family::kSm90 && wants_pdl()};
+    const bool pdl = family_ == cuda::Family::kSm90 && wants_pdl() && cuda::kernels_wait(index_);
+    return {cuda::current_stream(index_), index_, pdl};
   }
 
   // A workspace for the call.
   Tensor scratch(int64_t count, ScalarType dtype) const { return allocate(like_, {count}, dtype); }
-
-  // For kernels that launch one block per row.
-  void check_rows(const char* argument, int64_t rows) const {
-    if (rows > INT32_MAX) fail(op_, argument, "fewer than 2^31 rows", std::to_string(rows));
-  }
 
   // Kernels read with 16-byte loads. torch's allocations are aligned to 512; slices may not be.
   void check_aligned(const char* argument, const Tensor& tensor) const {
@@ -86,12 +84,19 @@ class Cuda {
     return copy;
   }
 
- private:
   // RESQ_DEPENDENT_LAUNCHES=0: every kernel starts only after the previous one has ended, on sm_90
   // too.
   static bool wants_pdl() {
     static const bool wanted = environment_switch("RESQ_DEPENDENT_LAUNCHES", true);
     return wanted;
+  }
+
+ private:
+  // For the log.
+  static std::string carveout() {
+    const int percent = cuda::current_carveout();
+    if (percent == cuda::kDriversCarveout) return "";
+    return ", carveout " + std::to_string(percent) + " %";
   }
 
   static int64_t past_alignment(const Tensor& tensor) {
@@ -102,7 +107,7 @@ class Cuda {
   Tensor like_;
   int index_;
   cuda::DeviceGuard guard_;
-  cuda::Device device_;
+  const cuda::Device& device_;
   cuda::Family family_;
 };
 

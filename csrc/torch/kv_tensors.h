@@ -25,6 +25,11 @@ inline void check_token_heads(const char* op, const char* argument, const Tensor
   check_tensor(op, argument, x, dtypes, sizes, apart, "with contiguous heads");
 }
 
+// Kernels number the heads of all tokens in 32 bits.
+inline void check_heads(const char* op, const char* argument, const Tensor& x) {
+  check_count(op, argument, "tokens x heads", x.size(0) * x.size(1));
+}
+
 // Distance from one token to the next, in numbers.
 inline int64_t token_stride(const Tensor& x) {
   return x.size(0) > 1 ? x.stride(0) : x.size(1) * x.size(2);
@@ -41,6 +46,7 @@ inline int64_t check_cache(const char* op, const Tensor& cache, int64_t n_kv, in
     expected << "pages of a multiple of " << tile << " tokens of " << token_bytes << " bytes";
     fail(op, "cache", expected.str(), describe(cache));
   }
+  check_count(op, "cache", "bytes of a head's page", cache.size(2));
   return cache.size(2) / token_bytes;
 }
 

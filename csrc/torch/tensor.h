@@ -4,6 +4,7 @@
 
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -143,6 +144,18 @@ inline int64_t row_count(const Tensor& tensor) {
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < tensor.dim(); ++i) rows *= tensor.size(i);
   return rows;
+}
+
+// Kernels count rows, and the columns of a row, in 32 bits. `what` names what is counted.
+inline void check_count(const char* op, const char* argument, const char* what, int64_t count) {
+  if (count <= INT32_MAX) return;
+  fail(op, argument, std::string("fewer than 2^31 ") + what, std::to_string(count));
+}
+
+// The rows of an op that works on rows of the last dimension.
+inline void check_rows(const char* op, const char* argument, const Tensor& tensor) {
+  check_count(op, argument, "rows", row_count(tensor));
+  check_count(op, argument, "columns", last_dimension(op, argument, tensor));
 }
 
 // Fewest rows worth a thread of their own: 16384 elements are about 5 us of work.

@@ -76,7 +76,7 @@ def capture(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
     call(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for index in range(calls):
             call(index)
     return graph

@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,11 @@ def cuda() -> dict[str, Any]:
                 "name": torch.cuda.get_device_name(index),
                 "capability": f"sm_{major}{minor}",
                 "kernels": None,
+                "dependent_launches": None,
             }
             if reason is None:
-                device["kernels"] = _cuda_family(index)
+                device["kernels"] = _of_device(torch.ops.resq.cuda_family, index)
+                device["dependent_launches"] = _of_device(torch.ops.resq.cuda_pdl, index)
             devices.append(device)
     elif reason is None:
         reason = "torch sees no CUDA device (driver missing, or hidden by CUDA_VISIBLE_DEVICES)"
@@ -135,10 +138,10 @@ def cuda() -> dict[str, Any]:
     }
 
 
-def _cuda_family(index: int) -> str:
-    """The family of kernels that a device runs, or why it runs none."""
+def _of_device(query: Callable[[int], str], index: int) -> str:
+    """What the library says about a device, or why it runs no kernels there."""
     try:
-        return torch.ops.resq.cuda_family(index)
+        return query(index)
     except RuntimeError as error:
         return f"none: {str(error).splitlines()[0]}"
 
@@ -194,7 +197,9 @@ def _cuda_line(figures: dict[str, Any]) -> str:
     if not figures["used"]:
         return f"not used: {figures['why_not']}"
     return ", ".join(
-        f"{d['name']} ({d['capability']}, {d['kernels']} kernels)" for d in figures["devices"]
+        f"{d['name']} ({d['capability']}, {d['kernels']} kernels, "
+        f"dependent launches {d['dependent_launches']})"
+        for d in figures["devices"]
     )
 
 

@@ -146,7 +146,8 @@ class DecodeGraph:
                     self._pass()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # In the default mode a cudaMalloc of any other thread would end the capture.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._logits = self._pass()
         self._graph = graph
         # Keeps alive the memory that the graph reads, whatever happens to the model's parameters.

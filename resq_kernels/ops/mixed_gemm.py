@@ -24,8 +24,8 @@ def mixed_gemm(
 
     Args:
         q_lo: uint8 [..., K_lo / 2] (packed 4-bit codes, even column in the low nibble) or int8
-            [..., K_lo] (one code a byte, 4 or 8 bits); K_lo is even.
-        q_hi: int8 [..., K_hi].
+            [..., K_lo] (one code a byte, 4 or 8 bits); K_lo is even and at most 65536.
+        q_hi: int8 [..., K_hi], K_hi at most 65536 (the sums of a part are exact in 32 bits).
         params: float32 [..., 4] = (s_lo, zero_lo, s_hi, zero_hi); zeros are integers of magnitude
             at most 255.
         packed_weight: uint8, one dimension, as `pack_weight` returned it for N, K_lo, K_hi.
@@ -39,7 +39,8 @@ def mixed_gemm(
 
     Raises:
         RuntimeError: a dtype, shape or device differs from the above, a tensor is not contiguous,
-            or the size of `packed_weight` is not the one for N, K_lo and K_hi.
+            there are 2^31 rows or more of activations or of the weight, or the size of
+            `packed_weight` is not the one for N, K_lo and K_hi.
 
     Source: arXiv 2412.14363 section 4 (x W as the sum of its 4-bit and 8-bit parts).
     """

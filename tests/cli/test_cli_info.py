@@ -41,6 +41,23 @@ def test_built_variants_are_those_of_the_source() -> None:
     assert info.built_cpu_variants("aarch64") == ("scalar",)
 
 
+def test_info_says_whether_launches_are_dependent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info._library, "CUDA_MISSING", "")
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "get_device_capability": (9, 0),
+        "get_device_name": "H100",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.ops.resq, "cuda_family", lambda _: "sm90", raising=False)
+    monkeypatch.setattr(torch.ops.resq, "cuda_pdl", lambda _: "off: a reason", raising=False)
+    figures = info.cuda()
+    assert figures["devices"][0]["dependent_launches"] == "off: a reason"
+    expected = "H100 (sm_90, sm90 kernels, dependent launches off: a reason)"
+    assert info._cuda_line(figures) == expected
+
+
 def test_info_of_a_model_counts_every_byte(tmp_path: Path, resq: Callable[..., Result]) -> None:
     folder = save(tiny_llama(), tmp_path / "model")
     result = resq("info", folder, "--json", tmp_path / "info.json")

@@ -1,12 +1,17 @@
 // Which CUDA kernel a device and a shape run, for the tests: pure host functions, no CUDA headers.
 #include "core_cuda_choice.h"
 
+#include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
+#include <exception>
+#include <functional>
 #include <iterator>
 #include <vector>
 
 #include "cuda/arch.h"
+#include "cuda/launch.h"
+#include "cuda/once.h"
 #include "ops/mixed_gemm/mixed_gemm_choice.h"
 
 namespace py = pybind11;
@@ -27,6 +32,20 @@ int dispatched_m(int m) {
   int ran = 0;
   resq::cuda::with_tile<resq::cuda::kSm90Tiles>({m, 128, 1}, [&]<int kTileM>() { ran += kTileM; });
   return ran;
+}
+
+// What OncePer gives for the keys 0, 0, 1, 0 one after the other; -1 where `compute` throws.
+std::vector<int> asked_once(const std::function<int(int)>& compute) {
+  resq::cuda::OncePer<int, int> values;
+  std::vector<int> got;
+  for (const int key : {0, 0, 1, 0}) {
+    try {
+      got.push_back(values.get(key, [&] { return compute(key); }));
+    } catch (const std::exception&) {
+      got.push_back(-1);
+    }
+  }
+  return got;
 }
 
 }  // namespace
@@ -58,6 +77,8 @@ void define_cuda_choice(py::module_& m) {
   m.def("sm90_tenths", sm90_tenths);
   m.def("dispatched_m", dispatched_m);
   m.def("cuda_family", family);
+  m.def("select_carveout", select_carveout);
+  m.def("asked_once", asked_once);
   m.def("weight_layout", weight_layout);
   m.def("packs_activations", packs_activations);
   m.def("mixed_gemm_choice",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from types import ModuleType
 
 import pytest
@@ -173,3 +174,24 @@ def test_sm90_workspace_holds_the_rows_that_it_rewrites(core: ModuleType) -> Non
     assert workspace(64, 33, False) == 100 * 48
     assert workspace(66, 33, True) == 8192 + 100 * 48  # the second region is aligned to 256
     assert workspace(0, 32, True) == workspace(0, 0, False) == 0
+
+
+def test_carveout_is_a_percentage_or_the_driver_s_choice(core: ModuleType) -> None:
+    assert [core.select_carveout(text) for text in ("", "0", "50", "100")] == [-1, 0, 50, 100]
+    for text in ("-1", "101", "max", "50%", " 50", "5.0", "+5", "99999999999999999999"):
+        sentence = f"RESQ_CUDA_CARVEOUT: expected an integer from 0 to 100, got {re.escape(text)}$"
+        with pytest.raises(RuntimeError, match=sentence):
+            core.select_carveout(text)
+
+
+def test_what_is_asked_once_is_kept_but_for_failures(core: ModuleType) -> None:
+    asked = []
+
+    def compute(key: int) -> int:
+        asked.append(key)
+        if len(asked) == 1:
+            raise ValueError
+        return 10 * key + len(asked)
+
+    assert core.asked_once(compute) == [-1, 2, 13, 2]
+    assert asked == [0, 0, 1]

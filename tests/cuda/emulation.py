@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,18 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAMESPACE = "resq_emulated"
+# What tests/cuda/emulated/runtime.cpp stands in for.
+WRAPPED = (
+    "cudaFuncSetAttribute",
+    "cudaFuncGetAttributes",
+    "cudaOccupancyMaxActiveClusters",
+    "cudaLaunchKernelExC",
+    "cudaSetDevice",
+    "cudaDeviceGetAttribute",
+    "cudaGetDriverEntryPointByVersion",
+)
+# Devices that no test has used; below are those of the architectures.
+NEW_DEVICES = itertools.count(1 << 20)
 
 
 def load_file(path: str) -> ModuleType:
@@ -76,9 +89,15 @@ def build() -> Path:
         ],
         "nvcc_flags": ["-std=c++20", "-O3", "--expt-relaxed-constexpr"],
         "cxx_flags": ["-O1", *common],
-        "link_flags": [f"-L{torch_root}/lib", "-Wl,--no-as-needed", "-ltorch"],
+        "link_flags": [
+            f"-L{torch_root}/lib",
+            "-Wl,--no-as-needed",
+            "-ltorch",
+            *(f"-Wl,--wrap={name}" for name in WRAPPED),
+        ],
     }
-    sources = [ROOT / source for source in ["csrc/schema.cpp", *project.sources(cuda=True)]]
+    names = ["csrc/schema.cpp", *project.sources(cuda=True), "tests/cuda/emulated/runtime.cpp"]
+    sources = [ROOT / name for name in names]
     folder = ROOT / "build/cuda_emu"
     cuda_emu.runtime_library()
 
@@ -92,31 +111,62 @@ def build() -> Path:
 
 
 class Emulated:
-    """torch.ops.resq_emulated on a device of compute capability `arch` / 10."""
+    """torch.ops.resq_emulated on a device of compute capability `arch` / 10.
 
-    def __init__(self, arch: int, **options: Any) -> None:
+    The library keeps what it has learnt of a device, by its index: `new` is one it has never seen.
+    """
+
+    def __init__(self, arch: int, new: bool = False, **options: Any) -> None:
         self.arch, self.options = arch, {"check": "all", **options}
+        self._index = next(NEW_DEVICES) if new else None
+
+    @property
+    def index(self) -> int:
+        """The device's index, the same for devices with the same properties."""
+        alike = 1000 * self.arch + self.options.get("sms", 0)
+        return alike if self._index is None else self._index
 
     def __getattr__(self, op: str) -> Any:
         return lambda *args, **kwargs: self.call(op, *args, **kwargs)
 
     def call(self, op: str, *args: Any, **kwargs: Any) -> Any:
         """Runs an operator; raises KernelError with the report of a kernel that failed."""
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-        cuda_emu = emulator()
-        with registered(tensors), cuda_emu.options(arch=self.arch, **self.options):
+        with self.current(*args, *kwargs.values()):
             result = getattr(getattr(torch.ops, NAMESPACE), op)(*args, **kwargs)
-            cuda_emu.check()
+            emulator().check()
         return result
+
+    @contextlib.contextmanager
+    def current(self, *args: Any) -> Iterator[None]:
+        """Lets operators run on this device and touch these tensors."""
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        runtime().emulated_set_device(self.index)
+        with registered(tensors), emulator().options(arch=self.arch, **self.options):
+            yield
+
+
+def runtime() -> ctypes.CDLL:
+    """The functions of tests/cuda/emulated/runtime.cpp."""
+    path = next(path for path in torch.ops.loaded_libraries if "resq_emulated" in path)
+    library = ctypes.CDLL(path)
+    library.emulated_events.restype = ctypes.c_char_p
+    return library
+
+
+def events(call: str = "") -> list[str]:
+    """The calls of the CUDA runtime since the last call of this whose line begins with `call`."""
+    lines = runtime().emulated_events().decode().splitlines()
+    return [line for line in lines if line.startswith(call)]
 
 
 @contextlib.contextmanager
 def stopped_by_trap() -> Iterator[None]:
-    """Expects a kernel to stop itself inside the block, and takes its error off the emulator."""
-    with pytest.raises(RuntimeError, match="expected success, got an illegal instruction"):
-        yield
+    """Expects a kernel to stop itself inside the block, and takes its error off the emulator.
+
+    As on a GPU, where the kernel runs later, its launch succeeds.
+    """
     with pytest.raises(emulator().KernelError, match="trap executed"):
-        emulator().check()
+        yield
 
 
 @contextlib.contextmanager

@@ -67,4 +67,4 @@ def test_mixed_gemm_names_the_argument(argument: str, device: emulation.Emulated
 def test_a_device_that_is_too_old_is_named(device: emulation.Emulated) -> None:
     device.arch = 75
     with pytest.raises(RuntimeError, match="resq: device: expected sm_80 or newer .*, got sm_75"):
-        device.cuda_family(0)
+        device.cuda_family(device.index)

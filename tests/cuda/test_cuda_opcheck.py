@@ -91,6 +91,7 @@ SAMPLES = {
 def test_opcheck(name: str, sm90: emulation.Emulated) -> None:
     arguments = SAMPLES[name](sm90)
     operator = getattr(getattr(torch.ops, emulation.NAMESPACE), name).default
+    emulation.runtime().emulated_set_device(sm90.index)
     with emulation.emulator().options(arch=90):
         torch.library.opcheck(operator, arguments)
         emulation.emulator().check()

@@ -83,6 +83,13 @@ def test_every_pdl_launch_waits_for_the_previous_kernel(built: dict) -> None:
             assert dependent or "PREEXIT" not in kernel["key"], (name, arch)
 
 
+def test_what_is_read_before_the_wait_does_not_come_from_the_first_level_cache(built: dict) -> None:
+    """It may still hold the lines of an earlier step there."""
+    for name, per_arch in built.items():
+        for arch, kernel in per_arch.items():
+            assert tool.EARLY_LOAD not in kernel["key"], (name, arch)
+
+
 @pytest.mark.parametrize("word", sorted(REQUIRED))
 def test_kernels_hold_the_instructions_they_are_made_for(word: str, built: dict) -> None:
     ours = {name: k for name, k in built.items() if name.split("<")[0].startswith(word)}

@@ -29,7 +29,7 @@ def a100(sm80: Emulated, request: pytest.FixtureRequest) -> Emulated:
 
 
 def choice(device: Emulated, rows: int, weight: tuple[int, int, int], packed: bool) -> str:
-    kernel = device.mixed_gemm_kernel(rows, *weight, packed, 0)
+    kernel = device.mixed_gemm_kernel(rows, *weight, packed, device.index)
     tile = {1: "sm80 128x128 splits=1", 64: "sm80 64x128 splits="}[device.options["sms"]]
     assert kernel.startswith(tile)
     return kernel

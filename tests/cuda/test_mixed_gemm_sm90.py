@@ -35,7 +35,7 @@ def call(case: Case, device: emulation.Emulated, tile: int | None = None) -> tor
     rows, n = case.params.shape[0], case.codes_lo.shape[0]
     packed = case.q_lo.dtype == torch.uint8
     k_lo, k_hi = case.codes_lo.shape[1] * 2, case.codes_hi.shape[1]
-    kernel = device.mixed_gemm_kernel(rows, n, k_lo, k_hi, packed, 0)
+    kernel = device.mixed_gemm_kernel(rows, n, k_lo, k_hi, packed, device.index)
     assert kernel.startswith("sm90 " if tile is None else f"sm90 {tile}x128"), kernel
     return case.run(device)
 

@@ -27,7 +27,7 @@ KERNEL = "small_m"
 
 
 def splits(device: Emulated, rows: int, weight: tuple[int, int, int], packed: bool = True) -> int:
-    kernel = device.mixed_gemm_kernel(rows, *weight, packed, 0)
+    kernel = device.mixed_gemm_kernel(rows, *weight, packed, device.index)
     assert kernel.startswith(KERNEL)
     return int(kernel.rpartition("=")[2])
 
@@ -76,10 +76,10 @@ torch.ops.load_library(sys.argv[1])
 gpu = Emulated(90)
 for packed in (True, False):
     for rows in (1, 65, 130):
-        kernel = gpu.mixed_gemm_kernel(rows, 70, 784, 112, packed, 0)
+        kernel = gpu.mixed_gemm_kernel(rows, 70, 784, 112, packed, gpu.index)
         assert kernel.startswith("small_m"), kernel
         assert_exact(make_case(rows, (70, 784, 112), packed, bias=None), gpu)
-assert gpu.cuda_family(0) == "portable"
+assert gpu.cuda_family(gpu.index) == "portable"
 """
     library = next(path for path in torch.ops.loaded_libraries if "resq_emulated" in path)
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])

@@ -89,7 +89,7 @@ def test_a_captured_graph_follows_its_input(name: str, rows: int) -> None:
     function(x)  # modules are loaded outside the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = function(x)
     for _ in range(3):
         x.copy_(torch.randn_like(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -275,6 +276,38 @@ def test_mixed_gemm_refuses(name: str, change: object, message: str) -> None:
     arguments[name] = change(arguments[name])
     with pytest.raises(RuntimeError, match="mixed_gemm: " + message):
         ops.mixed_gemm(**arguments)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "unpacked"])
+def test_mixed_gemm_is_exact_up_to_65536_columns(packed: bool) -> None:
+    # The largest sums of codes that a quantizer writes: |q - zero| is at most 255, or 15.
+    for weight in [(3, 65536, 0), (3, 0, 65536)]:
+        case = make_case(2, weight, packed, bias=None)
+        case.q_lo.fill_(0x88 if packed else -128)
+        case.codes_lo.fill_(0x88)
+        case.q_hi.fill_(-128)
+        case.codes_hi.fill_(-128)
+        case.params[:, 1::2] = torch.tensor([7.0 if packed else 127.0, 127.0])
+        assert torch.equal(case.call(), case.expected())
+
+
+def test_mixed_gemm_refuses_more_columns_than_its_sums_hold() -> None:
+    for name, weight in [("q_lo", (3, 65538, 8)), ("q_hi", (3, 8, 65537))]:
+        message = rf"^mixed_gemm: {name}: expected at most 65536 columns .*, got {max(weight)}$"
+        for packed in (True, False):
+            with pytest.raises(RuntimeError, match=message):
+                make_case(2, weight, packed).call()
+
+
+def test_mixed_gemm_refuses_more_rows_than_32_bits_number(tmp_path: Path) -> None:
+    arguments = list(make_case(3, (17, 0, 0)).arguments())
+    sparse = torch.from_file(str(tmp_path / "scale"), True, 2**32, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match=r"weight_scale: expected fewer than 2\^31 rows, got"):
+        ops.mixed_gemm(*arguments[:4], sparse.view(2**31, 2), *arguments[5:])
+    arguments[0] = arguments[0].new_empty(2**31, 0)
+    arguments[1] = arguments[1].new_empty(2**31, 0)
+    with pytest.raises(RuntimeError, match=r"q_lo: expected fewer than 2\^31 rows, got 2147483648"):
+        ops.mixed_gemm(*arguments)
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -40,9 +40,8 @@ void embedding(const EmbeddingParams& p, CudaLayout layout, Stream stream) {
   if (p.count == 0 || p.columns() == 0) return;
   const auto kernel = layout == CudaLayout::kMma ? embedding_kernel<CudaLayout::kMma>
                                                  : embedding_kernel<CudaLayout::kWgmma>;
-  kernel<<<static_cast<unsigned>(p.count), kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
-      p);
-  check_launch("embedding");
+  launch_kernel("embedding", kernel, {.x = static_cast<unsigned>(p.count), .threads = kThreads},
+                stream, p);
 }
 
 }  // namespace resq::cuda

@@ -17,7 +17,7 @@ Tensor embedding(const Tensor& ids, const Tensor& packed_weight, const Tensor& w
   }
   if (ids.scalar_type() != ScalarType::Long) fail(op, "ids", "int64", describe(ids));
   check_device(op, "ids", ids, packed_weight);
-  device.check_rows("ids", ids.numel());
+  check_count(op, "ids", "ids", ids.numel());
   check_tensor(op, "weight_scale", weight_scale, {ScalarType::Float}, {kAnySize, 2});
   check_device(op, "weight_scale", weight_scale, packed_weight);
   const int64_t n = weight_scale.size(0);

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kHadamardThreads, kSplit ? 1 : 2)
   prepare_transform(shared, h);
   pdl_wait();
   pdl_trigger();
-  for (int row = blockIdx.x; row < static_cast<int>(p.rows); row += gridDim.x) {
+  for (unsigned row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const TransformedRow<kSplit, true> result(shared, h, [&](int run, float (&x)[8]) {
       const bool inside = 8 * run < n;
       load_eight(p.x, p.type, inside ? static_cast<int64_t>(row) * n + 8 * run : 0,

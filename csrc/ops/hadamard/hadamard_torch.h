@@ -15,7 +15,7 @@ Tensor hadamard(const Tensor& x, double scale) {
   const FloatType type = float_type(op, "x", x);
   const int64_t n = last_dimension(op, "x", x), rows = row_count(x);
   const HadamardPlan* plan = checked_hadamard_plan(op, "x", n);
-  device.check_rows("x", rows);
+  check_rows(op, "x", x);
   const Tensor input = device.aligned(contiguous_rows(x));
   const Tensor y = allocate(x, sizes_of(x), x.scalar_type());
   run(device, HadamardParams{rows, input.const_data_ptr(), y.mutable_data_ptr(), type, plan,

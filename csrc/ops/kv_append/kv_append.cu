@@ -239,8 +239,8 @@ __global__ void __launch_bounds__(kThreads)
 template <int kHeadDim, int kRows, class Rotation>
 void launch(const KvAppendParams& p, Stream stream) {
   const auto blocks = static_cast<unsigned>(ceil_div(p.tokens, kBlockRows<kHeadDim, kRows>));
-  const dim3 grid(blocks, static_cast<unsigned>(p.n_kv + p.n_q));
-  launch_pdl(kv_append_kernel<kHeadDim, kRows, Rotation>, grid, kThreads, 0, stream, p);
+  const Grid grid{.x = blocks, .y = static_cast<unsigned>(p.n_kv + p.n_q), .threads = kThreads};
+  launch_pdl("kv_append", kv_append_kernel<kHeadDim, kRows, Rotation>, grid, stream, p);
 }
 
 template <int kHeadDim, int kRows>
@@ -266,7 +266,6 @@ void kv_append(const KvAppendParams& p, const Device& device, Stream stream) {
   } else {
     many ? launch_rotation<64, kMany>(p, stream) : launch_rotation<64, 1>(p, stream);
   }
-  check_launch("kv_append");
 }
 
 }  // namespace resq::cuda

@@ -56,6 +56,7 @@ Tensor kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& 
   const Device device(op, k);
   check_token_heads(op, "k", k, float_dtypes(), {kAnySize, kAnySize, kAnySize});
   check_head_dim(op, "k", k);
+  check_heads(op, "k", k);
   const int64_t tokens = k.size(0), n_kv = k.size(1), head_dim = k.size(2);
   check_token_heads(op, "v", v, {k.scalar_type()}, {tokens, n_kv, head_dim});
   const RopeRotation rope(device, op, k, cos, sin, key_rotation);
@@ -67,6 +68,7 @@ Tensor kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& 
     if (n_kv == 0 ? q->size(1) != 0 : q->size(1) % n_kv != 0) {
       fail(op, "q", "a multiple of k's " + std::to_string(n_kv) + " heads", describe(*q));
     }
+    check_heads(op, "q", *q);
     check_device(op, "q", *q, k);
     device.check_aligned_tokens("q", *q);
   }

@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks(kTiles))
 
 void attend(const KvAttentionCuda& call, const Device& device, Stream stream) {
   launch_attend(call, device, [&](auto head_dim, auto tiles, unsigned blocks) {
-    kv_attention_kernel<head_dim, tiles>
-        <<<blocks, kAttendThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(call);
+    launch_kernel("kv_attention", kv_attention_kernel<head_dim, tiles>,
+                  {.x = blocks, .threads = kAttendThreads}, stream, call);
   });
 }
 

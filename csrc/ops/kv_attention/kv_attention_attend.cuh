@@ -319,7 +319,6 @@ inline void launch_attend(const KvAttentionCuda& call, const Device& device, Lau
   };
   p.head_dim == 128 ? with_head_dim(std::integral_constant<int, 128>())
                     : with_head_dim(std::integral_constant<int, 64>());
-  check_launch("kv_attention");
 }
 
 }  // namespace resq::cuda::attention

@@ -11,11 +11,14 @@ namespace {
 
 constexpr int kAhead = 8;  // splits whose loads are in flight at once
 
-// Tokens that the query in row `token` of q sees.
+// Tokens that the query in row `token` of q sees. The lengths are read before pdl_wait: what wrote
+// them was complete before the attention kernel let this one start, but nothing promises that this
+// multiprocessor's first-level cache has forgotten those of the previous step. __ldcg reads them
+// from the second level, which has them.
 __device__ inline int visible_tokens(const KvAttentionCuda& call, int token) {
   const int lane = threadIdx.x % 32;
   for (int64_t base = 0; base <= call.sequences; base += 32) {
-    const KvSequence s(call, base + lane);
+    const KvSequence s(call, base + lane, [](const int32_t* number) { return __ldcg(number); });
     const bool holds = token >= s.begin && token < s.begin + s.queries;
     const unsigned holders = __ballot_sync(kAllLanes, holds);
     if (holders == 0) continue;
@@ -25,7 +28,8 @@ __device__ inline int visible_tokens(const KvAttentionCuda& call, int token) {
   return 0;
 }
 
-// Nothing that the attention kernel writes is read before pdl_wait.
+// Before pdl_wait nothing is read that the attention kernel writes, and nothing through the
+// first-level cache.
 template <int kHeadDim>
 __global__ void __launch_bounds__(kHeadDim)
     kv_attention_merge_kernel(const __grid_constant__ KvAttentionCuda call) {
@@ -59,12 +63,10 @@ __global__ void __launch_bounds__(kHeadDim)
 
 void merge(const KvAttentionCuda& call, Stream stream) {
   const auto rows = static_cast<unsigned>(call.tokens * call.params.n_q);
-  if (call.params.head_dim == 128) {
-    launch_pdl(kv_attention_merge_kernel<128>, rows, 128, 0, stream, call);
-  } else {
-    launch_pdl(kv_attention_merge_kernel<64>, rows, 64, 0, stream, call);
-  }
-  check_launch("kv_attention");
+  const auto kernel =
+      call.params.head_dim == 128 ? kv_attention_merge_kernel<128> : kv_attention_merge_kernel<64>;
+  const auto threads = static_cast<unsigned>(call.params.head_dim);
+  launch_pdl("kv_attention", kernel, {.x = rows, .threads = threads}, stream, call);
 }
 
 }  // namespace resq::cuda::attention

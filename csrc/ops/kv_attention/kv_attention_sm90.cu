@@ -172,8 +172,8 @@ void attend_sm90(const KvAttentionCuda& call, const Device& device, Stream strea
     const auto kernel = kv_attention_sm90_kernel<head_dim, tiles>;
     constexpr int kShared = sizeof(Shared<head_dim, tiles>);
     static_assert(attend_blocks(tiles) * (kShared + 1024) <= 228 * 1024);
-    allow_shared_bytes("kv_attention", reinterpret_cast<const void*>(kernel), kShared);
-    launch_pdl(kernel, blocks, kAttendThreads, kShared, stream, call);
+    launch_pdl("kv_attention", kernel,
+               {.x = blocks, .threads = kAttendThreads, .shared_bytes = kShared}, stream, call);
   });
 }
 

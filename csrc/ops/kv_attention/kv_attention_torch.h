@@ -16,6 +16,7 @@ Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_ta
   const Device device(op, q);
   check_token_heads(op, "q", q, float_dtypes(), {kAnySize, kAnySize, kAnySize});
   check_head_dim(op, "q", q);
+  check_heads(op, "q", q);
   const int64_t tokens = q.size(0), n_q = q.size(1), head_dim = q.size(2);
   if (cache.dim() != 3) fail(op, "cache", "3 dimensions", describe(cache));
   const int64_t n_kv = cache.size(1);
@@ -25,6 +26,7 @@ Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_ta
   const int64_t page_size = check_cache(op, cache, n_kv, head_dim);
   check_tensor(op, "block_table", block_table, {ScalarType::Int}, {kAnySize, kAnySize});
   const int64_t sequences = block_table.size(0);
+  check_count(op, "block_table", "sequences", sequences);
   check_tensor(op, "seq_lens", seq_lens, {ScalarType::Int}, {sequences});
   check_tensor(op, "query_starts", query_starts, {ScalarType::Int}, {sequences + 1});
   check_device(op, "cache", cache, q);

@@ -21,16 +21,19 @@ struct KvItem {
 };
 
 // Queries of sequence `i` from `begin` on, and its tokens. Rows of q after the last sequence form
-// one more sequence, of length 0. Numbers that are out of range stop the kernel.
+// one more sequence, of length 0. Numbers that are out of range stop the kernel. load(pointer)
+// reads them.
 struct KvSequence {
   int begin, queries, length;
 
-  __device__ KvSequence(const KvAttentionCuda& call, int64_t i) : begin(0), queries(0), length(0) {
+  template <class Load>
+  __device__ KvSequence(const KvAttentionCuda& call, int64_t i, Load load)
+      : begin(0), queries(0), length(0) {
     if (i > call.sequences) return;
-    begin = call.query_starts[i];
+    begin = load(call.query_starts + i);
     const bool real = i < call.sequences;
-    queries = (real ? call.query_starts[i + 1] : static_cast<int>(call.tokens)) - begin;
-    length = real ? call.seq_lens[i] : 0;
+    queries = (real ? load(call.query_starts + i + 1) : static_cast<int>(call.tokens)) - begin;
+    length = real ? load(call.seq_lens + i) : 0;
     const bool fits = queries >= 0 && begin + queries <= call.tokens && (i > 0 || begin == 0) &&
                       length >= 0 && length <= call.params.max_pages * call.params.page_size;
     if (!fits) __trap();
@@ -46,7 +49,7 @@ __device__ inline bool find_item(const KvAttentionCuda& call, int index, KvItem&
   const int group = static_cast<int>(call.params.group()),
             n_kv = static_cast<int>(call.params.n_kv);
   for (int64_t base = 0; base <= call.sequences; base += 32) {
-    const KvSequence s(call, base + lane);
+    const KvSequence s(call, base + lane, [](const int32_t* number) { return *number; });
     const int splits = call.states ? (s.length + kSplitTokens - 1) / kSplitTokens : 1;
     const int count = (s.queries * group + kRows - 1) / kRows * splits * n_kv;
     int end = count;

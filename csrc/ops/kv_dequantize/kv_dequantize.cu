@@ -128,7 +128,7 @@ void launch(const KvDequantizeParams& p, Stream stream) {
   if (p.type == FloatType::kFloat16) kernel = kv_dequantize_kernel<kHeadDim, Half>;
   if (p.type == FloatType::kBFloat16) kernel = kv_dequantize_kernel<kHeadDim, BFloat16>;
   const auto blocks = static_cast<unsigned>(ceil_div(p.items(), kWarps));
-  kernel<<<blocks, kWarps * 32, 0, static_cast<cudaStream_t>(stream.handle)>>>(p);
+  launch_kernel("kv_dequantize", kernel, {.x = blocks, .threads = kWarps * 32}, stream, p);
 }
 
 }  // namespace
@@ -136,7 +136,6 @@ void launch(const KvDequantizeParams& p, Stream stream) {
 void kv_dequantize(const KvDequantizeParams& p, Stream stream) {
   if (p.items() == 0) return;
   p.head_dim == 128 ? launch<128>(p, stream) : launch<64>(p, stream);
-  check_launch("kv_dequantize");
 }
 
 }  // namespace resq::cuda

@@ -71,20 +71,18 @@ __global__ void __launch_bounds__(kUnpackThreads)
 void pad_rows(const void* from, void* to, int64_t m, int64_t bytes, int64_t padded, Stream stream) {
   const int64_t blocks_per_row = ceil_div(padded, kPadThreads * kThreadBytes);
   const auto grid = static_cast<unsigned>(blocks_per_row * m);
-  launch_pdl(mixed_gemm_pad_rows_kernel, grid, kPadThreads, 0, stream,
+  launch_pdl("mixed_gemm", mixed_gemm_pad_rows_kernel, {.x = grid, .threads = kPadThreads}, stream,
              static_cast<const uint8_t*>(from), static_cast<uint8_t*>(to), bytes, padded,
              static_cast<unsigned>(blocks_per_row));
-  check_launch("mixed_gemm");
 }
 
 void unpack_rows(const void* from, void* to, int64_t m, int64_t bytes, int64_t stride,
                  Stream stream) {
   const int64_t blocks_per_row = ceil_div(stride, kUnpackThreads * kThreadBytes);
   const auto grid = static_cast<unsigned>(blocks_per_row * m);
-  launch_pdl(mixed_gemm_unpack_rows_kernel, grid, kUnpackThreads, 0, stream,
-             static_cast<const uint8_t*>(from), bytes, static_cast<uint8_t*>(to), stride,
+  launch_pdl("mixed_gemm", mixed_gemm_unpack_rows_kernel, {.x = grid, .threads = kUnpackThreads},
+             stream, static_cast<const uint8_t*>(from), bytes, static_cast<uint8_t*>(to), stride,
              static_cast<unsigned>(blocks_per_row));
-  check_launch("mixed_gemm");
 }
 
 }  // namespace

@@ -14,6 +14,10 @@
 
 namespace resq {
 
+// Columns that a part may have. The kernels keep up to 16 times the integer sums of a part in 32
+// bits: 16 * 255 * 8 * K < 2^31.
+inline constexpr int64_t kMostPartColumns = 65536;
+
 struct MixedGemmParams {
   int64_t m, n, k_lo, k_hi;      // rows of activations, rows of weights, what is summed over
   const void* q_lo;              // uint8 [m, k_lo / 2] packed codes, or int8 [m, k_lo]

@@ -17,6 +17,13 @@ inline void check_packed_bytes(const MixedGemmParams& p, const Tensor& packed_we
   fail("mixed_gemm", "packed_weight", expected.str(), got.str());
 }
 
+inline void check_part_columns(const char* argument, int64_t columns) {
+  if (columns <= kMostPartColumns) return;
+  fail("mixed_gemm", argument,
+       "at most " + std::to_string(kMostPartColumns) + " columns (sums are exact in 32 bits)",
+       std::to_string(columns));
+}
+
 template <class Device>
 Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
                   const Tensor& packed_weight, const Tensor& weight_scale, const Tensor& weight_sum,
@@ -28,12 +35,16 @@ Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
   const bool packed = q_lo.scalar_type() == ScalarType::Byte;
   const int64_t k_lo = lo_bytes * (packed ? 2 : 1);
   if (k_lo % 2 != 0) fail(op, "q_lo", "an even number of columns", describe(q_lo));
+  check_count(op, "q_lo", "rows", row_count(q_lo));
+  check_part_columns("q_lo", k_lo);
   check_tensor(op, "q_hi", q_hi, {ScalarType::Char}, with_last(q_lo, kAnySize));
   const int64_t k_hi = last_dimension(op, "q_hi", q_hi);
+  check_part_columns("q_hi", k_hi);
   check_tensor(op, "params", params, {ScalarType::Float}, with_last(q_lo, 4));
   check_tensor(op, "packed_weight", packed_weight, {ScalarType::Byte}, {kAnySize});
   check_tensor(op, "weight_scale", weight_scale, {ScalarType::Float}, {kAnySize, 2});
   const int64_t n = weight_scale.size(0);
+  check_count(op, "weight_scale", "rows", n);
   check_tensor(op, "weight_sum", weight_sum, {ScalarType::Int}, {n, 2});
   if (bias) {
     check_tensor(op, "bias", *bias, float_dtypes(), {n});

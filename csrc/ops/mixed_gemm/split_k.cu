@@ -49,9 +49,8 @@ void reduce_split_k(const MixedGemmParams& p, const SplitK& split_k, const Parti
                     Stream stream) {
   const int64_t blocks_per_row = ceil_div(p.n, kThreads * kGroupN);
   const auto grid = static_cast<unsigned>(blocks_per_row * p.m);
-  launch_pdl(mixed_gemm_reduce_split_k_kernel, grid, kThreads, 0, stream, p, split_k, partials,
-             static_cast<unsigned>(blocks_per_row));
-  check_launch("mixed_gemm");
+  launch_pdl("mixed_gemm", mixed_gemm_reduce_split_k_kernel, {.x = grid, .threads = kThreads},
+             stream, p, split_k, partials, static_cast<unsigned>(blocks_per_row));
 }
 
 }  // namespace resq::cuda

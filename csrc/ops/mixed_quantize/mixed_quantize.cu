@@ -38,10 +38,11 @@ __global__ void __launch_bounds__(kRowThreads) mixed_quantize_kernel(MixedQuanti
 }  // namespace
 
 void mixed_quantize(const MixedQuantizeParams& p, Stream stream) {
-  launch_row_kernel("mixed_quantize", p.x_type, p.out, {p.x}, [&](auto t, auto held, auto aligned) {
+  launch_row_kernel(p.x_type, p.out, {p.x}, [&](auto t, auto held, auto aligned) {
     const auto kernel =
         mixed_quantize_kernel<decltype(t), decltype(held)::value, decltype(aligned)::value>;
-    launch_pdl(kernel, static_cast<unsigned>(p.rows), kRowThreads, 0, stream, p);
+    launch_pdl("mixed_quantize", kernel,
+               {.x = static_cast<unsigned>(p.rows), .threads = kRowThreads}, stream, p);
   });
 }
 

@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor> mixed_quantize(const Tensor& x, int64_t n_hi,
   const FloatType x_type = float_type(op, "x", x);
   const int64_t columns = last_dimension(op, "x", x), rows = row_count(x);
   check_mixed_options(op, columns, options);
-  device.check_rows("x", rows);
+  check_rows(op, "x", x);
   const Tensor x_rows = contiguous_rows(x);
   const MixedOutput out = make_mixed_output(x, columns, options, device.packs_activations());
   run(device, MixedQuantizeParams{rows, x_rows.const_data_ptr(), x_type, out.rows});

@@ -74,8 +74,7 @@ void pack_weight(const PackWeightParams& p, CudaLayout layout, Stream stream) {
   const auto grid = static_cast<unsigned>(needed < kMaxBlocks ? needed : kMaxBlocks);
   const auto kernel = layout == CudaLayout::kMma ? pack_weight_kernel<CudaLayout::kMma>
                                                  : pack_weight_kernel<CudaLayout::kWgmma>;
-  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(p);
-  check_launch("pack_weight");
+  launch_kernel("pack_weight", kernel, {.x = grid, .threads = kThreads}, stream, p);
 }
 
 }  // namespace resq::cuda

@@ -125,11 +125,12 @@ __global__ void __launch_bounds__(kRowThreads) rms_norm_quantize_kernel(RmsNormQ
 
 void rms_norm_quantize(const RmsNormQuantizeParams& p, Stream stream) {
   launch_row_kernel(
-      "rms_norm_quantize", p.x_type, p.out, {p.x, p.residual, p.new_residual, p.weight},
+      p.x_type, p.out, {p.x, p.residual, p.new_residual, p.weight},
       [&](auto t, auto held, auto aligned) {
         const auto kernel =
             rms_norm_quantize_kernel<decltype(t), decltype(held)::value, decltype(aligned)::value>;
-        launch_pdl(kernel, static_cast<unsigned>(p.rows), kRowThreads, 0, stream, p);
+        launch_pdl("rms_norm_quantize", kernel,
+                   {.x = static_cast<unsigned>(p.rows), .threads = kRowThreads}, stream, p);
       });
 }
 

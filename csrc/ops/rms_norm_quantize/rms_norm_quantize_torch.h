@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_quantize(
   }
   if (!(eps >= 0.0)) fail(op, "eps", "0 or more", std::to_string(eps));
   check_mixed_options(op, columns, options);
-  device.check_rows("x", rows);
+  check_rows(op, "x", x);
 
   const Tensor x_rows = contiguous_rows(x);
   const Tensor residual_rows = residual ? contiguous_rows(*residual) : x_rows;

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kHadamardThreads, kSplit || kTensor ? 1 : 2)
                                       const __grid_constant__ HadamardLayout h) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ RangeExchange<kHadamardWarps> exchange;
-  const auto quantize = [&](int row) {
+  const auto quantize = [&](unsigned row) {
     const TransformedRow<kSplit, kTensor> result(shared, h, [&](int run, float (&x)[8]) {
       load_products(p, row, 8 * run, p.n % 8 == 0, x);
     });
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kHadamardThreads, kSplit || kTensor ? 1 : 2)
   pdl_wait();
   pdl_trigger();
   if constexpr (kTensor) {
-    for (int row = blockIdx.x; row < static_cast<int>(p.rows); row += gridDim.x) quantize(row);
+    for (unsigned row = blockIdx.x; row < p.rows; row += gridDim.x) quantize(row);
   } else {
     quantize(blockIdx.x);
   }
@@ -102,9 +102,9 @@ void silu_mul_hadamard_quantize(const SiluMulHadamardQuantizeParams& p,
 }
 
 void silu_mul_quantize(const SiluMulHadamardQuantizeParams& p, Stream stream) {
-  launch_pdl(silu_mul_quantize_kernel, static_cast<unsigned>(p.rows), kHadamardThreads, 0, stream,
-             p, p.n % 8 == 0);
-  check_launch("silu_mul_hadamard_quantize");
+  launch_pdl("silu_mul_hadamard_quantize", silu_mul_quantize_kernel,
+             {.x = static_cast<unsigned>(p.rows), .threads = kHadamardThreads}, stream, p,
+             p.n % 8 == 0);
 }
 
 }  // namespace resq::cuda

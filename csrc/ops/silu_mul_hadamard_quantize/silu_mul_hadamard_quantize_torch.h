@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> silu_mul_hadamard_quantize(const Tensor& gate
   const int64_t n = columns / 2;
   const HadamardPlan* plan = hadamard ? checked_hadamard_plan(op, "gate_up", n) : nullptr;
   check_mixed_options(op, n, options);
-  device.check_rows("gate_up", rows);
+  check_rows(op, "gate_up", gate_up);
   const Tensor input = device.aligned(contiguous_rows(gate_up));
   const MixedOutput out = make_mixed_output(gate_up, n, options, device.packs_activations());
   run(device,

@@ -44,8 +44,7 @@ void unpack_weight(const UnpackWeightParams& p, CudaLayout layout, Stream stream
   const auto grid = static_cast<unsigned>(needed < kMaxBlocks ? needed : kMaxBlocks);
   const auto kernel = layout == CudaLayout::kMma ? unpack_weight_kernel<CudaLayout::kMma>
                                                  : unpack_weight_kernel<CudaLayout::kWgmma>;
-  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(p);
-  check_launch("unpack_weight");
+  launch_kernel("unpack_weight", kernel, {.x = grid, .threads = kThreads}, stream, p);
 }
 
 }  // namespace resq::cuda

@@ -79,13 +79,12 @@ template <int kTileM, bool kPacked>
 void launch(const MixedGemmParams& p, const SplitK& split_k, void* workspace, Stream stream) {
   using C = Config<kTileM, kPacked>;
   const auto kernel = mixed_gemm_sm80_kernel<kTileM, kPacked>;
-  allow_shared_bytes("mixed_gemm", reinterpret_cast<const void*>(kernel), C::kSharedBytes);
   const Partials partials = partials_in(workspace, p);
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.m, kTileM) * ceil_div(p.n, kTileN)),
-                  static_cast<unsigned>(split_k.splits));
-  kernel<<<grid, C::kThreads, C::kSharedBytes, static_cast<cudaStream_t>(stream.handle)>>>(
-      p, split_k, partials);
-  check_launch("mixed_gemm");
+  const Grid grid{.x = static_cast<unsigned>(ceil_div(p.m, kTileM) * ceil_div(p.n, kTileN)),
+                  .y = static_cast<unsigned>(split_k.splits),
+                  .threads = C::kThreads,
+                  .shared_bytes = C::kSharedBytes};
+  launch_kernel("mixed_gemm", kernel, grid, stream, p, split_k, partials);
   if (split_k.splits > 1) reduce_split_k(p, split_k, partials, stream);
 }
 

@@ -9,9 +9,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <map>
-#include <mutex>
-#include <utility>
 
 #include "cuda/pdl.cuh"
 #include "cuda/tensor_map.h"
@@ -136,24 +133,6 @@ __global__ void __launch_bounds__(kThreads, kTile<kTileM>.min_blocks)
   cluster_sync();
 }
 
-// Clusters of this launch that run at once on the current device, of `sms` multiprocessors. Asks
-// the driver once per kernel. If no cluster fits, the launch reports it.
-int clusters_at_once(const void* kernel, const cudaLaunchConfig_t& config, int blocks, int sms) {
-  static std::mutex mutex;
-  static std::map<std::pair<int, const void*>, int> known;
-  int index = 0;
-  cudaGetDevice(&index);
-  const int expected = sm90_clusters(blocks, sms);
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto found = known.find({index, kernel});
-  if (found == known.end()) {
-    int fit = 0;
-    if (cudaOccupancyMaxActiveClusters(&fit, kernel, &config) != cudaSuccess) fit = 0;
-    found = known.emplace(std::pair(index, kernel), std::max(fit, 1)).first;
-  }
-  return std::min(expected, found->second);
-}
-
 template <int kTileM, class Out>
 void launch(const MixedGemmParams& p, int sms, Stream stream) {
   using Cluster = ClusterPlace<kTileM>;
@@ -174,26 +153,15 @@ void launch(const MixedGemmParams& p, int sms, Stream stream) {
   const auto kernel = mixed_gemm_sm90_kernel<kTileM, Out>;
   constexpr int kShared = sizeof(SharedPlan<kTileM, Out>);
   static_assert(kShared <= kMaxSharedBytes);
-  const void* address = reinterpret_cast<const void*>(kernel);
-  allow_shared_bytes(kOp, address, kShared);
-
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {Cluster::kBlocks, 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kShared;
-  config.stream = static_cast<cudaStream_t>(stream.handle);
-  config.attrs = attributes;
-  config.numAttrs = 1;
-  config.gridDim = dim3(Cluster::kBlocks);
-  config.gridDim.x *=
-      std::min(arguments.tiles, clusters_at_once(address, config, Cluster::kBlocks, sms));
-  config.numAttrs = stream.pdl ? 2 : 1;
-  cudaLaunchKernelEx(&config, kernel, arguments);
-  check_launch(kOp);
+  Grid grid{.x = Cluster::kBlocks,
+            .threads = kThreads,
+            .shared_bytes = kShared,
+            .cluster = Cluster::kBlocks};
+  // If no cluster fits, the launch reports it.
+  const int resident = std::max(
+      resident_clusters(kOp, reinterpret_cast<const void*>(kernel), grid, stream.device), 1);
+  grid.x *= std::min({arguments.tiles, sm90_clusters(Cluster::kBlocks, sms), resident});
+  launch_pdl(kOp, kernel, grid, stream, arguments);
 }
 
 }  // namespace

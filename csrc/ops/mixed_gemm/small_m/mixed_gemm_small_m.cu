@@ -102,16 +102,14 @@ template <CudaLayout kLayout, int kTileM, bool kPacked>
 void launch(const MixedGemmParams& p, const SplitK& split_k, void* workspace, Stream stream) {
   using C = Config<kLayout, kTileM, kPacked>;
   const auto kernel = mixed_gemm_small_m_kernel<kLayout, kTileM, kPacked>;
-  if (C::kSharedBytes > 48 * 1024) {
-    allow_shared_bytes("mixed_gemm", reinterpret_cast<const void*>(kernel), C::kSharedBytes);
-  }
   const Partials partials = partials_in(workspace, p);
   const int64_t m_tiles = ceil_div(p.m, kTileM);
-  const dim3 grid(static_cast<unsigned>(m_tiles * cuda_packed_blocks(p.n)),
-                  static_cast<unsigned>(split_k.splits));
-  launch_pdl(kernel, grid, kThreads, C::kSharedBytes, stream, p, split_k, partials,
+  const Grid grid{.x = static_cast<unsigned>(m_tiles * cuda_packed_blocks(p.n)),
+                  .y = static_cast<unsigned>(split_k.splits),
+                  .threads = kThreads,
+                  .shared_bytes = C::kSharedBytes};
+  launch_pdl("mixed_gemm", kernel, grid, stream, p, split_k, partials,
              static_cast<unsigned>(m_tiles));
-  check_launch("mixed_gemm");
   if (split_k.splits > 1) reduce_split_k(p, split_k, partials, stream);
 }
 
