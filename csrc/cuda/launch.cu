@@ -41,7 +41,8 @@ Device device(int index) {
   return {attribute(index, cudaDevAttrComputeCapabilityMajor),
           attribute(index, cudaDevAttrComputeCapabilityMinor),
           attribute(index, cudaDevAttrMultiProcessorCount),
-          attribute(index, cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+          attribute(index, cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          attribute(index, cudaDevAttrGlobalMemoryBusWidth)};
 }
 
 void check_launch(const char* op) { check(op, "launch", cudaGetLastError()); }
