@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from resq_kernels import _library
-from resq_kernels.bench import compare, cuda_timing, models, report
+from resq_kernels.bench import choices, compare, cuda_timing, models, report
 from resq_kernels.bench.device import BenchDevice
 from resq_kernels.commands import loading, output
 from resq_kernels.commands.arguments import at_least, real
@@ -40,6 +40,7 @@ examples:
   resq bench attention --shapes llama-3-8b --batch 1,8 --context 4096,32768
   resq bench layer --shapes llama-3-8b --batch 1,8 --context 2048
   resq bench model --shapes llama-3-8b --layers 4 --batch 1,8 --context 512
+  resq bench gemm --choices all --device cuda --shapes llama-3-8b --out sweep
   resq bench gemm --compare old.json        # times again, exit code 1 if something is slower
   resq bench --compare old.json new.json    # only compares
 """
@@ -92,6 +93,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least(1),
         metavar="N",
         help="model: this many decoder layers instead of all, to fit the memory or the time",
+    )
+    parser.add_argument(
+        "--choices",
+        choices=("all",),
+        help="gemm on a GPU: instead, time every kernel, tile and split of K that each shape may "
+        "run, beside the one that is chosen (tools/fit_mixed_gemm.py reads PREFIX.json)",
     )
     parser.add_argument(
         "--device",
@@ -149,12 +156,16 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         CommandError: the benchmark does not know one of the models, there is no such device,
-            --cpu-time with threads or on a GPU, or something is slower than in --compare.
+            --cpu-time with threads or on a GPU, --choices elsewhere than in gemm on a GPU, or
+            something is slower than in --compare.
         ValueError: the files of --compare cannot be compared.
         RuntimeError: a kernel's result differs from the reference.
     """
     output.check_json_target(args.json)
     output.check_json_target(args.out and f"{args.out}.json", "--out")
+    if args.choices and (args.benchmark != "gemm" or args.compare):
+        got = f"bench {args.benchmark}" + (" --compare" if args.compare else "")
+        raise output.CommandError(f"--choices: expected bench gemm without --compare, got {got}")
     older, newer = _runs(args)
     if older is not None and newer is not None:
         _compare(args, older, newer)
@@ -169,6 +180,9 @@ def run(args: argparse.Namespace) -> None:
     )
     torch.manual_seed(0)
     machine = bench.machine()
+    if args.choices:
+        _sweep(args, bench, machine)
+        return
     if older is not None and not args.other_machine:
         compare.check_machines(older["machine"], machine)
     missing: dict[str, str] = {}
@@ -179,14 +193,7 @@ def run(args: argparse.Namespace) -> None:
         print(report.line(row), flush=True)
     for name, reason in missing.items():
         print(f"no {name}: {reason}")
-    figures = {
-        "command": shlex.join(["resq", *args.argv]),
-        "machine": machine,
-        "machine_after": bench.machine(),
-        "peaks": bench.peaks(),
-        "missing": missing,
-        "rows": rows,
-    }
+    figures = _figures(args, bench, machine) | {"missing": missing, "rows": rows}
     output.write_json(args.json, figures)
     if args.out:
         output.write_json(f"{args.out}.json", figures)
@@ -194,6 +201,41 @@ def run(args: argparse.Namespace) -> None:
             sys.stderr.write(f"resq: {sentence}\n")
     if older is not None:
         _compare(args, older, figures)
+
+
+def _figures(
+    args: argparse.Namespace, bench: BenchDevice, machine: dict[str, object]
+) -> dict[str, Any]:
+    """What every JSON of a run begins with."""
+    return {
+        "command": shlex.join(["resq", *args.argv]),
+        "machine": machine,
+        "machine_after": bench.machine(),
+        "peaks": bench.peaks(),
+    }
+
+
+def _sweep(args: argparse.Namespace, bench: BenchDevice, machine: dict[str, object]) -> None:
+    """Times every choice; the JSON files are written anew after each batch of each layer."""
+    facts = torch.ops.resq.cuda_device(0)
+    names = ("major", "minor", "multiprocessors", "memory_bits")
+    records: list[dict[str, object]] = []
+    table: list[list[str]] = []
+    print(choices.line(choices.HEADER))
+    for batch in choices.sweep(bench, args):
+        records += batch
+        table.append(choices.cells(batch))
+        print(choices.line(table[-1]), flush=True)
+        figures = _figures(args, bench, machine) | {
+            "missing": {},
+            "device": dict(zip(names, facts, strict=True)) | {"family": bench.kernels},
+            "rows": [],
+            "choices": records,
+        }
+        output.write_json(args.json, figures)
+        if args.out:
+            output.write_json(f"{args.out}.json", figures)
+            report.write_table(Path(args.out), figures, choices.HEADER, table)
 
 
 def _runs(args: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -237,6 +279,10 @@ def _complete(args: argparse.Namespace, module: ModuleType) -> None:
         works = torch.cuda.is_available() and not _library.CUDA_MISSING
         args.device = "cuda" if works else "cpu"
     loading.check_device(args.device)
+    if args.choices and args.device != "cuda":
+        raise output.CommandError(
+            f"--choices times CUDA kernels: expected --device cuda, got {args.device}"
+        )
     if args.cold_mb is None:
         args.cold_mb = CPU_COLD_MB if args.device == "cpu" else cuda_timing.COLD_BYTES >> 20
     if args.cpu_time and args.device != "cpu":
