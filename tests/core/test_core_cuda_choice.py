@@ -247,6 +247,7 @@ def test_tuning_moves_the_choice(core: ModuleType) -> None:
     assert choose(64, small_m_largest_tile=32).startswith("small_m 32x64 ")
     assert choose(1) == "small_m 8x64 splits=3"
     assert choose(1, small_m_second_launch=1000) == "small_m 8x64 splits=1"
-    assert choose(128) != choose(128, sm90_l2_bytes=4)
+    assert choose(512) == "sm90 128x128 splits=1"
+    assert choose(512, sm90_l2_bytes=4) == "sm90 64x128 splits=1"
     assert choose(2048, "SM80").startswith("sm80 128x128")
     assert choose(2048, "SM80", sm80_large_tiles=9).startswith("sm80 64x128")
