@@ -19,7 +19,7 @@ help:
 	@echo "make test-quick   values of every operator on the CPU, formats, layers, docs (a minute)"
 	@echo "make sanitize     operators' tests under AddressSanitizer and UBSan"
 	@echo "make bench        benchmark the kernels on this machine, results under benchmarks/results/"
-	@echo "make gpu-check    on a machine with a GPU: tests, compute-sanitizer, benchmark, one report"
+	@echo "make gpu-check    on a machine with a GPU: values, times, compute-sanitizer, one report"
 	@echo "make lint         ruff, clang-format, codespell, mypy, clang-tidy (half a minute)"
 	@echo "make format       let ruff and clang-format rewrite the files"
 	@echo "make wheel-check  build the wheel, install it in an empty environment, call an operator"
@@ -64,7 +64,7 @@ bench: $(VENV)/.built
 
 # Runs with the Python that has a CUDA build of torch, and with prebuilt libraries if there are any.
 gpu-check:
-	$(PYTHON) tools/gpu_check.py
+	$(PYTHON) tools/gpu_check.py --out out/gpu-check
 
 lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .

@@ -1,194 +1,191 @@
-"""Acceptance on a machine with a GPU: tests, compute-sanitizer, every benchmark, one report.
+"""The GPU run: values, races, captures and times on a GPU, one report.
 
-Uses the libraries in resq_kernels/ if they are there and builds them otherwise. Every step has a
-limit, in all under fifteen minutes; --only splits that. Writes NAME.json, NAME.md and the plots of
-the benchmarks; the exit code is 0 only if every step passed.
+    python3 tools/gpu_check.py --out DIR [--minutes N] [--only STEP... | --from STEP] [--dry]
 
-    python tools/gpu_check.py [--out benchmarks/results] [--only tests memcheck]
+Steps are data (tools/gpu/steps.py), in order of value. Each is a process group of its own with a
+limit; one that fails, hangs or crashes costs its own time. DIR/report.json, report.md and
+logs.tar.gz are rewritten after every step. --minutes takes the steps that fit. --dry runs every
+step without a device (tools/gpu/dry_cuda.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import math
 import re
-import shutil
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-# Options of `resq bench` in addition to --device, --shapes and --out.
-BENCHMARKS = {
-    "gemm": ["--batch", "1,16,64,128,256,2048"],
-    "quantize": ["--batch", "1,16,256,2048"],
-    "hadamard": ["--batch", "1,16,256,2048"],
-    "attention": ["--batch", "1,8,64", "--context", "1024,8192,32768"],
-    "prefill": ["--batch", "1,8", "--context", "2048,16384"],
-    "layer": ["--batch", "1,8", "--context", "2048"],
-    "model": ["--batch", "1,8", "--context", "1024", "--layers", "4"],
-}
-LIMIT_SECONDS = {"tests": 200, "memcheck": 75, "racecheck": 75}
-LIMIT_SECONDS |= {"gemm": 100, "quantize": 40, "hadamard": 30, "attention": 60, "prefill": 60}
-LIMIT_SECONDS |= {"layer": 90, "model": 120}
-STEPS = tuple(LIMIT_SECONDS)
-TAIL = 20000  # characters of a step's output that the report keeps: all rows of a benchmark
-Result = dict[str, object]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from gpu import runner  # noqa: E402
+from gpu.report import Report, last_lines  # noqa: E402
+from gpu.steps import STEPS, Step  # noqa: E402
+
+DRY = ("tools/gpu/dry_cuda.py",)
+DRY_MOST = {"--batch": 130, "--context": 130}  # still both kinds of every kernel
+DRY_SLOWER = 5  # limits are for a GPU
+LIBRARIES = ("resq_kernels/_C_cpu.so", "resq_kernels/_C_cuda.so")
+REPORTING_SECONDS = 5.0  # kept of --minutes for the end
+NAMES = [step.name for step in STEPS]
 
 
-def run(name: str, command: list[str], environment: dict[str, str] | None = None) -> Result:
-    """Runs one step within its limit; never raises."""
-    start = time.monotonic()
-    variables = os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {})
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=LIMIT_SECONDS.get(name),
-        )
-        code, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as stopped:
-        code = None
-        output = (stopped.stdout or b"").decode(errors="replace")
-        output += f"\nstopped after {LIMIT_SECONDS[name]} s"
-    except OSError as error:
-        code, output = None, str(error)
-    seconds = round(time.monotonic() - start, 1)
-    return {"passed": code == 0, "exit_code": code, "seconds": seconds, "output": output[-TAIL:]}
+def command_of(step: Step, dry: bool) -> list[str]:
+    """The command line; without a device, Python on the dry one, no tool around it, small sizes."""
+    if not dry:
+        return [*step.wrapper, sys.executable, *step.arguments]
+    arguments = list(step.arguments)
+    for option, most in DRY_MOST.items():
+        if option in arguments:
+            place = arguments.index(option) + 1
+            numbers = [min(int(number), most) for number in arguments[place].split(",")]
+            arguments[place] = ",".join(map(str, dict.fromkeys(numbers)))
+    return [sys.executable, *DRY, *arguments]
 
 
-def build() -> Result:
-    """Nothing where both libraries are built, else setup.py."""
-    libraries = [ROOT / f"resq_kernels/_C_{name}.so" for name in ("cpu", "cuda")]
-    if all(library.exists() for library in libraries):
-        return {"passed": True, "seconds": 0, "output": "prebuilt libraries"}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    return run("build", command, {"RESQ_CUDA": "1"})
+def take(step: Step, dry: bool) -> tuple[dict[str, Any], str, dict[str, bytes]]:
+    """Runs a step: its entry of the report, its log, its files."""
+    limit_s = step.limit_s * (DRY_SLOWER if dry else 1)
+    result = runner.run(command_of(step, dry), step.environment, limit_s)
+    log, files = result.pop("log"), result.pop("files")
+    figures, faults = runner.figures(files)
+    counted = re.findall(r"^(?:=+ )?(\d+ (?:passed|failed|skipped|error).*?) in [\d.]+s", log, re.M)
+    summary = counted[-1] if counted else ""
+    if step.summary and not dry:
+        found = re.findall(step.summary, log)
+        summary = f"{found[-1]}; {summary}".rstrip("; ") if found else summary
+        faults += [] if found else [f"output: expected {step.summary!r}, found none"]
+    if "pytest" in step.arguments and " passed" not in summary:
+        faults.append("tests: expected some that pass, got none")  # all skipped shows nothing
+    if faults and result["status"] == "passed":
+        result["status"] = "failed"
+    entry = {
+        "name": step.name,
+        **result,
+        "limit_s": limit_s,
+        "decides": step.decides,
+        "command": [*step.wrapper, "python3", *step.arguments],
+        "environment": step.environment,
+        "summary": "; ".join([summary, *faults]).strip("; "),
+        "end": "" if result["status"] == "passed" else last_lines("\n".join([log, *faults])),
+        "figures": figures,
+    }
+    return entry, log, files
 
 
-def tests(folder: Path) -> Result:
-    """The GPU suite, with the numbers of its tests."""
-    report = folder / "tests.xml"
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-x", f"--junitxml={report}"]
-    result = run("tests", command)
-    if report.exists():
-        suite = ElementTree.parse(report).getroot().find("testsuite")
-        names = ("tests", "failures", "errors", "skipped")
-        result |= {name: int(suite.get(name, 0)) for name in names}
-        # A suite that skips everything has shown nothing.
-        result["passed"] &= result["tests"] > result["skipped"]
-    return result
-
-
-def sanitizer(tool: str) -> Result:
-    """compute-sanitizer over the small tests."""
-    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    pytest = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-x", "-m", "sanitizer"]
-    command = [program, "--tool", tool, "--error-exitcode", "99", "--target-processes", "all"]
-    # The caching allocator would hide overruns inside its blocks.
-    result = run(tool, command + pytest, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-    found = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (.*)", str(result["output"]))
-    result["summary"] = found[-1] if found else None
-    result["passed"] &= bool(found)
-    return result
-
-
-def benchmark_command(name: str, models: str, prefix: Path) -> list[str]:
-    """The arguments of `resq` for one benchmark."""
-    options = [*BENCHMARKS[name], "--device", "cuda", "--shapes", models]
-    return ["bench", name, *options, "--out", str(prefix)]
-
-
-def benchmark(name: str, folder: Path, models: str) -> Result:
-    """One benchmark; its figures become the report's, `prefix` is where its other files are."""
-    prefix = folder / name
-    for old in folder.glob(f"{name}.*"):
-        old.unlink()
-    arguments = benchmark_command(name, models, prefix.relative_to(ROOT))  # run() starts there
-    result = run(name, [sys.executable, "-m", "resq_kernels", *arguments])
-    if result["passed"]:
-        result |= {"figures": json.loads(prefix.with_suffix(".json").read_text())}
-    return result
+def skipped(step: Step, reason: str) -> dict[str, Any]:
+    """The entry of a step that did not run."""
+    return {
+        "name": step.name,
+        "status": "skipped",
+        "seconds": 0.0,
+        "limit_s": step.limit_s,
+        "decides": step.decides,
+        "summary": reason,
+    }
 
 
 def commit() -> str:
-    """The commit of the source, or "unknown" where git does not know."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    """The commit of the source: git's, or what the checkout's files say where there is no git."""
+    command = ["git", "-C", str(runner.ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
-def markdown(report: dict, tables: dict[str, str]) -> str:
-    """The report for readers; `tables` are those of the benchmarks."""
-    lines = [f"# GPU check, {report['date']}, commit {report['commit']}", ""]
-    lines += ["| step | result | seconds |", "|---|---|---|"]
-    for name, step in report["steps"].items():
-        counts = ", ".join(
-            f"{step[key]} {key}" for key in ("tests", "failures", "skipped") if key in step
-        )
-        result = ("passed" if step["passed"] else "FAILED") + (f" ({counts})" if counts else "")
-        lines.append(f"| {name} | {result} {step.get('summary') or ''} | {step['seconds']} |")
-    for name, text in tables.items():
-        lines += ["", f"## resq bench {name}", "", text]
-    for name, step in report["steps"].items():
-        if not step["passed"]:
-            lines += ["", f"## {name}: end of its output", "", "```", str(step["output"]), "```"]
-    return "\n".join(lines) + "\n"
+def machine() -> dict[str, Any]:
+    """The GPU as nvidia-smi names it, with clocks, power and what throttles it."""
+    fields = "name,driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"nvidia-smi": str(error)}
+    if done.returncode != 0:
+        return {"nvidia-smi": done.stdout.strip() or done.stderr.strip()}
+    keys = ["gpu", *fields.split(",")[1:]]
+    return dict(zip(keys, (value.strip() for value in done.stdout.split(",")), strict=False))
 
 
-def take(name: str, scratch: Path, models: str) -> Result:
-    """Runs one of STEPS."""
-    if name == "tests":
-        return tests(scratch)
-    return benchmark(name, scratch, models) if name in BENCHMARKS else sanitizer(name)
+def chosen(arguments: argparse.Namespace) -> list[Step]:
+    """The steps of --only or --from, in order of value."""
+    if arguments.only:
+        return [step for step in STEPS if step.name in arguments.only]
+    first = NAMES.index(arguments.start) if arguments.start else 0
+    return list(STEPS[first:])
 
 
-def report_name(report: dict, steps: Sequence[str]) -> str:
-    """DATE_gpu-check_GPU, with the steps where these are not all."""
-    found = [step["figures"]["machine"] for step in report["steps"].values() if "figures" in step]
-    gpu = found[0].get("gpu", {}).get("gpu", "gpu") if found else "gpu"
-    kind = "gpu-check" if tuple(steps) == STEPS else "-".join(["gpu", *steps])
-    return f"{report['date']}_{kind}_{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}"
+def run_all(steps: list[Step], report: Report, minutes: float, dry: bool) -> None:
+    """Runs the steps that fit, and says at once how each went."""
+    end = time.monotonic() + minutes * 60 - REPORTING_SECONDS
+    unusable = ""
+    for step in steps:
+        left = end - time.monotonic()
+        if unusable or left < step.limit_s:
+            why = unusable or "no time left; --only takes them"
+            report.add(skipped(step, why), "", {})
+            continue
+        entry, log, files = take(step, dry)
+        report.add(entry, log, files)
+        print(f"{entry['name']}: {entry['status']} in {entry['seconds']} s", flush=True)
+        if step.name == "info":
+            cuda = (entry["figures"] or {}).get("cuda", {})
+            if cuda.get("used") is False:
+                unusable = f"no kernels of CUDA here: {cuda['why_not']}"
 
 
 def main() -> int:
-    """Runs the steps; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
-    parser.add_argument("--only", nargs="+", default=STEPS, choices=STEPS, help="these steps")
-    parser.add_argument("--models", default="llama-3-8b", help="of the benchmarks, with commas")
+    """Runs the steps; returns the exit code: 0 if all that ran passed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=f"steps, in order of value: {' '.join(NAMES)}",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the report")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        metavar="N",
+        help="end within N minutes: a step is taken if its limit fits (default: all steps)",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", nargs="+", choices=NAMES, metavar="STEP", help="these steps")
+    which.add_argument(
+        "--from", dest="start", choices=NAMES, metavar="STEP", help="this step and those after it"
+    )
+    parser.add_argument("--dry", action="store_true", help="without a device, on tiny shapes")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    scratch = ROOT / "out/gpu-check"
-    scratch.mkdir(parents=True, exist_ok=True)
-    report = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "steps": {"build": build()}}
-    if report["steps"]["build"]["passed"]:
-        for name in arguments.only:
-            step = report["steps"][name] = take(name, scratch, arguments.models)
-            result = "passed" if step["passed"] else "FAILED"
-            print(f"{name}: {result} in {step['seconds']} s", flush=True)
-    name = report_name(report, arguments.only)
-    measured = [step for step, result in report["steps"].items() if "figures" in result]
-    tables = {step: (scratch / f"{step}.md").read_text() for step in measured}
-    contents = {"json": json.dumps(report, indent=1), "md": markdown(report, tables)}
-    for suffix, text in contents.items():
-        partial = arguments.out / f"{name}.{suffix}.partial"
-        partial.write_text(text)
-        partial.replace(arguments.out / f"{name}.{suffix}")
-    for step in measured:
-        plot = scratch / f"{step}.png"
-        if plot.exists():  # not where matplotlib is missing
-            shutil.copyfile(plot, arguments.out / f"{name}_{step}.png")
-    print(f"report: {arguments.out / name}.md")
-    return 0 if all(step["passed"] for step in report["steps"].values()) else 1
+    if not arguments.minutes > 0:
+        parser.error(f"--minutes: expected more than 0, got {arguments.minutes:g}")
+    missing = [name for name in LIBRARIES[: 1 if arguments.dry else 2]]
+    missing = [name for name in missing if not (runner.ROOT / name).exists()]
+    if missing:
+        parser.error(
+            f"expected {' and '.join(missing)}, found none; build here, or build elsewhere and "
+            "copy: RESQ_CUDA=1 python3 setup.py build_ext --inplace"
+        )
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "report.json").touch()
+    except OSError as error:
+        parser.error(f"--out: expected a folder that can be written to, got {error}")
+    facts = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "dry": arguments.dry,
+        "machine": machine(),
+    }
+    report = Report(arguments.out, facts)
+    run_all(chosen(arguments), report, arguments.minutes, arguments.dry)
+    report.set_fact("machine_after", machine())
+    report.write()
+    print(report.markdown())
+    return 1 if any(s["status"] not in ("passed", "skipped") for s in report.steps) else 0
 
 
 if __name__ == "__main__":

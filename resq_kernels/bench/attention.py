@@ -2,7 +2,8 @@
 
 Every result is compared with float64 attention over the dequantized cache before it is timed.
 Caches are cold: each candidate rotates over copies of them. The bound of a row is the bytes of the
-cached tokens / measured bandwidth.
+cached tokens / measured bandwidth. --table-width makes block tables wider than the sequences, as
+inference servers have them.
 
     resq bench attention --shapes llama-3-8b --batch 1,8 --context 4096 --json out.json
 """
@@ -22,7 +23,7 @@ from resq_kernels.bench.device import BenchDevice, Call, Row, Work
 from resq_kernels.reference.kv_pages import read_tokens
 
 MODELS = models.names()
-DEFAULTS = {"shapes": ["llama-3-8b"], "batch": [1, 8], "context": [4096]}
+DEFAULTS = {"shapes": ["llama-3-8b"], "batch": [1, 8], "context": [4096], "table_width": [1]}
 PAGE_SIZE = kv_pages.DEFAULT_PAGE_SIZE
 # Relative to the norm of the output. Rounding to BF16 costs 2e-3, a scale that is 2 % off 2e-2. The
 # 5e-2 or so of 4-bit quantization do not count: the check reads the same dequantized cache.
@@ -117,24 +118,30 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
     """Checks and times every model, number of sequences, context and baseline.
 
     Args:
-        bench: the device.
-        args: the options of `resq bench`: shapes, batch, context.
+        bench: the device; its `failures` receive what is wrong, which is not timed.
+        args: the options of `resq bench`: shapes, batch, context, table_width.
         missing: receives name -> reason for each baseline that cannot run.
-
-    Raises:
-        RuntimeError: a result differs from the reference.
     """
     for model in args.shapes:
         for context in args.context:
             for batch in args.batch:
-                yield from _rows(bench, model, batch, context, missing)
+                for width in args.table_width:
+                    yield from bench.attempted(
+                        partial(_rows, bench, model, batch, context, width, missing)
+                    )
 
 
 def _rows(
-    bench: BenchDevice, model: str, batch: int, context: int, missing: dict[str, str]
+    bench: BenchDevice,
+    model: str,
+    batch: int,
+    context: int,
+    table_width: int,
+    missing: dict[str, str],
 ) -> list[Row]:
     n_q, n_kv, head_dim = heads = models.heads(model)
     cache, table = random_cache(batch, context, heads, bench.device)
+    table = functional.pad(table, (0, table.shape[1] * (table_width - 1)))
     decode = decoder(batch, context, bench.device)
     q = torch.randn(batch, n_q, head_dim, dtype=torch.bfloat16, device=bench.device)
     if not check(decode(q, cache, table), q, cache, table, context):
@@ -142,7 +149,8 @@ def _rows(
     caches = bench.copies(cache)
     candidates: dict[str, Call] = {"ours": lambda i: decode(q, caches[i % len(caches)], table)}
     candidates |= bench.available(baselines(bench, batch, context, heads), missing)
-    place: Row = {"model": model, "layer": f"decode {context}", "batch": batch}
+    layer = f"decode {context}" + (f" table x{table_width}" if table_width > 1 else "")
+    place: Row = {"model": model, "layer": layer, "batch": batch}
     place["shape"] = [batch, context, *heads]
     moved = batch * context * n_kv * kv_pages.token_bytes(head_dim)
     work = Work(op="kv_attention", place=place, moved=moved)

@@ -44,35 +44,41 @@ def sweep(bench: BenchDevice, args: argparse.Namespace) -> Iterator[list[Row]]:
     A choice that fails has its `error` and no times.
 
     Args:
-        bench: the GPU.
+        bench: the GPU; its `failures` receive the layers in which the dispatch's own choice is
+            wrong, or which a lost device ended.
         args: the options of `resq bench`: shapes, batch.
 
     Raises:
         ValueError: the environment forces a choice already.
-        RuntimeError: the dispatch's choice differs from the reference, or the device is lost.
     """
     if os.environ.get(VARIABLE):
         raise ValueError(f"--choices: expected {VARIABLE} to be unset, got {os.environ[VARIABLE]}")
     for model in args.shapes:
         for shape in models.layers(model):
-            layer = Layer.random(bench, shape, args.batch)
-            results = layer.checked_products(model, CHECKED_ROWS)
-            for activation, y in zip(layer.activations, results, strict=True):
-                arguments = layer.kernel_arguments(activation)
-                chosen = str(torch.ops.resq.mixed_gemm_kernel(*arguments))
-                place: Row = {"model": model, "layer": layer.name}
-                place |= zip(("m", "n", "k_lo", "k_hi", "packed"), arguments[:-1], strict=True)
-                bound = layer.moved(activation) / bench.read_bandwidth * 1e6
-                place["memory_bound_us"] = round(bound, 3)
-                yield [
-                    place
-                    | {"choice": choice, "chosen": choice == chosen}
-                    | measured(layer, activation, y, choice, bench.rounds)
-                    for choice in torch.ops.resq.mixed_gemm_choices(*arguments)
-                ]
-                # An error that the device keeps fails every later call too; the records are
-                # written by now.
-                torch.cuda.synchronize()
+            yield from bench.attempted(partial(layer_records, bench, model, shape, args.batch))
+
+
+def layer_records(
+    bench: BenchDevice, model: str, shape: tuple[str, int, int, int], batches: list[int]
+) -> Iterator[list[Row]]:
+    """The records of one layer, batch by batch."""
+    layer = Layer.random(bench, shape, batches)
+    results = layer.checked_products(model, CHECKED_ROWS)
+    for activation, y in zip(layer.activations, results, strict=True):
+        arguments = layer.kernel_arguments(activation)
+        chosen = str(torch.ops.resq.mixed_gemm_kernel(*arguments))
+        place: Row = {"model": model, "layer": layer.name}
+        place |= zip(("m", "n", "k_lo", "k_hi", "packed"), arguments[:-1], strict=True)
+        bound = layer.moved(activation) / bench.read_bandwidth * 1e6
+        place["memory_bound_us"] = round(bound, 3)
+        yield [
+            place
+            | {"choice": choice, "chosen": choice == chosen}
+            | measured(layer, activation, y, choice, bench.rounds)
+            for choice in torch.ops.resq.mixed_gemm_choices(*arguments)
+        ]
+        # An error that the device keeps fails every later call too; the records are written by now.
+        torch.cuda.synchronize()
 
 
 def measured(

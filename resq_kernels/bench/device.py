@@ -6,9 +6,9 @@ import dataclasses
 import functools
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ INT8_CEILING = ROOT / "benchmarks/cuda/int8_ceiling.cu"  # in a checkout; a whee
 
 Call = Callable[[int], Any]
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,12 +52,14 @@ class BenchDevice:
         rounds: how often each candidate has its turn.
         cold_bytes: bytes of other data between two uses of the same copy, to keep caches cold.
         cpu_time: processor time of the one thread instead of wall time (CPU).
+        failures: sentences about what was wrong and is therefore not timed; `attempted` adds them.
     """
 
     device: str = "cpu"
     rounds: int = 7
     cold_bytes: int = 0
     cpu_time: bool = False
+    failures: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def on_gpu(self) -> bool:
@@ -100,17 +103,30 @@ class BenchDevice:
         else:
             call(0)
 
+    def attempted(self, measure: Callable[[], Iterable[T]]) -> Iterator[T]:
+        """The rows of one measurement. One that fails is a sentence in `failures`, so that it costs
+        its own rows and not those of the others."""
+        try:
+            yield from measure()
+        except RuntimeError as error:
+            self.failures.append(str(error))
+
     def alternate(
-        self, candidates: Mapping[str, Call], *, eager: bool = False
+        self,
+        candidates: Mapping[str, Call],
+        *,
+        eager: bool = False,
+        calls: int = cuda_timing.CALLS_A_GRAPH,
     ) -> dict[str, Timing]:
         """Times the candidates in turn.
 
         Args:
             candidates: name -> call; its argument counts calls, to choose the copy of the data.
             eager: on a GPU, time each call as Python launches it, instead of CUDA graphs of calls.
+            calls: on a GPU, calls in a graph.
         """
         if self.on_gpu and not eager:
-            return cuda_timing.alternate(candidates, self.rounds)
+            return cuda_timing.alternate(candidates, self.rounds, calls)
         clock = cuda_timing.clock if self.on_gpu else timing.clock_of(self.cpu_time)
         return timing.alternate(candidates, self.rounds, clock=clock)
 

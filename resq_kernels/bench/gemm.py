@@ -158,13 +158,12 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
     """Checks and times every model, layer, batch and baseline.
 
     Args:
-        bench: the device.
+        bench: the device; its `failures` receive what is wrong, which is not timed.
         args: the options of `resq bench`: shapes, batch.
         missing: receives name -> reason for each baseline that cannot run.
-
-    Raises:
-        RuntimeError: a result differs from the reference.
     """
     for model in args.shapes:
         for layer in models.layers(model):
-            yield from layer_rows(bench, model, layer, args.batch, missing)
+            yield from bench.attempted(
+                partial(layer_rows, bench, model, layer, args.batch, missing)
+            )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -58,12 +59,9 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
     """Checks and times every width and batch.
 
     Args:
-        bench: the device.
+        bench: the device; its `failures` receive what is wrong, which is not timed.
         args: the options of `resq bench`: shapes, batch.
         missing: stays as it is: torch always has these baselines.
-
-    Raises:
-        RuntimeError: a result differs from the transform.
     """
     for model in args.shapes:
         width = models.shape(model).intermediate
@@ -72,7 +70,7 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
             others["torch matmul fp32"] = kron_transform(width, bench.device, torch.float32)
         for m in args.batch:
             x = torch.randn(m, width, device=bench.device, dtype=torch.bfloat16)
-            yield from _rows(bench, model, x, others)
+            yield from bench.attempted(partial(_rows, bench, model, x, others))
 
 
 def _rows(

@@ -30,7 +30,7 @@ from resq_kernels.testing.lockstep import lockstep
 from resq_kernels.testing.quantized_models import randomize
 
 MODELS = models.names()
-DEFAULTS = {"shapes": ["llama-3.2-1b"], "batch": [1], "context": [128]}
+DEFAULTS = {"shapes": ["llama-3.2-1b"], "batch": [1], "context": [128], "layers": None}
 BASELINE = "transformers bf16"
 SEQUENCES, LOGITS = 2, 8  # of a check: sequences, and last tokens whose logits are compared
 # dtype -> (tokens, most error, most refused): the median over tokens of the logits' error relative
@@ -157,23 +157,22 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
     """Checks every model, then times prefill and decode of every context and batch.
 
     Args:
-        bench: the device.
+        bench: the device; its `failures` receive what is wrong, which is not timed.
         args: the options of `resq bench`: shapes, batch, context, layers.
         missing: receives name -> reason for each baseline that cannot be captured.
-
-    Raises:
-        RuntimeError: the quantized model differs from the reference, or a captured call from the
-            eager one.
     """
     for name in args.shapes:
         ours = build(name, args.layers, bench.device, quantized=True)
         if reason := why_wrong(ours):
-            raise RuntimeError(f"model: {name}: {reason}")
+            bench.failures.append(f"model: {name}: {reason}")
+            continue
         theirs = build(name, args.layers, bench.device, quantized=False)
         sides = {"ours": ours, BASELINE: theirs}
         for context in args.context:
             for batch in args.batch:
-                yield from _rows(bench, name, sides, batch, context, missing)
+                yield from bench.attempted(
+                    partial(_rows, bench, name, sides, batch, context, missing)
+                )
 
 
 def _rows(

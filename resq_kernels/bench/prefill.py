@@ -37,18 +37,17 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
     """Checks and times every model, number of sequences, context and number of new tokens.
 
     Args:
-        bench: the device.
+        bench: the device; its `failures` receive what is wrong, which is not timed.
         args: the options of `resq bench`: shapes, batch, context (new tokens included).
         missing: receives name -> reason for each alternative that cannot run.
-
-    Raises:
-        RuntimeError: a result differs from the reference.
     """
     for model in args.shapes:
         for context in args.context:
             for batch in args.batch:
                 for new in [step for step in STEPS if step < context] + [context]:
-                    yield from _rows(bench, model, batch, new, context, missing)
+                    yield from bench.attempted(
+                        partial(_rows, bench, model, batch, new, context, missing)
+                    )
 
 
 def _rows(

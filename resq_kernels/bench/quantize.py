@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -158,12 +159,9 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
     """Checks and times every model, operator and batch.
 
     Args:
-        bench: the device.
+        bench: the device; its `failures` receive what is wrong, which is not timed.
         args: the options of `resq bench`: shapes, batch.
         missing: stays as it is: torch always has this baseline.
-
-    Raises:
-        RuntimeError: a result differs from the reference.
     """
     for model in args.shapes:
         for case in cases(model, bench.device):
@@ -172,7 +170,7 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
                     torch.randn(m, width, device=bench.device, dtype=torch.bfloat16)
                     for width in case.widths
                 ]
-                yield from _rows(bench, model, case, inputs)
+                yield from bench.attempted(partial(_rows, bench, model, case, inputs))
 
 
 def _rows(bench: BenchDevice, model: str, case: Case, inputs: list[torch.Tensor]) -> list[Row]:

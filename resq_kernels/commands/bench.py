@@ -6,6 +6,7 @@ import argparse
 import importlib
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +34,8 @@ above 1 ours is faster.
   prefill    attention of many new tokens, over dequantized pages, against kv_attention
   layer      one decoder layer, a decode step and a prefill, against BF16 transformers
   model      prefill, decode and memory of a model with random weights against BF16 transformers
+  latency    every small kernel of a decode step in a chain of launches, its data in the caches
+  peaks      the rates that the others are bound by: reading, copying, integer and BF16 products
 
 examples:
   resq bench
@@ -47,6 +50,7 @@ examples:
 
 # Benchmark -> its module (rows, MODELS, DEFAULTS), imported when it is asked for.
 MODULES = {
+    "peaks": "resq_kernels.bench.peaks",
     "gemm": "resq_kernels.bench.gemm",
     "quantize": "resq_kernels.bench.quantize",
     "hadamard": "resq_kernels.bench.hadamard",
@@ -54,8 +58,11 @@ MODULES = {
     "prefill": "resq_kernels.bench.prefill",
     "layer": "resq_kernels.bench.layer",
     "model": "resq_kernels.bench.model",
+    "latency": "resq_kernels.bench.latency",
 }
+OPTIONS = ("shapes", "batch", "context", "layers", "table_width")  # of some benchmarks only
 CPU_COLD_MB = 128
+FLUSH_SECONDS = 2.0  # between two writings of the rows so far
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,14 +86,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_list_of(at_least(1)),
         metavar="M,...",
         help="rows of the activations; attention, prefill, layer, model: sequences (default: "
-        "gemm 1,4,16,64,512; attention 1,8; prefill, layer, model 1; else 1,16,512)",
+        "gemm 1,4,16,64,512; attention 1,8; latency 1,16; prefill, layer, model 1; else 1,16,512)",
     )
     parser.add_argument(
         "--context",
         type=_list_of(at_least(1)),
         metavar="T,...",
         help="attention, layer, model: tokens of each sequence before the step, and of a prefill "
-        "(default: 4096; layer, model 128); prefill: with those of the step (default: 2048)",
+        "(default: 4096; layer, model 128; latency 1024); prefill: with those of the step "
+        "(default: 2048)",
+    )
+    parser.add_argument(
+        "--table-width",
+        type=_list_of(at_least(1)),
+        metavar="W,...",
+        help="attention: block tables this many times as wide as the sequences (default: 1)",
     )
     parser.add_argument(
         "--layers",
@@ -155,11 +169,11 @@ def run(args: argparse.Namespace) -> None:
     """Runs the benchmark; writes --json and --out, then compares.
 
     Raises:
-        CommandError: the benchmark does not know one of the models, there is no such device,
-            --cpu-time with threads or on a GPU, --choices elsewhere than in gemm on a GPU, or
-            something is slower than in --compare.
+        CommandError: the benchmark does not know one of the models or options, there is no such
+            device, --cpu-time with threads or on a GPU, --choices elsewhere than in gemm on a GPU,
+            a kernel's result differs from the reference (the other rows are written), or something
+            is slower than in --compare.
         ValueError: the files of --compare cannot be compared.
-        RuntimeError: a kernel's result differs from the reference.
     """
     output.check_json_target(args.json)
     output.check_json_target(args.out and f"{args.out}.json", "--out")
@@ -180,62 +194,83 @@ def run(args: argparse.Namespace) -> None:
     )
     torch.manual_seed(0)
     machine = bench.machine()
-    if args.choices:
-        _sweep(args, bench, machine)
-        return
     if older is not None and not args.other_machine:
         compare.check_machines(older["machine"], machine)
-    missing: dict[str, str] = {}
-    rows = []
+    figures: dict[str, Any] = {
+        "command": shlex.join(["resq", *args.argv]),
+        "machine": machine,
+        "machine_after": machine,
+        "peaks": {},
+        "missing": {},
+        "failures": bench.failures,
+        "complete": False,
+        "rows": [],
+    }
+    if args.choices:
+        _sweep(args, bench, figures)
+    else:
+        _time(args, bench, module, figures)
+    if bench.failures:
+        raise output.CommandError("; ".join(bench.failures))
+    if older is not None:
+        _compare(args, older, figures)
+
+
+def _time(
+    args: argparse.Namespace, bench: BenchDevice, module: ModuleType, figures: dict[str, Any]
+) -> None:
+    """Times a benchmark's rows."""
     print(report.HEADER)
-    for row in module.rows(bench, args, missing):
-        rows.append(row)
-        print(report.line(row), flush=True)
-    for name, reason in missing.items():
+    written = time.monotonic()
+    try:
+        for row in module.rows(bench, args, figures["missing"]):
+            figures["rows"].append(row)
+            print(report.line(row), flush=True)
+            if args.out and time.monotonic() > written + FLUSH_SECONDS:  # a kernel may hang
+                output.write_json(f"{args.out}.json", figures)
+                written = time.monotonic()
+        figures["complete"] = True
+    finally:  # a run that is stopped keeps what it has
+        figures |= {"machine_after": bench.machine(), "peaks": bench.peaks()}
+        _write(args, figures)
+
+
+def _write(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Prints what is missing; writes the files of --json and --out."""
+    for name, reason in figures["missing"].items():
         print(f"no {name}: {reason}")
-    figures = _figures(args, bench, machine) | {"missing": missing, "rows": rows}
     output.write_json(args.json, figures)
     if args.out:
         output.write_json(f"{args.out}.json", figures)
         for sentence in report.write(Path(args.out), figures):
             sys.stderr.write(f"resq: {sentence}\n")
-    if older is not None:
-        _compare(args, older, figures)
 
 
-def _figures(
-    args: argparse.Namespace, bench: BenchDevice, machine: dict[str, object]
-) -> dict[str, Any]:
-    """What every JSON of a run begins with."""
-    return {
-        "command": shlex.join(["resq", *args.argv]),
-        "machine": machine,
-        "machine_after": bench.machine(),
-        "peaks": bench.peaks(),
-    }
-
-
-def _sweep(args: argparse.Namespace, bench: BenchDevice, machine: dict[str, object]) -> None:
-    """Times every choice; the JSON files are written anew after each batch of each layer."""
-    facts = torch.ops.resq.cuda_device(0)
+def _sweep(args: argparse.Namespace, bench: BenchDevice, figures: dict[str, Any]) -> None:
+    """Times every choice; the files of --out are written anew after each batch of each layer."""
     names = ("major", "minor", "multiprocessors", "memory_bits")
-    records: list[dict[str, object]] = []
+    facts = dict(zip(names, torch.ops.resq.cuda_device(0), strict=True))
+    figures |= {"device": facts | {"family": bench.kernels}, "choices": []}
     table: list[list[str]] = []
+
+    def write() -> None:
+        output.write_json(f"{args.out}.json", figures)
+        report.write_table(Path(args.out), figures, choices.HEADER, table)
+
     print(choices.line(choices.HEADER))
-    for batch in choices.sweep(bench, args):
-        records += batch
-        table.append(choices.cells(batch))
-        print(choices.line(table[-1]), flush=True)
-        figures = _figures(args, bench, machine) | {
-            "missing": {},
-            "device": dict(zip(names, facts, strict=True)) | {"family": bench.kernels},
-            "rows": [],
-            "choices": records,
-        }
+    try:
+        for batch in choices.sweep(bench, args):
+            figures["choices"] += batch
+            table.append(choices.cells(batch))
+            print(choices.line(table[-1]), flush=True)
+            if args.out:  # a kernel may hang
+                write()
+        figures["complete"] = True
+    finally:
+        figures |= {"machine_after": bench.machine(), "peaks": bench.peaks()}
         output.write_json(args.json, figures)
         if args.out:
-            output.write_json(f"{args.out}.json", figures)
-            report.write_table(Path(args.out), figures, choices.HEADER, table)
+            write()
 
 
 def _runs(args: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -266,10 +301,14 @@ def _compare(args: argparse.Namespace, old: dict[str, Any], new: dict[str, Any])
 
 def _complete(args: argparse.Namespace, module: ModuleType) -> None:
     """Fills in the defaults of the benchmark and of the device; refuses what does not fit."""
+    for name in OPTIONS:
+        if name not in module.DEFAULTS and getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise output.CommandError(f"bench {args.benchmark}: it has no option --{option}")
     for name, value in module.DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for model in args.shapes:
+    for model in args.shapes or ():
         if model not in module.MODELS:
             raise output.CommandError(
                 f"bench {args.benchmark}: --shapes: expected one of {', '.join(module.MODELS)}, "

@@ -17,6 +17,7 @@ from resq_kernels.bench import device, layer, models
 
 MACHINE_KEYS = {"date", "processor", "threads", "isa", "torch", "commit", "device", "clock"}
 FIGURES = {"command", "machine", "machine_after", "peaks", "missing", "rows"}
+FIGURES |= {"failures", "complete"}
 ROW_KEYS = {
     "op",
     "kernel",
@@ -46,6 +47,7 @@ BENCHES = {
     "prefill": ("--batch", "1,2", "--context", "70"),
     "layer": ("--batch", "1,2", "--context", "7"),
     "model": ("--batch", "1,2", "--context", "7", "--layers", "2"),
+    "latency": ("--batch", "1,2", "--context", "70"),
 }
 
 
@@ -247,16 +249,18 @@ def a_head(result: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "op", "change", "place", "timed_before"),
+    ("name", "op", "change", "place", "timed_others"),
     [
         ("gemm", "mixed_gemm", one_value, "qkv 1x512x256", 0),
-        ("quantize", "mixed_quantize", one_code, "1x256", 0),
-        ("quantize", "rms_norm_quantize", scale, "1x256", 2),
-        ("quantize", "rms_norm_quantize", residual, "1x256", 2),
+        ("quantize", "mixed_quantize", one_code, "1x256", 4),
+        ("quantize", "rms_norm_quantize", scale, "1x256", 4),
+        ("quantize", "rms_norm_quantize", residual, "1x256", 4),
         ("quantize", "silu_mul_hadamard_quantize", one_low_code, "1x384", 4),
         ("hadamard", "hadamard", one_value, "1x192", 0),
         ("attention", "kv_attention", a_head, "1x70", 0),
         ("prefill", "kv_dequantize", a_value, "1x32/70", 0),
+        ("latency", "hadamard", one_value, "1", 10),
+        ("latency", "kv_attention", a_head, "1", 10),
     ],
 )
 def test_a_kernel_that_is_wrong_is_not_timed(
@@ -267,14 +271,14 @@ def test_a_kernel_that_is_wrong_is_not_timed(
     op: str,
     change: Callable[[Any], None],
     place: str,
-    timed_before: int,
+    timed_others: int,
 ) -> None:
     timed: list[object] = []
     right = device.BenchDevice.alternate
 
-    def alternate(bench: Any, candidates: Any) -> Any:
+    def alternate(bench: Any, candidates: Any, **options: Any) -> Any:
         timed.append(candidates)
-        return right(bench, candidates)
+        return right(bench, candidates, **options)
 
     monkeypatch.setattr(device.BenchDevice, "alternate", alternate)
     monkeypatch.setattr(ops, op, moved_by(op, change))
@@ -282,9 +286,13 @@ def test_a_kernel_that_is_wrong_is_not_timed(
     result = resq("bench", name, *BENCHES[name], *options)
     assert result.code == 1
     what = "prefill" if name == "prefill" else op
-    assert result.sentence == f"{what}: llama-3-8b {place}: differs from the reference"
-    assert len(timed) == timed_before
-    assert not list(tmp_path.iterdir())
+    first = f"{what}: llama-3-8b {place}: differs from the reference"
+    assert result.sentence.split("; ")[0] == first
+    assert len(timed) == timed_others
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert found["complete"] and found["failures"] == result.sentence.split("; ")
+    assert len(found["rows"]) >= timed_others
+    assert op not in {row["op"] for row in found["rows"]}
 
 
 @pytest.mark.parametrize("name", ["layer", "model"])
@@ -331,7 +339,7 @@ def test_a_layer_s_step_that_is_not_the_ordinary_one_is_not_timed(
     result = resq("bench", "layer", *BENCHES["layer"], *options)
     assert result.code == 1
     sentence = "layer: llama-3-8b decode 1x7: differs from an ordinary call"
-    assert result.sentence == sentence and "layer_prefill" in result.out
+    assert result.sentence.startswith(sentence) and "layer_prefill" in result.out
 
 
 def test_out_writes_json_table_and_plot(resq: Callable[..., Result], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Inputs for the tests on a GPU, drawn on the CPU, and the comparison with the CPU's operators.
+"""Inputs for the tests on a GPU, and the comparison with the CPU's operators.
 
 The CPU's operators have the bits of the reference (tests/ops), and they are quick enough for real
 layer sizes.
@@ -9,51 +9,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
+from resq_kernels import kv_pages
+from resq_kernels.bench import models
 from resq_kernels.formats import pack_int4, unpack_int4, weight_sums
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# (hidden size, intermediate size, rows of the fused q, k and v): every Llama 2, 3 and 3.x and
-# Qwen2.5 shape that differs from the others.
-MODELS = {
-    "qwen2.5-0.5b": (896, 4864, 1152),
-    "qwen2.5-1.5b": (1536, 8960, 2048),
-    "llama-3.2-1b": (2048, 8192, 3072),
-    "qwen2.5-7b": (3584, 18944, 4608),
-    "llama-3-8b": (4096, 14336, 6144),
-    "llama-2-7b": (4096, 11008, 12288),
-    "qwen2.5-14b": (5120, 13824, 7168),
-    "qwen2.5-32b": (5120, 27648, 7168),
-    "llama-3-70b": (8192, 28672, 10240),
-    "qwen2.5-72b": (8192, 29568, 10240),
-}
-HADAMARD_SIZES = sorted({wide for _, wide, _ in MODELS.values()})
-
-
-# The others' N is cut, to keep the suite within minutes: drawing and packing codes takes the time.
+# The models whose layer sizes are tried first; the others are `every_model`. LARGEST_N cuts the N
+# of the others: drawing and packing codes takes the time.
+CHOSEN = ("llama-3-8b", "qwen2.5-7b")
+OTHERS = [
+    pytest.param(name, marks=pytest.mark.every_model)
+    for name in models.names()
+    if name not in CHOSEN
+]
 WHOLE = ("llama-3-8b", "llama-3-70b")
 LARGEST_N = 6144
+HADAMARD_SIZES = sorted({models.shape(name).intermediate for name in models.names()})
 
 
 def layers(model: str) -> list[tuple[str, int, int, int]]:
     """(layer, N, K_lo, K_hi) of a decoder layer's four products."""
-    hidden, wide, qkv = MODELS[model]
-    low, high = hidden - hidden // 8, hidden // 8
-    largest = 2 * wide if model in WHOLE else LARGEST_N
-    return [
-        ("qkv", min(qkv, largest), low, high),
-        ("o", min(hidden, largest), low, high),
-        ("gate_up", min(2 * wide, largest), low, high),
-        ("down", min(hidden, largest), wide, 0),
-    ]
+    largest = LARGEST_N if model not in WHOLE else 1 << 30
+    return [(name, min(n, largest), k - high, high) for name, n, k, high in models.layers(model)]
 
 
 def codes(bits: int, *shape: int) -> torch.Tensor:
-    """Uniform signed codes of `bits` bits, int8."""
+    """Uniform signed codes of `bits` bits, int8; drawn on the GPU, which takes no time."""
     half = 1 << (bits - 1)
-    return torch.randint(-half, half, shape, dtype=torch.int8)
+    return torch.randint(-half, half, shape, dtype=torch.int8, device="cuda").cpu()
 
 
 class Weight:
@@ -78,6 +65,32 @@ def activations(
     params = torch.rand(rows, 4) + 0.1
     params[:, 1::2] = torch.randint(-128, 128, (rows, 2)).float()
     return pack_int4(q_lo) if form == "packed" else q_lo, codes(8, rows, k_hi), params
+
+
+def gemm_on_both(
+    weight: Weight, rows: tuple, bias: torch.Tensor | None, dtype: torch.dtype
+) -> tuple:
+    mixed_gemm = torch.ops.resq.mixed_gemm
+    expected = mixed_gemm(*rows, *weight.arguments("cpu"), bias, dtype)
+    return expected, mixed_gemm(*on("cuda", (*rows, *weight.arguments("cuda"), bias)), dtype).cpu()
+
+
+def cached(lengths: list[int], heads: tuple, page_size: int, dtype: torch.dtype) -> tuple:
+    """Arguments of kv_append for all tokens of the sequences, a cache of NaN bits, block table."""
+    _, n_kv, head_dim = heads
+    tokens, most = sum(lengths), -(-max(lengths) // page_size)
+    shape = kv_pages.cache_shape(len(lengths) * most, n_kv, page_size, head_dim)
+    cache = torch.full(shape, 255, dtype=torch.uint8)
+    table = torch.randperm(shape[0]).int().view(len(lengths), most)
+    slots = [
+        table[i, torch.arange(n) // page_size].long() * page_size + torch.arange(n) % page_size
+        for i, n in enumerate(lengths)
+    ]
+    k, v = torch.randn(2, tokens, n_kv, head_dim).to(dtype)
+    angles = (torch.rand(tokens, head_dim // 2) * 6.3).repeat(1, 2)
+    rotation = torch.linalg.qr(torch.randn(1, head_dim, head_dim))[0].half().contiguous()
+    append = (k, v, angles.cos().to(dtype), angles.sin().to(dtype), rotation)
+    return append, cache, torch.cat(slots), table
 
 
 def on(device: str, value: Any) -> Any:

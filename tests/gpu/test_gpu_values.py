@@ -5,33 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_cases import (
+    CHOSEN,
     DTYPES,
     HADAMARD_SIZES,
-    MODELS,
+    OTHERS,
     Weight,
     activations,
     assert_codes_agree,
+    cached,
     cpu_and_cuda,
+    gemm_on_both,
     layers,
     on,
     same_bits,
 )
 
-from resq_kernels import kv_pages
 from resq_kernels.nn import prefill
 
 BATCHES = (0, 1, 2, 7, 16, 33, 64, 65, 130, 257)
 
 
-def gemm_on_both(
-    weight: Weight, rows: tuple, bias: torch.Tensor | None, dtype: torch.dtype
-) -> tuple:
-    mixed_gemm = torch.ops.resq.mixed_gemm
-    expected = mixed_gemm(*rows, *weight.arguments("cpu"), bias, dtype)
-    return expected, mixed_gemm(*on("cuda", (*rows, *weight.arguments("cuda"), bias)), dtype).cpu()
-
-
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*CHOSEN, *OTHERS])
 def test_mixed_gemm_has_the_cpu_s_bits_at_every_layer_size(model: str) -> None:
     for layer, n, k_lo, k_hi in layers(model):
         weight = Weight(n, k_lo, k_hi)
@@ -179,24 +173,6 @@ def test_silu_mul_hadamard_quantize_in_every_dtype_and_form(dtype: torch.dtype) 
 
 # (q heads, kv heads, head dim)
 HEADS = [(32, 8, 128), (28, 4, 128), (64, 8, 128), (32, 8, 64), (14, 2, 64)]
-
-
-def cached(lengths: list[int], heads: tuple, page_size: int, dtype: torch.dtype) -> tuple:
-    """Arguments of kv_append for all tokens of the sequences, a cache of NaN bits, block table."""
-    _, n_kv, head_dim = heads
-    tokens, most = sum(lengths), -(-max(lengths) // page_size)
-    shape = kv_pages.cache_shape(len(lengths) * most, n_kv, page_size, head_dim)
-    cache = torch.full(shape, 255, dtype=torch.uint8)
-    table = torch.randperm(shape[0]).int().view(len(lengths), most)
-    slots = [
-        table[i, torch.arange(n) // page_size].long() * page_size + torch.arange(n) % page_size
-        for i, n in enumerate(lengths)
-    ]
-    k, v = torch.randn(2, tokens, n_kv, head_dim).to(dtype)
-    angles = (torch.rand(tokens, head_dim // 2) * 6.3).repeat(1, 2)
-    rotation = torch.linalg.qr(torch.randn(1, head_dim, head_dim))[0].half().contiguous()
-    append = (k, v, angles.cos().to(dtype), angles.sin().to(dtype), rotation)
-    return append, cache, torch.cat(slots), table
 
 
 @pytest.mark.sanitizer
