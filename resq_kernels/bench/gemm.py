@@ -39,7 +39,7 @@ def differing(
     results: list[torch.Tensor],
     activations: list[MixedTensor],
     weight: QuantizedWeight,
-    most: int,
+    most: int = 64,
 ) -> list[int]:
     """Batch sizes whose result differs from the reference in any bit of the rows looked at.
 
