@@ -11,6 +11,7 @@
 #include "ops/silu_mul_hadamard_quantize/silu_mul_hadamard_quantize_torch.h"
 #include "ops/unpack_weight/unpack_weight_torch.h"
 #include "torch/cuda_device.h"
+#include "torch/forced_kernel.h"
 
 namespace resq {
 
@@ -80,6 +81,12 @@ std::string cuda_pdl(int64_t device) {
          "CUDA_FORCE_PTX_JIT)";
 }
 
+// Compute capability (two numbers), multiprocessors, bits of the memory bus.
+std::vector<int64_t> cuda_device(int64_t index) {
+  const cuda::Device& device = cuda::device(static_cast<int>(index));
+  return {device.major, device.minor, device.sms, device.memory_bits};
+}
+
 }  // namespace
 }  // namespace resq
 
@@ -99,4 +106,6 @@ RESQ_CUDA_IMPL(m) {
 RESQ_IMPL_EXPANDED(RESQ_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cuda_family", TORCH_BOX(&resq::cuda_family));
   m.impl("cuda_pdl", TORCH_BOX(&resq::cuda_pdl));
+  m.impl("cuda_device", TORCH_BOX(&resq::cuda_device));
+  m.impl("force_kernel", TORCH_BOX(&resq::force_kernel));
 }

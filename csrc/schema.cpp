@@ -44,5 +44,9 @@ RESQ_LIBRARY_EXPANDED(RESQ_NAMESPACE, m) {
   m.def("cpu_isa_missing() -> str");
   m.def("cuda_family(int device) -> str");
   m.def("cuda_pdl(int device) -> str");
+  m.def("cuda_device(int device) -> int[]");
   m.def("mixed_gemm_kernel(int rows, int n, int k_lo, int k_hi, bool packed, int device) -> str");
+  m.def(
+      "mixed_gemm_choices(int rows, int n, int k_lo, int k_hi, bool packed, int device) -> str[]");
+  m.def("force_kernel(str op, str choice) -> str");
 }

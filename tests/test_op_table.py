@@ -18,8 +18,11 @@ QUERIES = {
     "cpu_isa_missing",
     "cuda_family",
     "cuda_pdl",
+    "cuda_device",
     "mixed_gemm_kernel",
-}  # return a fact about the library; no tensors, no kernel
+    "mixed_gemm_choices",
+    "force_kernel",
+}  # facts about the library and which kernel it runs; no tensors
 OPS = sorted(set(re.findall(r'm\.def\(\s*"(\w+)\(', SCHEMA)) - QUERIES)
 # The reference works on canonical codes, so packing has no counterpart there.
 LAYOUT_ONLY = {"pack_weight", "unpack_weight"}

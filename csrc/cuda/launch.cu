@@ -102,7 +102,8 @@ const Device& device(int index) {
     return Device{attribute(index, cudaDevAttrComputeCapabilityMajor),
                   attribute(index, cudaDevAttrComputeCapabilityMinor),
                   attribute(index, cudaDevAttrMultiProcessorCount),
-                  attribute(index, cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+                  attribute(index, cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                  attribute(index, cudaDevAttrGlobalMemoryBusWidth)};
   });
 }
 

@@ -13,6 +13,7 @@ struct Device {
   int major, minor;  // compute capability
   int sms;           // multiprocessors
   int shared_bytes;  // that a block may opt in to
+  int memory_bits;   // width of the memory bus
 };
 
 // Properties of a device, asked for once; throws if the driver is older than the CUDA runtime in

@@ -61,6 +61,33 @@ def alternate(
     }
 
 
+def alone(call: Callable[[int], object], seconds: float, rounds: int) -> Timing:
+    """Times a call without others in turn, in about `seconds`.
+
+    A call that takes long has fewer calls in its graph, and then fewer rounds.
+
+    Args:
+        call: its argument counts calls, to choose the copy of the data.
+        seconds: of all rounds together; a round that is longer by itself runs once.
+        rounds: at most this many.
+    """
+    call(0)
+    once = max(event_seconds(lambda: call(1)), 1e-7)
+    calls = min(max(int(seconds / rounds / once), 1), CALLS_A_GRAPH)
+    graph = capture(call, calls)
+    graph.replay()
+    flush = torch.empty(COLD_BYTES, dtype=torch.uint8, device="cuda")
+    samples = []
+    for turn in range(min(max(int(seconds / (calls * once)), 1), rounds)):
+        flush.fill_(turn)
+        samples.append(event_seconds(graph.replay) / calls)
+    return Timing(
+        median_us=statistics.median(samples) * 1e6,
+        best_us=min(samples) * 1e6,
+        calls=len(samples) * calls,
+    )
+
+
 def event_seconds(run: Callable[[], object]) -> float:
     """Seconds between events before and after `run` on the current stream."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

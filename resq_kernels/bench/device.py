@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ INT8_CEILING = ROOT / "benchmarks/cuda/int8_ceiling.cu"  # in a checkout; a whee
 
 Call = Callable[[int], Any]
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ class BenchDevice:
         else:
             call(0)
 
-    def attempted(self, measure: Callable[[], Iterable[Row]]) -> Iterator[Row]:
+    def attempted(self, measure: Callable[[], Iterable[T]]) -> Iterator[T]:
         """The rows of one measurement. One that fails is a sentence in `failures`, so that it costs
         its own rows and not those of the others."""
         try:

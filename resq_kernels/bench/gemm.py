@@ -10,6 +10,7 @@ bandwidth and products / measured rate of the integer instructions.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 
@@ -38,13 +39,14 @@ def differing(
     results: list[torch.Tensor],
     activations: list[MixedTensor],
     weight: QuantizedWeight,
+    most: int = 64,
 ) -> list[int]:
     """Batch sizes whose result differs from the reference in any bit of the rows looked at.
 
-    Evenly spaced rows of each batch go through one call of the reference, which spends most of
-    its time on the weight.
+    Evenly spaced rows of each batch, at most `most`, go through one call of the reference, which
+    spends most of its time on the weight.
     """
-    rows = [evenly_spaced(len(y)) for y in results]
+    rows = [evenly_spaced(len(y), most) for y in results]
     sampled = [
         torch.cat([part.cpu()[row] for part, row in zip(parts, rows, strict=True)])
         for parts in zip(*activations, strict=True)
@@ -60,6 +62,71 @@ def differing(
     ]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A linear layer with random weights, and activations of every batch size.
+
+    Attributes:
+        name: of the layer, as `models.layers` has it.
+        weight: the codes.
+        packs: cold copies of the packed codes.
+        sums: of the codes.
+        activations: one for each batch size.
+    """
+
+    name: str
+    weight: QuantizedWeight
+    packs: list[torch.Tensor]
+    sums: torch.Tensor
+    activations: list[MixedTensor]
+
+    @classmethod
+    def random(
+        cls, bench: BenchDevice, layer: tuple[str, int, int, int], batches: list[int]
+    ) -> Layer:
+        """A layer of `models.layers`."""
+        name, n, k, k_hi = layer
+        weight = random_weight(n, k - k_hi, k_hi, bench.device)
+        data, _, sums, _, _ = PackedWeight.pack(weight)
+        rows = [torch.randn(m, k, device=bench.device, dtype=OUT) for m in batches]
+        return cls(
+            name=name,
+            weight=weight,
+            packs=bench.copies(data),
+            sums=sums,
+            activations=[ops.mixed_quantize(x, k_hi) for x in rows],
+        )
+
+    def moved(self, activation: MixedTensor) -> int:
+        """Bytes that a product has to read and write."""
+        result = len(activation.params) * self.weight.n * OUT.itemsize
+        return nbytes(self.packs[0], self.sums, self.weight.weight_scale, activation) + result
+
+    def kernel_arguments(self, activation: MixedTensor) -> tuple[int, int, int, int, bool, int]:
+        """What torch.ops.resq.mixed_gemm_kernel and mixed_gemm_choices take."""
+        w, packed = self.weight, activation.q_lo.dtype == torch.uint8
+        return len(activation.params), w.n, w.k_lo, w.k_hi, packed, 0
+
+    def product(self, activation: MixedTensor, i: int) -> torch.Tensor:
+        """mixed_gemm with the i-th copy of the weight."""
+        data = self.packs[i % len(self.packs)]
+        return ops.mixed_gemm(*activation, data, self.weight.weight_scale, self.sums, None, OUT)
+
+    def checked_products(self, model: str, rows: int = 64) -> list[torch.Tensor]:
+        """The product of every batch size, of which at most `rows` rows are compared.
+
+        Raises:
+            RuntimeError: one differs from the reference.
+        """
+        results = [self.product(activation, 0) for activation in self.activations]
+        if wrong := differing(results, self.activations, self.weight, rows):
+            size = f"{wrong[0]}x{self.weight.n}x{self.weight.k_lo + self.weight.k_hi}"
+            raise RuntimeError(
+                f"mixed_gemm: {model} {self.name} {size}: differs from the reference"
+            )
+        return results
+
+
 def layer_rows(
     bench: BenchDevice,
     model: str,
@@ -69,32 +136,19 @@ def layer_rows(
 ) -> Iterator[Row]:
     """Checks one layer at all batch sizes, then times it at each."""
     name, n, k, k_hi = layer
-    k_lo = k - k_hi
-    weight = random_weight(n, k_lo, k_hi, bench.device)
-    data, scale, sums, _, _ = PackedWeight.pack(weight)
-    packs = bench.copies(data)
-    activations = [
-        ops.mixed_quantize(torch.randn(m, k, device=bench.device, dtype=OUT), k_hi) for m in batches
-    ]
-
-    def ours(activation: MixedTensor, i: int) -> torch.Tensor:
-        return ops.mixed_gemm(*activation, packs[i % len(packs)], scale, sums, None, OUT)
-
-    results = [ours(activation, 0) for activation in activations]
-    if wrong := differing(results, activations, weight):
-        size = f"{wrong[0]}x{n}x{k}"
-        raise RuntimeError(f"mixed_gemm: {model} {name} {size}: differs from the reference")
-    for m, activation, y in zip(batches, activations, results, strict=True):
+    it = Layer.random(bench, layer, batches)
+    it.checked_products(model)
+    for m, activation in zip(batches, it.activations, strict=True):
         place: Row = {"model": model, "layer": name, "batch": m, "shape": [m, n, k], "k_hi": k_hi}
         if bench.on_gpu:
-            packed = activation.q_lo.dtype == torch.uint8
-            place["kernel"] = str(torch.ops.resq.mixed_gemm_kernel(m, n, k_lo, k_hi, packed, 0))
-        candidates: dict[str, Call] = {"ours": partial(ours, activation)}
+            arguments = it.kernel_arguments(activation)
+            place["kernel"] = str(torch.ops.resq.mixed_gemm_kernel(*arguments))
+        candidates: dict[str, Call] = {"ours": partial(it.product, activation)}
         candidates |= gemm_baselines.baselines(bench, m, n, k, missing)
         work = Work(
             op="mixed_gemm",
             place=place,
-            moved=nbytes(packs[0], sums, scale, activation, y),
+            moved=it.moved(activation),
             products=m * n * k,
         )
         yield from bench.rows(work, bench.alternate(candidates))

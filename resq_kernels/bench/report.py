@@ -59,14 +59,19 @@ def markdown(figures: Mapping[str, Any]) -> str:
             _, unit, digits = _WHOLE_MODEL[key]
             cells.append(_number(first[key] / unit, digits))
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*_stamp(figures), "", *lines, ""])
+
+
+def _stamp(figures: Mapping[str, Any]) -> list[str]:
+    """The command, and a table of the machine, the peaks and what is missing."""
     machine = figures["machine"]
-    stamp = [f"`{figures['command']}`", "", "| | |", "|---|---|"]
+    lines = [f"`{figures['command']}`", "", "| | |", "|---|---|"]
     for key, value in {**machine, **machine.get("gpu", {}), **figures["peaks"]}.items():
         if key != "gpu" or not isinstance(value, Mapping):
-            stamp.append(f"| {key} | {value} |")
+            lines.append(f"| {key} | {value} |")
     for name, reason in figures["missing"].items():
-        stamp.append(f"| no {name} | {reason.replace('|', '/')} |")
-    return "\n".join([*stamp, "", *lines, ""])
+        lines.append(f"| no {name} | {reason.replace('|', '/')} |")
+    return lines
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -113,6 +118,15 @@ def write(prefix: Path, figures: Mapping[str, Any]) -> list[str]:
         return [f"no {prefix}.png: matplotlib is not installed"]
     _move(prefix, "png", lambda path: plot(figures["rows"], path))
     return []
+
+
+def write_table(
+    prefix: Path, figures: Mapping[str, Any], header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    """Writes PREFIX.md with other columns than those of `resq bench`'s rows."""
+    table = [header, ["---"] * len(header), *rows]
+    lines = [*_stamp(figures), "", *("| " + " | ".join(cells) + " |" for cells in table), ""]
+    _move(prefix, "md", lambda path: path.write_text("\n".join(lines)))
 
 
 def _move(prefix: Path, suffix: str, write_to: Callable[[Path], object]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from resq_kernels import _library
-from resq_kernels.bench import compare, cuda_timing, models, report
+from resq_kernels.bench import choices, compare, cuda_timing, models, report
 from resq_kernels.bench.device import BenchDevice
 from resq_kernels.commands import loading, output
 from resq_kernels.commands.arguments import at_least, real
@@ -43,6 +43,7 @@ examples:
   resq bench attention --shapes llama-3-8b --batch 1,8 --context 4096,32768
   resq bench layer --shapes llama-3-8b --batch 1,8 --context 2048
   resq bench model --shapes llama-3-8b --layers 4 --batch 1,8 --context 512
+  resq bench gemm --choices all --device cuda --shapes llama-3-8b --out sweep
   resq bench gemm --compare old.json        # times again, exit code 1 if something is slower
   resq bench --compare old.json new.json    # only compares
 """
@@ -108,6 +109,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="model: this many decoder layers instead of all, to fit the memory or the time",
     )
     parser.add_argument(
+        "--choices",
+        choices=("all",),
+        help="gemm on a GPU: instead, time every kernel, tile and split of K that each shape may "
+        "run, beside the one that is chosen (tools/fit_mixed_gemm.py reads PREFIX.json)",
+    )
+    parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
         help="where to run (default: cuda where its kernels run, else cpu)",
@@ -163,12 +170,16 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         CommandError: the benchmark does not know one of the models or options, there is no such
-            device, --cpu-time with threads or on a GPU, a kernel's result differs from the
-            reference (the other rows are written), or something is slower than in --compare.
+            device, --cpu-time with threads or on a GPU, --choices elsewhere than in gemm on a GPU,
+            a kernel's result differs from the reference (the other rows are written), or something
+            is slower than in --compare.
         ValueError: the files of --compare cannot be compared.
     """
     output.check_json_target(args.json)
     output.check_json_target(args.out and f"{args.out}.json", "--out")
+    if args.choices and (args.benchmark != "gemm" or args.compare):
+        got = f"bench {args.benchmark}" + (" --compare" if args.compare else "")
+        raise output.CommandError(f"--choices: expected bench gemm without --compare, got {got}")
     older, newer = _runs(args)
     if older is not None and newer is not None:
         _compare(args, older, newer)
@@ -195,6 +206,20 @@ def run(args: argparse.Namespace) -> None:
         "complete": False,
         "rows": [],
     }
+    if args.choices:
+        _sweep(args, bench, figures)
+    else:
+        _time(args, bench, module, figures)
+    if bench.failures:
+        raise output.CommandError("; ".join(bench.failures))
+    if older is not None:
+        _compare(args, older, figures)
+
+
+def _time(
+    args: argparse.Namespace, bench: BenchDevice, module: ModuleType, figures: dict[str, Any]
+) -> None:
+    """Times a benchmark's rows."""
     print(report.HEADER)
     written = time.monotonic()
     try:
@@ -208,10 +233,6 @@ def run(args: argparse.Namespace) -> None:
     finally:  # a run that is stopped keeps what it has
         figures |= {"machine_after": bench.machine(), "peaks": bench.peaks()}
         _write(args, figures)
-    if bench.failures:
-        raise output.CommandError("; ".join(bench.failures))
-    if older is not None:
-        _compare(args, older, figures)
 
 
 def _write(args: argparse.Namespace, figures: dict[str, Any]) -> None:
@@ -223,6 +244,33 @@ def _write(args: argparse.Namespace, figures: dict[str, Any]) -> None:
         output.write_json(f"{args.out}.json", figures)
         for sentence in report.write(Path(args.out), figures):
             sys.stderr.write(f"resq: {sentence}\n")
+
+
+def _sweep(args: argparse.Namespace, bench: BenchDevice, figures: dict[str, Any]) -> None:
+    """Times every choice; the files of --out are written anew after each batch of each layer."""
+    names = ("major", "minor", "multiprocessors", "memory_bits")
+    facts = dict(zip(names, torch.ops.resq.cuda_device(0), strict=True))
+    figures |= {"device": facts | {"family": bench.kernels}, "choices": []}
+    table: list[list[str]] = []
+
+    def write() -> None:
+        output.write_json(f"{args.out}.json", figures)
+        report.write_table(Path(args.out), figures, choices.HEADER, table)
+
+    print(choices.line(choices.HEADER))
+    try:
+        for batch in choices.sweep(bench, args):
+            figures["choices"] += batch
+            table.append(choices.cells(batch))
+            print(choices.line(table[-1]), flush=True)
+            if args.out:  # a kernel may hang
+                write()
+        figures["complete"] = True
+    finally:
+        figures |= {"machine_after": bench.machine(), "peaks": bench.peaks()}
+        output.write_json(args.json, figures)
+        if args.out:
+            write()
 
 
 def _runs(args: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -270,6 +318,10 @@ def _complete(args: argparse.Namespace, module: ModuleType) -> None:
         works = torch.cuda.is_available() and not _library.CUDA_MISSING
         args.device = "cuda" if works else "cpu"
     loading.check_device(args.device)
+    if args.choices and args.device != "cuda":
+        raise output.CommandError(
+            f"--choices times CUDA kernels: expected --device cuda, got {args.device}"
+        )
     if args.cold_mb is None:
         args.cold_mb = CPU_COLD_MB if args.device == "cpu" else cuda_timing.COLD_BYTES >> 20
     if args.cpu_time and args.device != "cpu":

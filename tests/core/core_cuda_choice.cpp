@@ -13,6 +13,7 @@
 #include "cuda/launch.h"
 #include "cuda/once.h"
 #include "ops/mixed_gemm/mixed_gemm_choice.h"
+#include "ops/mixed_gemm/mixed_gemm_legal.h"
 
 namespace py = pybind11;
 
@@ -73,6 +74,17 @@ void define_cuda_choice(py::module_& m) {
       .def_property_readonly("splits", [](const MixedGemmChoice& c) { return c.split_k.splits; })
       .def_readonly("workspace_bytes", &MixedGemmChoice::workspace_bytes)
       .def("__str__", describe);
+  py::class_<MixedGemmTuning>(m, "MixedGemmTuning")
+      .def(py::init())
+      .def_readwrite("small_m_up_to", &MixedGemmTuning::small_m_up_to)
+      .def_readwrite("small_m_largest_tile", &MixedGemmTuning::small_m_largest_tile)
+      .def_readwrite("small_m_second_launch", &MixedGemmTuning::small_m_second_launch)
+      .def_readwrite("sm80_large_tiles", &MixedGemmTuning::sm80_large_tiles)
+      .def_readwrite("sm90_l2_bytes", &MixedGemmTuning::sm90_l2_bytes);
+  m.def("mixed_gemm_chip", [](int major, int minor, int sms, int memory_bits) {
+    const MixedGemmChip* chip = mixed_gemm_chip({major, minor, sms, 0, memory_bits});
+    return chip ? chip->name : "";
+  });
   m.def("mixed_gemm_tiles", tiles);
   m.def("sm90_tenths", sm90_tenths);
   m.def("dispatched_m", dispatched_m);
@@ -81,7 +93,24 @@ void define_cuda_choice(py::module_& m) {
   m.def("asked_once", asked_once);
   m.def("weight_layout", weight_layout);
   m.def("packs_activations", packs_activations);
-  m.def("mixed_gemm_choice",
-        [](int64_t rows, int64_t n, int64_t k_lo, int64_t k_hi, bool packed, Family family,
-           int sms) { return mixed_gemm_choice({rows, n, k_lo, k_hi, packed}, family, sms); });
+  m.def(
+      "mixed_gemm_choice",
+      [](int64_t rows, int64_t n, int64_t k_lo, int64_t k_hi, bool packed, Family family, int sms,
+         const MixedGemmTuning& tuning) {
+        return mixed_gemm_choice({rows, n, k_lo, k_hi, packed}, family, sms, tuning);
+      },
+      py::arg("rows"), py::arg("n"), py::arg("k_lo"), py::arg("k_hi"), py::arg("packed"),
+      py::arg("family"), py::arg("sms"), py::arg("tuning") = MixedGemmTuning());
+  m.def("legal_choices",
+        [](int64_t rows, int64_t n, int64_t k_lo, int64_t k_hi, bool packed, Family family) {
+          return legal_choices({rows, n, k_lo, k_hi, packed}, family);
+        });
+  m.def("legal_choice", [](const std::string& name, int64_t rows, int64_t n, int64_t k_lo,
+                           int64_t k_hi, bool packed, Family family) {
+    return legal_choice(name, {rows, n, k_lo, k_hi, packed}, family);
+  });
+  m.def("describe_legal",
+        [](int64_t rows, int64_t n, int64_t k_lo, int64_t k_hi, bool packed, Family family) {
+          return describe_legal({rows, n, k_lo, k_hi, packed}, family);
+        });
 }

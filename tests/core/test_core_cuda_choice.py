@@ -92,7 +92,7 @@ def test_tiles_fit_the_packed_weight_and_the_multiprocessor(core: ModuleType) ->
 def test_cost_of_sm90_tiles(core: ModuleType) -> None:
     """Tenths of a clock per column of K; only 192 rows of activations are bound by tensor cores."""
     tiles = core.mixed_gemm_tiles(core.MixedGemmKernel.SM90)
-    costs = {tile.m: core.sm90_tenths(tile) for tile in tiles}
+    costs = {tile.m: core.sm90_tenths(tile, core.MixedGemmTuning()) for tile in tiles}
     assert costs == {32: 18, 64: 25, 128: 46, 192: 60}
 
 
@@ -195,3 +195,81 @@ def test_what_is_asked_once_is_kept_but_for_failures(core: ModuleType) -> None:
 
     assert core.asked_once(compute) == [-1, 2, 13, 2]
     assert asked == [0, 0, 1]
+
+
+def test_legal_choices_hold_the_one_that_is_taken(core: ModuleType) -> None:
+    for name, sms in SMS.items():
+        family = getattr(core.CudaFamily, name)
+        for shape, rows, packed in itertools.product(SHAPES, ROWS, (True, False)):
+            legal = {
+                str(choice): choice for choice in core.legal_choices(rows, *shape, packed, family)
+            }
+            choice = core.mixed_gemm_choice(rows, *shape, packed, family, sms[0])
+            same = legal[str(choice)]
+            assert same.workspace_bytes == choice.workspace_bytes, (rows, shape, packed)
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [("SM80", {"small_m": 64, "sm80": 32}), ("SM90", {"small_m": 64, "sm90": 4}),
+     ("PORTABLE", {"small_m": 64})],
+)  # fmt: skip
+def test_legal_choices_are_every_tile_and_split(
+    name: str, numbers: dict[str, int], core: ModuleType
+) -> None:
+    """4 tiles x 16 splits of small_m, 2 x 16 of sm80; sm90 has no splits."""
+    family = getattr(core.CudaFamily, name)
+    names = [str(choice) for choice in core.legal_choices(1, 4096, 3584, 512, True, family)]
+    assert len(names) == len(set(names)) == sum(numbers.values())
+    for kernel, number in numbers.items():
+        assert sum(text.startswith(f"{kernel} ") for text in names) == number
+
+
+def test_a_choice_is_found_by_its_name_alone(core: ModuleType) -> None:
+    family = core.CudaFamily
+    shape = (40, 64, 128, 64, True)  # four steps of small_m, two K tiles of sm80
+
+    def find(name: str, of: object = family.SM90) -> str | None:
+        choice = core.legal_choice(name, *shape, of)
+        return choice and str(choice)
+
+    for name in ("small_m 8x64 splits=1", "small_m 64x64 splits=4", "sm90 192x128 splits=1"):
+        assert find(name) == name
+    wrong = ("", "sm90", "sm90 48x128 splits=1", "sm90 64x128 splits=2", "small_m 8x64 splits=5")
+    for name in (*wrong, "small_m 8x64 splits=0", "small_m 8x64 splits=02", "sm80 64x128 splits=1"):
+        assert find(name) is None, name
+    assert find("sm80 64x128 splits=1", family.SM80) and not find("sm80 64x128 splits=1")
+    assert not find("sm90 64x128 splits=1", family.PORTABLE)
+    assert core.describe_legal(*shape, family.SM90) == (
+        "small_m 8x64 splits=1..4, small_m 16x64 splits=1..4, small_m 32x64 splits=1..4, "
+        "small_m 64x64 splits=1..4, sm90 32x128 splits=1, sm90 64x128 splits=1, "
+        "sm90 128x128 splits=1, sm90 192x128 splits=1"
+    )
+
+
+def test_chips_are_told_apart(core: ModuleType) -> None:
+    """H100 and H200 have 132 multiprocessors each; the H200's memory bus is wider."""
+    chips = {"h100": (9, 0, 132, 5120), "h200": (9, 0, 132, 6144), "a100": (8, 0, 108, 5120)}
+    chips["rtx4090"] = (8, 9, 128, 384)
+    for name, facts in chips.items():
+        assert core.mixed_gemm_chip(*facts) == name
+    assert core.mixed_gemm_chip(9, 0, 114, 5120) == core.mixed_gemm_chip(12, 0, 170, 512) == ""
+
+
+def test_tuning_moves_the_choice(core: ModuleType) -> None:
+    def choose(rows: int, family: str = "SM90", **changes: float) -> str:
+        tuning = core.MixedGemmTuning()
+        for field, value in changes.items():
+            setattr(tuning, field, value)
+        of = getattr(core.CudaFamily, family)
+        return str(core.mixed_gemm_choice(rows, 4096, 3584, 512, True, of, 132, tuning))
+
+    assert choose(64) == "small_m 64x64 splits=2"
+    assert choose(64, small_m_up_to=32).startswith("sm90 ")
+    assert choose(64, small_m_largest_tile=32).startswith("small_m 32x64 ")
+    assert choose(1) == "small_m 8x64 splits=3"
+    assert choose(1, small_m_second_launch=1000) == "small_m 8x64 splits=1"
+    assert choose(512) == "sm90 128x128 splits=1"
+    assert choose(512, sm90_l2_bytes=4) == "sm90 64x128 splits=1"
+    assert choose(2048, "SM80").startswith("sm80 128x128")
+    assert choose(2048, "SM80", sm80_large_tiles=9).startswith("sm80 64x128")

@@ -265,6 +265,9 @@ def install() -> None:
     _library.CUDA_MISSING = ""
     for name in ("cuda_family", "mixed_gemm_kernel"):
         setattr(torch.ops.resq, name, returning("dry"))
+    torch.ops.resq.mixed_gemm_choices = returning(["dry", "other"])
+    torch.ops.resq.force_kernel = returning("")
+    torch.ops.resq.cuda_device = returning([9, 0, 132, 5120])
     sizes = {"llama": (256, 192, 2, 4, 2, 320), "qwen2": (256, 192, 2, 4, 2, 320)}
     for name, (kind, *_, tied) in models.SIZES.items():
         models.SIZES[name] = (kind, *sizes[kind], tied)

@@ -3,8 +3,23 @@
 
 #include "ops/kv_attention/kv_attention_torch.h"
 #include "torch/cuda_device.h"
+#include "torch/forced_kernel.h"
 
 namespace resq {
+namespace {
+
+// How many splits of a row an item takes: one, with a workspace for their states, or all of them.
+constexpr const char *kOneSplit = "splits=1", *kWholeRow = "splits=whole";
+
+std::string chosen_splits(int64_t state_bytes, const ForcedKernel& forced) {
+  if (!forced) return state_bytes <= cuda::attention::kKvMaxStateBytes ? kOneSplit : kWholeRow;
+  if (forced.choice != kOneSplit && forced.choice != kWholeRow) {
+    fail("kv_attention", forced.by, std::string(kOneSplit) + " or " + kWholeRow, forced.choice);
+  }
+  return forced.choice;
+}
+
+}  // namespace
 
 void run(const Cuda& on, const KvAttentionParams& p, const KvAttentionBatch& batch) {
   namespace attention = cuda::attention;
@@ -18,16 +33,20 @@ void run(const Cuda& on, const KvAttentionParams& p, const KvAttentionBatch& bat
   const int64_t rows = work.tokens * p.n_q;
   const int64_t state_bytes =
       rows * work.splits() * attention::kv_cuda_state_floats(p.head_dim) * int64_t{sizeof(float)};
-  const bool split = work.splits() > 1 && state_bytes <= attention::kKvMaxStateBytes;
+  const ForcedKernel forced = forced_kernel("kv_attention");
+  const std::string splits = chosen_splits(state_bytes, forced);
+  const bool split = work.splits() > 1 && splits == kOneSplit;
   const Tensor states = on.scratch(split ? state_bytes / 4 : 0, ScalarType::Float);
   work.states = split ? states.mutable_data_ptr<float>() : nullptr;
 
+  const cuda::Stream stream =
+      on.stream(logs_kernels() ? ", " + splits + (forced ? " (forced)" : "") : "");
   if (on.family() == cuda::Family::kSm90) {
-    attention::attend_sm90(work, on.device(), on.stream());
+    attention::attend_sm90(work, on.device(), stream);
   } else {
-    attention::attend(work, on.device(), on.stream());
+    attention::attend(work, on.device(), stream);
   }
-  if (split) attention::merge(work, on.stream());
+  if (split) attention::merge(work, stream);
 }
 
 }  // namespace resq

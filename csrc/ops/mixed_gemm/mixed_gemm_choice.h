@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 #include <stdexcept>
 #include <string>
@@ -16,6 +17,7 @@
 
 #include "cuda/arch.h"
 #include "ops/mixed_gemm/activation_rows.h"
+#include "ops/mixed_gemm/mixed_gemm_tuning.h"
 
 namespace resq::cuda {
 
@@ -141,13 +143,17 @@ constexpr int64_t tiles_of(const MixedGemmShape& s, const MixedGemmTile& tile) {
 
 inline constexpr int kMaxSplits = 16;
 
+// See MixedGemmTuning.
+struct SplitCosts {
+  double fill, second_launch, least_k_tiles;
+};
+
 // The split of K that should take the least time. Time is counted in K tiles of `tile_bytes`: waves
-// of blocks, of which the last may be thin (a block alone on its multiprocessor has all of it); 4
-// to fill the pipeline; with splits, writing and reading the partial sums, and 8 for the second
+// of blocks, of which the last may be thin (a block alone on its multiprocessor has all of it); the
+// filling of the pipeline; with splits, writing and reading the partial sums, and the second
 // launch.
 inline int best_splits(const MixedGemmShape& s, MixedGemmKernel kernel, const MixedGemmTile& tile,
-                       int64_t tile_bytes, int sms) {
-  constexpr double kStart = 4, kSecondLaunch = 8;
+                       int64_t tile_bytes, int sms, const SplitCosts& costs) {
   const int64_t tiles = tiles_of(s, tile), slots = int64_t{sms} * tile.min_blocks;
   const SplitK whole = split_k(s, kernel, 1);
   const int k_tiles = whole.lo_tiles + whole.hi_tiles;
@@ -156,47 +162,50 @@ inline int best_splits(const MixedGemmShape& s, MixedGemmKernel kernel, const Mi
     const double last = thin ? std::max<double>(thin, sms) / slots : 0;
     const double waves = blocks / slots + last;
     const double partials = 2.0 * partials_bytes(s, splits) / (slots * tile_bytes);
-    return waves * ceil_div(k_tiles, splits) + kStart + (splits > 1 ? partials + kSecondLaunch : 0);
+    return waves * ceil_div(k_tiles, splits) + costs.fill +
+           (splits > 1 ? partials + costs.second_launch : 0);
   };
+  const int most = std::min(kMaxSplits, static_cast<int>(k_tiles / costs.least_k_tiles));
   int best = 1;
-  for (int splits = 2; splits <= std::min(kMaxSplits, k_tiles / 8); ++splits) {
+  for (int splits = 2; splits <= most; ++splits) {
     if (time(splits) < time(best)) best = splits;
   }
   return best;
 }
 
-// Up to this M, reading the weight decides the time, and reading it straight into registers is
-// best.
-inline constexpr int64_t kMaxSmallM = 64;
-
-inline MixedGemmChoice small_m_choice(const MixedGemmShape& s, int sms) {
+inline MixedGemmChoice small_m_choice(const MixedGemmShape& s, int sms, const MixedGemmTuning& t) {
   constexpr MixedGemmKernel kKernel = MixedGemmKernel::kSmallM;
   const MixedGemmTile* tile = std::begin(kSmallMTiles);
-  while (tile->m < s.m && tile + 1 != std::end(kSmallMTiles)) ++tile;
-  return make_choice(s, kKernel, *tile, best_splits(s, kKernel, *tile, kCudaStepBytes, sms));
+  while (tile->m < s.m && tile + 1 != std::end(kSmallMTiles) &&
+         (tile + 1)->m <= t.small_m_largest_tile) {
+    ++tile;
+  }
+  const SplitCosts costs{t.small_m_fill, t.small_m_second_launch, t.small_m_least_k_tiles};
+  return make_choice(s, kKernel, *tile, best_splits(s, kKernel, *tile, kCudaStepBytes, sms, costs));
 }
 
 // 128 x 128 reads the least; 64 x 128, two blocks to a multiprocessor, fills a small grid better.
-inline MixedGemmChoice sm80_choice(const MixedGemmShape& s, int sms) {
+inline MixedGemmChoice sm80_choice(const MixedGemmShape& s, int sms, const MixedGemmTuning& t) {
   constexpr MixedGemmKernel kKernel = MixedGemmKernel::kSm80;
   constexpr MixedGemmTile kSmall = tile_of(kSm80Tiles, 64), kLarge = tile_of(kSm80Tiles, 128);
   constexpr int64_t kTileBytes = (kSmall.m + kSmall.n) * 64;  // 64 bytes of every row of both
-  if (tiles_of(s, kLarge) >= sms) return make_choice(s, kKernel, kLarge, 1);
-  return make_choice(s, kKernel, kSmall, best_splits(s, kKernel, kSmall, kTileBytes, sms));
+  if (tiles_of(s, kLarge) >= sms * t.sm80_large_tiles) return make_choice(s, kKernel, kLarge, 1);
+  const SplitCosts costs{t.sm80_fill, t.sm80_second_launch, t.sm80_least_k_tiles};
+  return make_choice(s, kKernel, kSmall, best_splits(s, kKernel, kSmall, kTileBytes, sms, costs));
 }
 
-// Tenths of a clock that a tile of sm90 takes per column of K [not measured]: the maximum of
-//   tensor cores    M / 32
+// Whole tenths of a clock that a tile of sm90 takes per column of K: the maximum of
+//   tensor cores    rows
 //   second level    half a byte a weight and a byte a code of the activations, each divided by the
-//                   blocks that share it, at 28 bytes a clock
+//                   blocks that share it
 //   shared memory   the same bytes written, the weights read once and the activations by two
-//                   warpgroups, at 128 bytes a clock
-constexpr int64_t sm90_tenths(const MixedGemmTile& tile) {
+//                   warpgroups
+inline double sm90_tenths(const MixedGemmTile& tile, const MixedGemmTuning& t) {
   const int weights = tile.n / 2, activations = tile.m;
   const int second_level = weights / tile.cluster_m + activations / tile.cluster_n;
   const int shared = 2 * weights + 3 * activations;
-  return std::max(
-      {ceil_div(10 * tile.m, 32), ceil_div(10 * second_level, 28), ceil_div(10 * shared, 128)});
+  return std::ceil(std::max({10 * tile.m / t.sm90_rows, 10 * second_level / t.sm90_l2_bytes,
+                             10 * shared / t.sm90_shared_bytes}));
 }
 
 // Clusters that run at once. A part of the chip may have a number of multiprocessors that is no
@@ -206,27 +215,30 @@ constexpr int sm90_clusters(int blocks, int sms) {
 }
 
 // Tenths of a clock of the whole product. The last wave counts in full (wave quantization).
-constexpr int64_t sm90_time(const MixedGemmShape& s, const MixedGemmTile& tile, int sms) {
-  constexpr int64_t kStart = 15000;  // the first stage of a block
-  constexpr int64_t kEpilogueOfRow = 100;
+inline double sm90_time(const MixedGemmShape& s, const MixedGemmTile& tile, int sms,
+                        const MixedGemmTuning& t) {
   const int64_t tiles =
       ceil_div(s.m, tile.m * tile.cluster_m) * ceil_div(s.n, tile.n * tile.cluster_n);
   const int64_t waves = ceil_div(tiles, sm90_clusters(tile.cluster_m * tile.cluster_n, sms));
-  return kStart + waves * ((s.k_lo + s.k_hi) * sm90_tenths(tile) + tile.m * kEpilogueOfRow);
+  const double columns = (s.k_lo + s.k_hi) * sm90_tenths(tile, t);
+  return 10 * t.sm90_start + waves * (columns + 10 * t.sm90_epilogue_of_row * tile.m);
 }
 
-inline MixedGemmChoice sm90_choice(const MixedGemmShape& s, int sms) {
+inline MixedGemmChoice sm90_choice(const MixedGemmShape& s, int sms, const MixedGemmTuning& t) {
   const auto faster = [&](const MixedGemmTile& a, const MixedGemmTile& b) {
-    return sm90_time(s, a, sms) < sm90_time(s, b, sms);
+    return sm90_time(s, a, sms, t) < sm90_time(s, b, sms, t);
   };
   const auto* tile = std::min_element(std::begin(kSm90Tiles), std::end(kSm90Tiles), faster);
   return make_choice(s, MixedGemmKernel::kSm90, *tile, 1);
 }
 
-inline MixedGemmChoice mixed_gemm_choice(const MixedGemmShape& s, Family family, int sms) {
-  if (family == Family::kPortable || s.m <= kMaxSmallM) return small_m_choice(s, sms);
-  if (family == Family::kSm80) return sm80_choice(s, sms);
-  return sm90_choice(s, sms);
+inline MixedGemmChoice mixed_gemm_choice(const MixedGemmShape& s, Family family, int sms,
+                                         const MixedGemmTuning& tuning) {
+  if (family == Family::kPortable || s.m <= tuning.small_m_up_to) {
+    return small_m_choice(s, sms, tuning);
+  }
+  if (family == Family::kSm80) return sm80_choice(s, sms, tuning);
+  return sm90_choice(s, sms, tuning);
 }
 
 }  // namespace resq::cuda
