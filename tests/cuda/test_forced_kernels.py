@@ -36,11 +36,11 @@ def test_every_legal_choice_has_the_bits_of_the_reference(
 ) -> None:
     """N that ends inside every tile, K that ends inside every K tile, fewer steps than warps."""
     weight = (140, 200, 40)
-    names = device.mixed_gemm_choices(rows, *weight, packed, 0)
+    names = device.mixed_gemm_choices(rows, *weight, packed, device.index)
     case = make_case(rows, weight, packed, torch.float16, torch.float16)
     for name in names:
         with forced(device, "mixed_gemm", name):
-            assert device.mixed_gemm_kernel(rows, *weight, packed, 0) == name
+            assert device.mixed_gemm_kernel(rows, *weight, packed, device.index) == name
             assert_exact(case, device)
     # 6 steps of small_m; of sm80 2 or 4 K tiles of low codes and one of high ones.
     family = {80: 2 * (3 if packed else 5), 90: 4}[device.arch]
@@ -62,7 +62,7 @@ def test_other_choices_are_refused(choice: str, sm90: emulation.Emulated) -> Non
     with forced(sm90, "mixed_gemm", choice):
         for call in (
             lambda: case.run(sm90),
-            lambda: sm90.mixed_gemm_kernel(5, 64, 2048, 512, True, 0),
+            lambda: sm90.mixed_gemm_kernel(5, 64, 2048, 512, True, sm90.index),
         ):
             with pytest.raises(RuntimeError, match=expected):
                 call()
@@ -85,7 +85,7 @@ def test_only_operators_with_choices_can_be_forced(sm90: emulation.Emulated) -> 
 
 def test_a_choice_is_forced_in_one_thread(sm90: emulation.Emulated) -> None:
     """The benchmark's thread does not change what a server's threads run."""
-    arguments, found = (5, 64, 2048, 512, True, 0), []
+    arguments, found = (5, 64, 2048, 512, True, sm90.index), []
     ordinary = sm90.mixed_gemm_kernel(*arguments)
     with forced(sm90, "mixed_gemm", "sm90 192x128 splits=1"):
         thread = threading.Thread(target=lambda: found.append(sm90.mixed_gemm_kernel(*arguments)))
