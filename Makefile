@@ -11,7 +11,7 @@ CXX_FILES = $(shell find csrc tests resq_kernels -name '*.cpp' -o -name '*.cu' -
 # What a change of an operator or of a format meets first.
 QUICK = tests/ops tests/test_*.py tests/nn/test_weights.py tests/nn/test_resq_linear.py
 
-.PHONY: help demo test test-quick sanitize lint bench format wheel-check gpu-check clean
+.PHONY: help demo test test-quick sanitize lint bench format wheel-check gpu-check gpu-check-dry clean
 
 help:
 	@echo "make demo         quantize the small Llama in examples/, compare, write out/demo/report.html"
@@ -20,6 +20,7 @@ help:
 	@echo "make sanitize     operators' tests under AddressSanitizer and UBSan"
 	@echo "make bench        benchmark the kernels on this machine, results under benchmarks/results/"
 	@echo "make gpu-check    on a machine with a GPU: values, times, compute-sanitizer, one report"
+	@echo "make gpu-check-dry  every step of gpu-check without a GPU (five minutes)"
 	@echo "make lint         ruff, clang-format, codespell, mypy, clang-tidy (half a minute)"
 	@echo "make format       let ruff and clang-format rewrite the files"
 	@echo "make wheel-check  build the wheel, install it in an empty environment, call an operator"
@@ -64,7 +65,10 @@ bench: $(VENV)/.built
 
 # Runs with the Python that has a CUDA build of torch, and with prebuilt libraries if there are any.
 gpu-check:
-	$(PYTHON) tools/gpu_check.py --out out/gpu-check
+	$(PYTHON) tools/gpu_check.py --out out/gpu-check/$$(date +%F-%H%M%S)
+
+gpu-check-dry: $(VENV)/.built
+	$(BIN)/python tools/gpu_check.py --dry --out out/gpu-check/dry-$$(date +%F-%H%M%S)
 
 lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Fits the constants of mixed_gemm's dispatch to the measured times of all choices.
 
-SWEEP is a file of `resq bench gemm --device cuda --choices all --out PREFIX`. The regret of a shape
+SWEEP is a file of `resq bench gemm --device cuda --choices all --out PREFIX`, or the report.json of
+a GPU run that made one (tools/gpu_check.py, step gemm-choices). The regret of a shape
 is the time of the choice that the constants lead to over the time of the best one. The fit
 minimises the geometric mean over all shapes; --write puts the constants into the chip's row of
 csrc/ops/mixed_gemm/mixed_gemm_tuning.h. The choice is made by the C++ of csrc/, compiled here with
@@ -27,7 +28,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = ROOT / "csrc/ops/mixed_gemm/mixed_gemm_tuning.h"
-FAMILIES = ("sm80", "sm90", "portable")
+STEP = "gemm-choices"
+LARGEST = 1 << 31  # rows and columns that mixed_gemm takes
 NAME_BYTES = 64
 NO_TIME = 10.0  # regret of a choice that failed or was not measured
 
@@ -161,28 +163,45 @@ def read(path: str) -> tuple[tuple[int, ...], str, list[tuple]]:
     """Device, family and records (shape, choice, us or None) of one file."""
     try:
         figures = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path}: expected a JSON file, got {error}") from error
     try:
+        if "steps" in figures:
+            steps = [step for step in figures["steps"] if step["name"] == STEP]
+            figures = (steps[0].get("figures") if steps else None) or {}
         device = figures["device"]
         names = ("major", "minor", "multiprocessors", "memory_bits")
         facts = tuple(int(device[name]) for name in names)
         family = device["family"]
         records = []
         for row in figures["choices"]:
-            shape = (*(int(row[name]) for name in ("m", "n", "k_lo", "k_hi")), bool(row["packed"]))
+            shape = (*(row[name] for name in ("m", "n", "k_lo", "k_hi")), row["packed"])
             records.append((shape, str(row["choice"]), row["us"]))
     except (KeyError, TypeError, ValueError) as error:
         raise Refused(
             f"{path}: expected a file of `resq bench gemm --choices all`, got one without {error}"
         ) from error
-    if family not in FAMILIES:
-        raise Refused(f"{path}: family: expected one of {', '.join(FAMILIES)}, got {family}")
+    # A sweep of a forced family says nothing about the chip's own choices.
+    own = "sm80" if facts[0] == 8 else "sm90" if facts[:2] == (9, 0) else "portable"
+    if family != own:
+        raise Refused(f"{path}: family: expected {own}, which {describe(facts)} runs, got {family}")
+    if facts[2] < 1:
+        raise Refused(f"{path}: multiprocessors: expected at least 1, got {facts[2]}")
     for shape, choice, us in records:
-        good = us is None or (isinstance(us, int | float) and 0 < us < math.inf)
-        if not good:
+        if not whole(shape):
+            raise Refused(
+                f"{path}: {choice}: expected a shape (m, n, k_lo, k_hi, packed), got {shape}"
+            )
+        if not (us is None or (type(us) in (int, float) and 0 < us < 1e12)):
             raise Refused(f"{path}: us of {choice}, {shape}: expected a time or null, got {us}")
     return facts, family, records
+
+
+def whole(shape: tuple) -> bool:
+    """Whether these are sizes that mixed_gemm takes."""
+    m, n, k_lo, k_hi, packed = shape
+    numbers = all(type(size) is int and 0 <= size < LARGEST for size in (m, n, k_lo, k_hi))
+    return numbers and m > 0 and n > 0 and k_lo + k_hi > 0 and type(packed) is bool
 
 
 def describe(facts: Sequence[int]) -> str:
@@ -318,6 +337,11 @@ def run(arguments: argparse.Namespace) -> None:
     name = library.chip(sweep.facts)
     if arguments.chip and name not in ("", arguments.chip):
         raise Refused(f"--chip: expected {name}, the row of this chip, got {arguments.chip}")
+    if arguments.write and not name and f'"{arguments.chip}"' in arguments.header.read_text():
+        raise Refused(
+            f"--chip: expected a new name, as {describe(sweep.facts)} has no row, got "
+            f"{arguments.chip}, the row of another chip"
+        )
     name = name or arguments.chip or ""
     if arguments.write and not re.fullmatch(r"[a-z0-9_]+", name):
         raise Refused(

@@ -2,6 +2,8 @@
 
     python3 tools/gpu_check.py --out DIR [--minutes N] [--only STEP... | --from STEP] [--dry]
 
+RESQ_COMMIT names the commit where there is no git.
+
 Steps are data (tools/gpu/steps.py), in order of value. Each is a process group of its own with a
 limit; one that fails, hangs or crashes costs its own time. DIR/report.json, report.md and
 logs.tar.gz are rewritten after every step. --minutes takes the steps that fit. --dry runs every
@@ -11,24 +13,30 @@ step without a device (tools/gpu/dry_cuda.py).
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gpu import runner  # noqa: E402
-from gpu.report import Report, last_lines  # noqa: E402
+from gpu.report import Report, last_lines, say  # noqa: E402
 from gpu.steps import STEPS, Step  # noqa: E402
 
 DRY = ("tools/gpu/dry_cuda.py",)
 DRY_MOST = {"--batch": 130, "--context": 130}  # still both kinds of every kernel
 DRY_SLOWER = 5  # limits are for a GPU
 LIBRARIES = ("resq_kernels/_C_cpu.so", "resq_kernels/_C_cuda.so")
+SETTINGS = ("RESQ_", "CUDA_", "PYTORCH_", "NVIDIA_", "TORCH")  # variables that change a run
 REPORTING_SECONDS = 5.0  # kept of --minutes for the end
 NAMES = [step.name for step in STEPS]
 
@@ -49,7 +57,8 @@ def command_of(step: Step, dry: bool) -> list[str]:
 def take(step: Step, dry: bool) -> tuple[dict[str, Any], str, dict[str, bytes]]:
     """Runs a step: its entry of the report, its log, its files."""
     limit_s = step.limit_s * (DRY_SLOWER if dry else 1)
-    result = runner.run(command_of(step, dry), step.environment, limit_s)
+    environment = step.environment | {"RESQ_COMMIT": commit()}
+    result = runner.run(command_of(step, dry), environment, limit_s)
     log, files = result.pop("log"), result.pop("files")
     figures, faults = runner.figures(files)
     counted = re.findall(r"^(?:=+ )?(\d+ (?:passed|failed|skipped|error).*?) in [\d.]+s", log, re.M)
@@ -60,6 +69,8 @@ def take(step: Step, dry: bool) -> tuple[dict[str, Any], str, dict[str, bytes]]:
         faults += [] if found else [f"output: expected {step.summary!r}, found none"]
     if "pytest" in step.arguments and " passed" not in summary:
         faults.append("tests: expected some that pass, got none")  # all skipped shows nothing
+    if "{out}" in step.arguments and "result.json" not in files and result["status"] == "passed":
+        faults.append("figures: expected a result, got none or one that is too large")
     if faults and result["status"] == "passed":
         result["status"] = "failed"
     entry = {
@@ -88,14 +99,26 @@ def skipped(step: Step, reason: str) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def commit() -> str:
-    """The commit of the source: git's, or what the checkout's files say where there is no git."""
+    """The commit of the source: RESQ_COMMIT, for a machine without git, or git's."""
+    if given := os.environ.get("RESQ_COMMIT"):
+        return given
     command = ["git", "-C", str(runner.ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError:
         return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def libraries() -> dict[str, str]:
+    """Library -> SHA-256: what ran, whatever the commit says."""
+    found = {}
+    for name in LIBRARIES:
+        path = runner.ROOT / name
+        found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "none"
+    return found
 
 
 def machine() -> dict[str, Any]:
@@ -113,11 +136,9 @@ def machine() -> dict[str, Any]:
 
 
 def chosen(arguments: argparse.Namespace) -> list[Step]:
-    """The steps of --only or --from, in order of value."""
-    if arguments.only:
-        return [step for step in STEPS if step.name in arguments.only]
-    first = NAMES.index(arguments.start) if arguments.start else 0
-    return list(STEPS[first:])
+    """The steps of --only or --from, in order of value, after the one that says what the GPU is."""
+    names = arguments.only or NAMES[NAMES.index(arguments.start) if arguments.start else 0 :]
+    return [step for step in STEPS if step is STEPS[0] or step.name in names]
 
 
 def run_all(steps: list[Step], report: Report, minutes: float, dry: bool) -> None:
@@ -130,17 +151,34 @@ def run_all(steps: list[Step], report: Report, minutes: float, dry: bool) -> Non
             why = unusable or "no time left; --only takes them"
             report.add(skipped(step, why), "", {})
             continue
-        entry, log, files = take(step, dry)
+        say(f"{step.name} ...")
+        try:
+            entry, log, files = take(step, dry)
+        except Exception:  # a fault of the runner costs one step too
+            log, files = traceback.format_exc(), {}
+            entry = skipped(step, "") | {"status": "failed", "end": last_lines(log)}
         report.add(entry, log, files)
-        print(f"{entry['name']}: {entry['status']} in {entry['seconds']} s", flush=True)
+        say(f"{entry['name']}: {entry['status']} in {entry['seconds']} s {entry['summary']}")
         if step.name == "info":
-            cuda = (entry["figures"] or {}).get("cuda", {})
-            if cuda.get("used") is False:
-                unusable = f"no kernels of CUDA here: {cuda['why_not']}"
+            unusable = why_unusable(entry)
+
+
+def why_unusable(info: dict[str, Any]) -> str:
+    """Why nothing else is tried, from the entry of the step `info`; "" if there is no reason."""
+    cuda = (info.get("figures") or {}).get("cuda", {})
+    if cuda.get("used") is False:
+        return f"no kernels of CUDA here: {cuda.get('why_not')}"
+    # One that took too long may have read torch from a cold disk.
+    return "" if info["status"] in ("passed", "timeout") else "`resq info` does not run here"
+
+
+def end_on(number: int, _: Any) -> None:
+    """A signal that ends the run ends its step too: the runner kills it on the way out."""
+    raise SystemExit(128 + number)
 
 
 def main() -> int:
-    """Runs the steps; returns the exit code: 0 if all that ran passed."""
+    """Runs the steps; returns the exit code: 0 if some ran and all that ran passed."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog=f"steps, in order of value: {' '.join(NAMES)}",
@@ -171,21 +209,30 @@ def main() -> int:
         )
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "report.json").touch()
+        (arguments.out / "report.json").open("x").close()
+    except FileExistsError as error:
+        parser.error(f"--out: expected a folder without a report, got {error.filename}")
     except OSError as error:
         parser.error(f"--out: expected a folder that can be written to, got {error}")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end_on)
+    runner.kill_left_over()
     facts = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
         "dry": arguments.dry,
         "machine": machine(),
+        "libraries": libraries(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(SETTINGS)},
     }
     report = Report(arguments.out, facts)
+    report.write()
     run_all(chosen(arguments), report, arguments.minutes, arguments.dry)
     report.set_fact("machine_after", machine())
     report.write()
-    print(report.markdown())
-    return 1 if any(s["status"] not in ("passed", "skipped") for s in report.steps) else 0
+    say(report.markdown())
+    ran = [step["status"] for step in report.steps[1:] if step["status"] != "skipped"]
+    return 0 if report.steps[0]["status"] == "passed" and set(ran) == {"passed"} else 1
 
 
 if __name__ == "__main__":

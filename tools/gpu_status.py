@@ -3,7 +3,8 @@
     python tools/gpu_status.py             # compare, exit code 1 if the page is another
     python tools/gpu_status.py --write
 
-A report is benchmarks/results/*gpu-run*/report.json, as `tools/gpu_check.py --out` writes it.
+A report is benchmarks/results/*gpu-run*/report.json, as `tools/gpu_check.py --out` writes it; their
+names, which begin with a date, say in which order they were made.
 """
 
 from __future__ import annotations
@@ -70,11 +71,29 @@ def family(report: dict[str, Any]) -> str | None:
     return devices[0].get("kernels")
 
 
+def joined(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Reports of one card, day and commit as one, the latest first; the last run of a step counts.
+
+    Args:
+        reports: from the earliest to the latest.
+    """
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for report in reports:
+        if report.get("dry") or not report.get("steps"):
+            continue
+        facts = (report["date"], report["machine"].get("gpu"), report["commit"], family(report))
+        kept = found.setdefault(tuple(map(str, facts)), report | {"steps": []})
+        ran = {step["name"] for step in report["steps"] if step["status"] != "skipped"}
+        kept["steps"] = [step for step in kept["steps"] if step["name"] not in ran]
+        kept["steps"] += [step for step in report["steps"] if step["name"] in ran]
+    return sorted(found.values(), key=lambda report: report["date"])[::-1]
+
+
 def outcome(report: dict[str, Any], families: tuple[str, ...], steps: tuple[str, ...]) -> str:
     """What a report says about a row; "" if it says nothing."""
     found = {s["name"]: s["status"] for s in report["steps"] if s["name"] in steps}
     ran = {name: status for name, status in found.items() if status != "skipped"}
-    if report.get("dry") or family(report) not in families or not ran:
+    if family(report) not in families or not ran:
         return ""
     gpu = report["machine"].get("gpu", "an unnamed GPU")
     where = f"{gpu}, {report['date']}, commit {report['commit']}"
@@ -86,8 +105,12 @@ def outcome(report: dict[str, Any], families: tuple[str, ...], steps: tuple[str,
 
 
 def page(reports: list[dict[str, Any]]) -> str:
-    """The page; of several reports the latest that says something about a row counts."""
-    newest = sorted(reports, key=lambda report: report["date"], reverse=True)
+    """The page; of several runs the latest that says something about a row counts.
+
+    Args:
+        reports: from the earliest to the latest.
+    """
+    newest = joined(reports)
     lines = []
     for what, compiled, families, steps in ROWS:
         said = (outcome(report, families, steps) for report in newest)

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from resq_kernels.bench import cuda_timing, models
-from resq_kernels.bench.device import BenchDevice, Row
+from resq_kernels.bench.device import BenchDevice, Row, first_line
 from resq_kernels.bench.gemm import Layer
 from resq_kernels.formats import MixedTensor
 
@@ -44,8 +44,8 @@ def sweep(bench: BenchDevice, args: argparse.Namespace) -> Iterator[list[Row]]:
     A choice that fails has its `error` and no times.
 
     Args:
-        bench: the GPU; its `failures` receive the layers in which the dispatch's own choice is
-            wrong, or which a lost device ended.
+        bench: the GPU; its `failures` receive the products of which choices are wrong or failed,
+            and the layers in which the dispatch's own choice is wrong or a lost device ended.
         args: the options of `resq bench`: shapes, batch.
 
     Raises:
@@ -71,12 +71,18 @@ def layer_records(
         place |= zip(("m", "n", "k_lo", "k_hi", "packed"), arguments[:-1], strict=True)
         bound = layer.moved(activation) / bench.read_bandwidth * 1e6
         place["memory_bound_us"] = round(bound, 3)
-        yield [
+        records = [
             place
             | {"choice": choice, "chosen": choice == chosen}
             | measured(layer, activation, y, choice, bench.rounds)
             for choice in torch.ops.resq.mixed_gemm_choices(*arguments)
         ]
+        if wrong := [record for record in records if record["error"]]:
+            bench.failures.append(
+                f"mixed_gemm: {model} {layer.name} M = {place['m']}: {len(wrong)} of "
+                f"{len(records)} choices failed, first {wrong[0]['choice']}: {wrong[0]['error']}"
+            )
+        yield records
         # An error that the device keeps fails every later call too; the records are written by now.
         torch.cuda.synchronize()
 
@@ -93,7 +99,7 @@ def measured(
                 return row | {"error": "differs from the result of the dispatch's choice"}
             time = cuda_timing.alone(call, SECONDS, rounds)
     except RuntimeError as error:
-        return row | {"error": str(error).strip().splitlines()[0][:200]}
+        return row | {"error": first_line(error)}
     times = {"us": round(time.median_us, 3), "best_us": round(time.best_us, 3)}
     return row | times | {"calls": time.calls}
 

@@ -28,10 +28,13 @@ def read(path: str) -> dict[str, Any]:
     try:
         figures = json.loads(Path(path).read_text(encoding="utf-8"))
         usable = isinstance(figures["machine"], dict) and isinstance(figures["rows"], list)
+        ended = figures.get("complete", True)
     except (ValueError, KeyError, TypeError):
         usable = False
     if not usable:
         raise ValueError(f"--compare: {path}: expected a file of `resq bench --json`, got another")
+    if not ended:
+        raise ValueError(f"--compare: {path}: expected a run that ended, got one that was stopped")
     return dict(figures)
 
 

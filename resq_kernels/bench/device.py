@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -89,8 +90,8 @@ class BenchDevice:
             try:
                 call = make()
                 self.attempt(call)
-            except (RuntimeError, NotImplementedError, AttributeError, ValueError) as error:
-                missing[name] = str(error).strip().splitlines()[0][:200]
+            except Exception as error:  # whatever it lacks, it costs its own rows alone
+                missing[name] = first_line(error)
             else:
                 found[name] = call
         return found
@@ -108,8 +109,9 @@ class BenchDevice:
         its own rows and not those of the others."""
         try:
             yield from measure()
-        except RuntimeError as error:
-            self.failures.append(str(error))
+        except Exception as error:
+            named = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+            self.failures.append(f"{named}{error}")
 
     def alternate(
         self,
@@ -204,6 +206,11 @@ class BenchDevice:
         return [common | timing.against(ours, name, times[name]) for name in others]
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def evenly_spaced(size: int, most: int = 64) -> torch.Tensor:
     """Which rows of a result to check: int64, all of `size` or `most` from the first to the last.
 
@@ -226,7 +233,9 @@ def nbytes(*values: object) -> int:
 
 @functools.cache
 def commit() -> str:
-    """The commit of the source, "unknown" outside a checkout."""
+    """The commit of the source: RESQ_COMMIT, else git's; "unknown" outside a checkout."""
+    if given := os.environ.get("RESQ_COMMIT"):
+        return given
     if not (ROOT / ".git").exists():  # an installed wheel may lie in another project's checkout
         return "unknown"
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]

@@ -64,9 +64,16 @@ ARGS = SimpleNamespace(shapes=["square"], batch=[1, 5])
 
 
 def sweep() -> list[list[dict[str, Any]]]:
+    """The batches; each with a choice that failed is a sentence too, in the same order."""
     bench = BenchDevice(rounds=3)
     batches = list(choices.sweep(bench, ARGS))
-    assert not bench.failures
+    wrong = [[row for row in batch if row["error"]] for batch in batches]
+    assert bench.failures == [
+        f"mixed_gemm: square {rows[0]['layer']} M = {rows[0]['m']}: {len(rows)} of 3 choices "
+        f"failed, first {rows[0]['choice']}: {rows[0]['error']}"
+        for rows in wrong
+        if rows
+    ]
     return batches
 
 

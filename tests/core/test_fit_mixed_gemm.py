@@ -175,6 +175,9 @@ def test_a_chip_without_a_row_gets_one(fit: ModuleType, records: Maker, tmp_path
         "5120 bits of memory bus, which has no row, got none\n"
     )
     assert header.read_text() == fit.HEADER.read_text()
+    taken = run(path, "--write", "--header", header, "--chip", "h100")
+    assert taken.returncode == 1 and "expected a new name, as sm_90 with 114" in taken.stderr
+    assert header.read_text() == fit.HEADER.read_text()
     done = run(path, "--write", "--header", header, "--chip", "h100_pcie")
     assert done.returncode == 0, done.stderr
     assert '    {"h100_pcie", 9, 0, 114, 5120, {.small_m_up_to = 56}},\n};' in header.read_text()
@@ -192,8 +195,17 @@ ODD = [
     (json.dumps({"device": H100, "choices": [{**ROW, "us": None}]}),
      "expected at least one shape with a measured choice, got none"),
     (json.dumps({"device": H100, "choices": [{"m": 1}]}), "got one without 'n'"),
-    (json.dumps({"device": H100 | {"family": "sm70"}, "choices": [ROW]}),
-     "family: expected one of sm80, sm90, portable, got sm70"),
+    (json.dumps({"device": H100 | {"family": "portable"}, "choices": [ROW]}),
+     "family: expected sm90, which sm_90 with .* runs, got portable"),
+    (json.dumps({"device": H100 | {"multiprocessors": 0}, "choices": [ROW]}),
+     "multiprocessors: expected at least 1, got 0"),
+    (json.dumps({"device": H100, "choices": [{**ROW, "m": 0}]}), "x: expected a shape"),
+    (json.dumps({"device": H100, "choices": [{**ROW, "n": 2**40}]}), "x: expected a shape"),
+    (json.dumps({"device": H100, "choices": [{**ROW, "packed": "false"}]}), "x: expected a shape"),
+    (json.dumps({"device": H100, "choices": [{**ROW, "us": True}]}), "or null, got True"),
+    (json.dumps({"device": H100, "choices": [{**ROW, "us": 10**400}]}), "or null, got 1000"),
+    ("[" * 100_000, "expected a JSON file, got "),
+    ('{"steps": [{"name": "info"}]}', "got one without 'device'"),
 ]  # fmt: skip
 
 
@@ -212,5 +224,9 @@ def test_sweeps_of_two_chips_are_refused(fit: ModuleType, library: object, tmp_p
     two = write(tmp_path / "2.json", A100, [ROW])
     with pytest.raises(fit.Refused, match="expected a sweep of the same chip as the first, sm_90"):
         fit.Sweep(library, [one, two])
+    figures = json.loads(Path(one).read_text())
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({"steps": [{"name": "gemm-choices", "figures": figures}]}))
+    assert fit.Sweep(library, [str(report)]).times == fit.Sweep(library, [one]).times
     twice = fit.Sweep(library, [one, write(tmp_path / "3.json", H100, [{**ROW, "us": 3.0}])])
     assert list(twice.times.values()) == [{"x": 2.0}]

@@ -66,6 +66,7 @@ import sys
 for i in range(300):
     open(f"{sys.argv[1]}.{i}", "w").write("x" * 10_000)
 open(sys.argv[1] + ".large", "w").write("x" * 20_000_000)
+open(sys.argv[1] + ".json", "w").write("[]")
 print("the first line")
 for _ in range(20_000):
     print("y" * 500)
@@ -132,7 +133,7 @@ def test_whatever_a_step_does_every_other_result_is_there(tmp_path: Path) -> Non
     assert "rows[0].us: expected a number, got nan" in entries["nan"]["summary"]
     assert "why it failed" in entries["fails"]["end"] and entries["fails"]["exit_code"] == 3
     assert "stopped after 4 s" in entries["hangs"]["end"]
-    assert "SIGSEGV" in entries["crashes"]["end"]
+    assert "signal 11 (Segmentation fault)" in entries["crashes"]["end"]
     assert "/no/such/tool" in entries["absent"]["end"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "logs.tar.gz",
@@ -143,7 +144,7 @@ def test_whatever_a_step_does_every_other_result_is_there(tmp_path: Path) -> Non
     with tarfile.open(tmp_path / "logs.tar.gz") as archive:
         log = archive.extractfile("floods/log.txt").read().decode()
         names = archive.getnames()
-    assert log.startswith("the first line") and log.rstrip().endswith("the last line")
+    assert log.startswith("the first line") and "\nthe last line\n" in log[-100:]
     assert "bytes left out" in log and len(log) < 300_000
     assert "floods/result.large" not in names and "before/result.json" in names
 
@@ -179,6 +180,92 @@ def read(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"steps": []}
 
 
+ODD = {
+    "deep": "'[' * 100_000",
+    "a constant": '\'{"rows": [{"us": Infinity}]}\'',
+    "too large": "'[' + '1, ' * 2_000_000 + '1]'",
+    "no text": "'\\udcff{}'.encode('utf-8', 'surrogateescape').decode('latin-1')",
+}
+ODD_FIGURES = {
+    "a surrogate": {"rows": [{"op": "\ud800", "ours_us": 1.0}]},
+    "rows that are numbers": {"rows": [1, 2]},
+    "rows that are no list": {"rows": {"a": 1}},
+    "a word for a time": {"rows": [{"op": "x", "ours_us": "fast"}]},
+    "odd choices": {"choices": [{"model": 1}]},
+}
+
+
+def test_an_odd_result_costs_its_own_step(tmp_path: Path) -> None:
+    write = "import sys; open(sys.argv[1] + '.json', 'w').write({})"
+    texts = ODD | {name: repr(json.dumps(value)) for name, value in ODD_FIGURES.items()}
+    steps = [
+        Step(name=name, arguments=("-c", write.format(text), "{out}"), limit_s=20, decides="")
+        for name, text in texts.items()
+    ]
+    none = Step(name="none", arguments=("-c", "pass", "{out}"), limit_s=20, decides="")
+    signal_40 = step("signal 40", "import os; os.kill(os.getpid(), 40)")
+    report = run([*steps, none, signal_40, good("after")], tmp_path)
+    expected = dict.fromkeys([*ODD, "none"], "failed") | dict.fromkeys(ODD_FIGURES, "passed")
+    assert statuses(report) == expected | {"signal 40": "crashed", "after": "passed"}
+    text = (tmp_path / "report.md").read_text()
+    assert "rows that are numbers: its rows cannot be read" in text and "after " in text
+
+
+def test_what_the_environment_of_a_step_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTEST_ADDOPTS", "PY_COLORS", "FORCE_COLOR"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    monkeypatch.setenv("RESQ_COMMIT", "abc")
+    gpu_check.commit.cache_clear()
+    show = "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[1] + '.json', 'w'))"
+    entry = Step(
+        name="show",
+        arguments=("-c", show, "{out}"),
+        limit_s=20,
+        decides="",
+        environment={"RESQ_DEPENDENT_LAUNCHES": "0"},
+    )
+    found = run([entry], tmp_path)["steps"][0]["figures"]
+    gpu_check.commit.cache_clear()
+    assert not {"PYTEST_ADDOPTS", "PY_COLORS", "FORCE_COLOR"} & set(found)
+    assert found["PYTHONPATH"] == f"{ROOT}:/elsewhere"
+    assert found["PATH"].split(":")[-1] == "/usr/local/cuda/bin"
+    assert (found["RESQ_COMMIT"], found["RESQ_DEPENDENT_LAUNCHES"]) == ("abc", "0")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_ended_leaves_no_step_behind(number: int, tmp_path: Path) -> None:
+    """At once, or after SIGKILL when the next one starts."""
+    program = f"""
+import sys
+sys.path[:0] = [{str(ROOT / "tools")!r}]
+import gpu_check
+from gpu.steps import Step
+step = Step(name="info", arguments=("-c", {HANGS!r}), limit_s=60, decides="")
+gpu_check.STEPS = [step]
+gpu_check.LIBRARIES = ()
+sys.argv = ["gpu_check", "--out", {str(tmp_path / "out")!r}]
+raise SystemExit(gpu_check.main())
+"""
+    process = subprocess.Popen([sys.executable, "-c", program])
+
+    def of_the_step() -> list[int]:
+        marked = gpu_check.runner.marked()
+        return [pid for pid, of in marked.items() if of.startswith(f"{process.pid}-")]
+
+    end = time.monotonic() + 30
+    while len(of_the_step()) < 4 and time.monotonic() < end:
+        time.sleep(0.1)
+    assert len(of_the_step()) == 4
+    process.send_signal(number)
+    process.wait(20)
+    if number == signal.SIGKILL:
+        assert of_the_step()
+        gpu_check.runner.kill_left_over()
+    assert not of_the_step()
+    assert read(tmp_path / "out")["steps"] == []
+
+
 def test_minutes_take_the_steps_that_fit_in_order_of_value(tmp_path: Path) -> None:
     steps = [
         step("quick", "pass", limit_s=3),
@@ -211,7 +298,7 @@ def test_a_full_disk_costs_one_version_of_the_report(
     monkeypatch.setattr(Path, "write_bytes", full)
     report = run([good("first"), good("second"), good("third")], tmp_path)
     assert list(statuses(report)) == ["first", "second", "third"]
-    assert "No space left on device" in capsys.readouterr().err
+    assert "No space left on device" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -251,6 +338,10 @@ def test_without_cuda_s_kernels_nothing_else_is_tried(tmp_path: Path) -> None:
     report = run([info, good("next")], tmp_path)
     assert list(statuses(report).values()) == ["passed", "skipped"]
     assert report["steps"][1]["summary"] == "no kernels of CUDA here: no driver"
+    report = run([step("info", "raise SystemExit(1)"), good("next")], tmp_path)
+    assert list(statuses(report).values()) == ["failed", "skipped"]
+    report = run([step("info", "import time; time.sleep(60)", limit_s=1), good("next")], tmp_path)
+    assert list(statuses(report).values()) == ["timeout", "passed"]
 
 
 def test_the_markdown_fits_and_names_every_failure_first(tmp_path: Path) -> None:
@@ -272,6 +363,13 @@ def test_the_markdown_fits_and_names_every_failure_first(tmp_path: Path) -> None
 def program(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "tools/gpu_check.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd="/")
+
+
+def test_an_older_report_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("older")
+    done = program("--dry", "--out", str(tmp_path))
+    assert done.returncode == 2 and "--out: expected a folder without a report, got" in done.stderr
+    assert (tmp_path / "report.json").read_text() == "older"
 
 
 @pytest.mark.parametrize(

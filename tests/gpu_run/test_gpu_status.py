@@ -44,8 +44,20 @@ def test_the_latest_report_counts_and_a_dry_run_does_not() -> None:
     old = report("2026-12-01")
     new = report("2026-12-05", first_mixed_gemm="failed", memcheck="skipped")
     dry = report("2026-12-09") | {"dry": True}
-    page = gpu_status.page([new, old, dry])
+    page = gpu_status.page([old, new, dry])
     assert "2026-12-05" in row(page, "mixed_quantize") and "2026-12-09" not in page
     assert "**first-mixed_gemm failed**" in row(page, "mixed_gemm sm90")
     assert "2026-12-01" in row(page, "memory (compute-sanitizer memcheck)")
     assert "No kernel has run" in gpu_status.page([dry])
+
+
+def test_reports_of_one_run_in_several_parts_are_one() -> None:
+    first = report("2026-12-01", values_hadamard="skipped", compile="skipped")
+    second = report("2026-12-01")
+    second["steps"] = [s for s in second["steps"] if s["name"] in ("info", "values-hadamard")]
+    page = gpu_status.page([first, second])
+    assert row(page, "hadamard").endswith("passed: NVIDIA X1, 2026-12-01, commit abc |")
+    assert row(page, "mixed_quantize").endswith("passed: NVIDIA X1, 2026-12-01, commit abc |")
+    assert row(page, "torch.compile, opcheck").endswith("never run |")
+    again = report("2026-12-01")  # after the fault was mended, the same day
+    assert "failed" not in gpu_status.page([report("2026-12-01", first_mixed_gemm="failed"), again])

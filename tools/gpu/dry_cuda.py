@@ -221,6 +221,11 @@ def outside_modes(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def refuse_pointers(library: object) -> None:
+    """Ends where a library would get addresses, which are not a GPU's."""
+    raise RuntimeError(f"{type(library).__name__} was opened, but the dry device has no addresses")
+
+
 def install() -> None:
     """Makes torch.cuda the dry device, and resq_kernels take it for a supported one."""
     load_inline("resq_dry_cuda_guard", GUARD, is_python_module=False, extra_cflags=["-O0"])
@@ -260,7 +265,7 @@ def install() -> None:
     bias.causal_lower_right = outside_modes(lower_right)
     torch.library.opcheck = lambda op, args: op(*args)
     from resq_kernels import _library
-    from resq_kernels.bench import cuda_timing, models, peaks
+    from resq_kernels.bench import cuda_timing, cutlass_s4s8, models, peaks
 
     _library.CUDA_MISSING = ""
     for name in ("cuda_family", "mixed_gemm_kernel"):
@@ -271,6 +276,8 @@ def install() -> None:
     sizes = {"llama": (256, 192, 2, 4, 2, 320), "qwen2": (256, 192, 2, 4, 2, 320)}
     for name, (kind, *_, tied) in models.SIZES.items():
         models.SIZES[name] = (kind, *sizes[kind], tied)
+    opened = cutlass_s4s8.load
+    cutlass_s4s8.load = lambda: refuse_pointers(opened())
     cuda_timing.COLD_BYTES = 1 << 20
     peaks.WIDTH["cuda"] = 64
     alternate = cuda_timing.alternate

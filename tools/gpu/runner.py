@@ -1,8 +1,9 @@
 """Runs one step of the GPU run, so that nothing that it does reaches the other steps.
 
 A step is a process group of its own with a limit. Its output is read while it runs and kept within
-bounds; at the limit, and when it ends, every process that it started is killed, also those that
-left its group. Its other files go to a folder that is deleted afterwards.
+bounds. At the limit, when it ends, and when the run itself is stopped, its processes are killed,
+also those that left its group: they are found by a variable in their environment. Its other files
+go to a folder that is deleted afterwards.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-MARKER = "RESQ_GPU_CHECK_STEP"  # in the environment of every process of a step
+MARKER = "RESQ_GPU_CHECK_STEP"  # variable of every process of a step: this process, the step
+CUDA_TOOLS = "/usr/local/cuda/bin"  # where nvcc, ncu and compute-sanitizer are, if not on PATH
+# They change what pytest prints, which gpu_check reads.
+DROPPED = ("PYTEST_ADDOPTS", "PY_COLORS", "FORCE_COLOR")
 HEAD, TAIL = 64 << 10, 192 << 10  # bytes of a step's output that are kept: its first and its last
 LARGEST_FILE = 4 << 20  # bytes of a result that is kept
 GRACE_SECONDS = 2.0  # between SIGTERM and SIGKILL
 READER_SECONDS = 5.0
+KILLED_SECONDS = 10.0  # in which a killed process should have ended; one in the driver may not
 
 Result = dict[str, Any]
 
@@ -66,28 +71,45 @@ class BoundedLog:
         return "".join(parts)
 
 
-def processes(marker: str) -> list[int]:
-    """Processes whose environment holds the marker of a step, whatever their group or parent."""
-    found = []
-    wanted = f"{MARKER}={marker}".encode()
+def marked() -> dict[int, str]:
+    """Process -> marker of every process of a step, whatever its group or parent."""
+    found = {}
+    name = f"{MARKER}=".encode()
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            if wanted in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
+            for variable in path.read_bytes().split(b"\0"):
+                if variable.startswith(name):
+                    found[int(path.parent.name)] = variable[len(name) :].decode(errors="replace")
     return found
 
 
-def kill(group: int, marker: str) -> None:
+def kill(marker: str) -> None:
     """Ends a step's processes: SIGTERM, so that a benchmark may write what it has, then SIGKILL."""
     for number, wait in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, 0.0)):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, number)
-        for process in processes(marker):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(process, number)
+        for process, of in marked().items():
+            if of == marker:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(process, number)
         end = time.monotonic() + wait
-        while time.monotonic() < end and processes(marker):
+        while time.monotonic() < end and marker in marked().values():
             time.sleep(0.05)
+
+
+def kill_left_over() -> None:
+    """Ends the steps of runs that were killed themselves."""
+    for marker in set(marked().values()):
+        if not Path(f"/proc/{marker.partition('-')[0]}").exists():
+            kill(marker)
+
+
+def variables(environment: dict[str, str], marker: str, folder: str) -> dict[str, str]:
+    """The environment of a step."""
+    inherited = {name: value for name, value in os.environ.items() if name not in DROPPED}
+    for name, first in (("PYTHONPATH", str(ROOT)), ("PATH", "")):
+        parts = [first, inherited.get(name, ""), CUDA_TOOLS if name == "PATH" else ""]
+        inherited[name] = os.pathsep.join(filter(None, parts))
+    own = {"PYTHONUNBUFFERED": "1", MARKER: marker, "TMPDIR": folder}
+    return inherited | own | environment
 
 
 def run(command: Sequence[str], environment: dict[str, str], limit_s: float) -> Result:
@@ -102,10 +124,8 @@ def run(command: Sequence[str], environment: dict[str, str], limit_s: float) -> 
         status ("passed", "failed", "timeout" or "crashed"), exit_code (None after a timeout),
         seconds, log, and files: name -> bytes of what it wrote under "{out}".
     """
-    start, marker = time.monotonic(), uuid.uuid4().hex
+    start, marker = time.monotonic(), f"{os.getpid()}-{uuid.uuid4().hex}"
     with tempfile.TemporaryDirectory(prefix="resq-gpu-", ignore_cleanup_errors=True) as folder:
-        variables = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        variables |= environment | {MARKER: marker, "TMPDIR": folder}
         arguments = [part.replace("{out}", f"{folder}/result") for part in command]
         read, write = os.pipe()
         log = BoundedLog(read)
@@ -113,30 +133,39 @@ def run(command: Sequence[str], environment: dict[str, str], limit_s: float) -> 
             process = subprocess.Popen(
                 arguments,
                 cwd=ROOT,
-                env=variables,
+                env=variables(environment, marker, folder),
                 stdin=subprocess.DEVNULL,
                 stdout=write,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
         except OSError as error:
-            os.close(write)
             return {"status": "failed", "exit_code": None, "seconds": 0.0, "log": str(error)} | {
                 "files": {}
             }
-        os.close(write)
+        finally:
+            os.close(write)
+        ended = True
         try:
             code: int | None = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             code = None
-        kill(process.pid, marker)
-        process.wait()
+        finally:  # also where a signal ends this run
+            kill(marker)
+        try:
+            process.wait(KILLED_SECONDS)
+        except subprocess.TimeoutExpired:
+            ended = False
         text = log.text()
-        files = collected(Path(folder))
+        files, too_large = collected(Path(folder))
     if code is None:
         text += f"\nstopped after {limit_s:g} s\n"
     elif code < 0:
-        text += f"\nended by signal {-code} ({signal.Signals(-code).name})\n"
+        name = signal.strsignal(-code) if -code < signal.NSIG else None
+        text += f"\nended by signal {-code} ({name})\n"
+    if not ended:
+        text += f"\nstill there {KILLED_SECONDS:g} s after SIGKILL\n"
+    text += "".join(f"\n{name}: too large to keep\n" for name in too_large)
     # Under a wrapper (a profiler, a shell) a signal arrives as 128 + its number.
     crashed = code is not None and (code < 0 or code > 128)
     status = "timeout" if code is None else "crashed" if crashed else "failed"
@@ -149,14 +178,16 @@ def run(command: Sequence[str], environment: dict[str, str], limit_s: float) -> 
     }
 
 
-def collected(folder: Path) -> dict[str, bytes]:
-    """What a step left as result.*, as far as it is not too large to travel."""
-    files = {}
+def collected(folder: Path) -> tuple[dict[str, bytes], list[str]]:
+    """What a step left as result.*, and the names of those that are too large to travel."""
+    files, too_large = {}, []
     for path in sorted(folder.glob("result.*")):
         with contextlib.suppress(OSError):
             if path.is_file() and path.stat().st_size <= LARGEST_FILE:
                 files[path.name] = path.read_bytes()
-    return files
+            elif path.is_file():
+                too_large.append(path.name)
+    return files, too_large
 
 
 def figures(files: dict[str, bytes]) -> tuple[Any, list[str]]:
@@ -164,11 +195,10 @@ def figures(files: dict[str, bytes]) -> tuple[Any, list[str]]:
     if "result.json" not in files:
         return None, []
     try:
-        value = json.loads(files["result.json"])
-    except ValueError as error:
+        faults: list[str] = []
+        return _finite(json.loads(files["result.json"]), "", faults), faults
+    except (ValueError, RecursionError) as error:
         return None, [f"result.json: {error}"]
-    faults: list[str] = []
-    return _finite(value, "", faults), faults
 
 
 def _finite(value: Any, where: str, faults: list[str]) -> Any:

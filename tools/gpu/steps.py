@@ -98,14 +98,14 @@ def figures() -> list[Step]:
         bench("latency", 60, "what each small kernel costs in a chain of launches", small),
         bench(
             "latency-ordinary",
-            60,
+            40,
             "what dependent launches hide (note 0023)",
             small,
             environment=ORDINARY,
         ),
         bench(
             "latency-carveout",
-            60,
+            40,
             "whether changes of the shared-memory carveout keep launches from overlapping",
             small,
             environment=CARVEOUT,
@@ -113,7 +113,7 @@ def figures() -> list[Step]:
         bench("peaks", 60, "the bounds of every other figure", "peaks"),
         bench(
             "gemm-choices",
-            200,
+            150,
             "the table that mixed_gemm chooses from (tools/fit_mixed_gemm.py)",
             f"gemm {of_8b} --batch 1,4,16,32,64,96,128,256,2048 --choices all",
         ),
@@ -225,7 +225,7 @@ def tools() -> list[Step]:
             limit_s=120,
             decides="what binds mixed_gemm at M = 1, 64, 128, 2048",
             wrapper=(*NCU, *sections, "--kernel-name", "regex:mixed_gemm", "--launch-count", "8"),
-            summary=r"(\d+) calls of mixed_gemm",
+            summary=r"==PROF== Profiling \"(\w+)\"",  # the last of the kernels
         ),
         tests(
             "compile",
