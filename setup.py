@@ -7,7 +7,7 @@ for.
 
 Knobs: CXX, MAX_JOBS, RESQ_SANITIZE=address,undefined (CPU test builds); RESQ_CUDA=auto|0|1,
 CUDA_HOME, CUTLASS_PATH, RESQ_CUDA_ARCHS (default "80;86;89;90a;ptx"); RESQ_CUDA_BENCHMARKS=1 with
---inplace also builds what `resq bench` compares with (benchmarks/cuda/cutlass_s4s8.so).
+--inplace also builds what `resq bench` compares with (benchmarks/cuda/*.so).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11, our floor
 DEFAULT_ARCHS = "80;86;89;90a;ptx"
-CUTLASS_BENCHMARK = "benchmarks/cuda/cutlass_s4s8.cu"
+BENCHMARKS = ("benchmarks/cuda/cutlass_s4s8.cu", "benchmarks/cuda/int8_ceiling.cu")
 NO_TORCH = """resq_kernels: PyTorch >= 2.11 must be installed before this package is built:
   pip install torch            # or torch==2.13.0, or a CUDA build
   pip install --no-build-isolation ."""
@@ -93,7 +93,7 @@ def gencode(source: str) -> str:
     if source.endswith("_sm80.cu"):
         flags = [f"arch=compute_{a},code=sm_{a}" for a in real if a.startswith("8")]
         flags = flags or ["arch=compute_80,code=compute_80"]  # the launcher must link
-    elif source.endswith("_sm90.cu") or source == CUTLASS_BENCHMARK:
+    elif source.endswith("_sm90.cu") or source in BENCHMARKS:
         flags = ["arch=compute_90a,code=sm_90a"]
     else:
         flags = [f"arch=compute_{a},code=sm_{a}" for a in (arch.rstrip("a") for arch in real)]
@@ -198,7 +198,7 @@ if NVCC:
 if os.environ.get("RESQ_CUDA_BENCHMARKS", "0") != "0":
     if not NVCC:
         sys.exit("resq_kernels: RESQ_CUDA_BENCHMARKS: expected nvcc, found none")
-    EXTENSIONS.append(Extension("benchmarks.cuda.cutlass_s4s8", [CUTLASS_BENCHMARK]))
+    EXTENSIONS += [Extension(f"benchmarks.cuda.{Path(s).stem}", [s]) for s in BENCHMARKS]
 
 setup(
     ext_modules=EXTENSIONS,

@@ -1,8 +1,6 @@
 // Rate of 8-bit wgmma: the ceiling that mixed_gemm on sm_90a is measured against. Two warpgroups a
-// block multiply registers by shared memory and touch nothing else.
-//
-//   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -shared -Xcompiler -fPIC \
-//     int8_ceiling.cu -o int8_ceiling.so
+// block multiply registers by shared memory and touch nothing else. Built by RESQ_CUDA_BENCHMARKS=1
+// (docs/cuda.md).
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -62,6 +60,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
+#pragma GCC visibility push(default)
+
 // Launches `blocks` blocks; returns the multiply-adds of the launch times two, or a negative error.
 // codes: at least 16384 random bytes; out: blocks * 256 ints.
 extern "C" double int8_ceiling_launch(const void* codes, void* out, int blocks, int steps,
@@ -76,3 +76,5 @@ extern "C" double int8_ceiling_launch(const void* codes, void* out, int blocks, 
   if (error != cudaSuccess) return -static_cast<double>(error);
   return 2.0 * blocks * (kThreads / 128) * steps * kUnroll * kRows * kTokens * kDepth;
 }
+
+#pragma GCC visibility pop

@@ -11,7 +11,6 @@ import ctypes
 import shutil
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -177,33 +176,28 @@ def copy_bandwidth(megabytes: int = 2048, repeats: int = 10) -> float:
     return 2 * source.numel() / min(seconds[1:])
 
 
-def int8_rate(source: Path, steps: int = 4000, repeats: int = 5) -> float | None:
-    """Operations per second of 8-bit wgmma alone (benchmarks/cuda/int8_ceiling.cu).
+def int8_rate(library: Path, steps: int = 4000, repeats: int = 5) -> float | None:
+    """Operations per second of 8-bit wgmma alone (benchmarks/cuda/int8_ceiling.cu, built as
+    `library`).
 
-    None if there is no nvcc, or the device is not sm_90.
+    None if the device is not sm_90.
     """
-    nvcc = shutil.which("nvcc")
-    if nvcc is None or torch.cuda.get_device_capability() != (9, 0):
+    if torch.cuda.get_device_capability() != (9, 0):
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "int8_ceiling.so"
-        flags = ["-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a"]
-        flags += ["-shared", "-Xcompiler", "-fPIC"]
-        subprocess.run([nvcc, *flags, str(source), "-o", str(library)], check=True)
-        launch = ctypes.CDLL(str(library)).int8_ceiling_launch
-        launch.restype = ctypes.c_double
-        codes = torch.randint(0, 256, (16384,), dtype=torch.uint8, device="cuda")
-        blocks = torch.cuda.get_device_properties(0).multi_processor_count
-        out = torch.empty(blocks * 256, dtype=torch.int32, device="cuda")
-        operations = 0.0
+    launch = ctypes.CDLL(str(library)).int8_ceiling_launch
+    launch.restype = ctypes.c_double
+    codes = torch.randint(0, 256, (16384,), dtype=torch.uint8, device="cuda")
+    blocks = torch.cuda.get_device_properties(0).multi_processor_count
+    out = torch.empty(blocks * 256, dtype=torch.int32, device="cuda")
+    operations = 0.0
 
-        def run() -> None:
-            nonlocal operations
-            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            pointers = [ctypes.c_void_p(t.data_ptr()) for t in (codes, out)]
-            operations = launch(*pointers, blocks, steps, stream)
-            if operations < 0:
-                raise RuntimeError(f"int8_ceiling: expected a launch, got CUDA error {-operations}")
+    def run() -> None:
+        nonlocal operations
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (codes, out)]
+        operations = launch(*pointers, blocks, steps, stream)
+        if operations < 0:
+            raise RuntimeError(f"int8_ceiling: expected a launch, got CUDA error {-operations}")
 
-        seconds = [event_seconds(run) for _ in range(repeats)]
-        return operations / min(seconds[1:])
+    seconds = [event_seconds(run) for _ in range(repeats)]
+    return operations / min(seconds[1:])

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from resq_kernels.bench.device import BenchDevice, Row, Work, nbytes
+from resq_kernels.bench.device import INT8_CEILING, BenchDevice, Row, Work, nbytes
 
 MODELS = ()
 DEFAULTS: dict[str, object] = {}
@@ -28,7 +28,9 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
         missing: receives the reason where the rate of integer products cannot be measured.
     """
     if bench.products_per_second is None:
-        missing["integer products"] = "needs nvcc and sm_90 on a GPU, a compiler on a CPU"
+        missing["integer products"] = (
+            f"on a GPU: needs sm_90 and {INT8_CEILING.name} (docs/cuda.md); on a CPU: a compiler"
+        )
     yield from bench.attempted(partial(_rows, bench))
 
 
