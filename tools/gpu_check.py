@@ -215,7 +215,8 @@ def main() -> int:
     except OSError as error:
         parser.error(f"--out: expected a folder that can be written to, got {error}")
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end_on)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, end_on)
     runner.kill_left_over()
     facts = {
         "date": time.strftime("%Y-%m-%d"),

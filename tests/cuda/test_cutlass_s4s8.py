@@ -37,7 +37,7 @@ def library() -> ctypes.CDLL:
         pytest.skip("no nvcc: CUDA kernels cannot be compiled")
     return cuda_emu.load(
         cuda_emu.build(
-            [emulation.ROOT / project.CUTLASS_BENCHMARK],
+            [emulation.ROOT / project.BENCHMARKS[0]],
             emulation.ROOT / "build/cuda_emu/cutlass_s4s8.so",
             arch="sm_90a",
             include_dirs=[project.cutlass_include()],

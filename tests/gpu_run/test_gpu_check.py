@@ -247,7 +247,13 @@ gpu_check.LIBRARIES = ()
 sys.argv = ["gpu_check", "--out", {str(tmp_path / "out")!r}]
 raise SystemExit(gpu_check.main())
 """
-    process = subprocess.Popen([sys.executable, "-c", program])
+    # Whatever started these tests may ignore signals, which a child inherits.
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        preexec_fn=lambda: [
+            signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)
+        ],
+    )
 
     def of_the_step() -> list[int]:
         marked = gpu_check.runner.marked()
