@@ -180,9 +180,9 @@ def int8_rate(library: Path, steps: int = 4000, repeats: int = 5) -> float | Non
     """Operations per second of 8-bit wgmma alone (benchmarks/cuda/int8_ceiling.cu, built as
     `library`).
 
-    None if the device is not sm_90.
+    None if the device is not sm_90, or there is no such library.
     """
-    if torch.cuda.get_device_capability() != (9, 0):
+    if torch.cuda.get_device_capability() != (9, 0) or not library.exists():
         return None
     launch = ctypes.CDLL(str(library)).int8_ceiling_launch
     launch.restype = ctypes.c_double

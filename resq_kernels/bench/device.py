@@ -152,7 +152,7 @@ class BenchDevice:
         try:
             if not self.on_gpu:
                 return int_rate.integer_rate(torch.get_num_threads())
-            operations = cuda_timing.int8_rate(INT8_CEILING) if INT8_CEILING.exists() else None
+            operations = cuda_timing.int8_rate(INT8_CEILING)
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             sys.stderr.write(f"resq: the rate of integer products is not measured: {error}\n")
             return None
