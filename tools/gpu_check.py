@@ -200,8 +200,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if not arguments.minutes > 0:
         parser.error(f"--minutes: expected more than 0, got {arguments.minutes:g}")
-    missing = [name for name in LIBRARIES[: 1 if arguments.dry else 2]]
-    missing = [name for name in missing if not (runner.ROOT / name).exists()]
+    needed = LIBRARIES[:1] if arguments.dry else LIBRARIES
+    missing = [name for name in needed if not (runner.ROOT / name).exists()]
     if missing:
         parser.error(
             f"expected {' and '.join(missing)}, found none; build here, or build elsewhere and "

@@ -7,7 +7,8 @@ import importlib
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -222,17 +223,24 @@ def _time(
     """Times a benchmark's rows."""
     print(report.HEADER)
     written = time.monotonic()
-    try:
+    with _kept(bench, figures, lambda: _write(args, figures)):
         for row in module.rows(bench, args, figures["missing"]):
             figures["rows"].append(row)
             print(report.line(row), flush=True)
             if args.out and time.monotonic() > written + FLUSH_SECONDS:  # a kernel may hang
                 output.write_json(f"{args.out}.json", figures)
                 written = time.monotonic()
+
+
+@contextmanager
+def _kept(bench: BenchDevice, figures: dict[str, Any], write: Callable[[], None]) -> Iterator[None]:
+    """Writes the figures at the end; a run that is stopped keeps what it has, not `complete`."""
+    try:
+        yield
         figures["complete"] = True
-    finally:  # a run that is stopped keeps what it has
+    finally:
         figures |= {"machine_after": bench.machine(), "peaks": bench.peaks()}
-        _write(args, figures)
+        write()
 
 
 def _write(args: argparse.Namespace, figures: dict[str, Any]) -> None:
@@ -253,24 +261,22 @@ def _sweep(args: argparse.Namespace, bench: BenchDevice, figures: dict[str, Any]
     figures |= {"device": facts | {"family": bench.kernels}, "choices": []}
     table: list[list[str]] = []
 
+    def write_out() -> None:
+        if args.out:
+            output.write_json(f"{args.out}.json", figures)
+            report.write_table(Path(args.out), figures, choices.HEADER, table)
+
     def write() -> None:
-        output.write_json(f"{args.out}.json", figures)
-        report.write_table(Path(args.out), figures, choices.HEADER, table)
+        output.write_json(args.json, figures)
+        write_out()
 
     print(choices.line(choices.HEADER))
-    try:
+    with _kept(bench, figures, write):
         for batch in choices.sweep(bench, args):
             figures["choices"] += batch
             table.append(choices.cells(batch))
             print(choices.line(table[-1]), flush=True)
-            if args.out:  # a kernel may hang
-                write()
-        figures["complete"] = True
-    finally:
-        figures |= {"machine_after": bench.machine(), "peaks": bench.peaks()}
-        output.write_json(args.json, figures)
-        if args.out:
-            write()
+            write_out()  # a kernel may hang
 
 
 def _runs(args: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

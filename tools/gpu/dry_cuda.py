@@ -268,7 +268,7 @@ def install() -> None:
     from resq_kernels.bench import cuda_timing, cutlass_s4s8, models, peaks
 
     _library.CUDA_MISSING = ""
-    for name in ("cuda_family", "mixed_gemm_kernel"):
+    for name in ("cuda_family", "cuda_pdl", "mixed_gemm_kernel"):
         setattr(torch.ops.resq, name, returning("dry"))
     torch.ops.resq.mixed_gemm_choices = returning(["dry", "other"])
     torch.ops.resq.force_kernel = returning("")
