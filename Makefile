@@ -43,6 +43,8 @@ $(VENV)/.dependencies: pyproject.toml
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 	@echo "building the libraries (CPU: one to two minutes the first time; CUDA, where nvcc is: more)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+# Of an older build; in this folder Python would read its entry points, not the installed ones.
+	@rm -rf resq_kernels.egg-info
 	@touch $@
 
 demo: $(VENV)/.built

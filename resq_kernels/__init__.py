@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from resq_kernels import _library, integrations  # noqa: F401  the first registers torch.ops.resq.*
+import resq_kernels_autoload
+from resq_kernels import _library  # noqa: F401  registers torch.ops.resq.*
 from resq_kernels import ops as ops
 from resq_kernels.config import ResQConfig
 
@@ -36,7 +37,7 @@ _LAZY = {
     "quantize": "resq_kernels.api",
 }
 
-integrations.register()
+resq_kernels_autoload.register()
 
 
 def __getattr__(name: str) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,6 +37,30 @@ _CONFIG_KEYS = (
 _FORMAT_1 = {"embedding_bits": 16, "tied_head": False}
 
 
+class StoredFormat(NamedTuple):
+    """What a `quantization_config` says about the tensors of its folder.
+
+    Attributes:
+        config: the options that it was made with (`samples`, `seqlen`, `damping` are not stored).
+        tied_head: whether the head reads the embedding's matrix.
+        version: `format_version`.
+    """
+
+    config: ResQConfig
+    tied_head: bool
+    version: int = FORMAT_VERSION
+
+    @property
+    def has_basis(self) -> bool:
+        """Whether the rotation of the hidden states is stored."""
+        return self.version >= 3 and self.config.rotates
+
+    @property
+    def has_guard(self) -> bool:
+        """Whether there is an empty tensor that stops loaders which do not know the format."""
+        return self.version >= 3
+
+
 def quantization_config(
     config: ResQConfig, basis_hash: str, rotation_hash: str, tied_head: bool
 ) -> dict[str, object]:
@@ -53,8 +77,8 @@ def quantization_config(
     }
 
 
-def parse_quantization_config(entry: Mapping[str, Any]) -> tuple[ResQConfig, bool]:
-    """The options that a quantized folder was made with, and whether its head is tied.
+def parse_quantization_config(entry: Mapping[str, Any]) -> StoredFormat:
+    """Reads the `quantization_config` of a quantized folder.
 
     Raises:
         CheckpointError: another method, a newer format, or a missing or impossible value.
@@ -94,18 +118,24 @@ def parse_quantization_config(entry: Mapping[str, Any]) -> tuple[ResQConfig, boo
             f"quantization_config: tied_head: expected false, or true with embedding_bits 8, "
             f"got {tied!r} with {config.embedding_bits}"
         )
-    return config, tied
+    return StoredFormat(config, tied, version)
 
 
 def quantized_tensors(
-    shape: ModelShape, config: ResQConfig, tied_head: bool
+    shape: ModelShape, stored: StoredFormat
 ) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
     """Name -> (shape, allowed dtypes) of every tensor of a quantized folder.
 
     Raises:
         ValueError: a linear's columns do not split as `high_fraction` demands.
     """
+    config, tied_head, _ = stored
     expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
+    if stored.has_guard:
+        expected[architecture.GUARD] = ((0,), (torch.uint8,))
+    if stored.has_basis:
+        expected[architecture.BASIS_ROTATION] = ((shape.hidden, shape.hidden), (torch.float16,))
+        expected[architecture.BASIS_GAIN] = ((shape.hidden,), FLOAT_DTYPES)
 
     def linear(stem: str, rows: int, k_lo: int, k_hi: int) -> None:
         expected[f"{stem}.weight_lo"] = ((rows, k_lo // 2), (torch.uint8,))
@@ -156,10 +186,10 @@ def validate(folder: Path | str) -> ResQConfig:
         raise CheckpointError(
             f"{reader.folder}: config.json: quantization_config: expected an object, got {entry!r}"
         )
-    config, tied_head = parse_quantization_config(entry)
+    stored = parse_quantization_config(entry)
     try:
         shape = ModelShape.from_config(reader.config)
-        expected = quantized_tensors(shape, config, tied_head)
+        expected = quantized_tensors(shape, stored)
     except ValueError as error:
         raise CheckpointError(f"{reader.folder}: {error}") from error
     if shape.tied:
@@ -168,7 +198,7 @@ def validate(folder: Path | str) -> ResQConfig:
         )
     for name, (size, dtypes) in expected.items():
         reader.check(name, size, dtypes)
-    ours = re.compile(r"model\.layers\.\d+\.|model\.embed_tokens\.|lm_head\.")
+    ours = re.compile(r"model\.(layers\.\d+|embed_tokens|hidden_basis)\.|lm_head\.")
     extra = sorted(n for n in reader.tensors if ours.match(n) and n not in expected)
     if extra:
         raise CheckpointError(f"{reader.folder}: {extra[0]}: expected no such tensor, found one")
@@ -180,11 +210,12 @@ def validate(folder: Path | str) -> ResQConfig:
                     f"{reader.folder}: {name}: expected finite scales, got "
                     f"{scales[~(torch.isfinite(scales) & (scales >= 0))][0].item()}"
                 )
-    rotations = [reader.load(n) for n in expected if n.endswith(architecture.KEY_ROTATION)]
-    got = tensors_hash(rotations)
+    names = [name for name in expected if name.endswith(architecture.KEY_ROTATION)]
+    names += [architecture.BASIS_ROTATION] if stored.has_basis else []
+    got = tensors_hash(reader.load(name) for name in names)
     if got != entry["rotation_hash"]:
         raise CheckpointError(
-            f"{reader.folder}: self_attn.key_rotation: expected the hash "
+            f"{reader.folder}: self_attn.key_rotation or hidden_basis.rotation: expected the hash "
             f"{entry['rotation_hash']}, got {got}"
         )
-    return config
+    return stored.config

@@ -109,8 +109,11 @@ def _attention(
     return attention.o_proj(join_heads(out, attention.head_dim_hi).to(dtype)), None
 
 
-def _embedding(rounding: Any, embedding: ResQEmbedding, ids: torch.Tensor) -> torch.Tensor:
-    return reference.embedding(ids, *embedding.codes(), embedding.dtype)
+def _embedding(
+    rounding: Any, embedding: ResQEmbedding, ids: torch.Tensor, rotated: bool = False
+) -> torch.Tensor:
+    rows = reference.embedding(ids, *embedding.codes(), embedding.dtype)
+    return rows if rotated else embedding.restored(rows)
 
 
 def _tied_head(rounding: Any, head: TiedHead, x: torch.Tensor) -> torch.Tensor:

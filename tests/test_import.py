@@ -16,7 +16,13 @@ from resq_kernels.testing.quantized_models import random_quantized
 
 def run(code: str) -> Any:
     """What a fresh interpreter prints as JSON."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        # Elsewhere than in this checkout, which may hold metadata of an older build.
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=sys.prefix,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -56,7 +62,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         "import resq_kernels; from transformers import AutoModelForCausalLM",
         "from transformers import AutoModelForCausalLM; import resq_kernels",
-        "import transformers, resq_kernels; from transformers import AutoModelForCausalLM",
+        # Nobody imports resq_kernels; a module of transformers may be half imported when torch is.
+        "from transformers import AutoModelForCausalLM",
+        "from transformers.quantizers import HfQuantizer\n"
+        "from transformers import AutoModelForCausalLM",
+        "from transformers.modeling_utils import PreTrainedModel\n"
+        "from transformers import AutoModelForCausalLM",
     ],
 )
 def test_a_folder_loads_in_any_order_of_imports(imports: str, folder: Path) -> None:
@@ -67,6 +78,63 @@ def test_a_folder_loads_in_any_order_of_imports(imports: str, folder: Path) -> N
         "print(json.dumps({'type': type(model.model.layers[0].self_attn).__name__}))\n"
     )
     assert found == {"type": "ResQAttention"}
+
+
+@pytest.mark.slow
+def test_without_this_package_a_folder_does_not_load(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would get random weights instead, and talk nonsense."""
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    found = run(
+        "from transformers import AutoModel, AutoModelForCausalLM\n"
+        "import json, sys\n"
+        "words = ['resq_kernels' in sys.modules]\n"
+        "for auto in (AutoModel, AutoModelForCausalLM):\n"
+        "    try:\n"
+        f"        auto.from_pretrained({str(folder)!r})\n"
+        "    except RuntimeError as error:\n"
+        "        words.append('ignore_mismatched_sizes' in str(error))\n"
+        "print(json.dumps(words))\n"
+    )
+    assert found == [False, True, True]
+
+
+@pytest.mark.slow
+def test_a_fault_of_this_package_stops_no_other_program(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that does not load, say: torch and transformers are imported all the same."""
+    broken = tmp_path / "resq_kernels"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise ImportError('_C_cpu.so does not load')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = run(
+        "import json, torch, warnings\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM\n"
+        "LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8,\n"
+        "    num_hidden_layers=1, num_attention_heads=1))\n"
+        "words = [str(w.message) for w in seen if 'resq_kernels' in str(w.message)]\n"
+        "try:\n"
+        f"    AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
+        "    words.append('it loads')\n"
+        "except RuntimeError as error:\n"
+        "    print(json.dumps(words))\n"
+    )
+    expected = "models quantized with ResQ do not load in this program: _C_cpu.so does not load"
+    assert found == [f"resq_kernels: {expected}"]
+
+
+def test_importing_torch_imports_no_more_than_the_entry_point() -> None:
+    found = run(
+        "import json, sys, torch\n"
+        "print(json.dumps(sorted(name for name in sys.modules if 'resq' in name)))\n"
+    )
+    assert [name for name in found if not name.startswith("__editable__")] == [
+        "resq_kernels_autoload"
+    ]
 
 
 def test_public_names() -> None:

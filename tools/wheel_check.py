@@ -14,7 +14,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 PROBE = """
-import pathlib, sys, torch, resq_kernels
+import pathlib, sys, torch
+loaded = [name for name in sys.modules if name.startswith("resq_kernels")]
+assert loaded == ["resq_kernels_autoload"], f"torch's entry point: {loaded}"
+import resq_kernels
 from resq_kernels import ops, reference
 assert pathlib.Path(resq_kernels.__file__).is_relative_to(sys.prefix), resq_kernels.__file__
 assert "transformers" not in sys.modules, "import resq_kernels must stay light"

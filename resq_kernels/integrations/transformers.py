@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -10,8 +11,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from resq_kernels import checkpoint
-from resq_kernels.config import ResQConfig
+from resq_kernels import architecture, checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,14 +49,14 @@ class ResQQuantizer(HfQuantizer):
             )
         super().__init__(quantization_config, **kwargs)
         entry = quantization_config.to_dict()
-        self.config, self.tied_head = checkpoint.parse_quantization_config(entry)
+        self.stored = checkpoint.parse_quantization_config(entry)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         if checkpoint_files:
             checkpoint.validate(Path(checkpoint_files[0]).parent)
-        prepare(model, self.config, self.tied_head)
+        prepare(model, self.stored)
         return model
 
     def _process_model_after_weight_loading(
@@ -66,6 +66,17 @@ class ResQQuantizer(HfQuantizer):
 
         pack(model)
         return model
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What `save_pretrained` writes: the canonical tensors and the guard."""
+        state: dict[str, torch.Tensor] = model.state_dict()
+        if self.stored.has_guard:
+            inside = hasattr(model, model.base_model_prefix)
+            name = architecture.GUARD if inside else architecture.GUARD.removeprefix("model.")
+            state[name] = torch.empty(0, dtype=torch.uint8)
+        return state, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Whether `save_pretrained` works: it writes the canonical tensors."""
@@ -82,7 +93,7 @@ class ResQQuantizer(HfQuantizer):
         return True
 
 
-def prepare(model: PreTrainedModel, config: ResQConfig, tied_head: bool) -> None:
+def prepare(model: PreTrainedModel, stored: checkpoint.StoredFormat) -> None:
     """Swaps the modules of a model (`nn.convert`) and makes transformers pass their arguments.
 
     Raises:
@@ -95,9 +106,12 @@ def prepare(model: PreTrainedModel, config: ResQConfig, tied_head: bool) -> None
             "ResQ: distributed_config: expected None, tensor parallelism is not supported in "
             f"transformers; got {model.config.distributed_config}"
         )
-    convert(model, config, tied_head)
+    convert(model, stored.config, stored.tied_head, stored.has_basis)
+    guard = re.escape(architecture.GUARD.removeprefix("model.")) + "$"
+    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+    model._keys_to_ignore_on_load_unexpected = ignored | {guard}
     register_attention()
-    model.config._attn_implementation = ATTENTION if config.kv_bits == 4 else "sdpa"
+    model.config._attn_implementation = ATTENTION if stored.config.kv_bits == 4 else "sdpa"
 
 
 def register_attention() -> None:

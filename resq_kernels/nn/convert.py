@@ -15,6 +15,7 @@ from resq_kernels.nn.attention import ResQAttention
 from resq_kernels.nn.batch import ForwardPass
 from resq_kernels.nn.embedding import ResQEmbedding, TiedHead
 from resq_kernels.nn.fused import FusesLinears
+from resq_kernels.nn.hidden_basis import HiddenBasis, RotatedEmbedding, attach
 from resq_kernels.nn.layer import CLASSES
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.mlp import ResQMLP
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
 
 
-def convert(model: PreTrainedModel, config: ResQConfig, tied_head: bool) -> None:
+def convert(
+    model: PreTrainedModel, config: ResQConfig, tied_head: bool, stores_basis: bool = True
+) -> None:
     """Replaces modules of a model in place: norms, attention and MLP of every decoder layer, the
     layer's `forward`, and embedding and lm_head if they are in 8 bits. The last norm stays.
 
@@ -38,6 +41,7 @@ def convert(model: PreTrainedModel, config: ResQConfig, tied_head: bool) -> None
         model: `LlamaForCausalLM`, `Qwen2ForCausalLM` or another head on the same decoder.
         config: how the checkpoint was quantized.
         tied_head: whether the head reads the embedding's matrix; with `embedding_bits` 8 only.
+        stores_basis: whether the checkpoint of a rotated model holds the rotation.
 
     Raises:
         ValueError: another architecture, or columns that do not split as `high_fraction` demands.
@@ -47,8 +51,16 @@ def convert(model: PreTrainedModel, config: ResQConfig, tied_head: bool) -> None
     for index, layer in enumerate(decoder.layers):
         _convert_layer(layer, index, shape, config)
     decoder.register_forward_pre_hook(_share_metadata, with_kwargs=True)
+    like = decoder.embed_tokens.weight
+    basis = None
+    if config.rotates:
+        basis = HiddenBasis(shape.hidden, stored=stores_basis, dtype=like.dtype, device=like.device)
+        attach(decoder, restore_last=not hasattr(model, "lm_head"))
     if config.embedding_bits == 8:
-        _convert_embedding(model, decoder, config, tied_head)
+        _convert_embedding(model, decoder, config, tied_head, basis)
+    elif basis is not None:
+        decoder.embed_tokens = RotatedEmbedding(decoder.embed_tokens, basis)
+    decoder.hidden_basis = basis
 
 
 def _share_metadata(
@@ -132,11 +144,17 @@ def _convert_layer(
 
 
 def _convert_embedding(
-    model: PreTrainedModel, decoder: LlamaModel | Qwen2Model, config: ResQConfig, tied_head: bool
+    model: PreTrainedModel,
+    decoder: LlamaModel | Qwen2Model,
+    config: ResQConfig,
+    tied_head: bool,
+    basis: HiddenBasis | None,
 ) -> None:
     like = decoder.embed_tokens.weight
     vocabulary, hidden = like.shape
-    decoder.embed_tokens = ResQEmbedding(vocabulary, hidden, dtype=like.dtype, device=like.device)
+    decoder.embed_tokens = ResQEmbedding(
+        vocabulary, hidden, basis, dtype=like.dtype, device=like.device
+    )
     # transformers takes the model's dtype from the first floating parameter: not from a scale.
     decoder._modules = {"norm": decoder.norm, **decoder._modules}
     if not hasattr(model, "lm_head"):

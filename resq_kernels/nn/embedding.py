@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from resq_kernels import ops
+from resq_kernels.nn.hidden_basis import HiddenBasis
 from resq_kernels.nn.linear import ResQLinear
 
 
@@ -17,6 +18,7 @@ class ResQEmbedding(ResQLinear):
 
     Args:
         vocabulary, hidden: rows and columns.
+        basis: of a rotated model, whose matrix is E U_A; None if the matrix is E.
         dtype: compute dtype, of the result.
         device: where the parameters are made.
     """
@@ -25,20 +27,30 @@ class ResQEmbedding(ResQLinear):
         self,
         vocabulary: int,
         hidden: int,
+        basis: HiddenBasis | None = None,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(hidden, vocabulary, high_columns=hidden, dtype=dtype, device=device)
+        self._basis = (basis,)  # in a tuple, so that it is not registered here too
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """scale * code of the rows `ids` int64 [...], in the compute dtype [..., hidden].
+    def forward(self, ids: torch.Tensor, rotated: bool = False) -> torch.Tensor:
+        """scale * code of the rows `ids` int64 [...], in the compute dtype [..., hidden]: rows of
+        E, or of E U_A if `rotated`.
 
         Raises:
             RuntimeError: not packed, or an id is out of range (`ops.embedding`).
+            ValueError: rows of E, and the checkpoint does not hold the basis.
         """
         data, scale, _, k_lo, k_hi = self.packed()
-        return ops.embedding(ids, data, scale, k_lo, k_hi, self.dtype)
+        rows = ops.embedding(ids, data, scale, k_lo, k_hi, self.dtype)
+        return rows if rotated else self.restored(rows)
+
+    def restored(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of E from rows of the matrix that is stored."""
+        basis = self._basis[0]
+        return rows if basis is None else basis.embeddings(rows)
 
 
 class TiedHead(nn.Module):

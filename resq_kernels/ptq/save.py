@@ -55,8 +55,13 @@ def save(
         writer.add_all(work.load(layer_piece(index)))
     writer.add(architecture.FINAL_NORM, norm if rotation is None else torch.ones_like(norm))
     writer.add_all(head_tensors(model, rotation, config))
+    rotations: list[torch.Tensor] = []
+    if rotation is not None:
+        rotations += [*rotation.keys[:, None], rotation.hidden.half()]
+        writer.add(architecture.BASIS_ROTATION, rotations[-1])
+        writer.add(architecture.BASIS_GAIN, norm)
+    writer.add(architecture.GUARD, torch.empty(0, dtype=torch.uint8))
     writer.finish()
-    rotations = [] if rotation is None else [key[None] for key in rotation.keys]
     settings = dict(model.reader.config)
     settings["tie_word_embeddings"] = False
     settings["quantization_config"] = quantization_config(

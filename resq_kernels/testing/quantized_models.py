@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from resq_kernels import checkpoint
+from resq_kernels import architecture, checkpoint
 from resq_kernels.config import ResQConfig
 from resq_kernels.integrations.transformers import ResQQuantizationConfig, ResQQuantizer, prepare
 from resq_kernels.nn.attention import ResQAttention
 from resq_kernels.nn.convert import pack
 from resq_kernels.nn.embedding import ResQEmbedding, TiedHead
 from resq_kernels.nn.linear import ResQLinear
-from resq_kernels.safetensors_io import tensors_hash
+from resq_kernels.safetensors_io import (
+    SINGLE_FILE,
+    read_json,
+    save_tensors,
+    tensors_hash,
+    write_json,
+)
 from resq_kernels.testing.tiny_models import make_model
 
 # Standard deviation of codes drawn uniformly from all 16, and from all 256.
@@ -54,7 +62,7 @@ def randomize(model: Any, options: ResQConfig, seed: int = 0) -> None:
     if model.config.tie_word_embeddings:  # as `resq quantize` leaves it
         model.config.tie_word_embeddings = False
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), False)
-    prepare(model, options, tied_head)
+    prepare(model, checkpoint.StoredFormat(options, tied_head))
     torch.manual_seed(seed)
     rotations = []
     for module in model.modules():
@@ -77,6 +85,11 @@ def randomize(model: Any, options: ResQConfig, seed: int = 0) -> None:
     for layer in model.model.layers:
         layer.input_layernorm.weight.uniform_(0.5, 1.5)
         layer.post_attention_layernorm.weight.uniform_(0.5, 1.5)
+    basis = model.model.hidden_basis
+    if basis is not None:
+        basis.rotation.copy_(_orthogonal(len(basis.rotation)))
+        basis.gain.uniform_(0.5, 1.5)
+        rotations.append(basis.rotation)
     pack(model)
     hashes = tensors_hash(()), tensors_hash(rotations)
     entry = checkpoint.quantization_config(options, *hashes, tied_head)
@@ -88,3 +101,19 @@ def randomize(model: Any, options: ResQConfig, seed: int = 0) -> None:
 def _orthogonal(size: int) -> torch.Tensor:
     """A random orthogonal matrix [size, size]."""
     return torch.linalg.qr(torch.randn(size, size))[0]
+
+
+def make_older(folder: Path, version: int) -> None:
+    """Rewrites a quantized folder of one file in format 1 or 2: no basis, no guard."""
+    tensors = load_file(folder / SINGLE_FILE)
+    for name in (architecture.GUARD, architecture.BASIS_ROTATION, architecture.BASIS_GAIN):
+        tensors.pop(name, None)
+    save_tensors(folder / SINGLE_FILE, tensors)
+    content = read_json(folder / "config.json")
+    layers = range(content["num_hidden_layers"])
+    keys = [architecture.layer_prefix(layer) + architecture.KEY_ROTATION for layer in layers]
+    content["quantization_config"] |= {
+        "format_version": version,
+        "rotation_hash": tensors_hash(tensors[key] for key in keys if key in tensors),
+    }
+    write_json(folder / "config.json", content)

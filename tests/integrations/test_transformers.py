@@ -17,7 +17,7 @@ from resq_kernels.checkpoint import validate
 from resq_kernels.integrations.transformers import ResQQuantizationConfig, padding_mask
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.safetensors_io import CheckpointError
-from resq_kernels.testing.quantized_models import random_quantized
+from resq_kernels.testing.quantized_models import make_older, random_quantized
 from resq_kernels.testing.tiny_models import make_model, make_tokenizer, save_tiny_model
 
 LOADERS = [AutoModelForCausalLM.from_pretrained, resq_kernels.from_pretrained]
@@ -63,16 +63,20 @@ def test_loading_in_another_dtype(folder: Path, dtype: torch.dtype) -> None:
     assert logits(model).dtype == dtype
     stored = load_file(folder / "model.safetensors")
     for name, tensor in model.state_dict().items():
-        exact = name.endswith(("weight_lo", "weight_hi", "weight_scale", "key_rotation"))
+        exact = name.endswith(("weight_lo", "weight_hi", "weight_scale", "rotation"))
         assert tensor.dtype == (stored[name].dtype if exact else dtype), name
         assert not exact or torch.equal(tensor, stored[name]), name
 
 
 def test_model_without_a_head(folder: Path) -> None:
+    """Its last hidden state is for the caller, whereas a causal model's is for the head."""
     model = AutoModel.from_pretrained(folder)
     whole = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        assert torch.equal(model(IDS).last_hidden_state, whole.model(IDS).last_hidden_state)
+        expected = whole(IDS, output_hidden_states=True)
+        assert torch.equal(model(IDS).last_hidden_state, expected.hidden_states[-1])
+        last = whole.model(IDS).last_hidden_state
+        assert torch.equal(whole.lm_head(last), expected.logits)
 
 
 def test_codes_are_not_kept_twice(folder: Path) -> None:
@@ -125,8 +129,8 @@ def edit_config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format_version": 3}, "format_version: expected 1 to 2, got 3; a newer resq_kernels"),
-        ({"rotation_hash": "sha256:0"}, "key_rotation: expected the hash sha256:0"),
+        ({"format_version": 4}, "format_version: expected 1 to 3, got 4; a newer resq_kernels"),
+        ({"rotation_hash": "sha256:0"}, "rotation: expected the hash sha256:0"),
         ({"kv_bits": 5}, "kv_bits: expected one of 4, 16, got 5"),
         ({"high_fraction": 0.25}, "expected uint8"),
         ({"use_sliding_window": True}, "use_sliding_window: expected False, got True"),
@@ -202,3 +206,54 @@ def test_a_loaded_model_keeps_no_file_mapped(folder: Path) -> None:
     model = resq_kernels.from_pretrained(folder)
     assert str(folder) not in Path("/proc/self/maps").read_text()
     assert model(torch.ones(1, 3, dtype=torch.int64)).logits.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A float model and its quantized folder."""
+    source = make_model("qwen2").to(torch.bfloat16)
+    text = "".join(chr(33 + (7 * i + i // 90) % 90) for i in range(4000))
+    options = ResQConfig(weights="rtn", samples=8, seqlen=64)
+    quantized = resq_kernels.quantize(source, make_tokenizer(), [text], options, progress=False)
+    folder = tmp_path_factory.mktemp("real")
+    quantized.save_pretrained(folder)
+    return source, folder
+
+
+@torch.no_grad()
+def test_states_and_embeddings_are_those_of_the_source(real: tuple[Any, Path]) -> None:
+    source, folder = real
+    quantized = AutoModelForCausalLM.from_pretrained(folder)
+    decoder = AutoModel.from_pretrained(folder)
+
+    def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+        return float((got - expected).float().norm() / expected.float().norm())
+
+    expected = source(IDS, output_hidden_states=True)
+    got = quantized(IDS, output_hidden_states=True)
+    honest = error(got.logits, expected.logits)
+    assert honest < 0.3
+    for ours, theirs in zip(got.hidden_states, expected.hidden_states, strict=True):
+        assert error(ours, theirs) < max(honest, 0.02)
+    assert error(decoder(IDS).last_hidden_state, expected.hidden_states[-1]) < honest
+    embeddings = source.get_input_embeddings()(IDS)
+    assert error(quantized(inputs_embeds=embeddings).logits, expected.logits) < 1.2 * honest
+    own = quantized.get_input_embeddings()(IDS)
+    assert torch.equal(quantized(inputs_embeds=own).logits, got.logits)
+    assert error(own, embeddings) < 0.02
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_folder_without_a_stored_basis(tmp_path: Path, version: int) -> None:
+    """Formats 1 and 2 compute the same, and say what they cannot."""
+    model = random_quantized("llama", ResQConfig(embedding_bits=16))
+    model.save_pretrained(tmp_path / "model")
+    make_older(tmp_path / "model", version)
+    older, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(logits(older), logits(model))
+    with pytest.raises(ValueError, match="hidden_basis: expected the rotation of the hidden"):
+        older(IDS, output_hidden_states=True)
+    older.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again), logits(model))

@@ -52,7 +52,8 @@ def layer_by_layer(
 ) -> torch.Tensor:
     """`hidden` by calls of single layers, which are not told that they are one pass."""
     decoder, seen = model.model, cache.get_seq_length()
-    x, positions = decoder.embed_tokens(ids), torch.arange(seen, seen + ids.shape[1])[None]
+    x = decoder.embed_tokens(ids, rotated=True)
+    positions = torch.arange(seen, seen + ids.shape[1])[None]
     rope = decoder.rotary_emb(x, positions)
     for layer in decoder.layers:
         x = layer(x, attention_mask=mask, position_embeddings=rope, cache=cache)

@@ -196,7 +196,7 @@ def test_casting_a_model_leaves_scales_and_rotations() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.to(torch.bfloat16)
     for name, tensor in model.state_dict().items():
-        exact = name.endswith(("weight_lo", "weight_hi", "weight_scale", "key_rotation"))
+        exact = name.endswith(("weight_lo", "weight_hi", "weight_scale", "rotation"))
         assert tensor.dtype == (before[name].dtype if exact else torch.bfloat16), name
         assert not exact or torch.equal(tensor, before[name]), name
     assert logits(model, tokens(1, 4)).dtype == torch.bfloat16

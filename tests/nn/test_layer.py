@@ -25,12 +25,6 @@ def test_layers_have_the_bits_of_the_layers_they_replace(
         assert torch.equal(layer(hidden, position_embeddings=rope), expected)
 
 
-def test_hidden_states_can_still_be_asked_for() -> None:
-    model, ids = random_quantized("llama"), torch.randint(3, 250, (2, 7))
-    states = model(ids, use_cache=False, output_hidden_states=True).hidden_states
-    assert len(states) == 3 and all(state.shape == (2, 7, 128) for state in states)
-
-
 def test_a_layer_adds_once_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of its two sums is the norm's: the residual reaches the kernel."""
     given, right = [], ops.rms_norm_quantize

@@ -21,6 +21,7 @@ from resq_kernels.safetensors_io import (
     ShardWriter,
     tensors_hash,
 )
+from resq_kernels.testing.quantized_models import make_older
 
 WEIGHTS = "model.safetensors"
 SCALE = "model.layers.1.mlp.up_proj.weight_scale"
@@ -119,19 +120,22 @@ def test_scale_that_is_not_one(copy: Path, value: float) -> None:
     assert f"{SCALE}: expected finite scales" in message and message.endswith(str(value))
 
 
-def test_key_rotation_of_another_model(copy: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.self_attn.key_rotation", "model.hidden_basis.rotation"]
+)
+def test_rotation_of_another_model(copy: Path, name: str) -> None:
     def turn(tensors: dict) -> None:
-        tensors["model.layers.1.self_attn.key_rotation"][0, 0, 0] += 0.25
+        tensors[name].view(-1)[0] += 0.25
 
     edit_tensors(copy, turn)
-    assert "key_rotation: expected the hash sha256:" in refusal(copy)
+    assert "rotation: expected the hash sha256:" in refusal(copy)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("format_version", 3, "format_version: expected 1 to 2, got 3; a newer resq_kernels"),
-        ("format_version", "1", "format_version: expected 1 to 2, got '1'"),
+        ("format_version", 4, "format_version: expected 1 to 3, got 4; a newer resq_kernels"),
+        ("format_version", "1", "format_version: expected 1 to 3, got '1'"),
         ("quant_method", "gptq", "quant_method: expected 'resq', got 'gptq'"),
         ("lo_bits", 3, "lo_bits: expected one of 4, 8, got 3"),
         ("hadamard", False, "hadamard: expected True, got False"),
@@ -167,10 +171,11 @@ def test_a_folder_of_format_1(llama: Path, tmp_path: Path) -> None:
     config = ResQConfig(weights="rtn", embedding_bits=16)
     quantize_folder(llama, tmp_path / "out", torch.randint(0, 256, (2, 32)), config, progress=False)
 
+    make_older(tmp_path / "out", 1)
+
     def older(content: dict) -> None:
-        entry = content["quantization_config"]
-        entry["format_version"] = 1
-        del entry["embedding_bits"], entry["tied_head"]
+        del content["quantization_config"]["embedding_bits"]
+        del content["quantization_config"]["tied_head"]
 
     edit_config(tmp_path / "out", older)
     assert validate(tmp_path / "out") == config

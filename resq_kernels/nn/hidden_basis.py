@@ -1,0 +1,204 @@
+"""The float model's basis at the borders of a rotated model: embeddings in, hidden states out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from resq_kernels.nn.linear import keep_dtype
+
+
+class HiddenBasis(nn.Module):
+    """x U_A and its inverse: from the float model's hidden states to the quantized model's.
+
+    Inside, a hidden state is x U_A, and after the final norm, whose gain g lives in the head, it is
+    (y / g) U_A where the float model has y. What a caller gives and gets is in the float model's
+    basis (`attach`).
+
+    Args:
+        hidden_size: K.
+        stored: whether the checkpoint holds the basis; formats before 3 do not.
+        dtype: of the gain.
+        device: where the parameters are made.
+
+    Attributes:
+        rotation: U_A, float16 [K, K], or None if it is not stored; no `.to(dtype)` casts it.
+        gain: g [K], or None.
+
+    Source: arXiv 2412.14363, section 4.2 (U_A).
+    """
+
+    rotation: nn.Parameter | None
+    gain: nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        stored: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_parameter("rotation", None)
+        self.register_parameter("gain", None)
+        if stored:
+            eye = torch.eye(hidden_size, dtype=torch.float16, device=device)
+            self.rotation = nn.Parameter(eye, requires_grad=False)
+            ones = torch.ones(hidden_size, dtype=dtype, device=device)
+            self.gain = nn.Parameter(ones, requires_grad=False)
+
+    def embeddings(self, rows: torch.Tensor) -> torch.Tensor:
+        """`restore` of rows of E U_A [..., K], of which `rotate` gives exactly these rows."""
+        restored: Any = self.restore(rows)
+        restored.resq_rotated = rows
+        return restored
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """x U_A of hidden states or embeddings [..., K], rounded to x's dtype.
+
+        Raises:
+            ValueError: the checkpoint does not hold the basis.
+        """
+        rows: torch.Tensor | None = getattr(x, "resq_rotated", None)
+        # They may have been changed in place since. A compiled graph cannot look.
+        if rows is not None and not torch.compiler.is_compiling():
+            restored = self.restore(rows)
+            if restored.shape == x.shape and torch.equal(restored, x):
+                return rows
+        return (x.float() @ self._stored(self.rotation, x)).to(x.dtype)
+
+    def restore(self, x: torch.Tensor) -> torch.Tensor:
+        """x U_A^T: the float model's hidden states or embeddings [..., K], rounded to x's dtype.
+
+        Raises:
+            ValueError: the checkpoint does not hold the basis.
+        """
+        return (x.float() @ self._stored(self.rotation, x).mT).to(x.dtype)
+
+    def restore_normed(self, x: torch.Tensor) -> torch.Tensor:
+        """g x U_A^T: the float model's states [..., K] after its final norm, in x's dtype.
+
+        Raises:
+            ValueError: the checkpoint does not hold the basis.
+        """
+        restored = x.float() @ self._stored(self.rotation, x).mT
+        return (restored * self._stored(self.gain, x)).to(x.dtype)
+
+    @staticmethod
+    def _stored(tensor: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+        """The tensor in float32 on x's device, which may be another one than the embedding's."""
+        if tensor is None:
+            raise ValueError(
+                "hidden_basis: expected the rotation of the hidden states, got a checkpoint of a "
+                "format before 3, which holds none: embeddings and hidden states have no meaning "
+                "outside of this model; quantize the model again"
+            )
+        return tensor.to(x.device, torch.float32)
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> HiddenBasis:
+        kept = () if self.rotation is None else (self.rotation,)
+        apply: Callable[..., nn.Module] = super()._apply  # torch leaves it without types
+        apply(keep_dtype(fn, *kept), recurse)
+        return self
+
+
+class RotatedEmbedding(nn.Embedding):
+    """An embedding E U_A in the source's dtype that returns rows of E to whoever calls it."""
+
+    def __init__(self, embedding: nn.Embedding, basis: HiddenBasis) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(embedding.__dict__)  # keeps all that it holds
+        self._basis = (basis,)  # in a tuple, so that it is not registered here too
+
+    def forward(self, ids: torch.Tensor, rotated: bool = False) -> torch.Tensor:
+        """Rows of E, or of E U_A if `rotated`, in the dtype of the weight [..., K]."""
+        rows = super().forward(ids)
+        return rows if rotated else self._basis[0].embeddings(rows)
+
+
+def attach(decoder: nn.Module, restore_last: bool) -> None:
+    """Puts a decoder's embeddings and hidden states into the float model's basis.
+
+    `inputs_embeds` and the result of the embedding's own call are the float model's embeddings,
+    `hidden_states` its hidden states. `last_hidden_state` is too with `restore_last`; a decoder
+    inside of a causal language model leaves it to the head, which expects it rotated.
+
+    Args:
+        decoder: with `hidden_basis`, and an `embed_tokens` that takes `rotated`.
+        restore_last: whether `last_hidden_state` is for the caller.
+    """
+    decoder.register_forward_pre_hook(_rotate_inputs, with_kwargs=True)
+    decoder.register_forward_hook(_restore_all if restore_last else _restore_captured)
+
+
+# Where a decoder of transformers takes these arguments if they are given without their names.
+_INPUT_IDS, _INPUTS_EMBEDS = 0, 4
+
+
+def _rotate_inputs(
+    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Replaces ids, or embeddings of the float model, by embeddings of this one."""
+
+    def given(index: int, name: str) -> Any:
+        return args[index] if index < len(args) else kwargs.get(name)
+
+    ids, embeds = given(_INPUT_IDS, "input_ids"), given(_INPUTS_EMBEDS, "inputs_embeds")
+    if (ids is None) == (embeds is None):
+        return args, kwargs  # the decoder refuses it
+    if embeds is None:
+        embeds = decoder.embed_tokens(ids, rotated=True)
+    else:
+        embeds = decoder.hidden_basis.rotate(embeds)
+    positional = (None, *args[1:_INPUTS_EMBEDS], embeds, *args[_INPUTS_EMBEDS + 1 :])
+    names = {"input_ids": None, "inputs_embeds": embeds}
+    if len(args) > _INPUTS_EMBEDS:
+        names = {}
+    elif args:
+        names.pop("input_ids")
+    return positional[: len(args)], {**kwargs, **names}
+
+
+def _restore_captured(decoder: Any, args: tuple[Any, ...], output: Any) -> Any:
+    """Restores what `output_hidden_states` collected."""
+    last, states = output[0], _hidden_states(output)
+    if states is None:
+        return output
+    basis = decoder.hidden_basis
+    restored = tuple(
+        # transformers puts the normed state in the place of the last; others may be left out.
+        state
+        if state is None
+        else basis.restore_normed(state)
+        if state is last
+        else basis.restore(state)
+        for state in states
+    )
+    if isinstance(output, tuple):
+        return tuple(restored if item is states else item for item in output)
+    output.hidden_states = restored
+    return output
+
+
+def _restore_all(decoder: Any, args: tuple[Any, ...], output: Any) -> Any:
+    """Restores `last_hidden_state` too."""
+    last = output[0]
+    output = _restore_captured(decoder, args, output)
+    restored = decoder.hidden_basis.restore_normed(last)
+    if isinstance(output, tuple):
+        return (restored, *output[1:])
+    output.last_hidden_state = restored
+    return output
+
+
+def _hidden_states(output: Any) -> Any:
+    """The collected states of a model's output; in a plain tuple they are the only tuple."""
+    if not isinstance(output, tuple):
+        return output.hidden_states
+    return next((item for item in output if isinstance(item, tuple)), None)

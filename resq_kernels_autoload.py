@@ -1,0 +1,83 @@
+"""Makes transformers load quantized folders in a program that never imports resq_kernels.
+
+`import torch` imports this module and calls `register`, because the package names it as an entry
+point of the group "torch.backends" (the environment variable TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns
+that off). It therefore runs in every program that uses torch: it lies outside of the package,
+imports nothing but the standard library, and raises nothing.
+
+Source: PyTorch's "Out-of-tree extension autoloading", https://github.com/pytorch/pytorch/issues/122468
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+ADAPTER = "resq_kernels.integrations.transformers"
+TRIGGERS = ("transformers.quantizers.auto", "transformers.modeling_utils")
+"""The table of quantizers that the adapter adds to, and the module of `from_pretrained`, which
+reads the table: when `register` is called, the first may be half imported, importing torch."""
+
+
+def register() -> None:
+    """Imports the adapter now if a module of `TRIGGERS` is loaded, else once one is."""
+    if any(_loaded(name) for name in TRIGGERS):
+        _import_adapter()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _loaded(name: str) -> bool:
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return spec is not None and not getattr(spec, "_initializing", False)
+
+
+@functools.cache
+def _import_adapter() -> None:
+    """A fault must not stop a program that needs none of our models: a folder of ours then fails
+    to load, since it holds a tensor that no other loader accepts (docs/formats.md section 6)."""
+    try:
+        importlib.import_module(ADAPTER)
+    except Exception as error:
+        warnings.warn(
+            f"resq_kernels: models quantized with ResQ do not load in this program: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules of `TRIGGERS` as usual; their loader then imports the adapter."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name not in TRIGGERS:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    """Executes a module with its own loader, then imports the adapter."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        _import_adapter()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.loader, name)
