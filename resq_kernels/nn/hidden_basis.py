@@ -11,6 +11,10 @@ from torch import nn
 from resq_kernels.nn.linear import keep_dtype
 
 
+# The attribute of a restored embedding that holds what it was restored from.
+_ROTATED = "resq_rotated"
+
+
 class HiddenBasis(nn.Module):
     """x U_A and its inverse: from the float model's hidden states to the quantized model's.
 
@@ -53,8 +57,8 @@ class HiddenBasis(nn.Module):
 
     def embeddings(self, rows: torch.Tensor) -> torch.Tensor:
         """`restore` of rows of E U_A [..., K], of which `rotate` gives exactly these rows."""
-        restored: Any = self.restore(rows)
-        restored.resq_rotated = rows
+        restored = self.restore(rows)
+        setattr(restored, _ROTATED, rows)
         return restored
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
@@ -63,7 +67,7 @@ class HiddenBasis(nn.Module):
         Raises:
             ValueError: the checkpoint does not hold the basis.
         """
-        rows: torch.Tensor | None = getattr(x, "resq_rotated", None)
+        rows: torch.Tensor | None = getattr(x, _ROTATED, None)
         # They may have been changed in place since. A compiled graph cannot look.
         if rows is not None and not torch.compiler.is_compiling():
             restored = self.restore(rows)

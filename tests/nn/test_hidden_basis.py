@@ -135,7 +135,7 @@ def test_without_a_stored_basis_nothing_rotated_leaves_the_model() -> None:
         {"input_ids": IDS, "output_hidden_states": True},
         {"inputs_embeds": torch.zeros(1, 2, 128)},
     ):
-        with pytest.raises(ValueError, match="hidden_basis: expected the rotation .* format befor"):
+        with pytest.raises(ValueError, match="expected the rotation of .* format before"):
             run(model, **inputs)
     with pytest.raises(ValueError, match="quantize the model again"):
         model.get_input_embeddings()(IDS)
