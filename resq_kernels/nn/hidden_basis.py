@@ -10,7 +10,6 @@ from torch import nn
 
 from resq_kernels.nn.linear import keep_dtype
 
-
 # The attribute of a restored embedding that holds what it was restored from.
 _ROTATED = "resq_rotated"
 
