@@ -217,10 +217,14 @@ def weight_sums(codes_lo: torch.Tensor, codes_hi: torch.Tensor) -> torch.Tensor:
         codes_hi: int8 [N, K_hi].
     """
     # torch converts the codes before it sums them: four bytes each, a gigabyte for a vocabulary.
-    parts = zip(codes_lo.split(_SUM_ROWS), codes_hi.split(_SUM_ROWS), strict=True)
+    parts = zip(codes_lo.view(torch.int8).split(_SUM_ROWS), codes_hi.split(_SUM_ROWS), strict=True)
+    # The two codes of a byte by arithmetic shifts; their sum fits a byte.
     return torch.cat(
         [
-            torch.stack([codes.sum(1, dtype=torch.int32) for codes in (unpack_int4(lo), hi)], dim=1)
+            torch.stack(
+                [codes.sum(1, dtype=torch.int32) for codes in ((lo >> 4) + (lo << 4 >> 4), hi)],
+                dim=1,
+            )
             for lo, hi in parts
         ]
     )

@@ -127,3 +127,15 @@ def test_cat_and_split_are_the_rows_packed_together_and_apart(
     shared = {part.data.untyped_storage().data_ptr() for part in parts if part.n}
     aligned = not any(n % 64 for n in rows[:-1])
     assert (joined.data.untyped_storage().data_ptr() in shared) == aligned
+
+
+def test_row_sums_of_all_codes() -> None:
+    lo = torch.arange(256, dtype=torch.uint8)[:, None]  # a pair of codes a row
+    hi = torch.arange(-128, 128, dtype=torch.int8)[:, None]
+    signed = torch.tensor([*range(8), *range(-8, 0)])  # of a nibble
+    expected = signed[torch.arange(256) & 15] + signed[torch.arange(256) >> 4]
+    sums = weight_sums(lo, hi)
+    assert sums.dtype == torch.int32
+    assert torch.equal(sums, torch.stack([expected, hi[:, 0].int()], dim=1).int())
+    rows = torch.full((2, 20_000), 0x88, dtype=torch.uint8), torch.full((2, 0), 1, dtype=torch.int8)
+    assert weight_sums(*rows).tolist() == [[-16 * 20_000, 0]] * 2
