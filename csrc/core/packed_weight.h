@@ -42,6 +42,29 @@ RESQ_HOST_DEVICE constexpr bool packed_lo_is_high_nibble(int64_t k) {
   return k % kPackedGroupK >= kPackedWordBytes;
 }
 
+// The four bytes of the group's eight low codes of one n, from their canonical nibbles in order
+// (two's complement), and back. Signs of nibbles flip instead of adding the offset.
+RESQ_HOST_DEVICE constexpr uint32_t packed_lo_word(uint32_t nibbles) {
+  uint32_t halves[2] = {nibbles & 0xffff, nibbles >> 16};
+  for (uint32_t& half : halves) {
+    half = (half | half << 8) & 0x00ff00ff;
+    half = (half | half << 4) & 0x0f0f0f0f;
+  }
+  return (halves[0] | halves[1] << 4) ^ 0x88888888;
+}
+RESQ_HOST_DEVICE constexpr uint32_t unpacked_lo_word(uint32_t word) {
+  word ^= 0x88888888;
+  uint32_t halves[2] = {word & 0x0f0f0f0f, word >> 4 & 0x0f0f0f0f};
+  for (uint32_t& half : halves) {
+    half = (half | half >> 4) & 0x00ff00ff;
+    half = (half | half >> 8) & 0xffff;
+  }
+  return halves[0] | halves[1] << 16;
+}
+
+// The same for four high codes; its own inverse.
+RESQ_HOST_DEVICE constexpr uint32_t packed_hi_word(uint32_t codes) { return codes ^ 0x80808080; }
+
 // Inside a block: the byte of high code (n, k).
 RESQ_HOST_DEVICE constexpr int64_t packed_hi_byte(int64_t k_lo, int64_t n, int64_t k) {
   return packed_block_lo_bytes(k_lo) + k / kPackedWordBytes * kPackedWordBytes * kPackedBlockN +

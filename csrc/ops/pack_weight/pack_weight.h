@@ -2,7 +2,8 @@
 // of N at a time. Padding of N and K holds code 0.
 #pragma once
 
-#include "core/int4.h"
+#include <cstring>
+
 #include "core/packed_weight.h"
 #include "core/packed_weight_cuda.h"
 #include "cuda/launch.h"
@@ -16,27 +17,32 @@ struct PackWeightParams {
   uint8_t* packed_weight;   // [packed_weight_bytes(n, k_lo, k_hi)]
 };
 
+// The next four bytes of a row that has `left` bytes from there on; zeros behind its end.
+inline uint32_t load_word(const void* from, int64_t left) {
+  uint32_t word = 0;
+  if (left >= kPackedWordBytes) {
+    std::memcpy(&word, from, kPackedWordBytes);
+  } else if (left > 0) {
+    std::memcpy(&word, from, static_cast<size_t>(left));
+  }
+  return word;
+}
+
 inline void pack_weight_block(const PackWeightParams& p, int64_t block) {
   const int64_t first_n = block * kPackedBlockN;
   uint8_t* out = p.packed_weight + block * packed_block_bytes(p.k_lo, p.k_hi);
-  for (int64_t k = 0; k < packed_k(p.k_lo); k += 2) {
-    const bool high_nibble = packed_lo_is_high_nibble(k);
-    for (int64_t n = 0; n < kPackedBlockN; ++n) {
-      const bool inside = first_n + n < p.n && k < p.k_lo;
-      const uint8_t pair = inside ? p.codes_lo[((first_n + n) * p.k_lo + k) / 2] : uint8_t{0};
-      const int even = unpack_int4_even(pair) + kPackedOffsetLo;
-      const int odd = unpack_int4_odd(pair) + kPackedOffsetLo;
-      uint8_t* bytes = out + packed_lo_byte(n, k);
-      // K ascends, so the low nibbles of a group set a byte before the high ones join it.
-      bytes[0] = static_cast<uint8_t>(high_nibble ? bytes[0] | even << 4 : even);
-      bytes[1] = static_cast<uint8_t>(high_nibble ? bytes[1] | odd << 4 : odd);
+  const auto store = [](uint8_t* to, uint32_t word) { std::memcpy(to, &word, sizeof word); };
+  for (int64_t n = 0; n < kPackedBlockN; ++n) {
+    const bool inside = first_n + n < p.n;
+    const uint8_t* lo = inside ? p.codes_lo + (first_n + n) * p.k_lo / 2 : nullptr;
+    const int8_t* hi = inside ? p.codes_hi + (first_n + n) * p.k_hi : nullptr;
+    for (int64_t k = 0; k < packed_k(p.k_lo); k += kPackedGroupK) {
+      const uint32_t nibbles = inside ? load_word(lo + k / 2, (p.k_lo - k) / 2) : 0;
+      store(out + packed_lo_byte(n, k), packed_lo_word(nibbles));
     }
-  }
-  for (int64_t k = 0; k < packed_k(p.k_hi); ++k) {
-    for (int64_t n = 0; n < kPackedBlockN; ++n) {
-      const bool inside = first_n + n < p.n && k < p.k_hi;
-      const int code = inside ? p.codes_hi[(first_n + n) * p.k_hi + k] : 0;
-      out[packed_hi_byte(p.k_lo, n, k)] = static_cast<uint8_t>(code + kPackedOffsetHi);
+    for (int64_t k = 0; k < packed_k(p.k_hi); k += kPackedWordBytes) {
+      const uint32_t codes = inside ? load_word(hi + k, p.k_hi - k) : 0;
+      store(out + packed_hi_byte(p.k_lo, n, k), packed_hi_word(codes));
     }
   }
 }

@@ -3,8 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
-#include "core/int4.h"
 #include "core/packed_weight.h"
 #include "core/packed_weight_cuda.h"
 #include "cuda/launch.h"
@@ -18,21 +18,34 @@ struct UnpackWeightParams {
   int8_t* codes_hi;              // [n, k_hi]
 };
 
+// Four bytes into a row that has `left` bytes from there on.
+inline void store_word(void* to, uint32_t word, int64_t left) {
+  if (left >= kPackedWordBytes) {
+    std::memcpy(to, &word, kPackedWordBytes);
+  } else {
+    std::memcpy(to, &word, static_cast<size_t>(left));
+  }
+}
+
 inline void unpack_weight_block(const UnpackWeightParams& p, int64_t block) {
   const int64_t first_n = block * kPackedBlockN;
   const int64_t count_n = std::min(kPackedBlockN, p.n - first_n);
   const uint8_t* packed = p.packed_weight + block * packed_block_bytes(p.k_lo, p.k_hi);
+  const auto load = [](const uint8_t* from) {
+    uint32_t word;
+    std::memcpy(&word, from, sizeof word);
+    return word;
+  };
   for (int64_t n = 0; n < count_n; ++n) {
-    for (int64_t k = 0; k < p.k_lo; k += 2) {
-      const uint8_t* bytes = packed + packed_lo_byte(n, k);
-      const int shift = packed_lo_is_high_nibble(k) ? 4 : 0;
-      const auto even = static_cast<int8_t>(((bytes[0] >> shift) & 15) - kPackedOffsetLo);
-      const auto odd = static_cast<int8_t>(((bytes[1] >> shift) & 15) - kPackedOffsetLo);
-      p.codes_lo[((first_n + n) * p.k_lo + k) / 2] = pack_int4(even, odd);
+    uint8_t* lo = p.codes_lo + (first_n + n) * p.k_lo / 2;
+    int8_t* hi = p.codes_hi + (first_n + n) * p.k_hi;
+    for (int64_t k = 0; k < p.k_lo; k += kPackedGroupK) {
+      const uint32_t nibbles = unpacked_lo_word(load(packed + packed_lo_byte(n, k)));
+      store_word(lo + k / 2, nibbles, (p.k_lo - k) / 2);
     }
-    for (int64_t k = 0; k < p.k_hi; ++k) {
-      const int stored = packed[packed_hi_byte(p.k_lo, n, k)];
-      p.codes_hi[(first_n + n) * p.k_hi + k] = static_cast<int8_t>(stored - kPackedOffsetHi);
+    for (int64_t k = 0; k < p.k_hi; k += kPackedWordBytes) {
+      const uint32_t codes = packed_hi_word(load(packed + packed_hi_byte(p.k_lo, n, k)));
+      store_word(hi + k, codes, p.k_hi - k);
     }
   }
 }
