@@ -83,5 +83,5 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         )
     folder = Path(path) / kwargs.get("subfolder", "")
     if folder.is_dir():
-        checkpoint.validate(folder)
+        checkpoint.validate(folder, variant=kwargs.get("variant"))
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +138,15 @@ def quantized_tensors(
     return expected
 
 
-def validate(folder: Path | str) -> ResQConfig:
+def validate(
+    folder: Path | str, files: Iterable[Path | str] | None = None, variant: str | None = None
+) -> ResQConfig:
     """Checks a quantized folder before anything is built from it.
+
+    Args:
+        folder: the folder.
+        files: its weight files, if a loader has chosen them; by default those of `weight_files`.
+        variant: as `from_pretrained` takes it.
 
     The checks cover config.json, the presence, shape and dtype of every tensor, the size of every
     file, the hash of the key rotations, and that all weight scales are finite and not negative.
@@ -150,7 +157,7 @@ def validate(folder: Path | str) -> ResQConfig:
     Raises:
         CheckpointError: one sentence that names the tensor, what was expected and what was found.
     """
-    reader = CheckpointReader(folder)
+    reader = CheckpointReader(folder, files, variant)
     entry = reader.config.get("quantization_config")
     if not isinstance(entry, dict):
         raise CheckpointError(

@@ -103,7 +103,7 @@ def test_sharded_folder_is_counted_and_a_missing_shard_is_named(
     shards[0].unlink()
     result = resq("info", sharded)
     assert result.code == 1
-    assert f"the index names {shards[0].name}, which is missing" in result.sentence
+    assert f"{shards[0]}: expected a safetensors file, found nothing" in result.sentence
 
 
 def test_forced_variant_that_does_not_exist_is_an_error() -> None:
