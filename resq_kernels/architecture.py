@@ -134,7 +134,9 @@ class ModelShape:
         _check_rope(config)
         sizes = {key: _size(config, key) for key in _SIZES}
         hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-        kv_heads = _size(config, "num_key_value_heads", heads)
+        # Without the key transformers takes 32 for a Qwen2; null is as many as there are queries.
+        absent = model_type == "qwen2" and "num_key_value_heads" not in config
+        kv_heads = _size(config, "num_key_value_heads", 32 if absent else heads)
         if heads % kv_heads:
             raise ValueError(
                 f"config.json: num_key_value_heads: expected a divisor of {heads}, got {kv_heads}"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 SINGLE_FILE = "model.safetensors"
@@ -230,7 +230,8 @@ def weight_files(folder: Path, config: Mapping[str, Any], variant: str | None = 
     if found.suffix != ".json":
         return [found]
     names = read_json(found).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+    whole = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+    if not names or not whole:
         raise CheckpointError(f"{found}: weight_map: expected tensor -> file, got {names!r}")
     return [folder / name for name in sorted(set(names.values()))]
 
@@ -330,10 +331,7 @@ class CheckpointReader:
         if named is None and isinstance(metadata, dict):
             named = metadata.get("dtype")
         if named is None:
-            with safe_open(self.files[0], framework="pt") as stream:
-                kinds = [stream.get_slice(name).get_dtype() for name in stream.keys()]  # noqa: SIM118
-            floating = [kind for kind in kinds if kind in ("BF16", "F16", "F32", "F64")]
-            named = dtype_name(_DTYPES[floating[0]]) if floating else kinds
+            named = self._first_dtype()
         for dtype in FLOAT_DTYPES:
             if named == dtype_name(dtype):
                 return dtype
@@ -341,6 +339,16 @@ class CheckpointReader:
         raise CheckpointError(
             f"{self.folder}: config.json: dtype: expected one of {expected}, got {named!r}"
         )
+
+    def _first_dtype(self) -> str | None:
+        """The dtype of the first floating tensor of the first file, in safetensors' order."""
+        try:
+            with safe_open(self.files[0], framework="pt") as stream:
+                kinds = [stream.get_slice(name).get_dtype() for name in stream.keys()]  # noqa: SIM118
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.files[0]}: {error}") from error
+        floating = (kind for kind in kinds if kind in ("BF16", "F16", "F32", "F64"))
+        return next((dtype_name(_DTYPES[kind]) for kind in floating), None)
 
     def info(self, name: str) -> TensorInfo:
         """Where a tensor is.

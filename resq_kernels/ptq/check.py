@@ -10,6 +10,9 @@ from resq_kernels import hadamard, kv_pages
 from resq_kernels.architecture import DOWN_PROJ, LINEARS, ModelShape
 from resq_kernels.config import ResQConfig
 
+MOST_PART_COLUMNS = 65536
+"""kMostPartColumns of csrc/ops/mixed_gemm/mixed_gemm.h: beyond, sums of 32 bits can wrap."""
+
 
 def check_shape(shape: ModelShape, config: ResQConfig) -> None:
     """Refuses a model whose sizes the options cannot split, transform or store.
@@ -27,7 +30,18 @@ def check_shape(shape: ModelShape, config: ResQConfig) -> None:
                 f"{key}: expected an even number (4-bit codes are stored in pairs), got {size}"
             )
     for name in LINEARS:
-        shape.k_hi(name, config.high_fraction)
+        k_hi = shape.k_hi(name, config.high_fraction)
+        largest = max(shape.linear(name)[1] - k_hi, k_hi)
+        if largest > MOST_PART_COLUMNS:
+            raise ValueError(
+                f"{name}: expected at most {MOST_PART_COLUMNS} columns in INT4 and in INT8, got "
+                f"{largest}"
+            )
+    if config.embedding_bits == 8 and shape.hidden > MOST_PART_COLUMNS:
+        raise ValueError(
+            f"hidden_size: expected at most {MOST_PART_COLUMNS} with embedding_bits 8, got "
+            f"{shape.hidden}"
+        )
     sizes = {}
     if config.rotates:
         sizes[f"{DOWN_PROJ}: intermediate_size"] = shape.intermediate

@@ -91,20 +91,22 @@ class SourceModel:
                 f"{self.reader.folder}: adapter_config.json: expected a model without adapters; "
                 "merge it first (peft: `merge_and_unload`)"
             )
-        check_class(self.reader.config)
-        self.shape = ModelShape.from_config(self.reader.config)
+        try:
+            check_class(self.reader.config)
+            self.shape = ModelShape.from_config(self.reader.config)
+        except ValueError as error:
+            raise CheckpointError(f"{self.reader.folder}: {error}") from error
         self._name_tensors()
+        self._refuse_others()
         self.dtype = self.reader.dtype
         self._find_head()
-        expected = self.shape.source_tensors()
-        self._refuse_others(expected)
-        for name, shape in expected.items():
+        for name, shape in self.shape.source_tensors().items():
             self.reader.check(name, shape)
 
     def _name_tensors(self) -> None:
         """Gives the tensors the names of the causal language model, as transformers does: files of
         the decoder alone lack the prefix "model."."""
-        known = {*self.shape.source_tensors(), architecture.HEAD}
+        known = self._known()
         tensors: dict[str, TensorInfo] = {}
         for stored, info in self.reader.tensors.items():
             longer, shorter = PREFIX + stored, stored.removeprefix(PREFIX)
@@ -159,8 +161,12 @@ class SourceModel:
                 return False
         return True
 
-    def _refuse_others(self, expected: Mapping[str, object]) -> None:
-        others = sorted(set(self.reader.tensors) - set(expected))
+    def _known(self) -> set[str]:
+        """The parameters of the causal language model; a tied one has a head too."""
+        return {*self.shape.source_tensors(), architecture.HEAD}
+
+    def _refuse_others(self) -> None:
+        others = sorted(set(self.reader.tensors) - self._known())
         others = [name for name in others if not re.search(IGNORED, name)]
         if not others:
             return

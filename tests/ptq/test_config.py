@@ -18,7 +18,7 @@ import resq_kernels
 from resq_kernels.architecture import ModelShape
 from resq_kernels.checkpoint import QUANT_METHOD, parse_quantization_config, quantization_config
 from resq_kernels.config import METHODS, ResQConfig
-from resq_kernels.ptq.check import check_shape
+from resq_kernels.ptq.check import MOST_PART_COLUMNS, check_shape
 from resq_kernels.ptq.pipeline import quantize_folder
 from resq_kernels.testing.tiny_models import make_model, make_tokenizer, save_tiny_model
 
@@ -122,7 +122,10 @@ SIZES = (
     (shape(intermediate=251), RTN, "intermediate_size: expected an even number (4-bit codes"),
     (shape(intermediate=1), ResQConfig(), "intermediate_size: expected an even number"),
     (shape(head_dim=63), RTN, "head_dim: expected an even number"),
-    (shape(intermediate=250), ResQConfig(), "mlp.down_proj: intermediate_size: hadamard: expecte"),
+    (shape(intermediate=65538), RTN, "mlp.down_proj: expected at most 65536 columns in INT4 and"),
+    (shape(heads=1025, kv_heads=1), RTN, "self_attn.o_proj: expected at most 65536 columns in IN"),
+    (shape(hidden=65552), ResQConfig(), "hidden_size: expected at most 65536 with embedding_bits"),
+    (shape(intermediate=250), ResQConfig(), "mlp.down_proj: intermediate_size: hadamard: "),
     (shape(hidden=92), ResQConfig(method="quarot"), "hidden_size: hadamard: expected a size"),
     (shape(head_dim=92), ResQConfig(method="quarot"), "head_dim: hadamard: expected a size"),
     (shape(head_dim=32), ResQConfig(), "head_dim: expected 64 or 128 with kv_bits 4, got 32; kv_"),
@@ -134,6 +137,12 @@ SIZES = (
     (shape(hidden=132), ResQConfig(), "self_attn.q_proj: high_fraction 0.125 of 132 columns"),
     (shape(), ResQConfig(high_fraction=0.3), "self_attn.q_proj: high_fraction 0.3 of 128 columns"),
 )
+
+
+def test_the_largest_part_is_that_of_the_kernel() -> None:
+    header = Path(__file__).parents[2] / "csrc/ops/mixed_gemm/mixed_gemm.h"
+    assert f"kMostPartColumns = {MOST_PART_COLUMNS};" in header.read_text()
+    check_shape(shape(intermediate=MOST_PART_COLUMNS), ResQConfig(method="rtn"))
 
 
 @pytest.mark.parametrize(("model", "config", "words"), SIZES)

@@ -213,7 +213,10 @@ def other_dtype(name: str, dtype: torch.dtype) -> Change:
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 REFUSED: dict[str, tuple[Change, str]] = {
-    "classifier": (extra("score.weight"), "score.weight: expected only the tensors of"),
+    "classifier": (
+        tensors(lambda t: (t.pop(HEAD), t.update({"score.weight": torch.ones(2, 128)}))),
+        "score.weight: expected only the tensors of a language model of type llama, got one",
+    ),
     "value head": (extra("v_head.summary.weight"), "v_head.summary.weight: expected only"),
     "adapter": (
         extra("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
@@ -270,6 +273,13 @@ REFUSED: dict[str, tuple[Change, str]] = {
         ),
         "weight_map: expected tensor -> file, got ['other.safetensors']",
     ),
+    "empty index": (
+        lambda folder: (
+            (folder / WEIGHTS).rename(folder / "other.safetensors"),
+            (folder / INDEX).write_text('{"weight_map": {}}'),
+        ),
+        "weight_map: expected tensor -> file, got {}",
+    ),
     "pointer": (
         lambda folder: (folder / WEIGHTS).write_text(
             "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
@@ -285,7 +295,7 @@ def test_what_has_no_place_in_the_model_is_named(folder: Path, case: str) -> Non
     change(folder)
     with pytest.raises(ValueError, match=re.escape(words)) as error:
         SourceModel(folder)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
 def test_a_dtype_that_torch_does_not_have_is_named(folder: Path) -> None:

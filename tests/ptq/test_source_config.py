@@ -205,6 +205,17 @@ def test_what_changes_the_function_is_refused(change: dict[str, object], words: 
         ModelShape.from_config(settings(**change))
 
 
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_key_and_value_heads_that_are_not_said(model_type: str) -> None:
+    """The classes of transformers disagree."""
+    content = settings(model_type, num_attention_heads=64, hidden_size=4096)
+    del content["num_key_value_heads"]
+    expected = CONFIG_MAPPING[model_type](**content).num_key_value_heads
+    assert ModelShape.from_config(content).kv_heads == expected
+    assert expected == {"llama": 64, "qwen2": 32}[model_type]
+    assert ModelShape.from_config(content | {"num_key_value_heads": None}).kv_heads == 64
+
+
 @pytest.mark.parametrize("auto_map", [{"AutoConfig": "a.B"}, {"AutoModel": "a.B"}, "a.B"])
 def test_custom_code_is_refused(auto_map: object) -> None:
     with pytest.raises(ValueError, match="auto_map: expected a model of transformers itself"):
