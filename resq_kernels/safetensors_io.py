@@ -185,8 +185,10 @@ def find_weights(
     """
     named = config.get("transformers_weights")
     if named is not None:
-        inside = isinstance(named, str) and (folder / named).resolve().is_relative_to(
-            folder.resolve()
+        # Links are not followed: the hub's cache keeps the files of a folder elsewhere.
+        root = os.path.abspath(folder)
+        inside = isinstance(named, str) and os.path.abspath(folder / named).startswith(
+            root + os.sep
         )
         if not inside or not named.endswith((".safetensors", ".safetensors.index.json")):
             raise CheckpointError(

@@ -170,12 +170,13 @@ def model_figures(model: str) -> dict[str, Any]:
         config = loading.load_config(model).to_dict()
     names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     names += ["num_key_value_heads", "vocab_size", "max_position_embeddings"]
-    classes = config.get("architectures") or [config.get("model_type", "unknown")]
+    classes = config.get("architectures")
+    named = classes[0] if isinstance(classes, list) and classes else config.get("model_type")
     text = config.get("text_config")
     sizes = config | text if isinstance(text, dict) else config
     return {
         "name": model,
-        "architecture": classes[0],
+        "architecture": str(named or "unknown"),
         "shape": {name: sizes.get(name) for name in names},
         "quantization": config.get("quantization_config"),
         "weights": weights,

@@ -76,6 +76,13 @@ def another_name(folder: Path) -> None:
     config(transformers_weights="weights.safetensors")(folder)
 
 
+def links(folder: Path) -> None:
+    """As the hub's cache keeps files."""
+    another_name(folder)
+    (folder / "weights.safetensors").rename(folder.with_name("blob"))
+    (folder / "weights.safetensors").symlink_to(folder.with_name("blob"))
+
+
 def another_index(folder: Path) -> None:
     make_model("llama", seed=5).save_pretrained(folder, max_shard_size="150KB")
     (folder / INDEX).rename(folder / "other.safetensors.index.json")
@@ -115,6 +122,7 @@ FOLDERS: dict[str, Change] = {
     "stale index": stale_index,
     "a tensor in two shards": a_tensor_in_two_shards,
     "another name": another_name,
+    "another name, a link": links,
     "another index": another_index,
     "decoder alone": each_of(TIED, tensors(lambda t: t.pop(HEAD)), tensors(without_prefix)),
     "decoder without prefix, and a head": tensors(without_prefix),
