@@ -57,7 +57,7 @@ FIXED_KEYS: Mapping[str, Mapping[str, tuple[object, ...]]] = {
         "hidden_act": ("silu", "swish"),
         "attention_bias": (False,),
         "mlp_bias": (False,),
-        # The class has no such key, but transformers' cache forgets what lies further back.
+        # The class has no such key, but transformers' cache then forgets what lies further back.
         "sliding_window": (None,),
     },
     # q, k and v always have biases and o_proj never, whatever attention_bias says; sliding_window
@@ -225,8 +225,6 @@ def layer_prefix(layer: int) -> str:
 def _check_fixed(config: Mapping[str, Any], fixed: Mapping[str, tuple[object, ...]]) -> None:
     for key, allowed in fixed.items():
         value = config.get(key, allowed[0])
-        if key == "sliding_window" and _at_least(value, config.get("max_position_embeddings")):
-            continue  # no text is so long
         # 0 == False, and no config.json means the one by the other.
         if not any(value is one or (isinstance(one, str) and value == one) for one in allowed):
             expected = " or ".join(repr(one) for one in allowed)
@@ -239,10 +237,6 @@ def _check_fixed(config: Mapping[str, Any], fixed: Mapping[str, tuple[object, ..
         )
 
 
-def _at_least(value: object, limit: object) -> bool:
-    return isinstance(value, int) and isinstance(limit, int) and value >= limit
-
-
 def _check_rope(config: Mapping[str, Any]) -> None:
     """Refuses RoPE that Llama and Qwen2 of transformers do not have; they compute the tables."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -253,6 +247,11 @@ def _check_rope(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"config.json: rope_type: expected one of {', '.join(ROPE_TYPES)}, got {kind!r}"
         )
+    for key in ("rope_theta", "factor", "original_max_position_embeddings"):
+        value = rope.get(key, config.get(key))
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < math.inf):
+            raise ValueError(f"config.json: {key}: expected a positive number, got {value!r}")
     part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if part not in (None, 1, 1.0):
         raise ValueError(

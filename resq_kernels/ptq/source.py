@@ -52,7 +52,7 @@ def check_class(config: Mapping[str, Any]) -> None:
     known = architecture.READ_KEYS | architecture.HARMLESS_KEYS | set(architecture.SHARED_KEYS)
     known |= set(architecture.FIXED_KEYS[model_type]) | architecture.WINDOW_KEYS
     for field in fields(CONFIG_MAPPING[model_type]):
-        if field.name in known or field.default is MISSING or field.name not in config:
+        if field.name in known or field.name not in config or field.default is MISSING:
             continue
         if config[field.name] != field.default:
             raise ValueError(

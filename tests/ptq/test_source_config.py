@@ -138,7 +138,6 @@ def test_a_key_without_effect_passes(model_type: str, key: str, tmp_path: Path) 
         ("qwen2", {"attention_bias": False}),
         ("qwen2", {"mlp_bias": True}),
         ("qwen2", {"sliding_window": 64, "max_window_layers": 0}),
-        ("llama", {"sliding_window": 512}),  # as many as there are positions
         ("llama", {"use_sliding_window": True}),
         ("llama", {"layer_types": ["full_attention"] * 2}),
     ],
@@ -173,6 +172,12 @@ def test_keys_of_the_other_type_pass(model_type: str, change: dict[str, object])
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
             "rope_parameters: expected one set of values",
+        ),
+        ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta: expected a positive number, go"),
+        ({"rope_parameters": None, "rope_theta": 0}, "rope_theta: expected a positive number, go"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": True}},
+            "factor: expected a positive number, got True",
         ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1 (these models turn"),
         (
