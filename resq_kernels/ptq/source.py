@@ -40,7 +40,7 @@ def check_class(config: Mapping[str, Any]) -> None:
     from transformers import CONFIG_MAPPING
 
     custom = config.get("auto_map") or {}
-    for name in custom if isinstance(custom, Mapping) else {"": custom}:
+    for name in custom if isinstance(custom, Mapping) else [custom]:
         if name != "AutoTokenizer":
             raise ValueError(
                 f"config.json: auto_map: expected a model of transformers itself, got {name} in "
