@@ -44,12 +44,13 @@ def quantize(
     Source: arXiv 2412.14363.
     """
     from resq_kernels.ptq.calibrate import windows
+    from resq_kernels.ptq.check import check_shape
     from resq_kernels.ptq.pipeline import quantize_folder
 
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("quantize: model: expected a float model, got a quantized one")
-    ModelShape.from_config(model.config.to_dict())
     config = config or ResQConfig()
+    check_shape(ModelShape.from_config(model.config.to_dict()), config)
     tokens = windows(tokenizer, calibration, config.samples, config.seqlen, config.seed)
     with tempfile.TemporaryDirectory(prefix="resq-") as folder:
         source, out = Path(folder) / "source", Path(folder) / "quantized"
@@ -83,5 +84,5 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         )
     folder = Path(path) / kwargs.get("subfolder", "")
     if folder.is_dir():
-        checkpoint.validate(folder)
+        checkpoint.validate(folder, variant=kwargs.get("variant"))
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)

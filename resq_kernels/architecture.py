@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,59 @@ NORMS = (ATTENTION_NORM, MLP_NORM)
 KEY_ROTATION = "self_attn.key_rotation"
 
 
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+READ_KEYS = frozenset(
+    {*_SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"}
+    | {"rope_parameters", "max_position_embeddings", "dtype"}
+)
+"""Keys that the quantizer reads."""
+
+HARMLESS_KEYS = frozenset(
+    {"transformers_version", "architectures", "id2label", "label2id", "problem_type"}
+    | {"output_hidden_states", "return_dict", "use_cache", "initializer_range", "pretraining_tp"}
+    | {"pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout"}
+    | {"chunk_size_feed_forward"}
+)
+"""Keys of transformers' classes that do not change the logits of these models."""
+
+FIXED_KEYS: Mapping[str, Mapping[str, tuple[object, ...]]] = {
+    "llama": {
+        "hidden_act": ("silu", "swish"),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        # The class has no such key, but transformers' cache then forgets what lies further back.
+        "sliding_window": (None,),
+    },
+    # q, k and v always have biases and o_proj never, whatever attention_bias says; sliding_window
+    # and max_window_layers have no effect without use_sliding_window.
+    "qwen2": {"hidden_act": ("silu", "swish"), "use_sliding_window": (False,)},
+}
+"""model_type -> key -> the values of config.json that are supported; the first is the default."""
+
+SHARED_KEYS: Mapping[str, tuple[object, ...]] = {
+    "is_encoder_decoder": (False,),
+    "is_causal": (True,),
+    **dict.fromkeys(
+        ("attention_chunk_size", "kv_sharing_modes", "per_layer_config", "mlp_layer_types")
+        # A part that transformers takes for the language model's own configuration.
+        + ("text_config", "decoder", "generator", "text_encoder"),
+        (None,),
+    ),
+}
+"""Likewise, of keys that masks, caches and configurations read whatever the model is."""
+
+WINDOW_KEYS = frozenset({"sliding_window", "max_window_layers", "layer_types"})
+"""Keys of windowed attention: checked where they have an effect."""
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """The sizes of a supported model.
@@ -64,9 +118,16 @@ class ModelShape:
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
         """Reads a config.json.
 
+        The rule for its keys: what this function does not read must not change what transformers
+        computes. The keys of transformers' own class are read here, or are in `FIXED_KEYS` and must
+        have a value that is supported, or are in `HARMLESS_KEYS`. Of the keys that the class does
+        not have, transformers' shared code reads `SHARED_KEYS`, which must have the given values
+        too. No other key has an effect in `LlamaForCausalLM` or `Qwen2ForCausalLM`, whatever it
+        meant where the checkpoint was made, and all of them pass.
+
         Raises:
-            ValueError: another architecture, or an option that changes the computation in a way
-                this package does not support; the message names the key.
+            ValueError: another architecture, a value of the wrong type, or an option that changes
+                the computation in a way this package does not support; the message names the key.
         """
         model_type = config.get("model_type")
         if model_type not in SUPPORTED:
@@ -74,35 +135,46 @@ class ModelShape:
                 f"config.json: model_type: expected one of {', '.join(SUPPORTED)}, "
                 f"got {model_type!r}"
             )
-        for key, value in (
-            ("hidden_act", "silu"),
-            ("attention_bias", False),
-            ("mlp_bias", False),
-            ("use_sliding_window", False),
-        ):
-            if config.get(key, value) != value:
-                raise ValueError(f"config.json: {key}: expected {value!r}, got {config[key]!r}")
-        missing = [key for key in _SIZES if config.get(key) is None]
-        if missing:
-            raise ValueError(f"config.json: {', '.join(missing)}: expected a size, got nothing")
-        heads = config["num_attention_heads"]
-        kv_heads = config.get("num_key_value_heads") or heads
+        _check_fixed(config, {**SHARED_KEYS, **FIXED_KEYS[model_type]})
+        _check_rope(config)
+        sizes = {key: _size(config, key) for key in _SIZES}
+        hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+        # Without the key transformers takes 32 for a Qwen2; null is as many as there are queries.
+        absent = model_type == "qwen2" and "num_key_value_heads" not in config
+        kv_heads = _size(config, "num_key_value_heads", 32 if absent else heads)
         if heads % kv_heads:
             raise ValueError(
                 f"config.json: num_key_value_heads: expected a divisor of {heads}, got {kv_heads}"
             )
+        if hidden % heads and model_type == "llama":
+            raise ValueError(
+                f"config.json: hidden_size: expected a multiple of num_attention_heads ({heads}), "
+                f"got {hidden}"
+            )
+        head_dim = _size(config, "head_dim", hidden // heads)
+        if head_dim % 2:
+            raise ValueError(
+                f"config.json: head_dim: expected an even number (RoPE turns pairs), got {head_dim}"
+            )
+        eps, tied = config.get("rms_norm_eps", 1e-6), config.get("tie_word_embeddings", False)
+        if not isinstance(eps, float | int) or isinstance(eps, bool) or not 0 <= eps < math.inf:
+            raise ValueError(f"config.json: rms_norm_eps: expected a number, got {eps!r}")
+        if not isinstance(tied, bool):
+            raise ValueError(
+                f"config.json: tie_word_embeddings: expected true or false, got {tied!r}"
+            )
         return cls(
             model_type=model_type,
-            hidden=config["hidden_size"],
-            intermediate=config["intermediate_size"],
-            vocab=config["vocab_size"],
-            layers=config["num_hidden_layers"],
+            hidden=hidden,
+            intermediate=sizes["intermediate_size"],
+            vocab=sizes["vocab_size"],
+            layers=sizes["num_hidden_layers"],
             heads=heads,
             kv_heads=kv_heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            norm_eps=config.get("rms_norm_eps", 1e-6),
+            head_dim=head_dim,
+            norm_eps=float(eps),
             qkv_bias=model_type == "qwen2",
-            tied=bool(config.get("tie_word_embeddings", False)),
+            tied=tied,
         )
 
     def linear(self, name: str) -> tuple[int, int]:
@@ -150,15 +222,54 @@ class ModelShape:
         return shapes
 
 
-_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "vocab_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-
-
 def layer_prefix(layer: int) -> str:
     """The prefix of the names of a decoder layer's tensors."""
     return f"model.layers.{layer}."
+
+
+def _check_fixed(config: Mapping[str, Any], fixed: Mapping[str, tuple[object, ...]]) -> None:
+    for key, allowed in fixed.items():
+        value = config.get(key, allowed[0])
+        # 0 == False, and no config.json means the one by the other.
+        if not any(value is one or (isinstance(one, str) and value == one) for one in allowed):
+            expected = " or ".join(repr(one) for one in allowed)
+            raise ValueError(f"config.json: {key}: expected {expected}, got {value!r}")
+    layers = config.get("layer_types") or ["full_attention"]
+    other = [kind for kind in layers if kind != "full_attention"]
+    if other:
+        raise ValueError(
+            f'config.json: layer_types: expected "full_attention" alone, got {other[0]!r}'
+        )
+
+
+def _check_rope(config: Mapping[str, Any]) -> None:
+    """Refuses RoPE that Llama and Qwen2 of transformers do not have; they compute the tables."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+        raise ValueError(f"config.json: rope_parameters: expected one set of values, got {rope!r}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise ValueError(
+            f"config.json: rope_type: expected one of {', '.join(ROPE_TYPES)}, got {kind!r}"
+        )
+    for key in ("rope_theta", "factor", "original_max_position_embeddings"):
+        value = rope.get(key, config.get(key))
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < math.inf):
+            raise ValueError(f"config.json: {key}: expected a positive number, got {value!r}")
+    part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if part not in (None, 1, 1.0):
+        raise ValueError(
+            "config.json: partial_rotary_factor: expected 1 (these models turn whole heads), "
+            f"got {part!r}"
+        )
+
+
+def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise ValueError(f"config.json: {key}: expected a size, got nothing")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"config.json: {key}: expected a positive integer, got {value!r}")
+    return value

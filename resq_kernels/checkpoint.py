@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,8 +168,15 @@ def quantized_tensors(
     return expected
 
 
-def validate(folder: Path | str) -> ResQConfig:
+def validate(
+    folder: Path | str, files: Iterable[Path | str] | None = None, variant: str | None = None
+) -> ResQConfig:
     """Checks a quantized folder before anything is built from it.
+
+    Args:
+        folder: the folder.
+        files: its weight files, if a loader has chosen them; by default those of `weight_files`.
+        variant: as `from_pretrained` takes it.
 
     The checks cover config.json, the presence, shape and dtype of every tensor, the size of every
     file, the hash of the key rotations, and that all weight scales are finite and not negative.
@@ -180,7 +187,7 @@ def validate(folder: Path | str) -> ResQConfig:
     Raises:
         CheckpointError: one sentence that names the tensor, what was expected and what was found.
     """
-    reader = CheckpointReader(folder)
+    reader = CheckpointReader(folder, files, variant)
     entry = reader.config.get("quantization_config")
     if not isinstance(entry, dict):
         raise CheckpointError(
@@ -202,17 +209,15 @@ def validate(folder: Path | str) -> ResQConfig:
     extra = sorted(n for n in reader.tensors if ours.match(n) and n not in expected)
     if extra:
         raise CheckpointError(f"{reader.folder}: {extra[0]}: expected no such tensor, found one")
-    for name in expected:
-        if name.endswith(".weight_scale"):
-            scales = reader.load(name)
-            if not (torch.isfinite(scales) & (scales >= 0)).all():
-                raise CheckpointError(
-                    f"{reader.folder}: {name}: expected finite scales, got "
-                    f"{scales[~(torch.isfinite(scales) & (scales >= 0))][0].item()}"
-                )
+    for name, scales in reader.load_each(n for n in expected if n.endswith(".weight_scale")):
+        good = torch.isfinite(scales) & (scales >= 0)
+        if not good.all():
+            raise CheckpointError(
+                f"{reader.folder}: {name}: expected finite scales, got {scales[~good][0].item()}"
+            )
     names = [name for name in expected if name.endswith(architecture.KEY_ROTATION)]
     names += [architecture.BASIS_ROTATION] if stored.has_basis else []
-    got = tensors_hash(reader.load(name) for name in names)
+    got = tensors_hash(tensor for _, tensor in reader.load_each(names))
     if got != entry["rotation_hash"]:
         raise CheckpointError(
             f"{reader.folder}: self_attn.key_rotation or hidden_basis.rotation: expected the hash "

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import ClassVar, cast
 
 METHODS = ("resq", "quarot", "rtn")
 WEIGHT_METHODS = ("gptq", "rtn")
+HIGH_FRACTION = 0.125
+"""The share of method "resq", unless another is given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +20,8 @@ class ResQConfig:
         method: "resq" (PCA bases, random rotation inside each subspace, INT8 + INT4), "quarot"
             (random rotation only, uniform INT4) or "rtn" (no rotation, uniform INT4).
         weights: "gptq" or "rtn" (round to nearest); both search the clipping range by MSE.
-        high_fraction: share of every input dimension kept in INT8; 0 for the uniform methods.
+        high_fraction: share of every input dimension kept in INT8. By default (None) 0.125 with
+            method "resq", and 0 with the uniform methods, which take no other.
         lo_bits: bits of the low part of the activations, 4 or 8 (weights stay INT4).
         symmetric: symmetric instead of asymmetric activations.
         activation_clip: factor on the range of the activations, in (0, 1].
@@ -29,6 +32,7 @@ class ResQConfig:
         seed: seed of the rotations and of the choice of calibration windows.
 
     Raises:
+        TypeError: a value is of another type; the message names the field.
         ValueError: a value is outside its range; the message names the field.
     """
 
@@ -38,7 +42,7 @@ class ResQConfig:
 
     method: str = "resq"
     weights: str = "gptq"
-    high_fraction: float = 0.125
+    high_fraction: float = cast(float, None)  # a number as soon as the object exists
     lo_bits: int = 4
     symmetric: bool = False
     activation_clip: float = 1.0
@@ -50,14 +54,25 @@ class ResQConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.high_fraction is None:
+            share = HIGH_FRACTION if self.method == "resq" else 0.0
+            object.__setattr__(self, "high_fraction", share)
+        for name in ("method", "weights"):
+            self._is_a(name, str, "a name")
+        for name in ("lo_bits", "kv_bits", "embedding_bits", "samples", "seqlen", "seed"):
+            self._is_a(name, int, "an integer")
+        for name in ("high_fraction", "activation_clip", "damping"):
+            self._is_a(name, (int, float), "a number")
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if not isinstance(self.symmetric, bool):
+            raise TypeError(f"symmetric: expected True or False, got {self.symmetric!r}")
+
         _one_of("method", self.method, METHODS)
         _one_of("weights", self.weights, WEIGHT_METHODS)
         _one_of("lo_bits", self.lo_bits, (4, 8))
         _one_of("kv_bits", self.kv_bits, (4, 16))
         _one_of("embedding_bits", self.embedding_bits, (8, 16))
-        if self.method != "resq" and self.high_fraction == ResQConfig.high_fraction:
-            object.__setattr__(self, "high_fraction", 0.0)
-        if not 0.0 <= self.high_fraction < 1.0 or not math.isfinite(self.high_fraction):
+        if not 0.0 <= self.high_fraction < 1.0:
             raise ValueError(f"high_fraction: expected a share in [0, 1), got {self.high_fraction}")
         if self.method != "resq" and self.high_fraction != 0.0:
             raise ValueError(
@@ -69,8 +84,15 @@ class ResQConfig:
         for name in ("samples", "seqlen"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not self.damping > 0:
+        if not 0.0 < self.damping < math.inf:
             raise ValueError(f"damping: expected a positive share, got {self.damping}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed: expected an integer of 64 bits, got {self.seed}")
+
+    def _is_a(self, name: str, kind: type | tuple[type, ...], word: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected {word}, got {value!r}")
 
     @property
     def rotates(self) -> bool:

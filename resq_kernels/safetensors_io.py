@@ -9,30 +9,42 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+# The words of a safetensors header. It knows others (F4, F6_E2M3, ...) that torch has no dtype for.
 _DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
     "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "I8": torch.int8,
+    "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
     "BOOL": torch.bool,
 }
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class CheckpointError(ValueError):
@@ -45,13 +57,30 @@ class TensorInfo:
 
     Attributes:
         file: the safetensors file.
-        dtype: a torch dtype.
+        name: its name there.
+        kind: its dtype in the file's own word, such as "BF16".
         shape: sizes.
+        bytes: size of the data.
     """
 
     file: Path
-    dtype: torch.dtype
+    name: str
+    kind: str
     shape: tuple[int, ...]
+    bytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype.
+
+        Raises:
+            CheckpointError: torch has none for `kind`.
+        """
+        if self.kind not in _DTYPES:
+            raise CheckpointError(
+                f"{self.file}: {self.name}: expected a dtype of torch, got {self.kind}"
+            )
+        return _DTYPES[self.kind]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -61,6 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing, not JSON, or not an object.
     """
     try:
+        check_content(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected a file, found nothing") from None
@@ -100,9 +130,119 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     os.replace(temporary, path)
 
 
+def check_content(path: Path) -> None:
+    """Refuses the pointer that git-lfs leaves in place of a file that it has not downloaded.
+
+    Raises:
+        CheckpointError: it is one; the message says what to run.
+    """
+    with path.open("rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise CheckpointError(
+                f"{path}: expected the file, got a git-lfs pointer to it; run `git lfs pull` in "
+                f"{path.parent}"
+            )
+
+
+def check_pointers(folder: Path) -> None:
+    """Refuses a cloned folder whose configuration, tokenizer or weights are pointers of git-lfs.
+
+    Raises:
+        CheckpointError: names the first, and what to run.
+    """
+    fast, slow = folder / "tokenizer.json", folder / "tokenizer.model"
+    for path in (folder / "config.json", fast if fast.exists() else slow):
+        if path.is_file():
+            check_content(path)
+    config = read_json(folder / "config.json")
+    found = find_weights(folder, config)
+    if found is not None:
+        pickles = ".bin" in found.suffixes
+        for path in [found] if pickles else weight_files(folder, config):
+            if path.is_file():
+                check_content(path)
+
+
+def find_weights(
+    folder: Path, config: Mapping[str, Any], variant: str | None = None
+) -> Path | None:
+    """The file or index of weights that `from_pretrained(folder)` of transformers 5.24 takes.
+
+    Formula: what `transformers_weights` in config.json names, else the first that exists of
+    model.safetensors, model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json
+    (with a variant V: model.V.safetensors, ...). All other files are ignored, an index that lies
+    beside a single file among them.
+
+    Args:
+        folder: a model folder.
+        config: the content of its config.json.
+        variant: as `from_pretrained` takes it.
+
+    Returns:
+        A path that exists, or what `transformers_weights` names, or None.
+
+    Raises:
+        CheckpointError: `transformers_weights` names no safetensors file or index of the folder.
+    """
+    named = config.get("transformers_weights")
+    if named is not None:
+        # Links are not followed: the hub's cache keeps the files of a folder elsewhere.
+        root = os.path.abspath(folder)
+        inside = isinstance(named, str) and os.path.abspath(folder / named).startswith(
+            root + os.sep
+        )
+        if not inside or not named.endswith((".safetensors", ".safetensors.index.json")):
+            raise CheckpointError(
+                f"{folder}: config.json: transformers_weights: expected a safetensors file or "
+                f"index in the folder, got {named!r}"
+            )
+        return folder / str(named)
+    suffix = f".{variant}" if variant else ""
+    for name in (
+        f"model{suffix}.safetensors",
+        f"model.safetensors.index{suffix}.json",
+        f"pytorch_model{suffix}.bin",
+        f"pytorch_model.bin.index{suffix}.json",
+    ):
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def weight_files(folder: Path, config: Mapping[str, Any], variant: str | None = None) -> list[Path]:
+    """The safetensors files of `find_weights`: one, or those that its index lists, in their order.
+
+    Raises:
+        CheckpointError: there are none, they are pickles, or the index is damaged.
+    """
+    found = find_weights(folder, config, variant)
+    if found is None:
+        wanted = f"{SINGLE_FILE} or {INDEX_FILE}" + (f" of variant {variant!r}" if variant else "")
+        raise CheckpointError(f"{folder}: expected {wanted}, found neither")
+    if ".bin" in found.suffixes:
+        code = (
+            "from transformers import AutoModelForCausalLM as M; "
+            f'M.from_pretrained({json.dumps(str(folder))}, dtype="auto")'
+            f".save_pretrained({json.dumps(f'{folder.name}-new')})"
+        )
+        raise CheckpointError(
+            f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, got {found.name}, which is not "
+            f"read here; `python -c {shlex.quote(code)}` writes a folder with them (copy the "
+            "tokenizer's files into it)"
+        )
+    if found.suffix != ".json":
+        return [found]
+    names = read_json(found).get("weight_map")
+    whole = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+    if not names or not whole:
+        raise CheckpointError(f"{found}: weight_map: expected tensor -> file, got {names!r}")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
 def _read_header(path: Path) -> dict[str, TensorInfo]:
     """The table of a safetensors file, checked against the file's size."""
     try:
+        check_content(path)
         size = path.stat().st_size
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -117,10 +257,12 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         table = json.loads(header)
         table.pop("__metadata__", None)
-        infos = {
-            name: TensorInfo(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            for name, entry in table.items()
-        }
+        infos = {}
+        for name, entry in table.items():
+            start, stop = entry["data_offsets"]
+            infos[name] = TensorInfo(
+                path, name, entry["dtype"], tuple(entry["shape"]), stop - start
+            )
         end = 8 + length + max((e["data_offsets"][1] for e in table.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: expected a safetensors header, got {error!r}") from error
@@ -136,39 +278,80 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 class CheckpointReader:
     """Reads a folder with config.json and safetensors files, one tensor at a time.
 
+    Args:
+        folder: the folder.
+        files: its weight files, if a loader has chosen them; by default those of `weight_files`.
+        variant: as `from_pretrained` takes it.
+
     Attributes:
         folder: the folder.
         config: the content of config.json.
-        tensors: name -> `TensorInfo` of everything stored.
+        files: the safetensors files that make the model.
+        tensors: name -> `TensorInfo` of everything stored in them. Where two files hold a name the
+            later one counts, as in transformers.
 
     Raises:
         CheckpointError: the folder, config.json or a file of weights is missing, truncated or
             damaged.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        files: Iterable[Path | str] | None = None,
+        variant: str | None = None,
+    ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder}: expected a model folder, found no folder")
         self.config = read_json(self.folder / "config.json")
+        self.files = (
+            weight_files(self.folder, self.config, variant)
+            if files is None
+            else [Path(file) for file in files]
+        )
         self.tensors: dict[str, TensorInfo] = {}
-        self.files = self._weight_files()
         for file in self.files:
             self.tensors.update(_read_header(file))
 
-    def _weight_files(self) -> list[Path]:
-        index = self.folder / INDEX_FILE
-        if index.exists():
-            names = read_json(index).get("weight_map", {}).values()
-            return [self.folder / name for name in sorted(set(names))]
-        if (self.folder / SINGLE_FILE).exists():
-            return [self.folder / SINGLE_FILE]
-        raise CheckpointError(
-            f"{self.folder}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither"
-        )
-
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which `from_pretrained` of transformers loads the model by default.
+
+        Formula: `dtype` of config.json, or its older name `torch_dtype`; else that of the index's
+        metadata; else that of the first floating tensor of the first file.
+
+        Raises:
+            CheckpointError: it is none of `FLOAT_DTYPES`.
+        """
+        found = find_weights(self.folder, self.config)
+        indexed = found is not None and found.suffix == ".json"
+        metadata = read_json(found).get("metadata") if found is not None and indexed else None
+        named = self.config.get("dtype") or self.config.get("torch_dtype")
+        if named is None and isinstance(metadata, dict):
+            named = metadata.get("dtype")
+        if named is None:
+            named = self._first_dtype()
+        for dtype in FLOAT_DTYPES:
+            if named == dtype_name(dtype):
+                return dtype
+        expected = ", ".join(dtype_name(dtype) for dtype in FLOAT_DTYPES)
+        raise CheckpointError(
+            f"{self.folder}: config.json: dtype: expected one of {expected}, got {named!r}"
+        )
+
+    def _first_dtype(self) -> str | None:
+        """The dtype of the first floating tensor of the first file, in safetensors' order."""
+        try:
+            with safe_open(self.files[0], framework="pt") as stream:
+                kinds = [stream.get_slice(name).get_dtype() for name in stream.keys()]  # noqa: SIM118
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.files[0]}: {error}") from error
+        floating = (kind for kind in kinds if kind in ("BF16", "F16", "F32", "F64"))
+        return next((dtype_name(_DTYPES[kind]) for kind in floating), None)
 
     def info(self, name: str) -> TensorInfo:
         """Where a tensor is.
@@ -182,14 +365,26 @@ class CheckpointReader:
 
     def load(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, in its stored dtype."""
-        with safe_open(self.info(name).file, framework="pt") as stream:
-            tensor: torch.Tensor = stream.get_tensor(name)
+        info = self.info(name)
+        with safe_open(info.file, framework="pt") as stream:
+            tensor: torch.Tensor = stream.get_tensor(info.name)
         return tensor
+
+    def load_each(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors as `load` reads them, with their names; opens, and parses, every file once."""
+        with ExitStack() as stack:
+            streams: dict[Path, Any] = {}
+            for name in names:
+                file = self.info(name).file
+                if file not in streams:
+                    streams[file] = stack.enter_context(safe_open(file, framework="pt"))
+                yield name, streams[file].get_tensor(name)
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start <= row < stop of a matrix, in its stored dtype."""
-        with safe_open(self.info(name).file, framework="pt") as stream:
-            rows: torch.Tensor = stream.get_slice(name)[start:stop]
+        info = self.info(name)
+        with safe_open(info.file, framework="pt") as stream:
+            rows: torch.Tensor = stream.get_slice(info.name)[start:stop]
         return rows
 
     def check(
@@ -202,11 +397,13 @@ class CheckpointReader:
         """
         info = self.info(name)
         dtypes = tuple(dtypes)
-        if info.shape != shape or info.dtype not in dtypes:
+        dtype = _DTYPES.get(info.kind)
+        if info.shape != shape or dtype not in dtypes:
             expected = " or ".join(dtype_name(dtype) for dtype in dtypes)
+            got = info.kind if dtype is None else dtype_name(dtype)
             raise CheckpointError(
-                f"{self.folder}: {name}: expected {expected} {list(shape)}, "
-                f"got {dtype_name(info.dtype)} {list(info.shape)}"
+                f"{self.folder}: {info.name}: expected {expected} {list(shape)}, "
+                f"got {got} {list(info.shape)}"
             )
 
 

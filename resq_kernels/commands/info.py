@@ -147,35 +147,57 @@ def _of_device(query: Callable[[int], str], index: int) -> str:
 
 
 def model_figures(model: str) -> dict[str, Any]:
-    """What a model is: its shape, its quantization, the bytes of each part (folders only).
+    """What a model is: its shape, its quantization, its weights.
+
+    A folder may hold any model of the hub's kind, with weights that nothing here can load.
 
     Raises:
-        CommandError: there is no such model, or the folder is damaged.
+        CommandError, CheckpointError: there is no such model, or the folder is damaged.
     """
-    config = loading.load_config(model)
+    from resq_kernels.commands.sizes import part_sizes
+    from resq_kernels.safetensors_io import find_weights, read_json
+
+    folder = Path(model)
+    weights, parts = None, None
+    if folder.exists():
+        loading.check_folder(folder)
+        config = read_json(folder / "config.json")
+        found = find_weights(folder, config)
+        weights = None if found is None else found.name
+        if found is not None and ".bin" not in found.suffixes:
+            parts = part_sizes(folder)
+    else:
+        config = loading.load_config(model).to_dict()
     names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     names += ["num_key_value_heads", "vocab_size", "max_position_embeddings"]
-    from resq_kernels.commands.sizes import part_sizes
-
+    classes = config.get("architectures")
+    named = classes[0] if isinstance(classes, list) and classes else config.get("model_type")
+    text = config.get("text_config")
+    sizes = config | text if isinstance(text, dict) else config
     return {
         "name": model,
-        "architecture": (config.architectures or ["unknown"])[0],
-        "shape": {name: getattr(config, name, None) for name in names},
-        "quantization": loading.quantization(config),
-        "bytes": part_sizes(Path(model)) if Path(model).is_dir() else None,
+        "architecture": str(named or "unknown"),
+        "shape": {name: sizes.get(name) for name in names},
+        "quantization": config.get("quantization_config"),
+        "weights": weights,
+        "bytes": parts,
     }
 
 
 def _model_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     shape, quantized, parts = figures["shape"], figures["quantization"], figures["bytes"]
+    sizes = ", ".join(f"{value} {name}" for name, value in shape.items() if value)
     rows = [
         ("model", f"{figures['name']} ({figures['architecture']})"),
-        ("shape", ", ".join(f"{value} {name}" for name, value in shape.items() if value)),
+        ("shape", sizes or "not in config.json"),
     ]
-    if quantized is None:
-        rows.append(("quantization", "none"))
-    else:
+    if isinstance(quantized, dict):
         rows += [(key, str(value)) for key, value in quantized.items()]
+    else:
+        rows.append(("quantization", "none" if quantized is None else str(quantized)))
+    if Path(figures["name"]).is_dir():
+        weights = figures["weights"] or "none that transformers loads"
+        rows.append(("weights", weights + ("" if parts else " (bytes are those of safetensors)")))
     if parts is not None:
         rows += [
             (name.replace("_", " "), output.size(count)) for name, count in parts.items() if count

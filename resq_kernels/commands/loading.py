@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import warnings
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from resq_kernels.commands.output import CommandError
+from resq_kernels.safetensors_io import check_pointers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -70,19 +70,15 @@ def check_folder(folder: Path) -> None:
     """Refuses what is not a Hugging Face model folder.
 
     Raises:
-        CommandError: it is a file, or config.json is missing or not a JSON object.
+        CommandError: it is a file, or config.json is missing.
+        CheckpointError: config.json is no JSON object, or a file is a pointer of git-lfs.
     """
     if not folder.is_dir():
         raise CommandError(f"{folder}: expected a model folder, got a file")
     config = folder / "config.json"
     if not config.is_file():
         raise CommandError(f"{folder}: not a Hugging Face model folder (no config.json)")
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CommandError(f"{config}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CommandError(f"{config}: expected a JSON object, got {type(content).__name__}")
+    check_pointers(folder)
 
 
 def load_model(model: str, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:

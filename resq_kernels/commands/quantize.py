@@ -204,6 +204,7 @@ def _check_model(model: str, model_config: PretrainedConfig, config: ResQConfig)
     """Refuses a model that is quantized already, of another architecture, or cannot be split."""
     from resq_kernels.architecture import ModelShape
     from resq_kernels.ptq.check import check_shape
+    from resq_kernels.ptq.source import check_class
 
     stored = loading.quantization(model_config)
     if stored is not None:
@@ -213,7 +214,9 @@ def _check_model(model: str, model_config: PretrainedConfig, config: ResQConfig)
             f"{model}: expected a 16-bit model, got one that is already quantized ({method})"
         )
     try:
-        check_shape(ModelShape.from_config(model_config.to_dict()), config)
+        settings = model_config.to_dict()
+        check_class(settings)
+        check_shape(ModelShape.from_config(settings), config)
     except ValueError as error:
         raise CommandError(f"{model}: {error}") from error
 

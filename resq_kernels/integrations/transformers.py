@@ -55,7 +55,7 @@ class ResQQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         if checkpoint_files:
-            checkpoint.validate(Path(checkpoint_files[0]).parent)
+            checkpoint.validate(Path(checkpoint_files[0]).parent, checkpoint_files)
         prepare(model, self.stored)
         return model
 

@@ -10,15 +10,38 @@ from resq_kernels import hadamard, kv_pages
 from resq_kernels.architecture import DOWN_PROJ, LINEARS, ModelShape
 from resq_kernels.config import ResQConfig
 
+MOST_PART_COLUMNS = 65536
+"""kMostPartColumns of csrc/ops/mixed_gemm/mixed_gemm.h: beyond, sums of 32 bits can wrap."""
+
 
 def check_shape(shape: ModelShape, config: ResQConfig) -> None:
-    """Refuses a model whose sizes the options cannot split or transform.
+    """Refuses a model whose sizes the options cannot split, transform or store.
 
     Raises:
-        ValueError: names the linear or dimension, and what it must be.
+        ValueError: names the key of config.json or the linear, the option, and what it must be.
     """
+    for key, size in (
+        ("hidden_size", shape.hidden),
+        ("head_dim", shape.head_dim),
+        ("intermediate_size", shape.intermediate),
+    ):
+        if size % 2:
+            raise ValueError(
+                f"{key}: expected an even number (4-bit codes are stored in pairs), got {size}"
+            )
     for name in LINEARS:
-        shape.k_hi(name, config.high_fraction)
+        k_hi = shape.k_hi(name, config.high_fraction)
+        largest = max(shape.linear(name)[1] - k_hi, k_hi)
+        if largest > MOST_PART_COLUMNS:
+            raise ValueError(
+                f"{name}: expected at most {MOST_PART_COLUMNS} columns in INT4 and in INT8, got "
+                f"{largest}"
+            )
+    if config.embedding_bits == 8 and shape.hidden > MOST_PART_COLUMNS:
+        raise ValueError(
+            f"hidden_size: expected at most {MOST_PART_COLUMNS} with embedding_bits 8, got "
+            f"{shape.hidden}"
+        )
     sizes = {}
     if config.rotates:
         sizes[f"{DOWN_PROJ}: intermediate_size"] = shape.intermediate
@@ -28,9 +51,18 @@ def check_shape(shape: ModelShape, config: ResQConfig) -> None:
         try:
             hadamard.factors(size)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-    if config.kv_bits == 4:
-        kv_pages.low_dims(shape.head_dim)
+            raise ValueError(f"{name}: {error}; method 'rtn' needs no such size") from error
+    if config.kv_bits == 4 and shape.head_dim not in kv_pages.HEAD_DIMS:
+        allowed = " or ".join(map(str, kv_pages.HEAD_DIMS))
+        raise ValueError(
+            f"head_dim: expected {allowed} with kv_bits 4, got {shape.head_dim}; kv_bits 16 leaves "
+            "keys and values as they are"
+        )
+    if config.method == "resq" and shape.head_dim % 16:
+        # The bases of keys and values are split at 1/8 of a head whatever the cache holds.
+        raise ValueError(
+            f"head_dim: expected a multiple of 16 with method 'resq', got {shape.head_dim}"
+        )
 
 
 def work_bytes(

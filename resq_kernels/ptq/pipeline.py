@@ -64,9 +64,9 @@ def quantize_folder(
     if resume and (finished := finished_report(out, inputs)):
         return finished
     windows, seqlen = calibration.shape
+    rope = rope_tables(model.reader.config, source, seqlen)
     check_disk(out, work_bytes(model.shape, config, windows, seqlen, model.item_bytes))
     work = Workspace.open(out, inputs, resume)
-    rope = rope_tables(model.reader.config, source, seqlen)
 
     basis = rotation = None
     if config.method == "resq":

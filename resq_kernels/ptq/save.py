@@ -16,7 +16,7 @@ from resq_kernels.ptq.embedding import embedding_tensors, head_tensors, tied_hea
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.source import SourceModel
 from resq_kernels.ptq.workspace import Workspace, layer_piece
-from resq_kernels.safetensors_io import ShardWriter, tensors_hash, write_json
+from resq_kernels.safetensors_io import ShardWriter, dtype_name, tensors_hash, write_json
 
 # Everything that makes a folder usable besides its weights.
 COPIED = (
@@ -64,6 +64,9 @@ def save(
     writer.finish()
     settings = dict(model.reader.config)
     settings["tie_word_embeddings"] = False
+    settings["dtype"] = dtype_name(model.dtype)
+    for key in ("torch_dtype", "transformers_weights"):  # said by dtype; a file of the source
+        settings.pop(key, None)
     settings["quantization_config"] = quantization_config(
         config,
         basis_hash=tensors_hash(() if basis is None else basis.matrices()),

@@ -85,7 +85,7 @@ def test_models_that_are_none_are_refused_in_a_sentence(
     a_file = tmp_path / "file"
     a_file.write_text("x")
     assert "expected a model folder, got a file" in resq(command, a_file, *options).sentence
-    for content, sentence in (("{", "not readable as JSON"), ("[]", "expected a JSON object")):
+    for content, sentence in (("{", "expected JSON, got"), ("[]", "expected a JSON object")):
         (tmp_path / "config.json").write_text(content)
         result = resq(command, tmp_path, *options)
         assert result.code == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+import resq_kernels
 from resq_kernels.checkpoint import validate
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq.pipeline import quantize_folder
@@ -197,6 +200,39 @@ def test_files_that_are_not_there(copy: Path, tmp_path: Path) -> None:
     assert "config.json: expected JSON" in refusal(copy)
     with pytest.raises(CheckpointError, match="expected a model folder, found no folder"):
         CheckpointReader(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("sizes", [("100KB", "5GB"), ("5GB", "100KB", "5GB"), ("60KB", "100KB")])
+def test_a_model_that_is_saved_over_its_own_files(
+    copy: Path, tmp_path: Path, sizes: tuple[str, ...]
+) -> None:
+    """transformers leaves the older index, or the older single file, where it is."""
+    model = AutoModelForCausalLM.from_pretrained(copy)
+    for size in sizes:
+        model.save_pretrained(tmp_path / "again", max_shard_size=size)
+    validate(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    ids = torch.randint(0, 256, (2, 20))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("size", ["5GB", "100KB"])
+def test_a_variant_is_validated_and_loaded(copy: Path, tmp_path: Path, size: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(copy)
+    folder, ids = tmp_path / "variant", torch.randint(0, 256, (2, 20))
+    model.save_pretrained(folder, variant="fp16", max_shard_size=size)
+    for load in (AutoModelForCausalLM.from_pretrained, resq_kernels.from_pretrained):
+        assert torch.equal(load(folder, variant="fp16")(ids).logits, model(ids).logits)
+    assert "expected model.safetensors or model.safetensors.index.json, found" in refusal(folder)
+    with pytest.raises(OSError, match="model.safetensors"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    shard = next(path for path in sorted(folder.glob("*fp16*.safetensors")))
+    tensors = load_file(shard)
+    name = sorted(tensors)[0]
+    save_file(tensors | {name: tensors[name][:-1].clone()}, shard, metadata={"format": "pt"})
+    for load in (AutoModelForCausalLM.from_pretrained, resq_kernels.from_pretrained):
+        with pytest.raises(CheckpointError, match=re.escape(name)):
+            load(folder, variant="fp16")
 
 
 def test_shards_round_trip(tmp_path: Path) -> None:

@@ -1,0 +1,182 @@
+"""ResQConfig: defaults that depend on the method, and values that are refused by name."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from ptq_models import MODELS
+from transformers import AutoModelForCausalLM
+
+import resq_kernels
+from resq_kernels.architecture import ModelShape
+from resq_kernels.checkpoint import QUANT_METHOD, parse_quantization_config, quantization_config
+from resq_kernels.config import METHODS, ResQConfig
+from resq_kernels.ptq.check import MOST_PART_COLUMNS, check_shape
+from resq_kernels.ptq.pipeline import quantize_folder
+from resq_kernels.testing.tiny_models import make_model, make_tokenizer, save_tiny_model
+
+
+@pytest.mark.parametrize(("method", "share"), [("resq", 0.125), ("quarot", 0.0), ("rtn", 0.0)])
+def test_the_share_of_a_method(method: str, share: float) -> None:
+    for config in (
+        ResQConfig(method=method),
+        ResQConfig(method=method, high_fraction=None),
+        ResQConfig(method=method, high_fraction=share),
+    ):
+        assert config.high_fraction == share and type(config.high_fraction) is float
+        assert config == ResQConfig(method=method)
+
+
+@pytest.mark.parametrize("method", ["quarot", "rtn"])
+@pytest.mark.parametrize("share", [0.125, 0.25])
+def test_a_share_that_is_given_is_never_dropped(method: str, share: float) -> None:
+    words = rf"^high_fraction: method '{method}' is uniform 4-bit, expected 0, got {share}$"
+    with pytest.raises(ValueError, match=words):
+        ResQConfig(method=method, high_fraction=share)
+    with pytest.raises(ValueError, match=rf"got {share}$"):
+        dataclasses.replace(ResQConfig(high_fraction=share), method=method)
+    assert dataclasses.replace(ResQConfig(), method=method, high_fraction=0).high_fraction == 0.0
+
+
+def test_integers_count_as_numbers() -> None:
+    config = ResQConfig(activation_clip=1, high_fraction=0, damping=1)
+    assert json.dumps(config.to_dict()) == json.dumps(
+        ResQConfig(activation_clip=1.0, high_fraction=0.0, damping=1.0).to_dict()
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_config_survives_copies_and_folders(method: str) -> None:
+    config = ResQConfig(method=method, samples=3, seed=-5)
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+    assert ResQConfig(**config.to_dict()) == config
+    entry = json.loads(json.dumps(quantization_config(config, "a", "b", False)))
+    assert entry["quant_method"] == QUANT_METHOD
+    assert parse_quantization_config(entry)[0].to_dict() | {"samples": 3} == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        *(
+            (field, value, f"expected an integer, got {value!r}")
+            for field in ("samples", "seqlen", "lo_bits", "kv_bits", "embedding_bits", "seed")
+            for value in (8.0, "8", None, True, [8])
+        ),
+        *(
+            (field, value, f"expected a number, got {value!r}")
+            for field in ("high_fraction", "activation_clip", "damping")
+            for value in ("0.1", True, [0.1], 1j)
+        ),
+        *((field, None, "expected a number, got None") for field in ("activation_clip", "damping")),
+        *(("symmetric", value, f"True or False, got {value!r}") for value in ("yes", 1, None)),
+        *((field, 3, "expected a name, got 3") for field in ("method", "weights")),
+    ],
+)
+def test_a_value_of_another_type(field: str, value: object, words: str) -> None:
+    with pytest.raises(TypeError, match=f"^{field}: .*{re.escape(words)}$"):
+        ResQConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("method", "RESQ"),
+        ("weights", "awq"),
+        ("lo_bits", 3),
+        ("kv_bits", 8),
+        ("embedding_bits", 4),
+        ("samples", 0),
+        ("seqlen", -1),
+        ("seed", 2**63),
+        *((field, float("nan")) for field in ("high_fraction", "activation_clip", "damping")),
+        *((field, float("inf")) for field in ("high_fraction", "activation_clip", "damping")),
+        ("high_fraction", 1.0),
+        ("high_fraction", -0.125),
+        ("activation_clip", 0),
+        ("activation_clip", 1.01),
+        ("damping", 0),
+    ],
+)
+def test_a_value_out_of_range(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{field}: expected .*, got '?{re.escape(str(value))}"):
+        ResQConfig(**{field: value})
+
+
+def shape(**sizes: int) -> ModelShape:
+    return dataclasses.replace(
+        ModelShape.from_config(make_model("llama").config.to_dict()), **sizes
+    )
+
+
+RTN = ResQConfig(method="rtn", kv_bits=16)
+SIZES = (
+    (shape(hidden=127), RTN, "hidden_size: expected an even number (4-bit codes are stored in"),
+    (shape(intermediate=251), RTN, "intermediate_size: expected an even number (4-bit codes"),
+    (shape(intermediate=1), ResQConfig(), "intermediate_size: expected an even number"),
+    (shape(head_dim=63), RTN, "head_dim: expected an even number"),
+    (shape(intermediate=65538), RTN, "mlp.down_proj: expected at most 65536 columns in INT4 and"),
+    (shape(heads=1025, kv_heads=1), RTN, "self_attn.o_proj: expected at most 65536 columns in IN"),
+    (shape(hidden=65552), ResQConfig(), "hidden_size: expected at most 65536 with embedding_bits"),
+    (shape(intermediate=250), ResQConfig(), "mlp.down_proj: intermediate_size: hadamard: "),
+    (shape(hidden=92), ResQConfig(method="quarot"), "hidden_size: hadamard: expected a size"),
+    (shape(head_dim=92), ResQConfig(method="quarot"), "head_dim: hadamard: expected a size"),
+    (shape(head_dim=32), ResQConfig(), "head_dim: expected 64 or 128 with kv_bits 4, got 32; kv_"),
+    (
+        shape(head_dim=24),
+        ResQConfig(kv_bits=16, high_fraction=0.25),
+        "head_dim: expected a multiple of 16 with method 'resq', got 24",
+    ),
+    (shape(hidden=132), ResQConfig(), "self_attn.q_proj: high_fraction 0.125 of 132 columns"),
+    (shape(), ResQConfig(high_fraction=0.3), "self_attn.q_proj: high_fraction 0.3 of 128 columns"),
+)
+
+
+def test_the_largest_part_is_that_of_the_kernel() -> None:
+    header = Path(__file__).parents[2] / "csrc/ops/mixed_gemm/mixed_gemm.h"
+    assert f"kMostPartColumns = {MOST_PART_COLUMNS};" in header.read_text()
+    check_shape(shape(intermediate=MOST_PART_COLUMNS), ResQConfig(method="rtn"))
+
+
+@pytest.mark.parametrize(("model", "config", "words"), SIZES)
+def test_sizes_that_do_not_fit(model: ModelShape, config: ResQConfig, words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}"):
+        check_shape(model, config)
+
+
+def test_a_model_in_memory_is_refused_before_the_text_is_read() -> None:
+    model = make_model("llama", intermediate_size=251)
+    with pytest.raises(ValueError, match="^intermediate_size: expected an even number"):
+        resq_kernels.quantize(model, make_tokenizer(), [], ResQConfig(method="rtn"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ({"intermediate_size": 250, "hidden_size": 130, "num_attention_heads": 2}, {}),
+        ({"intermediate_size": 2, "head_dim": 2}, {}),
+        ({"head_dim": 36, "vocab_size": 259}, {"symmetric": True}),
+        ({"head_dim": 48}, {"method": "resq", "high_fraction": 0.75}),
+        ({"head_dim": 16}, {"method": "resq", "high_fraction": 0.0}),
+        ({"head_dim": 12, "intermediate_size": 28}, {"method": "quarot"}),
+    ],
+)
+def test_what_passes_the_check_runs(
+    tmp_path: Path, sizes: dict[str, int], options: dict[str, object]
+) -> None:
+    """Relative errors of these logits: 0.1 to 0.4; another model's are 1.4 away."""
+    source = save_tiny_model(tmp_path / "source", **(MODELS["llama"] | sizes))
+    config = ResQConfig(**({"method": "rtn", "weights": "rtn", "kv_bits": 16} | options))
+    ids = torch.randint(0, 250, (2, 24))
+    quantize_folder(source, tmp_path / "out", ids, config, progress=False)
+    exact, got = (AutoModelForCausalLM.from_pretrained(path) for path in (source, tmp_path / "out"))
+    with torch.no_grad():
+        logits = exact(ids).logits
+        assert float((got(ids).logits - logits).norm() / logits.norm()) < 0.5
