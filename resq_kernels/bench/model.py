@@ -191,8 +191,10 @@ def _rows(
     memory = {key: weight_bytes(m) + cache_bytes(caches[key]) for key, m in sides.items()}
     shape, depth = models.shape(name), ours.config.num_hidden_layers
     products = batch * depth * sum(n * k for n, k in map(shape.linear, LINEARS))
-    # Every weight is read once; of an embedding only a few rows, unless it is the head too.
-    embedding = 0 if shape.tied else weight_bytes(ours.get_input_embeddings())
+    # Every weight is read once but the basis of hidden states, which is for callers; of an
+    # embedding only a few rows are, unless it is the head too.
+    unread = weight_bytes(ours.model.hidden_basis)
+    unread += 0 if shape.tied else weight_bytes(ours.get_input_embeddings())
     passes = {key: prefill(model, ids) for key, model in sides.items()}
     if bench.on_gpu:
         makers = {key: partial(captured_decode, sides[key], ids, caches[key]) for key in sides}
@@ -205,7 +207,7 @@ def _rows(
         work = Work(
             op=f"model_{kind}",
             place=place,
-            moved=memory["ours"] - embedding,
+            moved=memory["ours"] - unread,
             products=products * tokens,
         )
         for row in bench.rows(work, bench.alternate(candidates, eager=True)):

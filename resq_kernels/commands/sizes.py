@@ -6,7 +6,7 @@ from pathlib import Path
 
 from resq_kernels.safetensors_io import CheckpointReader
 
-PARTS = ("linears", "linear_scales", "embedding", "head", "key_rotations", "other")
+PARTS = ("linears", "linear_scales", "embedding", "head", "rotations", "other")
 
 _PROJECTIONS = tuple(f".{name}_proj." for name in ("q", "k", "v", "o", "gate", "up", "down"))
 
@@ -16,8 +16,8 @@ def part_sizes(folder: Path) -> dict[str, int]:
 
     Returns:
         linears (weights of the decoder's projections, quantized or not, without biases),
-        linear_scales (their scales, 0 at 16 bits), embedding, head (0 when tied), key_rotations,
-        other (norms, biases) and total, the sum.
+        linear_scales (their scales, 0 at 16 bits), embedding, head (0 when tied), rotations
+        (of keys, and of hidden states for callers), other (norms, biases) and total, the sum.
 
     Raises:
         CheckpointError: the folder holds no safetensors files, or one is missing or damaged.
@@ -38,4 +38,5 @@ def part_of(name: str) -> str:
         return "linear_scales"
     if any(projection in name for projection in _PROJECTIONS):
         return "other" if name.endswith(".bias") else "linears"
-    return "key_rotations" if name.endswith(".key_rotation") else "other"
+    rotations = (".key_rotation", "hidden_basis.rotation")
+    return "rotations" if name.endswith(rotations) else "other"

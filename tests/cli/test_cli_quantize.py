@@ -42,7 +42,7 @@ def test_quantize_writes_a_whole_folder_and_the_documented_keys(
     rows = {112 // 2 + 16: 256 + 128 + 128 + 192 + 192, 224 // 2 + 32: 128, 192 // 2: 128}
     assert sizes["linears"] == 2 * sum(width * count for width, count in rows.items())
     assert sizes["linear_scales"] == 2 * sum(rows.values()) * 2 * 4
-    assert sizes["key_rotations"] == 2 * 64 * 64 * 2
+    assert sizes["rotations"] == 2 * 64 * 64 * 2 + 128 * 128 * 2
     assert f"{out}" in result.out and "14 linears" in result.out
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
     info = resq("info", out)
@@ -61,7 +61,7 @@ def test_methods_reach_the_folder(
         stored = json.loads((out / "config.json").read_text())["quantization_config"]
         assert (stored["method"], stored["weights"], stored["kv_bits"]) == (method, weights, 16)
         assert stored["high_fraction"] == 0.0
-        assert ("key_rotations" in resq("info", out).out.replace(" ", "_")) == (method != "rtn")
+        assert ("rotations" in resq("info", out).out.replace(" ", "_")) == (method != "rtn")
 
 
 def test_few_windows_are_a_warning(

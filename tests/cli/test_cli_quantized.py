@@ -126,7 +126,7 @@ def test_fake_quant_needs_a_quantized_model(
     [
         ("truncated", "model.safetensors"),
         ("newer", "format_version"),
-        ("hash", "key_rotation: expected the hash"),
+        ("hash", "rotation: expected the hash"),
     ],
 )
 def test_damaged_folder_is_refused_in_a_sentence(
