@@ -37,7 +37,8 @@ ALLOWED = {
     "testing": LEAVES
     | {"integrations", "checkpoint", "safetensors_io", "nn", "ops", "reference", "fake_quant"},
     "bench": LEAVES | {"testing", "nn", "ops", "reference"},
-    "commands": LEAVES | {"ptq", "nn", "evaluate", "texts", "_library", "fake_quant", "bench"},
+    "commands": LEAVES
+    | {"ptq", "nn", "evaluate", "texts", "_library", "fake_quant", "bench", "safetensors_io"},
     "cli": {"commands", "__version__"},
     "__main__": {"cli"},
     "__init__": LEAVES | {"_library", "integrations", "ops", "nn", "api"},
