@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def quantize(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    calibration: Sequence[str],
+    calibration: str | Iterable[str | Mapping[str, object]],
     config: ResQConfig | None = None,
     *,
     progress: bool = True,
@@ -31,7 +32,8 @@ def quantize(
     Args:
         model: a transformers model in 16-bit or float32; it is not changed.
         tokenizer: the model's tokenizer.
-        calibration: texts; `config.samples` windows of `config.seqlen` tokens are cut from them.
+        calibration: a text, or texts, or {"text": ...} of each; `config.samples` windows of
+            `config.seqlen` tokens are cut from them.
         config: the options; default `ResQConfig()`.
         progress: bars on stderr.
 
@@ -51,7 +53,10 @@ def quantize(
         raise ValueError("quantize: model: expected a float model, got a quantized one")
     config = config or ResQConfig()
     check_shape(ModelShape.from_config(model.config.to_dict()), config)
-    tokens = windows(tokenizer, calibration, config.samples, config.seqlen, config.seed)
+    texts = _texts(calibration)
+    if not callable(tokenizer):
+        raise ValueError(f"quantize: tokenizer: expected a tokenizer, got {tokenizer!r}")
+    tokens = windows(tokenizer, texts, config.samples, config.seqlen, config.seed)
     with tempfile.TemporaryDirectory(prefix="resq-") as folder:
         source, out = Path(folder) / "source", Path(folder) / "quantized"
         model.save_pretrained(source)
@@ -59,6 +64,28 @@ def quantize(
         quantized = type(model).from_pretrained(out, dtype=model.dtype)
     quantized.config._name_or_path = model.config._name_or_path
     return quantized
+
+
+def _texts(calibration: object) -> list[str]:
+    """The calibration texts: of one text, or of an iterable of texts or of {"text": ...}."""
+    wanted = "quantize: calibration: expected a text or texts, got"
+    if isinstance(calibration, str):
+        calibration = [calibration]
+    if not isinstance(calibration, Iterable) or isinstance(calibration, Mapping | bytes | set):
+        raise ValueError(
+            f"{wanted} {type(calibration).__name__}; read a file with Path.read_text()"
+        )
+    found = []
+    for item in calibration:
+        text = item.get("text") if isinstance(item, Mapping) else item
+        if not isinstance(text, str):
+            raise ValueError(f"{wanted} an item of type {type(item).__name__}")
+        if len(text) < 1024 and "\0" not in text and os.path.isfile(text):
+            raise ValueError(
+                f"{wanted} the name of a file, {text!r}; pass Path({text!r}).read_text()"
+            )
+        found.append(text)
+    return found
 
 
 def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:

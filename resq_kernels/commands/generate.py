@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from resq_kernels.commands import loading, output
 from resq_kernels.commands.arguments import at_least, real
 from resq_kernels.commands.output import CommandError
+from resq_kernels.safetensors_io import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,7 +97,10 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = loading.load_tokenizer(args.model)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     room = _room(ids.shape[1], loading.window_limit(config), args.max_new_tokens)
+    ends = _token_ids(args.model)
     model = loading.load_model(args.model, args.dtype, args.device)
+    for name, value in ends.items():
+        setattr(model.generation_config, name, value)
     torch.manual_seed(args.seed)
     done = stream(model, tokenizer, ids, room, args.temperature, args.top_p)
     speed = "" if done.tokens_per_second is None else f", {done.tokens_per_second:.1f} tokens/s"
@@ -160,6 +165,29 @@ def stream(
         decode_seconds=last - first,
         tokens_per_second=(new_tokens - 1) / (last - first) if new_tokens > 1 else None,
     )
+
+
+def _token_ids(model: str) -> dict[str, object]:
+    """The ids of generation_config.json; says on stderr which of its other settings are not used.
+
+    Raises:
+        CheckpointError: the file is not a JSON object.
+    """
+    from transformers.utils import cached_file
+
+    path = cached_file(model, "generation_config.json", _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return {}
+    settings = read_json(Path(path))
+    ids = {name: settings.pop(name) for name in loading.TOKEN_IDS if name in settings}
+    names = sorted(
+        name
+        for name, value in settings.items()
+        if value is not None and name not in ("transformers_version", "_from_model_config")
+    )
+    if names:
+        sys.stderr.write(f"resq: generation_config.json: not used: {', '.join(names)}\n")
+    return ids
 
 
 def _decoding(model: PreTrainedModel, streamer: BaseStreamer) -> dict[str, object]:

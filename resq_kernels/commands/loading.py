@@ -17,6 +17,7 @@ from resq_kernels.safetensors_io import check_pointers
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -87,14 +88,20 @@ def load_model(model: str, dtype: str = "auto", device: str = "cpu") -> PreTrain
     Raises:
         CommandError: as `load_config`, or the checkpoint does not load; the message says why.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     check_device(device)
-    load_config(model)
+    config = load_config(model)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            model, dtype=kind, output_loading_info=True
+            model,
+            dtype=kind,
+            output_loading_info=True,
+            # Not the folder's file: what it asks for may not even load. `generate` reads it.
+            generation_config=GenerationConfig(
+                **{name: getattr(config, name, None) for name in TOKEN_IDS}
+            ),
         )
     except Exception as error:
         raise CommandError(_why(model, error)) from error

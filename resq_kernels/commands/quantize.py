@@ -159,6 +159,8 @@ def run(args: argparse.Namespace) -> None:
         report = quantize_folder(
             source, out, tokens, config, device=args.device, resume=args.resume, progress=True
         )
+    except FileExistsError:  # refused before the work
+        raise
     except BaseException:
         if out.with_name(f"{out.name}.partial").exists():
             sys.stderr.write(f"\nresq: finished layers are kept in {out}.partial (--resume)\n")
@@ -187,9 +189,10 @@ def _config(args: argparse.Namespace, seqlen: int) -> ResQConfig:
 
 def _check_out(out: Path, resume: bool) -> None:
     """Refuses an output folder that exists or cannot be made, before any work is done."""
-    if out.exists() and not resume:
-        raise CommandError(f"{out}: exists already; remove it or choose another name")
-    parent = out.absolute().parent
+    from resq_kernels.ptq.workspace import check_out
+
+    out = check_out(out, resume)
+    parent = out.parent
     while not parent.exists():
         parent = parent.parent
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from resq_kernels import hadamard, kv_pages
 from resq_kernels.architecture import DOWN_PROJ, LINEARS, ModelShape
 from resq_kernels.config import ResQConfig
+from resq_kernels.ptq.workspace import work_folder
 
 MOST_PART_COLUMNS = 65536
 """kMostPartColumns of csrc/ops/mixed_gemm/mixed_gemm.h: beyond, sums of 32 bits can wrap."""
@@ -95,7 +96,7 @@ def check_disk(out: Path, needed: int) -> None:
     Raises:
         OSError: ENOSPC, with both sizes.
     """
-    work = out.with_name(f"{out.name}.partial")
+    work = work_folder(out)
     parent = next(path for path in out.absolute().parents if path.exists())
     used = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     free = shutil.disk_usage(parent).free + used

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from resq_kernels.config import ResQConfig
+from resq_kernels.ptq import inputs
 from resq_kernels.ptq.basis import Basis, find_basis
 from resq_kernels.ptq.calibrate import calibrate, check_tokens
 from resq_kernels.ptq.check import check_disk, check_shape, work_bytes
-from resq_kernels.ptq.decoder import rope_tables
+from resq_kernels.ptq.decoder import Rope, rope_tables
 from resq_kernels.ptq.quantize import quantize
 from resq_kernels.ptq.report import finished_report, layer_errors, spectra, write_report
 from resq_kernels.ptq.rotate import Rotation, rotate
-from resq_kernels.ptq.save import publish, save
+from resq_kernels.ptq.save import companions, publish, save
 from resq_kernels.ptq.source import SourceModel
-from resq_kernels.ptq.workspace import Workspace, fingerprint
+from resq_kernels.ptq.workspace import Workspace, check_out
+from resq_kernels.safetensors_io import INDEX_FILE
 
 
 def quantize_folder(
@@ -37,8 +40,8 @@ def quantize_folder(
 
     Args:
         source: Hugging Face folder with 16-bit or float32 weights.
-        out: folder that must not exist; it appears complete, by a rename. Until then everything
-            is in `<out>.partial`.
+        out: folder that must not exist, or a link to one; it appears complete, by a rename. Until
+            then everything is in `<out>.partial`.
         calibration: token windows int64 [windows, seqlen], e.g. of `calibrate.windows`.
         config: the options; default `ResQConfig()`. Its `samples` and `seqlen` are not used here.
         device: where the layers are computed.
@@ -51,23 +54,70 @@ def quantize_folder(
 
     Raises:
         ValueError: model, tokens and options do not fit each other; the message names what.
-        FileExistsError: `out` exists, or an interrupted run does and `resume` is off.
+        FileExistsError: `out` exists, or an interrupted run does and `resume` is off, or with
+            `resume` something that the result depends on has changed (the message says what), or
+            another process is at work on `out`.
         OSError: not enough disk.
     """
     config = config or ResQConfig()
-    source, out = Path(source), Path(out)
+    source, out = Path(source), check_out(Path(out), resume)
     began = time.perf_counter()
     model = SourceModel(source)
     check_shape(model.shape, config)
     check_tokens(calibration, model.shape)
-    inputs = fingerprint([source / "config.json", *model.reader.files], calibration, config)
-    if resume and (finished := finished_report(out, inputs)):
-        return finished
+    index = filter(Path.is_file, [source / INDEX_FILE])
+    files = [source / "config.json", *index, *model.reader.files, *companions(source)]
+
+    def describe() -> dict[str, Any]:
+        return inputs.describe(source, files, calibration, config, device)
+
+    if out.exists():
+        return finished_report(out, describe())
     windows, seqlen = calibration.shape
     rope = rope_tables(model.reader.config, source, seqlen)
     check_disk(out, work_bytes(model.shape, config, windows, seqlen, model.item_bytes))
-    work = Workspace.open(out, inputs, resume)
+    work = Workspace.open(out, resume)
+    try:
+        stamps, description = inputs.stamps(files), describe()
+        work.begin(description)
+        basis, rotation = _layers(model, calibration, rope, config, work, device, progress)
+        folder = save(model, basis, rotation, config, work)
+        if changed := inputs.file_changes(stamps, inputs.stamps(filter(Path.exists, files))):
+            raise ValueError(
+                f"{', '.join(changed)} while it was being quantized; remove {work.root} and begin "
+                "again"
+            )
+        report: dict[str, object] = {
+            "model": source.name,
+            "layers": layer_errors(model, work),
+            "bytes_before": sum(path.stat().st_size for path in model.reader.files),
+            "bytes_after": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+            "seconds": round(time.perf_counter() - began, 3),
+            "windows": windows,
+            "seqlen": seqlen,
+            "config": config.to_dict(),
+            "inputs": description,
+            "files": inputs.hashes(folder, filter(Path.is_file, folder.rglob("*"))),
+        }
+        if basis is not None:
+            report["spectra"] = spectra(basis)
+        write_report(folder, report)
+        publish(folder, out, work)
+    finally:
+        work.close()
+    return report
 
+
+def _layers(
+    model: SourceModel,
+    calibration: torch.Tensor,
+    rope: Rope,
+    config: ResQConfig,
+    work: Workspace,
+    device: str,
+    progress: bool,
+) -> tuple[Basis | None, Rotation | None]:
+    """The stages that fill the work folder with quantized layers."""
     basis = rotation = None
     if config.method == "resq":
         basis = work.stage(
@@ -78,21 +128,4 @@ def quantize_folder(
     if config.rotates:
         rotation = work.stage("rotation", Rotation, lambda: rotate(basis, model.shape, config))
     quantize(model, rotation, calibration, rope, config, work, device, progress)
-    folder = save(model, basis, rotation, config, work)
-
-    report: dict[str, object] = {
-        "model": source.name,
-        "layers": layer_errors(model, work),
-        "bytes_before": sum(path.stat().st_size for path in model.reader.files),
-        "bytes_after": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        "seconds": round(time.perf_counter() - began, 3),
-        "windows": windows,
-        "seqlen": seqlen,
-        "config": config.to_dict(),
-        "inputs": inputs,
-    }
-    if basis is not None:
-        report["spectra"] = spectra(basis)
-    write_report(folder, report)
-    publish(folder, out, work)
-    return report
+    return basis, rotation

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import html
 import io
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import torch
 
 from resq_kernels.architecture import LINEARS, layer_prefix
 from resq_kernels.ptq.basis import Basis
+from resq_kernels.ptq.inputs import changes, file_changes, hashes
 from resq_kernels.ptq.source import SourceModel
-from resq_kernels.ptq.workspace import Workspace, error_piece
+from resq_kernels.ptq.workspace import REPORT_FILE, Workspace, error_piece, work_folder
 from resq_kernels.safetensors_io import read_json, write_bytes, write_json
 
-JSON_FILE = "quantization_report.json"
 HTML_FILE = "quantization_report.html"
 
 _STYLE = """
@@ -43,18 +43,31 @@ def layer_errors(model: SourceModel, work: Workspace) -> list[dict[str, object]]
     return rows
 
 
-def finished_report(out: Path, inputs: Mapping[str, str]) -> dict[str, object] | None:
+def finished_report(out: Path, inputs: Mapping[str, Any]) -> dict[str, object]:
     """The report of a finished folder made from these inputs; removes a work folder left behind.
 
-    None where there is no such folder.
+    Raises:
+        FileExistsError: it was made from other inputs, or its files are not those that were
+            written; the message says which.
     """
-    path = out / JSON_FILE
-    if not path.exists():
-        return None
-    report = read_json(path)
-    if report.get("inputs") != dict(inputs):
-        return None
-    shutil.rmtree(out.with_name(f"{out.name}.partial"), ignore_errors=True)
+    report = read_json(out / REPORT_FILE)
+    written = report.get("files", {})
+    if changed := changes(report.get("inputs", {}), inputs):
+        raise FileExistsError(
+            f"{out}: is finished, but was made from other inputs: {changed}; use the same ones, "
+            "remove the folder, or choose another OUT"
+        )
+    found = hashes(out, [out / name for name in written if (out / name).is_file()])
+    if damaged := file_changes(written, found):
+        raise FileExistsError(
+            f"{out}: is finished, but not as it was written: {', '.join(damaged)}; remove the "
+            "folder, or use it without --resume"
+        )
+    work = Workspace(work_folder(out))
+    if work.root.is_dir():
+        with suppress(FileExistsError):  # another process is about to remove it
+            work.lock()
+            work.remove()
     return report
 
 
@@ -72,7 +85,7 @@ def spectra(basis: Basis) -> dict[str, object]:
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Writes both files into a folder."""
-    write_json(folder / JSON_FILE, report)
+    write_json(folder / REPORT_FILE, report)
     write_bytes(folder / HTML_FILE, render(report).encode())
 
 

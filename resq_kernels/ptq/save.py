@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -18,19 +19,60 @@ from resq_kernels.ptq.source import SourceModel
 from resq_kernels.ptq.workspace import Workspace, layer_piece
 from resq_kernels.safetensors_io import ShardWriter, dtype_name, tensors_hash, write_json
 
-# Everything that makes a folder usable besides its weights.
+# Everything that makes a folder usable besides its weights and config.json: what transformers
+# reads for its tokenizers, chat templates, processors and generation, and the licence. The model
+# card (README.md) describes the source, and Python files would not be run: both stay behind.
 COPIED = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
+    "*vocab*",
     "merges.txt",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "*.tokenizer",
+    "tekken.json",
+    "bpe.codes",
+    "dict.txt",
+    "normalizer.json",
+    "emoji.json",
+    "byte_maps.json",
+    "word_*.json",
     "generation_config.json",
     "chat_template*",
+    "additional_chat_templates/*",
+    "*processor_config.json",
+    "audio_tokenizer_config.json",
     "LICENSE*",
+    "LICENCE*",
+    "COPYING*",
+    "COPYRIGHT*",
     "NOTICE*",
     "USE_POLICY*",
+    "ACCEPTABLE_USE*",
 )
+# Weights and code, whatever they are called.
+_NEVER = (
+    *(".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".safetensors"),
+    *(".index.json", ".py"),
+)
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files of a model folder that are copied beside its weights, in order."""
+    found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+
+    def wanted(path: Path) -> bool:
+        name = path.relative_to(folder).as_posix().lower()
+        return (
+            not path.name.startswith(".")
+            and not name.endswith(_NEVER)
+            and any(fnmatchcase(name, pattern.lower()) for pattern in COPIED)
+            and path.is_file()
+        )
+
+    return sorted(filter(wanted, found))
 
 
 def save(
@@ -73,10 +115,10 @@ def save(
         rotation_hash=tensors_hash(rotations),
         tied_head=tied_head(model, config),
     )
-    for pattern in COPIED:
-        for path in sorted(model.reader.folder.glob(pattern)):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+    for path in companions(model.reader.folder):
+        target = folder / path.relative_to(model.reader.folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
     write_json(folder / "config.json", settings)
     validate(folder)
     return folder

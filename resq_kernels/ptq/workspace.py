@@ -1,68 +1,74 @@
 """The work folder OUT.partial: an interrupted quantization continues from it to the same bits.
 
 Every finished piece is one safetensors file, written under a temporary name and moved into place;
-a piece depends only on earlier pieces and on the inputs. The fingerprint of those inputs (model
-files, calibration tokens, options, program version) is stored first and compared on resumption.
+a piece depends only on earlier pieces and on the inputs. Those inputs (ptq/inputs.py) are stored
+first and compared on resumption. One process at a time holds the folder's lock.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import errno
+import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
 
-import resq_kernels
-from resq_kernels.config import ResQConfig
+from resq_kernels.ptq.inputs import changes
 from resq_kernels.safetensors_io import read_json, save_tensors, write_json
 
 Piece = TypeVar("Piece")
 
-FINGERPRINT_FILE = "fingerprint.json"
-# Version of the pieces' content: a work folder of another version cannot be continued.
-PIECES = 2
-# Files up to 64 MiB are hashed whole; of larger ones, 64 blocks from the first byte to the last.
-# Hashing 140 GB of weights takes a second, and a different model differs everywhere.
-HASH_BLOCKS = 64
-HASH_BLOCK_BYTES = 1 << 20
+INPUTS_FILE = "inputs.json"
+LOCK_FILE = "lock"
+REPORT_FILE = "quantization_report.json"
+# What a run that was killed at its very start leaves: nothing was computed yet.
+_EMPTY = {LOCK_FILE, f"{INPUTS_FILE}.tmp"}
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 
 
-def fingerprint(
-    files: Iterable[Path], calibration: torch.Tensor, config: ResQConfig
-) -> dict[str, str]:
-    """Hashes of everything that the result depends on.
+def work_folder(out: Path) -> Path:
+    """OUT.partial."""
+    return out.with_name(f"{out.name}.partial")
 
-    Args:
-        files: config.json and the weight files of the source model.
-        calibration: token windows.
-        config: the options.
 
-    Returns:
-        "model", "calibration", "config" and "version" -> a value that changes with it.
+def check_out(out: Path, resume: bool) -> Path:
+    """The folder that OUT stands for, links followed; refuses what cannot become one.
+
+    Nothing is written.
+
+    Raises:
+        FileExistsError: OUT exists and is not a finished folder to be resumed; or OUT.partial does
+            and `resume` is off, or it is not a work folder, or it cannot be renamed to OUT.
     """
-    model = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        model.update(f"{path.name} {size}\n".encode())
-        last = max(0, size - HASH_BLOCK_BYTES)
-        starts = {last * i // (HASH_BLOCKS - 1) for i in range(HASH_BLOCKS)}
-        with path.open("rb") as stream:
-            for start in sorted(starts):
-                stream.seek(start)
-                model.update(stream.read(HASH_BLOCK_BYTES))
-    tokens = calibration.contiguous().numpy()
-    return {
-        "model": model.hexdigest(),
-        "calibration": hashlib.sha256(str(tokens.shape).encode() + tokens.tobytes()).hexdigest(),
-        "config": json.dumps(config.to_dict()),
-        "version": f"{resq_kernels.__version__}, pieces {PIECES}, torch {torch.__version__}",
-    }
+    target = Path(os.path.realpath(out))
+    root = work_folder(target)
+    if os.path.lexists(target) and not (resume and (target / REPORT_FILE).is_file()):
+        raise FileExistsError(f"{out}: expected a new folder, but it exists; remove it first")
+    if not os.path.lexists(root):
+        return target
+    if root.is_symlink() or not root.is_dir() or root.stat().st_dev != root.parent.stat().st_dev:
+        raise FileExistsError(
+            f"{root}: expected a folder on the file system of {root.parent}, got a link, a file "
+            "or a mount; remove it first"
+        )
+    names = {path.name for path in root.iterdir()}
+    if INPUTS_FILE not in names and names - _EMPTY:
+        raise FileExistsError(
+            f"{root}: expected the work folder of an interrupted quantization, got other files; "
+            "move them away"
+        )
+    if INPUTS_FILE in names and not resume:
+        raise FileExistsError(
+            f"{root}: an interrupted quantization is here; resume it, or remove the folder"
+        )
+    return target
 
 
 def layer_piece(index: int) -> str:
@@ -84,36 +90,83 @@ class Workspace:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._lock: int | None = None
 
     @classmethod
-    def open(cls, out: Path, inputs: Mapping[str, str], resume: bool) -> Workspace:
-        """The work folder of an output folder, new or continued.
+    def open(cls, out: Path, resume: bool) -> Workspace:
+        """The work folder of an output folder, locked until `close` or `remove`.
+
+        Args:
+            out: as `check_out` returns it.
+            resume: whether the folder may hold the pieces of an interrupted run.
 
         Raises:
-            FileExistsError: OUT exists, or OUT.partial exists and `resume` is off.
-            ValueError: OUT.partial belongs to other inputs.
+            FileExistsError: as `check_out`, or another process works here.
         """
-        if out.exists():
-            raise FileExistsError(f"{out}: expected a new folder, but it exists; remove it first")
-        root = out.with_name(f"{out.name}.partial")
-        record = root / FINGERPRINT_FILE
-        if record.exists():
-            if not resume:
-                raise FileExistsError(
-                    f"{root}: an interrupted quantization is here; resume it, or remove the folder"
-                )
-            before = read_json(record)
-            changed = [key for key, value in inputs.items() if before.get(key) != value]
-            if changed:
-                raise ValueError(
-                    f"{root}: cannot resume: it was begun with another {' and '.join(changed)}; "
-                    "use the same inputs, or remove the folder"
-                )
-        else:
-            # Without a fingerprint nothing was computed yet: the run was killed at its very start.
-            root.mkdir(parents=True, exist_ok=True)
+        work = cls(work_folder(out))
+        work.root.mkdir(parents=True, exist_ok=True)
+        work.lock()
+        try:
+            check_out(out, resume)  # again, under the lock
+        except BaseException:
+            work.close()
+            raise
+        return work
+
+    def begin(self, inputs: Mapping[str, Any]) -> None:
+        """Keeps the inputs of a new run, or compares those of an interrupted one.
+
+        Raises:
+            FileExistsError: the pieces belong to other inputs; the message says which changed.
+        """
+        record = self.root / INPUTS_FILE
+        if not record.exists():
             write_json(record, inputs)
-        return cls(root)
+        elif changed := changes(read_json(record), inputs):
+            raise FileExistsError(
+                f"{self.root}: cannot resume, the interrupted run had other inputs: {changed}; "
+                "use the same ones, or remove the folder"
+            )
+
+    def lock(self) -> None:
+        """Takes the folder for this process; the kernel gives it back when the process ends.
+
+        Raises:
+            FileExistsError: another process has it.
+        """
+        path = self.root / LOCK_FILE
+        try:
+            self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The process that had the lock may have removed the folder since.
+            taken = not os.path.samestat(os.fstat(self._lock), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            taken = True
+        except OSError as error:
+            if self._lock is None or error.errno not in _NO_LOCKS:
+                raise
+            taken = False
+            warnings.warn(
+                f"{path}: cannot be locked ({error.strerror}); do not start a second process",
+                stacklevel=2,
+            )
+        if taken:
+            self._unlock()
+            raise FileExistsError(
+                f"{self.root}: another process is quantizing into this folder; wait for it, or "
+                "choose another OUT"
+            )
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def close(self) -> None:
+        """Gives the lock back; a folder in which nothing was begun goes too."""
+        if self._lock is not None and not (self.root / INPUTS_FILE).exists():
+            self.remove()
+        self._unlock()
 
     def _path(self, piece: str) -> Path:
         return self.root / f"{piece}.safetensors"
@@ -145,8 +198,10 @@ class Workspace:
         return HiddenStates(self.root / f"{piece}.f32", shape)
 
     def remove(self) -> None:
-        """Deletes the folder."""
-        shutil.rmtree(self.root)
+        """Deletes the folder and gives the lock back."""
+        # Errors: a process that comes now puts its own lock into the folder, and removes it.
+        shutil.rmtree(self.root, ignore_errors=True)
+        self._unlock()
 
 
 class HiddenStates:

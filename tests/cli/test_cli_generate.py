@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,3 +106,26 @@ def test_wrong_values_are_usage_errors(
 def test_empty_prompt_is_refused(llama: Path, resq: Callable[..., Result]) -> None:
     result = resq("generate", llama, "--prompt", "")
     assert (result.code, result.sentence) == (1, "--prompt: expected text, got none")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"stop_strings": ["def"], "max_length": 3},
+        {"cache_implementation": "static", "prompt_lookup_num_tokens": 2},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.3},
+    ],
+)
+def test_settings_of_the_folder_that_are_not_used_are_named(
+    llama: Path, tmp_path: Path, resq: Callable[..., Result], setting: dict[str, object]
+) -> None:
+    folder, target = tmp_path / "model", tmp_path / "out.json"
+    shutil.copytree(llama, folder)
+    ids = {"eos_token_id": 256, "pad_token_id": 256}
+    (folder / "generation_config.json").write_text(json.dumps(ids | setting))
+    result = resq("generate", folder, "--prompt", "def f", "--max-new-tokens", 8, "--json", target)
+    assert result.code == 0, result.err
+    assert json.loads(target.read_text())["text"] == greedy("def f", 8)
+    assert f"generation_config.json: not used: {', '.join(sorted(setting))}\n" in result.err

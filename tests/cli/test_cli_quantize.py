@@ -18,7 +18,7 @@ from resq_kernels.commands.sizes import part_sizes
 from resq_kernels.config import ResQConfig
 
 KEYS = {"layers", "bytes_before", "bytes_after", "seconds", "config"}
-KEYS |= {"model", "windows", "seqlen", "spectra", "inputs"}
+KEYS |= {"model", "windows", "seqlen", "spectra", "inputs", "files"}
 
 
 def test_quantize_writes_a_whole_folder_and_the_documented_keys(
@@ -95,7 +95,7 @@ def test_what_cannot_be_quantized_is_refused_and_nothing_is_written(
         ((tmp_path / "none", out, *calib), 1, "there is no such folder"),
         ((other, out, *calib), 1, "expected one of llama, qwen2, got 'gpt2'"),
         ((quantized, out, *calib), 1, "expected a 16-bit model, got one that is already quantized"),
-        ((llama, existing, *calib), 1, "exists already"),
+        ((llama, existing, *calib), 1, "expected a new folder, but it exists"),
         ((llama, blocked, *calib), 1, "cannot write to"),
         ((llama, out, "--calib", short), 1, f"expected at least {POSITIONS} tokens"),
         ((llama, out, "--calib", tmp_path / "no.txt"), 1, "does not exist"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +16,10 @@ import torch
 from resq_kernels.checkpoint import validate
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq import quantize as stage
+from resq_kernels.ptq.inputs import hashes
 from resq_kernels.ptq.pipeline import quantize_folder
-from resq_kernels.ptq.workspace import fingerprint
-from resq_kernels.safetensors_io import CheckpointError
+from resq_kernels.ptq.workspace import INPUTS_FILE
+from resq_kernels.safetensors_io import CheckpointError, read_json, write_json
 
 SCRIPT = Path(__file__).with_name("kill_points.py")
 
@@ -114,15 +118,112 @@ def test_other_inputs_are_refused(
         quantize_folder(qwen2, out, windows, ResQConfig(), progress=False)
     other = windows.clone()
     other[0, 0] += 1
-    for source, tokens, config, word in (
-        (qwen2, other, ResQConfig(), "calibration"),
-        (qwen2, windows, ResQConfig(seed=1), "config"),
-        (llama, windows, ResQConfig(), "model"),
-        (llama, other, ResQConfig(), "model and calibration"),
+    calibration = r"the calibration tokens \(.*\) differ"
+    for source, tokens, config, words in (
+        (qwen2, other, ResQConfig(), calibration),
+        (qwen2, windows, ResQConfig(seed=1), "seed was 0 and is 1"),
+        (llama, windows, ResQConfig(), "config.json has changed, .*model.safetensors is new"),
+        (llama, other, ResQConfig(), f"config.json has changed, .*{calibration}"),
     ):
-        with pytest.raises(ValueError, match=f"begun with another {word};"):
+        with pytest.raises(FileExistsError, match=f"cannot resume.* other inputs: {words}"):
             quantize_folder(source, out, tokens, config, resume=True, progress=False)
+    record = tmp_path / "out.partial" / INPUTS_FILE
+    stored = read_json(record)
+    for key, was in (("device", "cuda"), ("version", "resq_kernels 0.0.1")):
+        write_json(record, stored | {key: was})
+        with pytest.raises(FileExistsError, match=f"{key} was '{was}' and is '"):
+            quantize_folder(qwen2, out, windows, resume=True, progress=False)
     assert not out.exists()
+
+
+def test_a_changed_byte_of_the_source_is_noticed(
+    qwen2: Path, windows: torch.Tensor, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every file that is read or copied, though size and time stay: begun, and finished."""
+    source, begun, finished = (tmp_path / name for name in ("model", "begun", "finished"))
+    shutil.copytree(qwen2, source)
+    (source / "README.md").write_text("a model card")
+    shutil.copytree(whole, finished)
+    interrupt(monkeypatch, source, windows, begun)
+    names = set(read_json(tmp_path / "begun.partial" / INPUTS_FILE)["files"])
+    assert names == {path.name for path in qwen2.iterdir()}
+    for name in sorted(names):
+        path = source / name
+        before, times = path.read_bytes(), path.stat()
+        place = before.rindex(b'"') if path.suffix == ".json" else len(before) - 100
+        after = before[:place] + b" " + before[place:-1]
+        if path.suffix != ".json":
+            after = before[:place] + bytes([before[place] ^ 1]) + before[place + 1 :]
+        elif name in ("config.json", "model.safetensors.index.json"):
+            after = before[:-1] + b" "  # still JSON
+        assert len(after) == len(before)
+        path.write_bytes(after)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        for out in (begun, finished):
+            with pytest.raises(FileExistsError, match=f"other inputs: {name} has changed;"):
+                quantize_folder(source, out, windows, resume=True, progress=False)
+        path.write_bytes(before)
+    (source / "LICENSE").write_text("new")
+    with pytest.raises(FileExistsError, match="other inputs: LICENSE is new;"):
+        quantize_folder(source, begun, windows, resume=True, progress=False)
+    (source / "LICENSE").unlink()
+    (source / "README.md").write_text("another model card")
+    quantize_folder(source, begun, windows, resume=True, progress=False)
+    assert same_bytes(begun, whole)
+
+
+def test_a_source_that_changes_during_the_run_is_refused(
+    qwen2: Path, windows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(qwen2, source)
+    original = stage.fuse_layer
+
+    def fuse_layer(*args: object) -> object:
+        (source / "config.json").write_bytes((qwen2 / "config.json").read_bytes())
+        return original(*args)
+
+    monkeypatch.setattr(stage, "fuse_layer", fuse_layer)
+    with pytest.raises(ValueError, match="config.json has changed while it was being quantized"):
+        quantize_folder(source, out, windows, progress=False)
+    assert not out.exists()
+
+
+def test_hashes_cover_every_byte(tmp_path: Path) -> None:
+    """Of a file of several blocks: beside the edges of blocks, and between them."""
+    path = tmp_path / "weights"
+    size = (9 << 20) + 12345
+    path.write_bytes(bytes(size))
+
+    def now() -> str:
+        return hashes(tmp_path, [path])["weights"]
+
+    assert now() == f"sha256:{hashlib.sha256(bytes(size)).hexdigest()}"
+    seen = {now()}
+    for place in (0, (4 << 20) - 1, 4 << 20, 6 << 20, size - 1):
+        with path.open("rb+") as stream:
+            stream.seek(place)
+            stream.write(b"\1")
+        seen.add(now())
+    with path.open("ab") as stream:
+        stream.write(b"\0")
+    assert len(seen | {now()}) == 7
+
+
+def test_a_finished_folder_that_was_changed_is_refused(
+    qwen2: Path, windows: torch.Tensor, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / "notes.txt").write_text("the user's own")
+    quantize_folder(qwen2, out, windows, resume=True, progress=False)
+    weights = bytearray((out / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (out / "model.safetensors").write_bytes(weights)
+    (out / "tokenizer.json").unlink()
+    found = "model.safetensors has changed, tokenizer.json is gone"
+    with pytest.raises(FileExistsError, match=f"not as it was written: {found};"):
+        quantize_folder(qwen2, out, windows, resume=True, progress=False)
 
 
 def test_a_finished_folder_stays(
@@ -131,35 +232,13 @@ def test_a_finished_folder_stays(
     before = (whole / "quantization_report.json").read_bytes()
     report = quantize_folder(qwen2, whole, windows, ResQConfig(), resume=True, progress=False)
     assert report == json.loads(before)
-    for resume, config in ((False, ResQConfig()), (True, ResQConfig(seed=1))):
-        with pytest.raises(FileExistsError, match="expected a new folder, but it exists"):
+    for resume, config, words in (
+        (False, ResQConfig(), "expected a new folder, but it exists"),
+        (True, ResQConfig(seed=1), "is finished, but was made from other inputs: seed was 0"),
+    ):
+        with pytest.raises(FileExistsError, match=words):
             quantize_folder(qwen2, whole, windows, config, resume=resume, progress=False)
     assert (whole / "quantization_report.json").read_bytes() == before
     validate(whole)
     with pytest.raises(CheckpointError, match=r"already quantized \(quant_method 'resq'\)"):
         quantize_folder(whole, tmp_path / "again", windows, progress=False)
-
-
-def test_fingerprint_sees_large_files(tmp_path: Path) -> None:
-    """Of a file beyond 64 MiB only blocks are read: its size, both ends and what lies between.
-
-    Of this one, 63 gaps of 3 KB are left out.
-    """
-    path, tokens = tmp_path / "weights", torch.zeros(1, 4, dtype=torch.int64)
-    size = (64 << 20) + (192 << 10)
-    with path.open("wb") as stream:
-        stream.truncate(size)
-
-    def now() -> str:
-        return fingerprint([path], tokens, ResQConfig())["model"]
-
-    seen = {now()}
-    for place in (0, size // 3, size - 1):
-        with path.open("rb+") as stream:
-            stream.seek(place)
-            stream.write(b"\1")
-        seen.add(now())
-    with path.open("ab") as stream:
-        stream.write(b"\0")
-    seen.add(now())
-    assert len(seen) == 5
