@@ -12,6 +12,7 @@ from resq_kernels.config import ResQConfig
 from resq_kernels.ptq import inputs
 from resq_kernels.ptq.basis import Basis, find_basis
 from resq_kernels.ptq.calibrate import calibrate, check_tokens
+from resq_kernels.ptq.card import source_name
 from resq_kernels.ptq.check import check_disk, check_shape, work_bytes
 from resq_kernels.ptq.decoder import Rope, rope_tables
 from resq_kernels.ptq.quantize import quantize
@@ -88,7 +89,7 @@ def quantize_folder(
                 "again"
             )
         report: dict[str, object] = {
-            "model": source.name,
+            "model": source_name(source),
             "layers": layer_errors(model, work),
             "bytes_before": sum(path.stat().st_size for path in model.reader.files),
             "bytes_after": sum(path.stat().st_size for path in folder.glob("*.safetensors")),

@@ -13,6 +13,7 @@ from resq_kernels import architecture
 from resq_kernels.checkpoint import quantization_config, validate
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq.basis import Basis
+from resq_kernels.ptq.card import write_card
 from resq_kernels.ptq.embedding import embedding_tensors, head_tensors, tied_head
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.source import SourceModel
@@ -21,7 +22,7 @@ from resq_kernels.safetensors_io import ShardWriter, dtype_name, tensors_hash, w
 
 # Everything that makes a folder usable besides its weights and config.json: what transformers
 # reads for its tokenizers, chat templates, processors and generation, and the licence. The model
-# card (README.md) describes the source, and Python files would not be run: both stay behind.
+# card (README.md, `write_card`) is another, and Python files would not be run.
 COPIED = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -120,6 +121,7 @@ def save(
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
     write_json(folder / "config.json", settings)
+    write_card(folder, model.reader.folder, config)
     validate(folder)
     return folder
 

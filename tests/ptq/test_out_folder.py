@@ -180,7 +180,7 @@ def test_what_is_copied_beside_the_weights(
     shutil.copytree(llama, source)
     copied = ("additional_chat_templates/tool_use.jinja", "chat_template.jinja", "license.txt")
     copied += ("tokenizer.model", "vocab.txt", "preprocessor_config.json", "USE_POLICY.md")
-    left = ("README.md", "tokenizer.bin", "pytorch_model.bin", "model.gguf", "original/a.pth")
+    left = ("tokenizer.bin", "pytorch_model.bin", "model.gguf", "original/a.pth")
     left += (".cache/vocab.txt", "onnx/model.onnx", "modeling.py", "tokenizer.py", "optimizer.pt")
     for name in copied + left:
         (source / name).parent.mkdir(exist_ok=True)
