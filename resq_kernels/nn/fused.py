@@ -177,8 +177,11 @@ class FusesLinears(nn.Module):
         return torch.cat([getattr(self, part)(x) for part in self.PARTS], dim=-1)
 
     def __getattr__(self, name: str) -> Any:
-        self._refuse_fused(name)
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            self._refuse_fused(name)
+            raise
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._refuse_fused(name)

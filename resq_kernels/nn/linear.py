@@ -134,12 +134,12 @@ class ResQLinear(nn.Module):
         Raises:
             RuntimeError: not packed.
         """
-        if self.packed_weight is None or self.weight_sum is None:
+        data, sums = self.packed_weight, self.weight_sum  # once each: torch's lookup is slow
+        if data is None or sums is None:
             kind = type(self).__name__
             raise RuntimeError(f"{kind}: expected a packed weight: call pack() after loading")
         k_hi = self.row_format.k_hi
-        k_lo = self.in_features - k_hi
-        return PackedWeight(self.packed_weight, self.weight_scale, self.weight_sum, k_lo, k_hi)
+        return PackedWeight(data, self.weight_scale, sums, self.in_features - k_hi, k_hi)
 
     def pack(self) -> None:
         """Moves the codes into the layout that the kernel of their device reads."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from resq_kernels import _library  # noqa: F401  registers torch.ops.resq.*
+from resq_kernels import _library
 
 
 def embedding(
@@ -38,11 +38,13 @@ def embedding(
 
     Source: docs/formats.md sections 3 and 6.
     """
-    y: torch.Tensor = torch.ops.resq.embedding(ids, packed_weight, weight_scale, k_lo, k_hi, dtype)
+    y: torch.Tensor = _library.call(
+        torch.ops.resq.embedding.default, ids, packed_weight, weight_scale, k_lo, k_hi, dtype
+    )
     return y
 
 
-@torch.library.register_fake("resq::embedding")
+@_library.register_fake("embedding")
 def _fake(
     ids: torch.Tensor,
     packed_weight: torch.Tensor,
