@@ -51,6 +51,22 @@ class ResQQuantizer(HfQuantizer):
         entry = quantization_config.to_dict()
         self.config, self.tied_head = checkpoint.parse_quantization_config(entry)
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuses a device map that offloads; transformers calls it with what it inferred, too.
+
+        Raises:
+            ValueError: the map names "disk" or "meta", or devices of several kinds.
+        """
+        if not isinstance(device_map, dict):
+            return
+        kinds = {_device_kind(device) for device in device_map.values()}
+        if len(kinds) > 1 or kinds & {"disk", "meta"}:
+            raise ValueError(
+                "ResQ: device_map: expected devices of one kind (weights are packed for the "
+                "device that computes with them, and are not offloaded to CPU or disk), got "
+                f"{' and '.join(sorted(kinds))}: {device_map}"
+            )
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
@@ -67,6 +83,22 @@ class ResQQuantizer(HfQuantizer):
         pack(model)
         return model
 
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """Leaves the state dict to transformers; called first by `save_pretrained`.
+
+        Raises:
+            ValueError: a tensor is on the meta device, so that there is nothing to save.
+        """
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_meta:
+                raise ValueError(
+                    f"save_pretrained: {name}: expected a tensor with values, got one on the meta "
+                    "device (not loaded, or offloaded)"
+                )
+        return None, {}
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Whether `save_pretrained` works: it writes the canonical tensors."""
         return True
@@ -80,6 +112,12 @@ class ResQQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether `torch.compile` takes a forward pass."""
         return True
+
+
+def _device_kind(device: Any) -> str:
+    """ "cpu", "cuda", ...; an index is that of a GPU. "disk" stays."""
+    text = str(device)
+    return "cuda" if text.isdigit() else text.partition(":")[0]
 
 
 def prepare(model: PreTrainedModel, config: ResQConfig, tied_head: bool) -> None:

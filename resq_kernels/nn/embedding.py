@@ -72,7 +72,9 @@ class TiedHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of x [..., hidden], in x's dtype."""
-        return ResQLinear.forward(self.embedding, self.rotated(x))
+        # With layers on several GPUs the embedding may be on another one than the last layer.
+        device = self.embedding.packed().data.device
+        return ResQLinear.forward(self.embedding, self.rotated(x).to(device))
 
     def rotated(self, x: torch.Tensor) -> torch.Tensor:
         """x G, the input that the embedding's matrix is multiplied with."""

@@ -51,9 +51,9 @@ class FusedLinear(ResQLinear):
         """Takes these tensors in place of its own, scale and bias as buffers."""
         super().hold(weight, bias)
         for name in ("weight_scale", "bias"):
-            parameter = self._parameters.pop(name, None)
-            buffer = None if parameter is None else parameter.data
-            self.register_buffer(name, buffer, persistent=False)
+            if (parameter := self._parameters.get(name)) is not None:
+                del self._parameters[name]
+                self.register_buffer(name, parameter.data, persistent=False)
 
     def _join(self, linears: list[ResQLinear]) -> None:
         """Holds the concatenated tensors of the parts; packed if all of them are."""
