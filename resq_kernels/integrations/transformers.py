@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,9 +17,10 @@ from resq_kernels.config import ResQConfig
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 ATTENTION = "resq"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @register_quantization_config(checkpoint.QUANT_METHOD)
@@ -66,6 +68,30 @@ class ResQQuantizer(HfQuantizer):
                 "device that computes with them, and are not offloaded to CPU or disk), got "
                 f"{' and '.join(sorted(kinds))}: {device_map}"
             )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Refuses a compute dtype that the kernels do not have.
+
+        Raises:
+            ValueError: not float32, float16 or bfloat16.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"ResQ: dtype: expected float32, float16 or bfloat16, got {dtype}".replace(
+                    "torch.", ""
+                )
+            )
+        return dtype
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Refuses a request for another attention than the model's own.
+
+        Raises:
+            ValueError: `attn_implementation` is given and is another.
+        """
+        if config._attn_implementation not in (None, ATTENTION):
+            _check_attention(attention_of(self.config), config._attn_implementation)
+        return config
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -135,7 +161,79 @@ def prepare(model: PreTrainedModel, config: ResQConfig, tied_head: bool) -> None
         )
     convert(model, config, tied_head)
     register_attention()
-    model.config._attn_implementation = ATTENTION if config.kv_bits == 4 else "sdpa"
+    attention = attention_of(config)
+    model.config._attn_implementation = attention
+    decoder = getattr(model, model.base_model_prefix, model)
+    decoder.register_forward_pre_hook(partial(_check_call, attention), with_kwargs=True)
+    model.num_parameters = partial(num_parameters, model)
+
+
+def attention_of(config: ResQConfig) -> str:
+    """The `attn_implementation` of a model: its own over 4-bit pages, torch's over floats."""
+    return ATTENTION if config.kv_bits == 4 else "sdpa"
+
+
+def _check_attention(expected: str, given: str) -> None:
+    if given != expected:
+        raise ValueError(
+            f"ResQ: attn_implementation: expected {expected!r} (or none given), which the "
+            f"quantized attention computes with, got {given!r}"
+        )
+
+
+def _check_call(
+    attention: str, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuses what a caller of the decoder asks for and would not get."""
+    from transformers.cache_utils import Cache
+
+    _check_attention(attention, decoder.config._attn_implementation)
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "ResQ: output_attentions: expected False, got True: the weights of the attention are "
+            "never in memory as a whole"
+        )
+    for name in ("cache", "past_key_values"):
+        cache = kwargs.get(name)
+        if cache is not None and not isinstance(cache, Cache):
+            raise ValueError(
+                f"ResQ: {name}: expected a Cache of transformers (ResQCache, an empty "
+                f"DynamicCache) or None, got {type(cache).__name__}"
+            )
+
+
+def num_parameters(
+    model: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False
+) -> int:
+    """Number of weights, as many as the float model has: for `model.num_parameters`, which would
+    count parameters, and packed codes are none.
+
+    Scales and rotations are not counted.
+
+    Args:
+        model: a quantized model.
+        only_trainable: count only what requires a gradient: nothing, unless a caller made it.
+        exclude_embeddings: leave out the embedding of the tokens.
+    """
+    from torch import nn
+
+    from resq_kernels.nn.attention import ResQAttention
+    from resq_kernels.nn.embedding import ResQEmbedding, TiedHead
+    from resq_kernels.nn.linear import ResQLinear
+
+    count = 0
+    for module in model.modules():
+        if exclude_embeddings and isinstance(module, (ResQEmbedding, nn.Embedding)):
+            continue
+        own = list(module.parameters(recurse=False))
+        if only_trainable:
+            count += sum(parameter.numel() for parameter in own if parameter.requires_grad)
+        elif isinstance(module, ResQLinear):
+            bias = 0 if module.bias is None else module.out_features
+            count += module.out_features * module.in_features + bias
+        elif not isinstance(module, (ResQAttention, TiedHead)):
+            count += sum(parameter.numel() for parameter in own)
+    return count
 
 
 def register_attention() -> None:
@@ -149,6 +247,7 @@ def register_attention() -> None:
 def padding_mask(
     *,
     kv_length: int,
+    batch_size: int | None = None,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
@@ -157,11 +256,13 @@ def padding_mask(
 
     Args:
         kv_length: columns, those in the cache included.
+        batch_size: B.
         mask_function: how transformers would compose the mask of a dense attention.
         attention_mask: bool [B, columns] as the caller of the model gave it.
 
     Raises:
-        ValueError: something besides causality and padding is asked for (packed sequences).
+        ValueError: something besides causality and padding is asked for (packed sequences), or the
+            mask has another shape.
     """
     from transformers.masking_utils import causal_mask_function
 
@@ -176,7 +277,12 @@ def padding_mask(
         )
     if attention_mask is None:
         return None
-    attention_mask = attention_mask[:, -kv_length:]
+    rows = len(attention_mask) if batch_size is None else batch_size
+    if attention_mask.shape != (rows, kv_length):
+        raise ValueError(
+            f"ResQAttention: attention_mask: expected [{rows}, {kv_length}], the padding of every "
+            f"column that is cached or new, got {list(attention_mask.shape)}"
+        )
     return None if attention_mask.all() else attention_mask
 
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from resq_kernels import ops
 from resq_kernels.nn.linear import ResQLinear
+from resq_kernels.nn.weight_view import WeightView
 
 
 class ResQEmbedding(ResQLinear):
@@ -32,7 +33,7 @@ class ResQEmbedding(ResQLinear):
         super().__init__(hidden, vocabulary, high_columns=hidden, dtype=dtype, device=device)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """scale * code of the rows `ids` int64 [...], in the compute dtype [..., hidden].
+        """scale * code of the rows `ids` int32 or int64 [...], in the compute dtype [..., hidden].
 
         Raises:
             RuntimeError: not packed, or an id is out of range (`ops.embedding`).
@@ -69,6 +70,11 @@ class TiedHead(nn.Module):
     def embedding(self) -> ResQEmbedding:
         """The module whose weight this is."""
         return self._embedding[0]
+
+    @property
+    def weight(self) -> WeightView:
+        """Shape, dtype and device of the embedding's matrix, without values."""
+        return self.embedding.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of x [..., hidden], in x's dtype."""

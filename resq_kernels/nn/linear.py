@@ -10,6 +10,7 @@ from torch import nn
 
 from resq_kernels import ops
 from resq_kernels.formats import MixedTensor, PackedWeight, QuantizedWeight, RowFormat
+from resq_kernels.nn.weight_view import WeightView
 from resq_kernels.weights import quantize_weight
 
 
@@ -122,6 +123,12 @@ class ResQLinear(nn.Module):
     def high_columns(self) -> int:
         """K_hi, the columns whose weights and activations are INT8."""
         return self.row_format.k_hi
+
+    @property
+    def weight(self) -> WeightView:
+        """Shape [N, K], compute dtype and device of the weight, without values (`dequantize`)."""
+        shape = (self.out_features, self.in_features)
+        return WeightView(type(self).__name__, shape, self.dtype, self.weight_scale.device)
 
     @property
     def is_packed(self) -> bool:
