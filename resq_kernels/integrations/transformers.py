@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -165,6 +166,10 @@ def prepare(model: PreTrainedModel, config: ResQConfig, tied_head: bool) -> None
     model.config._attn_implementation = attention
     decoder = getattr(model, model.base_model_prefix, model)
     decoder.register_forward_pre_hook(partial(_check_call, attention), with_kwargs=True)
+    if config.embedding_bits == 8:
+        # peft looks for the embedding of soft prompts by the name of the parameter with a row per
+        # token, less ".weight". A plain attribute: no module, parameter or key of a state dict.
+        vars(decoder)["embed_tokens_scale"] = decoder.embed_tokens
     model.num_parameters = partial(num_parameters, model)
 
 
@@ -185,8 +190,6 @@ def _check_call(
     attention: str, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Refuses what a caller of the decoder asks for and would not get."""
-    from transformers.cache_utils import Cache
-
     _check_attention(attention, decoder.config._attn_implementation)
     if kwargs.get("output_attentions"):
         raise ValueError(

@@ -69,14 +69,11 @@ ADAPTERS: dict[str, tuple[Any, str]] = {
     ),
     "tokens": (peft.TrainableTokensConfig(token_indices=[3]), r"ResQEmbedding: weight: expected"),
     "norms": (peft.LNTuningConfig(task_type="CAUSAL_LM"), NO_GRADIENT),
-    # peft looks for the embedding by the name of a parameter, and fails with that name.
-    "prompt": (
-        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-        "embed_tokens",
-    ),
+    "prompt": (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), NO_GRADIENT),
+    "p": (peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), NO_GRADIENT),
     "prefix": (
         peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-        "embed_tokens",
+        "expected a ResQCache or an empty DynamicCache",
     ),
 }
 
@@ -84,7 +81,7 @@ ADAPTERS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_adapters_of_peft(model: Any, kind: str) -> None:
     config, words = ADAPTERS[kind]
-    with pytest.raises((ValueError, RuntimeError, AttributeError), match=words):
+    with pytest.raises((ValueError, RuntimeError), match=words):
         peft.get_peft_model(model, config)(input_ids=IDS, labels=IDS).loss.backward()
 
 
@@ -93,3 +90,16 @@ def test_lora_on_separate_parts(model: Any) -> None:
         layer.self_attn.unfuse()
     with pytest.raises(ValueError, match="ResQLinear.*not supported"):
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+
+
+def test_a_soft_prompt_that_is_not_trained(model: Any) -> None:
+    """peft puts its vectors before those of the tokens."""
+    keys = list(model.state_dict())
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    prompted = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        prompt = prompted.get_prompt(batch_size=1)
+        embedded = torch.cat([prompt, model.get_input_embeddings()(IDS)], dim=1)
+        expected = model(inputs_embeds=embedded).logits
+        assert torch.equal(prompted(input_ids=IDS).logits, expected)
+    assert list(model.state_dict()) == keys
