@@ -116,8 +116,22 @@ class ResQQuantizer(HfQuantizer):
         """Leaves the state dict to transformers; called first by `save_pretrained`.
 
         Raises:
-            ValueError: a tensor is on the meta device, so that there is nothing to save.
+            ValueError: a tensor is on the meta device, so that there is nothing to save; or the
+                embedding or the head is not the quantized one that the configuration tells of.
         """
+        from resq_kernels.nn.embedding import TiedHead
+        from resq_kernels.nn.linear import ResQLinear
+
+        vocabulary = {
+            "embed_tokens": model.get_input_embeddings(),
+            "lm_head": model.get_output_embeddings(),
+        }
+        for name, module in vocabulary.items() if self.config.embedding_bits == 8 else ():
+            if module is not None and not isinstance(module, (ResQLinear, TiedHead)):
+                raise ValueError(
+                    f"save_pretrained: {name}: expected the quantized module, got a "
+                    f"{type(module).__name__}, which a quantized folder has no place for"
+                )
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_meta:
                 raise ValueError(

@@ -141,7 +141,8 @@ class ResQLinear(nn.Module):
         Raises:
             RuntimeError: not packed, or packed for another kind of device.
         """
-        data, sums = self.packed_weight, self.weight_sum  # once each: torch's lookup is slow
+        # Directly: torch's lookup of attributes takes 0.3 us for each of them.
+        data, sums = self._buffers["packed_weight"], self._buffers["weight_sum"]
         if data is None or sums is None:
             kind = type(self).__name__
             raise RuntimeError(f"{kind}: expected a packed weight: call pack() after loading")

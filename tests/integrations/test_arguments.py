@@ -239,3 +239,21 @@ def test_num_parameters_and_footprint(model_type: str, embedding_bits: int, tied
     held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     assert model.get_memory_footprint() == sum(held.values())
     assert model.get_memory_footprint() < 0.5 * like.get_memory_footprint()
+
+
+def test_a_replaced_embedding_is_used_and_not_saved(model: Any, tmp_path: Path) -> None:
+    expected, size = logits(model), (model.config.vocab_size, model.config.hidden_size)
+    own = model.get_input_embeddings(), model.get_output_embeddings()
+    vectors = own[0](torch.arange(size[0]))
+    model.set_input_embeddings(torch.nn.Embedding(*size, _weight=vectors))
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(ValueError, match="save_pretrained: embed_tokens: expected the quantized"):
+        model.save_pretrained(tmp_path)
+    model.set_input_embeddings(own[0])
+    model.set_output_embeddings(torch.nn.Linear(size[1], size[0], bias=False))
+    assert not torch.equal(logits(model), expected)
+    with pytest.raises(ValueError, match="save_pretrained: lm_head: expected .* got a Linear"):
+        model.save_pretrained(tmp_path)
+    model.set_output_embeddings(own[1])
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
