@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from resq_kernels import architecture, checkpoint
+from resq_kernels.config import ResQConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 ATTENTION = "resq"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @register_quantization_config(checkpoint.QUANT_METHOD)
@@ -51,6 +55,46 @@ class ResQQuantizer(HfQuantizer):
         entry = quantization_config.to_dict()
         self.stored = checkpoint.parse_quantization_config(entry)
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuses a device map that offloads; transformers calls it with what it inferred, too.
+
+        Raises:
+            ValueError: the map names "disk" or "meta", or devices of several kinds.
+        """
+        if not isinstance(device_map, dict):
+            return
+        kinds = {_device_kind(device) for device in device_map.values()}
+        if len(kinds) > 1 or kinds & {"disk", "meta"}:
+            raise ValueError(
+                "ResQ: device_map: expected devices of one kind (weights are packed for the "
+                "device that computes with them, and are not offloaded to CPU or disk), got "
+                f"{' and '.join(sorted(kinds))}: {device_map}"
+            )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Refuses a compute dtype that the kernels do not have.
+
+        Raises:
+            ValueError: not float32, float16 or bfloat16.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"ResQ: dtype: expected float32, float16 or bfloat16, got {dtype}".replace(
+                    "torch.", ""
+                )
+            )
+        return dtype
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Refuses a request for another attention than the model's own.
+
+        Raises:
+            ValueError: `attn_implementation` is given and is another.
+        """
+        if config._attn_implementation not in (None, ATTENTION):
+            _check_attention(attention_of(self.stored.config), config._attn_implementation)
+        return config
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
@@ -70,7 +114,31 @@ class ResQQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """What `save_pretrained` writes: the canonical tensors and the guard."""
+        """What `save_pretrained` writes: the canonical tensors and the guard.
+
+        Raises:
+            ValueError: a tensor is on the meta device, so that there is nothing to save; or the
+                embedding or the head is not the quantized one that the configuration tells of.
+        """
+        from resq_kernels.nn.embedding import TiedHead
+        from resq_kernels.nn.linear import ResQLinear
+
+        vocabulary = {
+            "embed_tokens": model.get_input_embeddings(),
+            "lm_head": model.get_output_embeddings(),
+        }
+        for name, module in vocabulary.items() if self.stored.config.embedding_bits == 8 else ():
+            if module is not None and not isinstance(module, (ResQLinear, TiedHead)):
+                raise ValueError(
+                    f"save_pretrained: {name}: expected the quantized module, got a "
+                    f"{type(module).__name__}, which a quantized folder has no place for"
+                )
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_meta:
+                raise ValueError(
+                    f"save_pretrained: {name}: expected a tensor with values, got one on the meta "
+                    "device (not loaded, or offloaded)"
+                )
         state: dict[str, torch.Tensor] = model.state_dict()
         if self.stored.has_guard:
             inside = hasattr(model, model.base_model_prefix)
@@ -93,6 +161,12 @@ class ResQQuantizer(HfQuantizer):
         return True
 
 
+def _device_kind(device: Any) -> str:
+    """ "cpu", "cuda", ...; an index is that of a GPU. "disk" stays."""
+    text = str(device)
+    return "cuda" if text.isdigit() else text.partition(":")[0]
+
+
 def prepare(model: PreTrainedModel, stored: checkpoint.StoredFormat) -> None:
     """Swaps the modules of a model (`nn.convert`) and makes transformers pass their arguments.
 
@@ -111,7 +185,82 @@ def prepare(model: PreTrainedModel, stored: checkpoint.StoredFormat) -> None:
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
     model._keys_to_ignore_on_load_unexpected = ignored | {guard}
     register_attention()
-    model.config._attn_implementation = ATTENTION if stored.config.kv_bits == 4 else "sdpa"
+    attention = attention_of(stored.config)
+    model.config._attn_implementation = attention
+    decoder = getattr(model, model.base_model_prefix, model)
+    decoder.register_forward_pre_hook(partial(_check_call, attention), with_kwargs=True)
+    if stored.config.embedding_bits == 8:
+        # peft looks for the embedding of soft prompts by the name of the parameter with a row per
+        # token, less ".weight". A plain attribute: no module, parameter or key of a state dict.
+        vars(decoder)["embed_tokens_scale"] = decoder.embed_tokens
+    model.num_parameters = partial(num_parameters, model)
+
+
+def attention_of(config: ResQConfig) -> str:
+    """The `attn_implementation` of a model: its own over 4-bit pages, torch's over floats."""
+    return ATTENTION if config.kv_bits == 4 else "sdpa"
+
+
+def _check_attention(expected: str, given: str) -> None:
+    if given != expected:
+        raise ValueError(
+            f"ResQ: attn_implementation: expected {expected!r} (or none given), which the "
+            f"quantized attention computes with, got {given!r}"
+        )
+
+
+def _check_call(
+    attention: str, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuses what a caller of the decoder asks for and would not get."""
+    _check_attention(attention, decoder.config._attn_implementation)
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "ResQ: output_attentions: expected False, got True: the weights of the attention are "
+            "never in memory as a whole"
+        )
+    for name in ("cache", "past_key_values"):
+        cache = kwargs.get(name)
+        if cache is not None and not isinstance(cache, Cache):
+            raise ValueError(
+                f"ResQ: {name}: expected a Cache of transformers (ResQCache, an empty "
+                f"DynamicCache) or None, got {type(cache).__name__}"
+            )
+
+
+def num_parameters(
+    model: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False
+) -> int:
+    """Number of weights, as many as the float model has: for `model.num_parameters`, which would
+    count parameters, and packed codes are none.
+
+    Scales and rotations are not counted.
+
+    Args:
+        model: a quantized model.
+        only_trainable: count only what requires a gradient: nothing, unless a caller made it.
+        exclude_embeddings: leave out the embedding of the tokens.
+    """
+    from torch import nn
+
+    from resq_kernels.nn.attention import ResQAttention
+    from resq_kernels.nn.embedding import ResQEmbedding, TiedHead
+    from resq_kernels.nn.hidden_basis import HiddenBasis
+    from resq_kernels.nn.linear import ResQLinear
+
+    count = 0
+    for module in model.modules():
+        if exclude_embeddings and isinstance(module, (ResQEmbedding, nn.Embedding)):
+            continue
+        own = list(module.parameters(recurse=False))
+        if only_trainable:
+            count += sum(parameter.numel() for parameter in own if parameter.requires_grad)
+        elif isinstance(module, ResQLinear):
+            bias = 0 if module.bias is None else module.out_features
+            count += module.out_features * module.in_features + bias
+        elif not isinstance(module, (ResQAttention, TiedHead, HiddenBasis)):
+            count += sum(parameter.numel() for parameter in own)
+    return count
 
 
 def register_attention() -> None:
@@ -125,6 +274,7 @@ def register_attention() -> None:
 def padding_mask(
     *,
     kv_length: int,
+    batch_size: int | None = None,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
@@ -133,11 +283,13 @@ def padding_mask(
 
     Args:
         kv_length: columns, those in the cache included.
+        batch_size: B.
         mask_function: how transformers would compose the mask of a dense attention.
         attention_mask: bool [B, columns] as the caller of the model gave it.
 
     Raises:
-        ValueError: something besides causality and padding is asked for (packed sequences).
+        ValueError: something besides causality and padding is asked for (packed sequences), or the
+            mask has another shape.
     """
     from transformers.masking_utils import causal_mask_function
 
@@ -152,7 +304,12 @@ def padding_mask(
         )
     if attention_mask is None:
         return None
-    attention_mask = attention_mask[:, -kv_length:]
+    rows = len(attention_mask) if batch_size is None else batch_size
+    if attention_mask.shape != (rows, kv_length):
+        raise ValueError(
+            f"ResQAttention: attention_mask: expected [{rows}, {kv_length}], the padding of every "
+            f"column that is cached or new, got {list(attention_mask.shape)}"
+        )
     return None if attention_mask.all() else attention_mask
 
 

@@ -78,8 +78,16 @@ def pack(model: nn.Module) -> None:
     before fusing left a process with twice the memory (Llama-3.2-1B: 1.73 GB, not 0.8). On a CPU
     loaded parameters lie in a memory-mapped file, which stays mapped as a whole while one of them
     is left in it; they are therefore copied first.
+
+    Raises:
+        RuntimeError: a tensor is on meta: not loaded, or offloaded.
     """
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise RuntimeError(
+                f"pack: {name}: expected a loaded tensor, got one on the meta device: load the "
+                "checkpoint first, without offloading"
+            )
         if parameter.is_floating_point() and parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
     for module in model.modules():

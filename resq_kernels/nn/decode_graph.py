@@ -77,7 +77,7 @@ class DecodeGraph:
         """Appends one token to every sequence and returns the logits that follow it.
 
         Args:
-            token_ids: int64 [B].
+            token_ids: int32 or int64 [B].
 
         Returns:
             [B, vocabulary] in the model's dtype.
@@ -88,7 +88,8 @@ class DecodeGraph:
                 Nothing is written.
         """
         state = self._batch.state
-        if token_ids.shape != self._ids.shape[:1] or token_ids.dtype != torch.int64:
+        integers = token_ids.dtype in (torch.int32, torch.int64)
+        if token_ids.shape != self._ids.shape[:1] or not integers:
             raise ValueError(
                 f"DecodeGraph: token_ids: expected int64 [{len(self._ids)}], got "
                 f"{token_ids.dtype} {list(token_ids.shape)}".replace("torch.", "")

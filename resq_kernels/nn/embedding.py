@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from resq_kernels import ops
 from resq_kernels.nn.hidden_basis import HiddenBasis
 from resq_kernels.nn.linear import ResQLinear
+from resq_kernels.nn.weight_view import WeightView
 
 
 class ResQEmbedding(ResQLinear):
@@ -36,8 +37,8 @@ class ResQEmbedding(ResQLinear):
         self._basis = (basis,)  # in a tuple, so that it is not registered here too
 
     def forward(self, ids: torch.Tensor, rotated: bool = False) -> torch.Tensor:
-        """scale * code of the rows `ids` int64 [...], in the compute dtype [..., hidden]: rows of
-        E, or of E U_A if `rotated`.
+        """scale * code of the rows `ids` int32 or int64 [...]: those of E, or of E U_A if
+        `rotated`, in the compute dtype [..., hidden].
 
         Raises:
             RuntimeError: not packed, or an id is out of range (`ops.embedding`).
@@ -82,9 +83,16 @@ class TiedHead(nn.Module):
         """The module whose weight this is."""
         return self._embedding[0]
 
+    @property
+    def weight(self) -> WeightView:
+        """Shape, dtype and device of the embedding's matrix, without values."""
+        return self.embedding.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of x [..., hidden], in x's dtype."""
-        return ResQLinear.forward(self.embedding, self.rotated(x))
+        # With layers on several GPUs the embedding may be on another one than the last layer.
+        device = self.embedding.packed().data.device
+        return ResQLinear.forward(self.embedding, self.rotated(x).to(device))
 
     def rotated(self, x: torch.Tensor) -> torch.Tensor:
         """x G, the input that the embedding's matrix is multiplied with."""

@@ -51,9 +51,9 @@ class FusedLinear(ResQLinear):
         """Takes these tensors in place of its own, scale and bias as buffers."""
         super().hold(weight, bias)
         for name in ("weight_scale", "bias"):
-            parameter = self._parameters.pop(name, None)
-            buffer = None if parameter is None else parameter.data
-            self.register_buffer(name, buffer, persistent=False)
+            if (parameter := self._parameters.get(name)) is not None:
+                del self._parameters[name]
+                self.register_buffer(name, parameter.data, persistent=False)
 
     def _join(self, linears: list[ResQLinear]) -> None:
         """Holds the concatenated tensors of the parts; packed if all of them are."""
@@ -177,8 +177,11 @@ class FusesLinears(nn.Module):
         return torch.cat([getattr(self, part)(x) for part in self.PARTS], dim=-1)
 
     def __getattr__(self, name: str) -> Any:
-        self._refuse_fused(name)
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            self._refuse_fused(name)
+            raise
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._refuse_fused(name)

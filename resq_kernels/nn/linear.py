@@ -10,6 +10,7 @@ from torch import nn
 
 from resq_kernels import ops
 from resq_kernels.formats import MixedTensor, PackedWeight, QuantizedWeight, RowFormat
+from resq_kernels.nn.weight_view import WeightView
 from resq_kernels.weights import quantize_weight
 
 
@@ -124,6 +125,12 @@ class ResQLinear(nn.Module):
         return self.row_format.k_hi
 
     @property
+    def weight(self) -> WeightView:
+        """Shape [N, K], compute dtype and device of the weight, without values (`dequantize`)."""
+        shape = (self.out_features, self.in_features)
+        return WeightView(type(self).__name__, shape, self.dtype, self.weight_scale.device)
+
+    @property
     def is_packed(self) -> bool:
         """Whether the codes are in the kernel's layout."""
         return self.packed_weight is not None
@@ -132,14 +139,21 @@ class ResQLinear(nn.Module):
         """The packed weight; it holds the layer's own tensors.
 
         Raises:
-            RuntimeError: not packed.
+            RuntimeError: not packed, or packed for another kind of device.
         """
-        if self.packed_weight is None or self.weight_sum is None:
+        # Directly: torch's lookup of attributes takes 0.3 us for each of them.
+        data, sums = self._buffers["packed_weight"], self._buffers["weight_sum"]
+        if data is None or sums is None:
             kind = type(self).__name__
             raise RuntimeError(f"{kind}: expected a packed weight: call pack() after loading")
+        if data.device.type != self._packed_for:
+            raise RuntimeError(
+                f"{type(self).__name__}: packed_weight: expected the layout of {data.device.type}, "
+                f"got that of {self._packed_for}: the tensor was moved on its own; move the module "
+                "(to(), cpu(), cuda()), which packs it anew"
+            )
         k_hi = self.row_format.k_hi
-        k_lo = self.in_features - k_hi
-        return PackedWeight(self.packed_weight, self.weight_scale, self.weight_sum, k_lo, k_hi)
+        return PackedWeight(data, self.weight_scale, sums, self.in_features - k_hi, k_hi)
 
     def pack(self) -> None:
         """Moves the codes into the layout that the kernel of their device reads."""
@@ -161,6 +175,7 @@ class ResQLinear(nn.Module):
     def _hold_codes(self, weight: PackedWeight | QuantizedWeight) -> None:
         if isinstance(weight, PackedWeight):
             self.packed_weight, self.weight_sum = weight.data, weight.sums
+            self._packed_for = weight.data.device.type
             self.weight_lo = self.weight_hi = None
         else:
             self.weight_lo = nn.Parameter(weight.weight_lo, False)
@@ -202,6 +217,35 @@ class ResQLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, high_columns={self.high_columns}"
         )
+
+    @property
+    def _hf_hook(self) -> Any:
+        """The hook that accelerate puts on a module, and moves its tensors by."""
+        if "_hf_hook" not in vars(self):
+            raise AttributeError(f"{type(self).__name__}: no hook of accelerate")
+        return vars(self)["_hf_hook"]
+
+    @_hf_hook.setter
+    def _hf_hook(self, hook: Any) -> None:
+        """Refuses a hook that offloads: it moves parameters one by one and leaves packed codes.
+
+        accelerate has moved the parameters before it gets here; they are brought back.
+        """
+        for part in getattr(hook, "hooks", (hook,)):
+            if getattr(part, "offload", False):
+                part.detach_hook(self)
+                if "_hf_hook" not in vars(self):
+                    vars(self).pop("_old_forward", None)
+                raise ValueError(
+                    f"{type(self).__name__}: expected a module that stays on its device, got "
+                    "accelerate's offload hook: packed codes cannot be offloaded to CPU or disk "
+                    "tensor by tensor; use devices of one kind, or to() for the whole model"
+                )
+        vars(self)["_hf_hook"] = hook
+
+    @_hf_hook.deleter
+    def _hf_hook(self) -> None:
+        vars(self).pop("_hf_hook", None)
 
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True

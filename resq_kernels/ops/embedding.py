@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from resq_kernels import _library  # noqa: F401  registers torch.ops.resq.*
+from resq_kernels import _library
 
 
 def embedding(
@@ -21,7 +21,7 @@ def embedding(
     float32 product, rounded once more to float16 or bfloat16.
 
     Args:
-        ids: int64 of any shape, each 0 to N - 1.
+        ids: int32 or int64 of any shape, each 0 to N - 1; the raw operator takes int64.
         packed_weight: uint8, one dimension, as `pack_weight` returned it on this kind of device:
             the tensor that `mixed_gemm` reads, so that a tied head needs no second copy.
         weight_scale: float32 [N, 2].
@@ -38,11 +38,15 @@ def embedding(
 
     Source: docs/formats.md sections 3 and 6.
     """
-    y: torch.Tensor = torch.ops.resq.embedding(ids, packed_weight, weight_scale, k_lo, k_hi, dtype)
+    if ids.dtype == torch.int32:
+        ids = ids.long()
+    y: torch.Tensor = _library.call(
+        torch.ops.resq.embedding.default, ids, packed_weight, weight_scale, k_lo, k_hi, dtype
+    )
     return y
 
 
-@torch.library.register_fake("resq::embedding")
+@_library.register_fake("embedding")
 def _fake(
     ids: torch.Tensor,
     packed_weight: torch.Tensor,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from resq_kernels import _library
+
 
 def hadamard(x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """Transforms the last dimension.
@@ -25,10 +27,10 @@ def hadamard(x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
 
     Source: QuaRot (arXiv 2404.00456) section 3; matrices by Paley (1933) and Sylvester (1867).
     """
-    y: torch.Tensor = torch.ops.resq.hadamard(x, scale)
+    y: torch.Tensor = _library.call(torch.ops.resq.hadamard.default, x, scale)
     return y
 
 
-@torch.library.register_fake("resq::hadamard")
+@_library.register_fake("hadamard")
 def _(x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     return x.new_empty(x.shape)

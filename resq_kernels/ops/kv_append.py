@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from resq_kernels import _library  # noqa: F401  registers torch.ops.resq.*
+from resq_kernels import _library
 
 
 def kv_append(
@@ -54,13 +54,22 @@ def kv_append(
     Source: arXiv 2412.14363, section 4 (U_C on keys, mixed-precision cache); docs/formats.md
     section 5.
     """
-    rotated = torch.ops.resq.kv_append(
-        k, v, cos, sin, key_rotation, cache, slot_mapping, hi_bits, q
+    rotated = _library.call(
+        torch.ops.resq.kv_append.default,
+        k,
+        v,
+        cos,
+        sin,
+        key_rotation,
+        cache,
+        slot_mapping,
+        hi_bits,
+        q,
     )
     return None if q is None else rotated
 
 
-@torch.library.register_fake("resq::kv_append")
+@_library.register_fake("kv_append")
 def _fake(
     k: torch.Tensor,
     v: torch.Tensor,

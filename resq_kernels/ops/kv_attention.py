@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from resq_kernels import _library  # noqa: F401  registers torch.ops.resq.*
+from resq_kernels import _library
 
 
 def kv_attention(
@@ -54,7 +54,8 @@ def kv_attention(
 
     Source: arXiv 2412.14363, section 4; docs/formats.md section 5.
     """
-    out: torch.Tensor = torch.ops.resq.kv_attention(
+    out: torch.Tensor = _library.call(
+        torch.ops.resq.kv_attention.default,
         q,
         cache,
         block_table,
@@ -67,7 +68,7 @@ def kv_attention(
     return out
 
 
-@torch.library.register_fake("resq::kv_attention")
+@_library.register_fake("kv_attention")
 def _fake(
     q: torch.Tensor,
     cache: torch.Tensor,

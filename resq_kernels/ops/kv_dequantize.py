@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from resq_kernels import _library  # noqa: F401  registers torch.ops.resq.*
+from resq_kernels import _library
 
 
 def kv_dequantize(
@@ -40,11 +40,19 @@ def kv_dequantize(
 
     Source: arXiv 2412.14363, section 4 (mixed-precision cache); docs/formats.md section 5.
     """
-    k, v = torch.ops.resq.kv_dequantize(cache, block_table, seq_lens, max_tokens, head_dim, dtype)
+    k, v = _library.call(
+        torch.ops.resq.kv_dequantize.default,
+        cache,
+        block_table,
+        seq_lens,
+        max_tokens,
+        head_dim,
+        dtype,
+    )
     return k, v
 
 
-@torch.library.register_fake("resq::kv_dequantize")
+@_library.register_fake("kv_dequantize")
 def _fake(
     cache: torch.Tensor,
     block_table: torch.Tensor,

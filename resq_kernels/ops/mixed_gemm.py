@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from resq_kernels import _library
+
 
 def mixed_gemm(
     q_lo: torch.Tensor,
@@ -44,13 +46,21 @@ def mixed_gemm(
 
     Source: arXiv 2412.14363 section 4 (x W as the sum of its 4-bit and 8-bit parts).
     """
-    y: torch.Tensor = torch.ops.resq.mixed_gemm(
-        q_lo, q_hi, params, packed_weight, weight_scale, weight_sum, bias, out_dtype
+    y: torch.Tensor = _library.call(
+        torch.ops.resq.mixed_gemm.default,
+        q_lo,
+        q_hi,
+        params,
+        packed_weight,
+        weight_scale,
+        weight_sum,
+        bias,
+        out_dtype,
     )
     return y
 
 
-@torch.library.register_fake("resq::mixed_gemm")
+@_library.register_fake("mixed_gemm")
 def _fake(
     q_lo: torch.Tensor,
     q_hi: torch.Tensor,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from resq_kernels import _library
 from resq_kernels.formats import MixedTensor
 
 
@@ -41,7 +42,11 @@ def mixed_quantize(
 
     Source: ResQ (arXiv 2412.14363) section 4.1, per-token quantization of the two subspaces.
     """
-    return MixedTensor(*torch.ops.resq.mixed_quantize(x, n_hi, lo_bits, packed, symmetric, clip))
+    return MixedTensor(
+        *_library.call(
+            torch.ops.resq.mixed_quantize.default, x, n_hi, lo_bits, packed, symmetric, clip
+        )
+    )
 
 
 def packs_activations(device: torch.device) -> bool:
@@ -69,7 +74,7 @@ def mixed_outputs(
     )
 
 
-@torch.library.register_fake("resq::mixed_quantize")
+@_library.register_fake("mixed_quantize")
 def _(
     x: torch.Tensor,
     n_hi: int,

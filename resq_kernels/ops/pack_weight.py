@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from resq_kernels import _library
 from resq_kernels.formats import packed_weight_bytes
 
 
@@ -23,11 +24,11 @@ def pack_weight(codes_lo: torch.Tensor, codes_hi: torch.Tensor) -> torch.Tensor:
     Raises:
         RuntimeError: a dtype or shape differs, or a tensor is not contiguous.
     """
-    packed: torch.Tensor = torch.ops.resq.pack_weight(codes_lo, codes_hi)
+    packed: torch.Tensor = _library.call(torch.ops.resq.pack_weight.default, codes_lo, codes_hi)
     return packed
 
 
-@torch.library.register_fake("resq::pack_weight")
+@_library.register_fake("pack_weight")
 def _fake(codes_lo: torch.Tensor, codes_hi: torch.Tensor) -> torch.Tensor:
     n, pairs = codes_lo.shape
     device = codes_lo.device.type

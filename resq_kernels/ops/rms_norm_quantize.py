@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from resq_kernels import _library
 from resq_kernels.formats import MixedTensor
 from resq_kernels.ops.mixed_quantize import mixed_outputs
 
@@ -40,13 +41,22 @@ def rms_norm_quantize(
 
     Source: ResQ (arXiv 2412.14363) section 4.1; RMSNorm (arXiv 1910.07467) equation 4.
     """
-    *quantized, new_residual = torch.ops.resq.rms_norm_quantize(
-        x, residual, weight, eps, n_hi, lo_bits, packed, symmetric, clip
+    *quantized, new_residual = _library.call(
+        torch.ops.resq.rms_norm_quantize.default,
+        x,
+        residual,
+        weight,
+        eps,
+        n_hi,
+        lo_bits,
+        packed,
+        symmetric,
+        clip,
     )
     return MixedTensor(*quantized), x if residual is None else new_residual
 
 
-@torch.library.register_fake("resq::rms_norm_quantize")
+@_library.register_fake("rms_norm_quantize")
 def _(
     x: torch.Tensor,
     residual: torch.Tensor | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from resq_kernels import _library
 from resq_kernels.formats import MixedTensor
 from resq_kernels.ops.mixed_quantize import mixed_outputs
 
@@ -37,13 +38,20 @@ def silu_mul_hadamard_quantize(
     Source: ResQ (arXiv 2412.14363) section 4.2, the online rotation U_D before down_proj.
     """
     return MixedTensor(
-        *torch.ops.resq.silu_mul_hadamard_quantize(
-            gate_up, hadamard, n_hi, lo_bits, packed, symmetric, clip
+        *_library.call(
+            torch.ops.resq.silu_mul_hadamard_quantize.default,
+            gate_up,
+            hadamard,
+            n_hi,
+            lo_bits,
+            packed,
+            symmetric,
+            clip,
         )
     )
 
 
-@torch.library.register_fake("resq::silu_mul_hadamard_quantize")
+@_library.register_fake("silu_mul_hadamard_quantize")
 def _(
     gate_up: torch.Tensor,
     hadamard: bool = True,

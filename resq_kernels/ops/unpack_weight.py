@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from resq_kernels import _library
+
 
 def unpack_weight(
     packed_weight: torch.Tensor, n: int, k_lo: int, k_hi: int
@@ -24,11 +26,13 @@ def unpack_weight(
         RuntimeError: the size of `packed_weight` is not that of n, k_lo and k_hi, or one of these
             is negative, or k_lo is odd.
     """
-    codes_lo, codes_hi = torch.ops.resq.unpack_weight(packed_weight, n, k_lo, k_hi)
+    codes_lo, codes_hi = _library.call(
+        torch.ops.resq.unpack_weight.default, packed_weight, n, k_lo, k_hi
+    )
     return codes_lo, codes_hi
 
 
-@torch.library.register_fake("resq::unpack_weight")
+@_library.register_fake("unpack_weight")
 def _fake(
     packed_weight: torch.Tensor, n: int, k_lo: int, k_hi: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

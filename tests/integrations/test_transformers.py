@@ -168,15 +168,6 @@ def test_another_architecture_is_refused(folder: Path) -> None:
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_another_attention_is_refused(folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    expected = logits(AutoModelForCausalLM.from_pretrained(folder))
-    assert torch.equal(logits(model), expected)  # the module decides, whatever the request
-    model.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match=r"attention_mask: expected \[2, 14\]"):
-        logits(model)
-
-
 def test_a_float_model_cannot_ask_for_our_attention(folder: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder)
     model = make_model("llama")

@@ -66,7 +66,7 @@ def test_embedding_carries_scales_that_are_not_finite() -> None:
     [
         ({"ids": torch.tensor([0, 33])}, "ids: expected 0 to 32, got 33"),
         ({"ids": torch.tensor([-1])}, "ids: expected 0 to 32, got -1"),
-        ({"ids": torch.tensor([1], dtype=torch.int32)}, r"ids: expected int64, got int32 \[1\]"),
+        ({"ids": torch.tensor([1], dtype=torch.uint8)}, r"ids: expected int64, got uint8 \[1\]"),
         ({"scale": torch.ones(65, 2)}, r"packed_weight: expected uint8 \[3456\] contiguous, got"),
         ({"scale": torch.ones(33)}, r"weight_scale: expected float32 \[\*, 2\] contiguous, got"),
         ({"k_lo": 55}, "k_lo, k_hi: expected none negative and k_lo even, got 55, 8"),
