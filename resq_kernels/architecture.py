@@ -12,6 +12,8 @@ from resq_kernels.formats import split_columns
 SUPPORTED = ("llama", "qwen2")
 """`model_type` of the configurations that this package reads."""
 
+DECODER_PREFIX = "model."
+"""Of the names of a language model's tensors; files of its decoder alone lack it."""
 EMBEDDING_MODULE, HEAD_MODULE = "model.embed_tokens", "lm_head"
 EMBEDDING = f"{EMBEDDING_MODULE}.weight"
 FINAL_NORM = "model.norm.weight"

@@ -375,10 +375,10 @@ class CheckpointReader:
         with ExitStack() as stack:
             streams: dict[Path, Any] = {}
             for name in names:
-                file = self.info(name).file
-                if file not in streams:
-                    streams[file] = stack.enter_context(safe_open(file, framework="pt"))
-                yield name, streams[file].get_tensor(name)
+                info = self.info(name)
+                if info.file not in streams:
+                    streams[info.file] = stack.enter_context(safe_open(info.file, framework="pt"))
+                yield name, streams[info.file].get_tensor(info.name)
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start <= row < stop of a matrix, in its stored dtype."""
