@@ -45,23 +45,26 @@ def _import_adapter() -> None:
     try:
         importlib.import_module(ADAPTER)
     except Exception as error:
-        warnings.warn(
-            f"resq_kernels: models quantized with ResQ do not load in this program: {error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        text = f"resq_kernels: models quantized with ResQ do not load in this program: {error}"
+        try:
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        except RuntimeWarning:  # this program makes errors of warnings
+            sys.stderr.write(f"{text}\n")
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules of `TRIGGERS` as usual; their loader then imports the adapter."""
+    """Lets the finders after it find the modules of `TRIGGERS`; the adapter is imported next."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if name not in TRIGGERS:
             return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
+        after = next((i + 1 for i, finder in enumerate(sys.meta_path) if finder is self), 0)
+        finders = [f for f in sys.meta_path[after:] if hasattr(f, "find_spec")]
+        specs = (finder.find_spec(name, path, target) for finder in finders)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None and spec.loader is not None and hasattr(spec.loader, "exec_module"):
             spec.loader = _Loader(spec.loader)
         return spec
 
@@ -76,8 +79,8 @@ class _Loader(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader  # what looks at the module finds it as it always is
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         _import_adapter()
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.loader, name)

@@ -12,6 +12,8 @@ from resq_kernels.formats import split_columns
 SUPPORTED = ("llama", "qwen2")
 """`model_type` of the configurations that this package reads."""
 
+DECODER_PREFIX = "model."
+"""Of the names of a language model's tensors; files of its decoder alone lack it."""
 EMBEDDING_MODULE, HEAD_MODULE = "model.embed_tokens", "lm_head"
 EMBEDDING = f"{EMBEDDING_MODULE}.weight"
 FINAL_NORM = "model.norm.weight"
@@ -45,14 +47,14 @@ _SIZES = (
 )
 READ_KEYS = frozenset(
     {*_SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"}
-    | {"rope_parameters", "max_position_embeddings", "dtype"}
+    | {"rope_parameters", "max_position_embeddings", "dtype", "pad_token_id"}
 )
 """Keys that the quantizer reads."""
 
 HARMLESS_KEYS = frozenset(
     {"transformers_version", "architectures", "id2label", "label2id", "problem_type"}
     | {"output_hidden_states", "return_dict", "use_cache", "initializer_range", "pretraining_tp"}
-    | {"pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout"}
+    | {"bos_token_id", "eos_token_id", "attention_dropout"}
     | {"chunk_size_feed_forward"}
 )
 """Keys of transformers' classes that do not change the logits of these models."""
@@ -72,7 +74,7 @@ FIXED_KEYS: Mapping[str, Mapping[str, tuple[object, ...]]] = {
 """model_type -> key -> the values of config.json that are supported; the first is the default."""
 
 SHARED_KEYS: Mapping[str, tuple[object, ...]] = {
-    "is_encoder_decoder": (False,),
+    "is_encoder_decoder": (False, None),
     "is_causal": (True,),
     **dict.fromkeys(
         ("attention_chunk_size", "kv_sharing_modes", "per_layer_config", "mlp_layer_types")
@@ -156,6 +158,11 @@ class ModelShape:
             raise ValueError(
                 f"config.json: head_dim: expected an even number (RoPE turns pairs), got {head_dim}"
             )
+        vocab, pad = sizes["vocab_size"], config.get("pad_token_id")
+        if isinstance(pad, int) and not -vocab <= pad < vocab:
+            raise ValueError(
+                f"config.json: pad_token_id: expected a token of {vocab} (vocab_size), got {pad}"
+            )
         eps, tied = config.get("rms_norm_eps", 1e-6), config.get("tie_word_embeddings", False)
         if not isinstance(eps, float | int) or isinstance(eps, bool) or not 0 <= eps < math.inf:
             raise ValueError(f"config.json: rms_norm_eps: expected a number, got {eps!r}")
@@ -167,7 +174,7 @@ class ModelShape:
             model_type=model_type,
             hidden=hidden,
             intermediate=sizes["intermediate_size"],
-            vocab=sizes["vocab_size"],
+            vocab=vocab,
             layers=sizes["num_hidden_layers"],
             heads=heads,
             kv_heads=kv_heads,
@@ -234,11 +241,11 @@ def _check_fixed(config: Mapping[str, Any], fixed: Mapping[str, tuple[object, ..
         if not any(value is one or (isinstance(one, str) and value == one) for one in allowed):
             expected = " or ".join(repr(one) for one in allowed)
             raise ValueError(f"config.json: {key}: expected {expected}, got {value!r}")
-    layers = config.get("layer_types") or ["full_attention"]
-    other = [kind for kind in layers if kind != "full_attention"]
-    if other:
+    layers = config.get("layer_types")
+    kinds = ["full_attention"] if layers is None else layers
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise ValueError(
-            f'config.json: layer_types: expected "full_attention" alone, got {other[0]!r}'
+            f'config.json: layer_types: expected a list of "full_attention" alone, got {layers!r}'
         )
 
 

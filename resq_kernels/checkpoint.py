@@ -169,7 +169,10 @@ def quantized_tensors(
 
 
 def validate(
-    folder: Path | str, files: Iterable[Path | str] | None = None, variant: str | None = None
+    folder: Path | str,
+    files: Iterable[Path | str] | None = None,
+    variant: str | None = None,
+    needs_head: bool = True,
 ) -> ResQConfig:
     """Checks a quantized folder before anything is built from it.
 
@@ -177,6 +180,8 @@ def validate(
         folder: the folder.
         files: its weight files, if a loader has chosen them; by default those of `weight_files`.
         variant: as `from_pretrained` takes it.
+        needs_head: whether the model has an lm_head. Without one, the folder may be what
+            `save_pretrained` of a model without one wrote; one that is there is checked.
 
     The checks cover config.json, the presence, shape and dtype of every tensor, the size of every
     file, the hash of the key rotations, and that all weight scales are finite and not negative.
@@ -203,6 +208,12 @@ def validate(
         raise CheckpointError(
             f"{reader.folder}: config.json: tie_word_embeddings: expected false, got true"
         )
+    prefix = architecture.DECODER_PREFIX
+    if architecture.FINAL_NORM.removeprefix(prefix) in reader:  # transformers saved a decoder alone
+        reader.tensors = {f"{prefix}{name}": info for name, info in reader.tensors.items()}
+    head = f"{architecture.HEAD_MODULE}."
+    if not needs_head and not any(name.startswith(head) for name in reader.tensors):
+        expected = {name: kind for name, kind in expected.items() if not name.startswith(head)}
     for name, (size, dtypes) in expected.items():
         reader.check(name, size, dtypes)
     ours = re.compile(r"model\.(layers\.\d+|embed_tokens|hidden_basis)\.|lm_head\.")

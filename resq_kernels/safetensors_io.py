@@ -233,9 +233,11 @@ def weight_files(folder: Path, config: Mapping[str, Any], variant: str | None = 
     if found.suffix != ".json":
         return [found]
     names = read_json(found).get("weight_map")
-    whole = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
-    if not names or not whole:
+    if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{found}: weight_map: expected tensor -> file, got {names!r}")
+    for tensor, name in names.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{found}: weight_map: {tensor}: expected a file, got {name!r}")
     return [folder / name for name in sorted(set(names.values()))]
 
 
@@ -259,10 +261,11 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         table.pop("__metadata__", None)
         infos = {}
         for name, entry in table.items():
-            start, stop = entry["data_offsets"]
-            infos[name] = TensorInfo(
-                path, name, entry["dtype"], tuple(entry["shape"]), stop - start
-            )
+            (start, stop), kind, shape = (entry[k] for k in ("data_offsets", "dtype", "shape"))
+            whole = all(isinstance(number, int) for number in (start, stop, *shape))
+            if not whole or not isinstance(kind, str):
+                raise ValueError(f"{name}: {entry}")
+            infos[name] = TensorInfo(path, name, kind, tuple(shape), stop - start)
         end = 8 + length + max((e["data_offsets"][1] for e in table.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: expected a safetensors header, got {error!r}") from error
@@ -375,10 +378,10 @@ class CheckpointReader:
         with ExitStack() as stack:
             streams: dict[Path, Any] = {}
             for name in names:
-                file = self.info(name).file
-                if file not in streams:
-                    streams[file] = stack.enter_context(safe_open(file, framework="pt"))
-                yield name, streams[file].get_tensor(name)
+                info = self.info(name)
+                if info.file not in streams:
+                    streams[info.file] = stack.enter_context(safe_open(info.file, framework="pt"))
+                yield name, streams[info.file].get_tensor(info.name)
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start <= row < stop of a matrix, in its stored dtype."""

@@ -1,8 +1,11 @@
 """`import resq_kernels` is light, and registers with transformers in whatever order they come."""
 
+import importlib
+import importlib.machinery
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 import resq_kernels
+import resq_kernels_autoload
 from resq_kernels import _library
 from resq_kernels.testing.quantized_models import random_quantized
 
@@ -125,6 +129,48 @@ def test_a_fault_of_this_package_stops_no_other_program(
     )
     expected = "models quantized with ResQ do not load in this program: _C_cpu.so does not load"
     assert found == [f"resq_kernels: {expected}"]
+
+
+@pytest.mark.parametrize("action", ["default", "error"])
+def test_a_fault_of_the_adapter_is_said(
+    action: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where warnings are errors, too: raised, one would break the import of transformers."""
+    words = "models quantized with ResQ do not load in this program: No module named 'missing'"
+    monkeypatch.setattr(resq_kernels_autoload, "ADAPTER", "missing")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter(action)
+        resq_kernels_autoload._import_adapter.__wrapped__()
+    said = [str(warning.message) for warning in seen] + capsys.readouterr().err.splitlines()
+    assert said == [f"resq_kernels: {words}"]
+
+
+def test_other_import_hooks_see_the_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours comes first, but another finder of a module it waits for is asked all the same."""
+    (tmp_path / "awaited.py").write_text("loader = __spec__.loader\n")
+    asked, imported = [], []
+
+    class Other:
+        @staticmethod
+        def find_spec(name: str, path: Any, target: Any = None) -> Any:
+            asked.append(name)
+            return importlib.machinery.PathFinder.find_spec(name, [str(tmp_path)], target)
+
+    monkeypatch.setattr(resq_kernels_autoload, "TRIGGERS", ("awaited",))
+    monkeypatch.setattr(resq_kernels_autoload, "_import_adapter", lambda: imported.append(1))
+    ours = resq_kernels_autoload._Finder()
+    monkeypatch.setattr(sys, "meta_path", [ours, object(), Other, *sys.meta_path])
+    module = importlib.import_module("awaited")
+    try:
+        assert asked == ["awaited"] and imported == [1]
+        plain = importlib.machinery.SourceFileLoader
+        loaders = (module.loader, module.__loader__, module.__spec__.loader)
+        assert [type(loader) for loader in loaders] == [plain] * 3
+        assert importlib.reload(module) is module and imported == [1, 1]
+    finally:
+        del sys.modules["awaited"]
 
 
 def test_importing_torch_imports_no_more_than_the_entry_point() -> None:

@@ -99,7 +99,11 @@ class ResQQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         if checkpoint_files:
-            checkpoint.validate(Path(checkpoint_files[0]).parent, checkpoint_files)
+            checkpoint.validate(
+                Path(checkpoint_files[0]).parent,
+                checkpoint_files,
+                needs_head=hasattr(model, "lm_head"),
+            )
         prepare(model, self.stored)
         return model
 
@@ -142,8 +146,8 @@ class ResQQuantizer(HfQuantizer):
         state: dict[str, torch.Tensor] = model.state_dict()
         if self.stored.has_guard:
             inside = hasattr(model, model.base_model_prefix)
-            name = architecture.GUARD if inside else architecture.GUARD.removeprefix("model.")
-            state[name] = torch.empty(0, dtype=torch.uint8)
+            prefix = "" if inside else architecture.DECODER_PREFIX
+            state[architecture.GUARD.removeprefix(prefix)] = torch.empty(0, dtype=torch.uint8)
         return state, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -171,9 +175,17 @@ def prepare(model: PreTrainedModel, stored: checkpoint.StoredFormat) -> None:
     """Swaps the modules of a model (`nn.convert`) and makes transformers pass their arguments.
 
     Raises:
-        ValueError: another architecture, or a model split over devices by tensor parallelism.
+        ValueError: another architecture, one whose decoder has another name than in the folder, or
+            a model split over devices by tensor parallelism.
     """
     from resq_kernels.nn.convert import convert
+
+    prefix = architecture.DECODER_PREFIX
+    if f"{model.base_model_prefix}." != prefix:
+        raise ValueError(
+            f"ResQ: expected a model whose tensors begin with {prefix!r} as the folder's do, got "
+            f"{type(model).__name__}, in which they begin with '{model.base_model_prefix}.'"
+        )
 
     if getattr(model.config, "distributed_config", None) is not None:
         raise ValueError(
@@ -181,7 +193,7 @@ def prepare(model: PreTrainedModel, stored: checkpoint.StoredFormat) -> None:
             f"transformers; got {model.config.distributed_config}"
         )
     convert(model, stored.config, stored.tied_head, stored.has_basis)
-    guard = re.escape(architecture.GUARD.removeprefix("model.")) + "$"
+    guard = re.escape(architecture.GUARD.removeprefix(prefix)) + "$"
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
     model._keys_to_ignore_on_load_unexpected = ignored | {guard}
     register_attention()

@@ -24,6 +24,8 @@ class ResQEmbedding(ResQLinear):
         device: where the parameters are made.
     """
 
+    takes_rotated = True
+
     def __init__(
         self,
         vocabulary: int,

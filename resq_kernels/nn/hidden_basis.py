@@ -114,6 +114,8 @@ class HiddenBasis(nn.Module):
 class RotatedEmbedding(nn.Embedding):
     """An embedding E U_A in the source's dtype that returns rows of E to whoever calls it."""
 
+    takes_rotated = True
+
     def __init__(self, embedding: nn.Embedding, basis: HiddenBasis) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(embedding.__dict__)  # keeps all that it holds
@@ -133,7 +135,8 @@ def attach(decoder: nn.Module, restore_last: bool) -> None:
     inside of a causal language model leaves it to the head, which expects it rotated.
 
     Args:
-        decoder: with `hidden_basis`, and an `embed_tokens` that takes `rotated`.
+        decoder: with `hidden_basis`, and an `embed_tokens` that takes `rotated`; one that is put in
+            its place later, say around it, returns the float model's embeddings.
         restore_last: whether `last_hidden_state` is for the caller.
     """
     decoder.register_forward_pre_hook(_rotate_inputs, with_kwargs=True)
@@ -155,9 +158,10 @@ def _rotate_inputs(
     ids, embeds = given(_INPUT_IDS, "input_ids"), given(_INPUTS_EMBEDS, "inputs_embeds")
     if (ids is None) == (embeds is None):
         return args, kwargs  # the decoder refuses it
-    if embeds is None:
+    if embeds is None and getattr(decoder.embed_tokens, "takes_rotated", False):
         embeds = decoder.embed_tokens(ids, rotated=True)
     else:
+        embeds = decoder.embed_tokens(ids) if embeds is None else embeds
         embeds = decoder.hidden_basis.rotate(embeds)
     positional = (None, *args[1:_INPUTS_EMBEDS], embeds, *args[_INPUTS_EMBEDS + 1 :])
     names = {"input_ids": None, "inputs_embeds": embeds}

@@ -23,7 +23,6 @@ from resq_kernels.architecture import (
 from resq_kernels.ptq.decoder import Layer
 from resq_kernels.safetensors_io import CheckpointError, CheckpointReader, TensorInfo
 
-PREFIX = "model."
 ROWS = 8192
 """Rows of two matrices that are compared at once."""
 IGNORED = r"rotary_emb\.inv_freq"
@@ -109,7 +108,8 @@ class SourceModel:
         known = self._known()
         tensors: dict[str, TensorInfo] = {}
         for stored, info in self.reader.tensors.items():
-            longer, shorter = PREFIX + stored, stored.removeprefix(PREFIX)
+            longer = architecture.DECODER_PREFIX + stored
+            shorter = stored.removeprefix(architecture.DECODER_PREFIX)
             name = longer if longer in known else shorter if shorter in known else stored
             if name in tensors:
                 raise CheckpointError(

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 import resq_kernels
 from resq_kernels import ResQConfig
@@ -77,6 +83,39 @@ def test_model_without_a_head(folder: Path) -> None:
         assert torch.equal(model(IDS).last_hidden_state, expected.hidden_states[-1])
         last = whole.model(IDS).last_hidden_state
         assert torch.equal(whole.lm_head(last), expected.logits)
+
+
+HEADLESS = [AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification]
+
+
+@pytest.mark.parametrize("auto", HEADLESS)
+@pytest.mark.parametrize("options", [{}, {"embedding_bits": 16}], ids=str)
+def test_a_model_without_a_head_is_saved_and_loaded(
+    tmp_path: Path, auto: Any, options: dict[str, Any]
+) -> None:
+    random_quantized("llama", ResQConfig(**options)).save_pretrained(tmp_path / "model")
+    model = auto.from_pretrained(tmp_path / "model", pad_token_id=0)
+    model.save_pretrained(tmp_path / "again", max_shard_size="150KB")
+    again, info = auto.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not any(info.values())
+    with torch.no_grad():
+        assert torch.equal(again(IDS)[0], model(IDS)[0])
+    for load in LOADERS:
+        with pytest.raises(CheckpointError, match="lm_head.weight.*: expected a tensor, found"):
+            load(tmp_path / "again")
+    for file in (tmp_path / "again").glob("*.safetensors"):
+        content = load_file(file)
+        kept = {name: t for name, t in content.items() if not name.endswith("weight_scale")}
+        save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="weight_scale: expected a tensor, found nothing"):
+        auto.from_pretrained(tmp_path / "again")
+
+
+def test_a_class_that_names_the_decoder_otherwise_is_refused(tmp_path: Path) -> None:
+    """transformers would fill all of it with random numbers."""
+    random_quantized("llama", ResQConfig(embedding_bits=16)).save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match="got LlamaForQuestionAnswering, .* with 'transformer.'"):
+        AutoModelForQuestionAnswering.from_pretrained(tmp_path / "llama")
 
 
 def test_codes_are_not_kept_twice(folder: Path) -> None:

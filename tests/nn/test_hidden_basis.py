@@ -118,6 +118,34 @@ def test_a_hook_on_the_embedding_is_called_and_a_copy_is_whole(options: dict[str
     assert not other.model.embed_tokens(IDS).any() and model.model.embed_tokens(IDS).any()
 
 
+class Around(torch.nn.Module):
+    """An embedding with a learned offset, as soft prompts and adapters put them around another."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.offset = inner, torch.nn.Parameter(torch.randn(128))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.inner(ids) + self.offset
+
+
+@pytest.mark.parametrize("options", [*ALL, {"method": "rtn"}], ids=str)
+def test_an_embedding_in_the_place_of_ours_gives_embeddings_of_the_float_model(
+    options: dict[str, Any],
+) -> None:
+    model = random_quantized("llama", ResQConfig(**options))
+    embed, before = model.get_input_embeddings(), run(model, input_ids=IDS).logits
+    for other in (Around(embed), torch.nn.Embedding(320, 128)):
+        model.set_input_embeddings(other)
+        got = run(model, input_ids=IDS).logits
+        assert not torch.allclose(got, before, atol=0.1)
+        with torch.no_grad():
+            rows = other(IDS)
+        assert torch.equal(got, run(model, inputs_embeds=rows).logits)
+    model.set_input_embeddings(embed)
+    assert torch.equal(run(model, input_ids=IDS).logits, before)
+
+
 def test_a_model_that_is_not_rotated_has_no_basis() -> None:
     model = random_quantized("llama", ResQConfig(method="rtn"))
     assert model.model.hidden_basis is None

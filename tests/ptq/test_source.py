@@ -281,6 +281,15 @@ REFUSED: dict[str, tuple[Change, str]] = {
         ),
         "weight_map: expected tensor -> file, got ['other.safetensors']",
     ),
+    "index of numbers": (
+        lambda folder: (
+            (folder / WEIGHTS).rename(folder / "other.safetensors"),
+            (folder / INDEX).write_text(
+                json.dumps({"weight_map": {NORM: "other.safetensors", HEAD: 3}})
+            ),
+        ),
+        f"weight_map: {HEAD}: expected a file, got 3",
+    ),
     "empty index": (
         lambda folder: (
             (folder / WEIGHTS).rename(folder / "other.safetensors"),
@@ -306,14 +315,29 @@ def test_what_has_no_place_in_the_model_is_named(folder: Path, case: str) -> Non
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
-def test_a_dtype_that_torch_does_not_have_is_named(folder: Path) -> None:
-    """Six-bit floats: the data has three quarters of the bytes of FP8."""
-    content = (folder / WEIGHTS).read_bytes()
+def edit_header(path: Path, **changes: object) -> None:
+    """Changes what a safetensors file says of the tensor Q."""
+    content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    header[Q]["dtype"] = "F6_E2M3"
+    header[Q] |= changes
     text = json.dumps(header).encode()
-    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+@pytest.mark.parametrize(
+    "change", [{"dtype": ["F32"]}, {"dtype": None}, {"shape": [256.0, 128.0]}, {"shape": "128"}]
+)
+def test_a_header_of_other_types_is_named(folder: Path, change: dict[str, object]) -> None:
+    edit_header(folder / WEIGHTS, **change)
+    expected = rf"{WEIGHTS}: expected a safetensors header, got .*{Q}"
+    with pytest.raises(CheckpointError, match=expected):
+        SourceModel(folder)
+
+
+def test_a_dtype_that_torch_does_not_have_is_named(folder: Path) -> None:
+    """Six-bit floats: the data has three quarters of the bytes of FP8."""
+    edit_header(folder / WEIGHTS, dtype="F6_E2M3")
     expected = rf"{Q}: expected bfloat16 or float16 or float32 \[256, 128\], got F6_E2M3 \[256"
     with pytest.raises(CheckpointError, match=expected):
         SourceModel(folder)

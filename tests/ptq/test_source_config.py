@@ -107,6 +107,8 @@ HARMLESS = {
     "is_decoder": True,
     "add_cross_attention": True,
     "num_labels": 3,
+    "pad_token_id": -1,
+    "is_encoder_decoder": None,
 }
 
 
@@ -156,11 +158,17 @@ def test_keys_of_the_other_type_pass(model_type: str, change: dict[str, object])
         ({"mlp_bias": True}, "mlp_bias: expected False, got True"),
         ({"sliding_window": 16}, "sliding_window: expected None, got 16"),
         ({"is_causal": False}, "is_causal: expected True, got False"),
-        ({"is_encoder_decoder": True}, "is_encoder_decoder: expected False, got True"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder: expected False or None, got True"),
         ({"attention_chunk_size": 8}, "attention_chunk_size: expected None, got 8"),
         ({"per_layer_config": {"0": {}}}, "per_layer_config: expected None, got {'0': {}}"),
         ({"text_config": {}}, "text_config: expected None, got {}"),
-        ({"layer_types": ["sliding_attention"]}, 'layer_types: expected "full_attention" alone'),
+        *(
+            ({"layer_types": kinds}, 'layer_types: expected a list of "full_attention" alone, go')
+            for kinds in (["sliding_attention"], ["full_attention", 3], "full_attention", 3, {})
+        ),
+        # The embedding of transformers' class cannot be made with it.
+        ({"pad_token_id": 320}, "pad_token_id: expected a token of 320 (vocab_size), got 320"),
+        ({"pad_token_id": -321}, "pad_token_id: expected a token of 320 (vocab_size), got -321"),
         ({"model_type": "mistral"}, "model_type: expected one of llama, qwen2, got 'mistral'"),
         (
             {"model_type": "qwen2", "use_sliding_window": True},
