@@ -19,7 +19,7 @@ EMBEDDING = f"{EMBEDDING_MODULE}.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = f"{HEAD_MODULE}.weight"
 HEAD_GAIN = f"{HEAD_MODULE}.gain"
-BASIS_MODULE = "model.hidden_basis"
+BASIS_MODULE = f"{EMBEDDING_MODULE}.basis"
 BASIS_ROTATION, BASIS_GAIN = f"{BASIS_MODULE}.rotation", f"{BASIS_MODULE}.gain"
 GUARD = "model.layers.0.self_attn.q_proj.weight"
 """A tensor without elements under the name of a float weight: a loader that does not know the

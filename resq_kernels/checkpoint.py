@@ -216,7 +216,7 @@ def validate(
         expected = {name: kind for name, kind in expected.items() if not name.startswith(head)}
     for name, (size, dtypes) in expected.items():
         reader.check(name, size, dtypes)
-    ours = re.compile(r"model\.(layers\.\d+|embed_tokens|hidden_basis)\.|lm_head\.")
+    ours = re.compile(r"model\.(layers\.\d+|embed_tokens)\.|lm_head\.")
     extra = sorted(n for n in reader.tensors if ours.match(n) and n not in expected)
     if extra:
         raise CheckpointError(f"{reader.folder}: {extra[0]}: expected no such tensor, found one")
@@ -231,7 +231,7 @@ def validate(
     got = tensors_hash(tensor for _, tensor in reader.load_each(names))
     if got != entry["rotation_hash"]:
         raise CheckpointError(
-            f"{reader.folder}: self_attn.key_rotation or hidden_basis.rotation: expected the hash "
-            f"{entry['rotation_hash']}, got {got}"
+            f"{reader.folder}: self_attn.key_rotation or embed_tokens.basis.rotation: expected the "
+            f"hash {entry['rotation_hash']}, got {got}"
         )
     return stored.config

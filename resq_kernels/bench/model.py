@@ -193,8 +193,8 @@ def _rows(
     products = batch * depth * sum(n * k for n, k in map(shape.linear, LINEARS))
     # Every weight is read once but the basis of hidden states, which is for callers; of an
     # embedding only a few rows are, unless it is the head too.
-    unread = weight_bytes(ours.model.hidden_basis)
-    unread += 0 if shape.tied else weight_bytes(ours.get_input_embeddings())
+    embedding = ours.get_input_embeddings()
+    unread = weight_bytes(embedding.basis if shape.tied else embedding)
     passes = {key: prefill(model, ids) for key, model in sides.items()}
     if bench.on_gpu:
         makers = {key: partial(captured_decode, sides[key], ids, caches[key]) for key in sides}

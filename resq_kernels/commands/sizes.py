@@ -30,6 +30,8 @@ def part_sizes(folder: Path) -> dict[str, int]:
 
 def part_of(name: str) -> str:
     """The part that a tensor belongs to, by its name (docs/formats.md, section 6)."""
+    if name.endswith((".key_rotation", ".basis.rotation")):
+        return "rotations"
     if "embed_tokens" in name:
         return "embedding"
     if name.startswith("lm_head."):
@@ -38,5 +40,4 @@ def part_of(name: str) -> str:
         return "linear_scales"
     if any(projection in name for projection in _PROJECTIONS):
         return "other" if name.endswith(".bias") else "linears"
-    rotations = (".key_rotation", "hidden_basis.rotation")
-    return "rotations" if name.endswith(rotations) else "other"
+    return "other"

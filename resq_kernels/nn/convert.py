@@ -60,7 +60,8 @@ def convert(
         _convert_embedding(model, decoder, config, tied_head, basis)
     elif basis is not None:
         decoder.embed_tokens = RotatedEmbedding(decoder.embed_tokens, basis)
-    decoder.hidden_basis = basis
+    # A plain attribute, which stays when another embedding is put in the place of this one.
+    vars(decoder)["hidden_basis"] = basis
 
 
 def _share_metadata(

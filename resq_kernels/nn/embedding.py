@@ -36,7 +36,7 @@ class ResQEmbedding(ResQLinear):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(hidden, vocabulary, high_columns=hidden, dtype=dtype, device=device)
-        self._basis = (basis,)  # in a tuple, so that it is not registered here too
+        self.basis = basis
 
     def forward(self, ids: torch.Tensor, rotated: bool = False) -> torch.Tensor:
         """scale * code of the rows `ids` int32 or int64 [...]: those of E, or of E U_A if
@@ -52,8 +52,7 @@ class ResQEmbedding(ResQLinear):
 
     def restored(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of E from rows of the matrix that is stored."""
-        basis = self._basis[0]
-        return rows if basis is None else basis.embeddings(rows)
+        return rows if self.basis is None else self.basis.embeddings(rows)
 
 
 class TiedHead(nn.Module):

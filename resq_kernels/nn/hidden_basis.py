@@ -119,12 +119,12 @@ class RotatedEmbedding(nn.Embedding):
     def __init__(self, embedding: nn.Embedding, basis: HiddenBasis) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(embedding.__dict__)  # keeps all that it holds
-        self._basis = (basis,)  # in a tuple, so that it is not registered here too
+        self.basis = basis
 
     def forward(self, ids: torch.Tensor, rotated: bool = False) -> torch.Tensor:
         """Rows of E, or of E U_A if `rotated`, in the dtype of the weight [..., K]."""
         rows = super().forward(ids)
-        return rows if rotated else self._basis[0].embeddings(rows)
+        return rows if rotated else self.basis.embeddings(rows)
 
 
 def attach(decoder: nn.Module, restore_last: bool) -> None:

@@ -124,7 +124,7 @@ def test_scale_that_is_not_one(copy: Path, value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.1.self_attn.key_rotation", "model.hidden_basis.rotation"]
+    "name", ["model.layers.1.self_attn.key_rotation", "model.embed_tokens.basis.rotation"]
 )
 def test_rotation_of_another_model(copy: Path, name: str) -> None:
     def turn(tensors: dict) -> None:
