@@ -55,13 +55,14 @@ def convert(
     basis = None
     if config.rotates:
         basis = HiddenBasis(shape.hidden, stored=stores_basis, dtype=like.dtype, device=like.device)
-        attach(decoder, restore_last=not hasattr(model, "lm_head"))
     if config.embedding_bits == 8:
         _convert_embedding(model, decoder, config, tied_head, basis)
     elif basis is not None:
         decoder.embed_tokens = RotatedEmbedding(decoder.embed_tokens, basis)
     # A plain attribute, which stays when another embedding is put in the place of this one.
     vars(decoder)["hidden_basis"] = basis
+    if basis is not None:
+        attach(model, decoder)
 
 
 def _share_metadata(

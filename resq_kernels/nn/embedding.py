@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from resq_kernels import ops
-from resq_kernels.nn.hidden_basis import HiddenBasis
+from resq_kernels.nn.hidden_basis import HiddenBasis, remember
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.weight_view import WeightView
 
@@ -52,7 +52,7 @@ class ResQEmbedding(ResQLinear):
 
     def restored(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of E from rows of the matrix that is stored."""
-        return rows if self.basis is None else self.basis.embeddings(rows)
+        return rows if self.basis is None else remember(self.basis.restore(rows), rows)
 
 
 class TiedHead(nn.Module):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 from resq_kernels.nn.linear import keep_dtype
 
-# The attribute of a restored embedding that holds what it was restored from.
+# The attribute of a restored tensor that holds what it was restored from.
 _ROTATED = "resq_rotated"
 
 
@@ -54,24 +56,14 @@ class HiddenBasis(nn.Module):
             ones = torch.ones(hidden_size, dtype=dtype, device=device)
             self.gain = nn.Parameter(ones, requires_grad=False)
 
-    def embeddings(self, rows: torch.Tensor) -> torch.Tensor:
-        """`restore` of rows of E U_A [..., K], of which `rotate` gives exactly these rows."""
-        restored = self.restore(rows)
-        setattr(restored, _ROTATED, rows)
-        return restored
-
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """x U_A of hidden states or embeddings [..., K], rounded to x's dtype.
 
         Raises:
             ValueError: the checkpoint does not hold the basis.
         """
-        rows: torch.Tensor | None = getattr(x, _ROTATED, None)
-        # They may have been changed in place since. A compiled graph cannot look.
-        if rows is not None and not torch.compiler.is_compiling():
-            restored = self.restore(rows)
-            if restored.shape == x.shape and torch.equal(restored, x):
-                return rows
+        if (rows := _remembered(x, self.restore)) is not None:
+            return rows
         return (x.float() @ self._stored(self.rotation, x)).to(x.dtype)
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
@@ -81,6 +73,19 @@ class HiddenBasis(nn.Module):
             ValueError: the checkpoint does not hold the basis.
         """
         return (x.float() @ self._stored(self.rotation, x).mT).to(x.dtype)
+
+    def rotate_normed(self, x: torch.Tensor) -> torch.Tensor:
+        """(x / g) U_A, what the head reads, of the float model's states [..., K] after its final
+        norm, in x's dtype; 0 / 0 is 0.
+
+        Raises:
+            ValueError: the checkpoint does not hold the basis.
+        """
+        if (rows := _remembered(x, self.restore_normed)) is not None:
+            return rows
+        gain = self._stored(self.gain, x)
+        normed = torch.where((gain == 0) & (x == 0), 0.0, x.float() / gain)
+        return (normed @ self._stored(self.rotation, x)).to(x.dtype)
 
     def restore_normed(self, x: torch.Tensor) -> torch.Tensor:
         """g x U_A^T: the float model's states [..., K] after its final norm, in x's dtype.
@@ -111,6 +116,22 @@ class HiddenBasis(nn.Module):
         return self
 
 
+def remember(restored: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
+    """`restored`, which `rotate` or `rotate_normed` turns into exactly what it was made from."""
+    setattr(restored, _ROTATED, rotated)
+    return restored
+
+
+def _remembered(
+    x: torch.Tensor, restore: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor | None:
+    rotated: torch.Tensor | None = getattr(x, _ROTATED, None)
+    # It may have been changed in place since. A compiled graph cannot look.
+    if rotated is None or torch.compiler.is_compiling() or not torch.equal(restore(rotated), x):
+        return None
+    return rotated
+
+
 class RotatedEmbedding(nn.Embedding):
     """An embedding E U_A in the source's dtype that returns rows of E to whoever calls it."""
 
@@ -124,23 +145,60 @@ class RotatedEmbedding(nn.Embedding):
     def forward(self, ids: torch.Tensor, rotated: bool = False) -> torch.Tensor:
         """Rows of E, or of E U_A if `rotated`, in the dtype of the weight [..., K]."""
         rows = super().forward(ids)
-        return rows if rotated else self.basis.embeddings(rows)
+        return rows if rotated else remember(self.basis.restore(rows), rows)
 
 
-def attach(decoder: nn.Module, restore_last: bool) -> None:
-    """Puts a decoder's embeddings and hidden states into the float model's basis.
+def attach(model: nn.Module, decoder: nn.Module) -> None:
+    """Makes all that a caller gives or gets be in the float model's basis.
 
-    `inputs_embeds` and the result of the embedding's own call are the float model's embeddings,
-    `hidden_states` its hidden states. `last_hidden_state` is too with `restore_last`; a decoder
-    inside of a causal language model leaves it to the head, which expects it rotated.
+    That is `inputs_embeds` and what the embedding returns, `hidden_states`, `last_hidden_state`
+    of a decoder and the input of a head. A pass from ids to logits turns nothing: there the model
+    tells its decoder, by an argument, and its head, by a context variable, that they hear from it.
 
     Args:
+        model: a model with a head, or the decoder itself.
         decoder: with `hidden_basis`, and an `embed_tokens` that takes `rotated`; one that is put in
             its place later, say around it, returns the float model's embeddings.
-        restore_last: whether `last_hidden_state` is for the caller.
     """
     decoder.register_forward_pre_hook(_rotate_inputs, with_kwargs=True)
-    decoder.register_forward_hook(_restore_all if restore_last else _restore_captured)
+    decoder.register_forward_hook(_restore_outputs, with_kwargs=True)
+    head: Any = getattr(model, "lm_head", None)
+    if head is not None:
+        head.takes_rotated = True
+        head.register_forward_pre_hook(partial(_rotate_head_input, decoder))
+        model.register_forward_pre_hook(_enter, with_kwargs=True)
+        model.register_forward_hook(_leave, always_call=True)
+
+
+# The head of the model whose `forward` this thread is in.
+_HEAD: ContextVar[nn.Module | None] = ContextVar("head", default=None)
+# The argument by which a model asks its decoder for the rotated last hidden state.
+_FOR_HEAD = "for_rotated_head"
+
+
+def _enter(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not getattr(model.lm_head, "takes_rotated", False):  # another one in the place of ours
+        return args, kwargs
+    if not torch.compiler.is_compiling():
+        _HEAD.set(model.lm_head)
+    return args, {**kwargs, _FOR_HEAD: True}
+
+
+def _leave(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _HEAD.set(None)
+
+
+def _rotate_head_input(
+    decoder: Any, head: nn.Module, args: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    """Rotates what a caller gives the head. A compiled graph cannot read the variable: in it the
+    caller is taken for the model."""
+    if torch.compiler.is_compiling() or _HEAD.get() is head:
+        return None
+    return (decoder.hidden_basis.rotate_normed(args[0]), *args[1:])
 
 
 # Where a decoder of transformers takes these arguments if they are given without their names.
@@ -172,35 +230,27 @@ def _rotate_inputs(
     return positional[: len(args)], {**kwargs, **names}
 
 
-def _restore_captured(decoder: Any, args: tuple[Any, ...], output: Any) -> Any:
-    """Restores what `output_hidden_states` collected."""
-    last, states = output[0], _hidden_states(output)
-    if states is None:
+def _restore_outputs(
+    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    """Restores `last_hidden_state`, but for the head, and what `output_hidden_states` collected."""
+    basis, last, states = decoder.hidden_basis, output[0], _hidden_states(output)
+    for_head = kwargs.get(_FOR_HEAD, False)
+    if for_head and states is None:
         return output
-    basis = decoder.hidden_basis
-    restored = tuple(
+    restored = remember(basis.restore_normed(last), last)
+    if states is not None:
         # transformers puts the normed state in the place of the last; others may be left out.
-        state
-        if state is None
-        else basis.restore_normed(state)
-        if state is last
-        else basis.restore(state)
-        for state in states
-    )
+        states = tuple(
+            restored if state is last else state if state is None else basis.restore(state)
+            for state in states
+        )
     if isinstance(output, tuple):
-        return tuple(restored if item is states else item for item in output)
-    output.hidden_states = restored
-    return output
-
-
-def _restore_all(decoder: Any, args: tuple[Any, ...], output: Any) -> Any:
-    """Restores `last_hidden_state` too."""
-    last = output[0]
-    output = _restore_captured(decoder, args, output)
-    restored = decoder.hidden_basis.restore_normed(last)
-    if isinstance(output, tuple):
-        return (restored, *output[1:])
-    output.last_hidden_state = restored
+        rest = (states if isinstance(item, tuple) else item for item in output[1:])
+        return (last if for_head else restored, *rest)
+    output.hidden_states = states
+    if not for_head:
+        output.last_hidden_state = restored
     return output
 
 

@@ -75,13 +75,13 @@ def test_loading_in_another_dtype(folder: Path, dtype: torch.dtype) -> None:
 
 
 def test_model_without_a_head(folder: Path) -> None:
-    """Its last hidden state is for the caller, whereas a causal model's is for the head."""
     model = AutoModel.from_pretrained(folder)
     whole = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         expected = whole(IDS, output_hidden_states=True)
         assert torch.equal(model(IDS).last_hidden_state, expected.hidden_states[-1])
         last = whole.model(IDS).last_hidden_state
+        assert torch.equal(last, expected.hidden_states[-1])
         assert torch.equal(whole.lm_head(last), expected.logits)
 
 

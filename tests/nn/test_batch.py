@@ -57,7 +57,7 @@ def layer_by_layer(
     rope = decoder.rotary_emb(x, positions)
     for layer in decoder.layers:
         x = layer(x, attention_mask=mask, position_embeddings=rope, cache=cache)
-    return decoder.norm(x)
+    return decoder.hidden_basis.restore_normed(decoder.norm(x))
 
 
 def each_layer(name: str, *args: Any) -> Callable[[Any], None]:

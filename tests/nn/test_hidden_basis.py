@@ -167,3 +167,56 @@ def test_without_a_stored_basis_nothing_rotated_leaves_the_model() -> None:
             run(model, **inputs)
     with pytest.raises(ValueError, match="quantize the model again"):
         model.get_input_embeddings()(IDS)
+
+
+@pytest.mark.parametrize("options", [*ALL, {"method": "rtn"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_head_takes_the_last_state(options: dict[str, Any], dtype: torch.dtype) -> None:
+    model = random_quantized("llama", ResQConfig(**options)).to(dtype)
+    decoder, expected = model.model, run(model, input_ids=IDS).logits
+    last = run(decoder, input_ids=IDS).last_hidden_state
+    states = run(model, input_ids=IDS, output_hidden_states=True).hidden_states
+    assert torch.equal(last, states[-1])
+    with torch.no_grad():
+        assert torch.equal(model.lm_head(last), expected)
+        assert torch.equal(model.lm_head(states[-1]), expected)
+        sliced = model.lm_head(last[:, -1:])
+        assert torch.equal(model.forward(IDS, use_cache=False).logits, run_forward(model))
+    error = (sliced - expected[:, -1:]).float().norm() / expected[:, -1:].float().norm()
+    assert error < (0.01 if dtype == torch.float32 else 0.03)  # two roundings to the dtype more
+
+
+def run_forward(model: Any) -> torch.Tensor:
+    """Logits by the parts of a model, each called by itself."""
+    last = run(model.model, input_ids=IDS).last_hidden_state
+    return model.lm_head(last[:, slice(0, None), :])
+
+
+def test_a_head_in_the_place_of_ours_gets_the_float_models_state() -> None:
+    model = random_quantized("llama")
+    last = run(model.model, input_ids=IDS).last_hidden_state
+    other = torch.nn.Linear(128, 7, bias=False)
+    model.set_output_embeddings(other)
+    assert torch.equal(run(model, input_ids=IDS).logits, other(last))
+
+
+def test_a_pass_that_fails_does_not_change_what_the_head_expects() -> None:
+    model = random_quantized("llama")
+    last = run(model.model, input_ids=IDS).last_hidden_state
+    expected = run(model, input_ids=IDS).logits
+    with pytest.raises(ValueError, match="output_attentions"):
+        run(model, input_ids=IDS, output_attentions=True)
+    with torch.no_grad():
+        assert torch.equal(model.lm_head(last), expected)
+
+
+def test_a_gain_of_zero_leaves_no_nan() -> None:
+    basis = random_quantized("llama").model.hidden_basis
+    basis.gain.data[3] = 0
+    normed = torch.randn(5, 128)
+    restored = basis.restore_normed(normed)
+    assert not restored[:, 3].any() and basis.rotate_normed(restored).isfinite().all()
+    kept = basis.restore(normed)
+    kept[:, 3] = 0  # what the head loses by its gain
+    found, exact = basis.rotate_normed(restored).double(), basis.rotate(kept).double()
+    assert (found - exact).abs().max() < 2.0**-9
