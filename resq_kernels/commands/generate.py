@@ -14,7 +14,7 @@ import torch
 
 from resq_kernels.commands import loading, output
 from resq_kernels.commands.arguments import at_least, real
-from resq_kernels.commands.output import CommandError
+from resq_kernels.commands.output import UsageError
 from resq_kernels.safetensors_io import read_json
 
 if TYPE_CHECKING:
@@ -87,18 +87,20 @@ def run(args: argparse.Namespace) -> None:
     """Streams, reports the speed, writes --json last.
 
     Raises:
-        CommandError: the model cannot be used, or the prompt is empty or too long.
+        CommandError: the model cannot be used.
+        UsageError: the prompt is empty or too long.
     """
-    output.check_json_target(args.json)
+    output.check_target(args.json)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt:
-        raise CommandError("--prompt: expected text, got none")
+        raise UsageError("--prompt: expected text, got none")
+    device = loading.choose_device(args.device)
     config = loading.load_config(args.model)
     tokenizer = loading.load_tokenizer(args.model)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     room = _room(ids.shape[1], loading.window_limit(config), args.max_new_tokens)
     ends = _token_ids(args.model)
-    model = loading.load_model(args.model, args.dtype, args.device)
+    model = loading.load_model(args.model, args.dtype, device)
     for name, value in ends.items():
         setattr(model.generation_config, name, value)
     torch.manual_seed(args.seed)
@@ -210,11 +212,11 @@ def _pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> in
 def _room(prompt: int, limit: int | None, asked: int) -> int:
     """New tokens that fit after the prompt; prints a note if they are fewer than asked."""
     if prompt == 0:
-        raise CommandError("--prompt: expected text, got no token")
+        raise UsageError("--prompt: expected text, got no token")
     if limit is None:
         return asked
     if prompt >= limit:
-        raise CommandError(
+        raise UsageError(
             f"--prompt: expected fewer than {limit} tokens (the model's max_position_embeddings), "
             f"got {prompt}"
         )

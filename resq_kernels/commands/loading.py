@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from resq_kernels.commands.output import CommandError
+from resq_kernels import _library
+from resq_kernels.commands.output import CommandError, UsageError
 from resq_kernels.safetensors_io import check_pointers
 
 if TYPE_CHECKING:
@@ -30,19 +31,30 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="dtype of everything that is not quantized (default: the checkpoint's own)",
     )
+    add_device_argument(parser)
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """--device, as every command takes it; `choose_device` has its default."""
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)"
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where to run (default: cuda where its kernels run, else cpu)",
     )
 
 
-def check_device(device: str) -> None:
-    """Refuses a device that this process does not have.
+def choose_device(asked: str | None) -> str:
+    """The device that was asked for, or "cuda" where its kernels run, else "cpu".
 
     Raises:
         CommandError: CUDA was asked for and torch has none; `resq info` says why.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    works = torch.cuda.is_available()
+    if asked is None:
+        return "cuda" if works and not _library.CUDA_MISSING else "cpu"
+    if asked == "cuda" and not works:
         raise CommandError("--device cuda: torch sees no CUDA device (`resq info` says why)")
+    return asked
 
 
 def load_config(model: str) -> PretrainedConfig:
@@ -90,7 +102,6 @@ def load_model(model: str, dtype: str = "auto", device: str = "cpu") -> PreTrain
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    check_device(device)
     config = load_config(model)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
@@ -138,13 +149,13 @@ def choose_seqlen(asked: int | None, config: PretrainedConfig, default: int = 20
     """The window that was asked for, or the papers' 2048 (less where the model is shorter).
 
     Raises:
-        CommandError: the window is longer than the model's positions.
+        UsageError: the window is longer than the model's positions.
     """
     limit = window_limit(config)
     if asked is None:
         return default if limit is None else min(default, limit)
     if limit is not None and asked > limit:
-        raise CommandError(
+        raise UsageError(
             f"--seqlen: expected at most {limit} (the model's max_position_embeddings), got {asked}"
         )
     return asked

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from resq_kernels import texts
 from resq_kernels.commands import loading, output
 from resq_kernels.commands.arguments import at_least, real
-from resq_kernels.commands.output import CommandError
+from resq_kernels.commands.output import CommandError, UsageError
 from resq_kernels.config import METHODS, WEIGHT_METHODS, ResQConfig
 
 if TYPE_CHECKING:
@@ -114,12 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help=f"GPTQ's damping, as a share of the mean diagonal (default: {defaults.damping})",
     )
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cpu",
-        help="where the layers are computed (default: cpu)",
-    )
+    loading.add_device_argument(parser)
     parser.add_argument(
         "--seed", type=at_least(0), default=defaults.seed, metavar="S", help="default: 0"
     )
@@ -132,16 +127,21 @@ def run(args: argparse.Namespace) -> None:
     """Quantizes and prints a summary; writes --json last.
 
     Raises:
+        UsageError: options that do not go together, or --json where it cannot be written.
         CommandError, ValueError, OSError: the model, the text, the options or the output folder
             cannot be used; everything that can be known is checked before the work begins.
     """
-    output.check_json_target(args.json)
     out = Path(args.out)
+    output.check_target(args.json, out=out)
     _check_out(out, args.resume)
-    loading.check_device(args.device)
+    device = loading.choose_device(args.device)
     model_config = loading.load_config(args.model)
+    texts.check_source(args.calib, "--calib")
     seqlen = loading.choose_seqlen(args.seqlen, model_config, ResQConfig().seqlen)
-    config = _config(args, seqlen)
+    try:
+        config = _config(args, seqlen)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     _check_model(args.model, model_config, config)
 
     from resq_kernels.ptq.calibrate import windows
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
     source = _folder(args.model)
     try:
         report = quantize_folder(
-            source, out, tokens, config, device=args.device, resume=args.resume, progress=True
+            source, out, tokens, config, device=device, resume=args.resume, progress=True
         )
     except FileExistsError:  # refused before the work
         raise

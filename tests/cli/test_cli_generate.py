@@ -81,7 +81,7 @@ def test_generation_stops_at_the_last_position(llama: Path, resq: Callable[..., 
     assert result.code == 0
     assert f"only {room} positions are left" in result.err
     result = resq("generate", llama, "--prompt", "y" * POSITIONS)
-    assert result.code == 1
+    assert result.code == 2
     assert f"--prompt: expected fewer than {POSITIONS} tokens" in result.sentence
 
 
@@ -105,7 +105,7 @@ def test_wrong_values_are_usage_errors(
 
 def test_empty_prompt_is_refused(llama: Path, resq: Callable[..., Result]) -> None:
     result = resq("generate", llama, "--prompt", "")
-    assert (result.code, result.sentence) == (1, "--prompt: expected text, got none")
+    assert (result.code, result.sentence) == (2, "--prompt: expected text, got none")
 
 
 @pytest.mark.parametrize(
