@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import sys
 import warnings
@@ -74,7 +75,8 @@ def load_config(model: str) -> PretrainedConfig:
     else:
         sys.stderr.write(f"resq: no folder {model}, looking for it on the Hugging Face hub\n")
     try:
-        return AutoConfig.from_pretrained(model)
+        # False: without it, a folder with code of its own makes transformers ask on the terminal.
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
         raise CommandError(_why(model, error)) from error
 
@@ -130,14 +132,60 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
-        CommandError: the folder holds none.
+        CommandError: the folder holds none; the message says which files or package it lacks.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
-        raise CommandError(f"{model}: the tokenizer does not load: {error}") from error
+        why = _tokenizer_lacks(model) or f"the tokenizer does not load: {error}"
+        raise CommandError(f"{model}: {why}") from error
+    # Some classes load without any file, and make no tokens of text.
+    added = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    if set(tokenizer.get_vocab()) <= added:
+        why = _tokenizer_lacks(model) or "its tokenizer has no words but special tokens"
+        raise CommandError(f"{model}: {why}")
+    return tokenizer
+
+
+def _tokenizer_lacks(model: str) -> str:
+    """The files or the package that a tokenizer lacks; "" if it has what it needs."""
+    from transformers.utils import cached_file
+
+    def find(name: str) -> str | None:
+        return cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+
+    if find("tokenizer.json"):
+        return ""
+    if path := find("tokenizer.model"):
+        # A SentencePiece model is a protobuf message; the other kind is lines of base64.
+        with open(path, "rb") as stream:
+            pieces = stream.read(1) == b"\n"
+        modules = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+        missing = [
+            package
+            for package, module in (modules if pieces else {"tiktoken": "tiktoken"}).items()
+            if not _installed(module)
+        ]
+        names = " ".join(missing)
+        return f"tokenizer.model: reading it needs `pip install {names}`" if missing else ""
+    parts = ("vocab.json", "merges.txt")
+    absent = [name for name in parts if not find(name)]
+    if not absent:
+        return ""
+    got = "none of them" if len(absent) == 2 else f"no {absent[0]}"
+    return (
+        "no tokenizer: expected tokenizer.json, or tokenizer.model, or vocab.json and merges.txt, "
+        f"got {got}; add the files of the model's repository"
+    )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # of the package that should contain it
+        return False
 
 
 def window_limit(config: PretrainedConfig) -> int | None:

@@ -95,7 +95,7 @@ def test_models_that_are_none_are_refused_in_a_sentence(
 def test_hub_name_that_cannot_be_had_is_a_sentence(
     resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def offline(name: str) -> None:
+    def offline(name: str, trust_remote_code: bool) -> None:
         raise OSError("We couldn't connect\nto the hub")
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", offline)
