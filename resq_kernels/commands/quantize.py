@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from resq_kernels.commands import loading, output
 from resq_kernels.commands.arguments import at_least, real
 from resq_kernels.commands.output import CommandError, UsageError
 from resq_kernels.config import METHODS, WEIGHT_METHODS, ResQConfig
+from resq_kernels.safetensors_io import INDEX_FILE, SINGLE_FILE, read_json, weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -225,13 +227,32 @@ def _check_model(model: str, model_config: PretrainedConfig, config: ResQConfig)
 
 
 def _folder(model: str) -> Path:
-    """The folder of a model; a hub name is downloaded into the hub's cache first."""
+    """The folder of a model; of a hub name, what is read and copied is downloaded into the hub's
+    cache first: many repositories hold the weights two or three times."""
     if Path(model).exists():
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "LICENSE*", "merges.txt"]
-    return Path(snapshot_download(model, allow_patterns=patterns))
+    from resq_kernels.ptq.save import companion_patterns
+
+    allowed, ignored = companion_patterns()
+    allowed += ["config.json", "adapter_config.json"]
+    folder = Path(snapshot_download(model, allow_patterns=allowed, ignore_patterns=ignored))
+
+    def download(*names: str) -> None:
+        # The name of the folder is the commit: all files come from the same one.
+        exact = [glob.escape(name) for name in names]
+        snapshot_download(model, revision=folder.name, allow_patterns=exact)
+
+    config = read_json(folder / "config.json")
+    named = str(config.get("transformers_weights") or SINGLE_FILE)
+    download(named)
+    if not (folder / named).is_file():
+        download(INDEX_FILE)
+    shards = [path.relative_to(folder).as_posix() for path in weight_files(folder, config)]
+    if shards != [named]:
+        download(*shards)
+    return folder
 
 
 def _print(model: str, out: Path, report: dict[str, Any]) -> None:
