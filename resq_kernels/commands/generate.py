@@ -31,6 +31,44 @@ examples:
 """
 
 
+# Of generation_config.json: the values with which a setting changes nothing in transformers.
+_DEFAULTS = {
+    "assistant_confidence_threshold": 0.4,
+    "assistant_lookbehind": 10,
+    "diversity_penalty": 0.0,
+    "do_sample": False,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "length_penalty": 1.0,
+    "max_length": 20,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_assistant_tokens": 20,
+    "num_assistant_tokens_schedule": "constant",
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_logits": False,
+    "output_scores": False,
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
+    "repetition_penalty": 1.0,
+    "return_dict_in_generate": False,
+    "target_lookbehind": 10,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "use_cache": True,
+}
+_SAY_NOTHING = ("transformers_version", "_from_model_config")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `resq generate`."""
     loading.add_model_arguments(parser)
@@ -185,7 +223,7 @@ def _token_ids(model: str) -> dict[str, object]:
     names = sorted(
         name
         for name, value in settings.items()
-        if value is not None and name not in ("transformers_version", "_from_model_config")
+        if value not in (None, [], {}, _DEFAULTS.get(name)) and name not in _SAY_NOTHING
     )
     if names:
         sys.stderr.write(f"resq: generation_config.json: not used: {', '.join(names)}\n")
