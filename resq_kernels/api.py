@@ -6,7 +6,8 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,7 @@ def quantize(
         )
     if report is not None:
         Path(report).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=report).close()  # refuses a read-only folder before the work
     with tempfile.TemporaryDirectory(prefix="resq-") as folder:
         source, out = Path(folder) / "source", Path(folder) / "quantized"
         try:
@@ -87,7 +89,8 @@ def quantize(
                 raise
             text = str(error).replace(str(source), "quantize: model").replace(str(out), "TMPDIR")
             raise (ValueError if isinstance(error, ValueError) else OSError)(text) from None
-        quantized = type(model).from_pretrained(out, dtype=model.dtype)
+        with _bars(progress):
+            quantized = type(model).from_pretrained(out, dtype=model.dtype)
     quantized.config._name_or_path = model.config._name_or_path
     if model.can_generate():
         quantized.generation_config = copy.deepcopy(model.generation_config)
@@ -149,6 +152,21 @@ def _write(model: PreTrainedModel, folder: Path) -> None:
     writer = ShardWriter(folder)
     writer.add_all(tensors)
     writer.finish()
+
+
+@contextmanager
+def _bars(wanted: bool) -> Iterator[None]:
+    """Switches the bars of transformers off if they are not wanted."""
+    from transformers.utils import logging
+
+    on = logging.is_progress_bar_enabled()
+    if not wanted:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if on:
+            logging.enable_progress_bar()
 
 
 def _texts(calibration: object) -> list[str]:

@@ -88,7 +88,7 @@ def check_target(
     if mode is not None and not os.access(path, os.W_OK):
         raise UsageError(f"{option}: cannot write {path}: {os.strerror(errno.EACCES)}")
     if mode is not None and not stat.S_ISREG(mode):
-        if not special:
+        if not special or stat.S_ISSOCK(mode) or stat.S_ISBLK(mode):
             raise UsageError(f"{option}: expected an ordinary file, got {path}")
         return
     if not target.parent.is_dir():

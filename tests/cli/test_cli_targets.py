@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -97,6 +98,13 @@ def test_files_that_cannot_be_written_are_refused_before_any_work(
     result = resq("quantize", llama, "out", *options)
     assert (result.code, BAD[name] in result.sentence) == (2, True), result.err
     assert result.sentence.startswith("--json: ") and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_socket_is_refused(tmp_path: Path, resq: Callable[..., Result]) -> None:
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(str(tmp_path / "s"))
+        result = resq("info", "--json", tmp_path / "s")
+    assert (result.code, "expected an ordinary file" in result.sentence) == (2, True)
 
 
 def test_a_folder_of_out_as_the_file_is_refused(tmp_path: Path) -> None:

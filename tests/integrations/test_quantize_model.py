@@ -186,6 +186,14 @@ def test_texts_as_one_text(calibration: Any) -> None:
         assert torch.equal(tensor, other), name
 
 
+def test_bars_are_shown_if_they_are_wanted(capfd: pytest.CaptureFixture[str]) -> None:
+    for wanted in (True, False, True):
+        capfd.readouterr()
+        quantize(make_model(), progress=wanted)
+        err = capfd.readouterr().err
+        assert ("Loading weights" in err, "quantize" in err) == (wanted, wanted)
+
+
 def test_the_report_is_that_of_the_command(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "reports"
     quantize(make_model(), report=folder)
