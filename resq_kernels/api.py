@@ -62,9 +62,8 @@ def quantize(
     from resq_kernels.ptq.pipeline import quantize_folder
     from resq_kernels.ptq.report import write_report
 
-    model = _check_model(model)
+    model, shape = _check_model(model)
     config = config or ResQConfig()
-    shape = ModelShape.from_config(model.config.to_dict())
     check_shape(shape, config)
     texts = _texts(calibration)
     if not callable(tokenizer):
@@ -100,11 +99,12 @@ def quantize(
     return quantized
 
 
-def _check_model(model: Any) -> PreTrainedModel:
-    """The model without the wrapper of torch.compile, if its weights are there to be quantized.
+def _check_model(model: Any) -> tuple[PreTrainedModel, ModelShape]:
+    """The model without the wrapper of torch.compile, and its sizes, if it can be quantized.
 
     Raises:
-        ValueError: it is wrapped otherwise, quantized, has adapters, or lacks weights in memory.
+        ValueError: it is wrapped otherwise, quantized, of another architecture, has adapters, or
+            lacks weights in memory.
     """
     from transformers import PreTrainedModel
 
@@ -116,6 +116,10 @@ def _check_model(model: Any) -> PreTrainedModel:
         raise ValueError(f"{wanted} a model of transformers, got {type(model).__name__}; {advice}")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{wanted} a float model, got a quantized one")
+    try:
+        shape = ModelShape.from_config(model.config.to_dict())
+    except ValueError as error:
+        raise ValueError(f"quantize: model: {error}") from None
     tensors = model.state_dict()
     for name, tensor in tensors.items():
         if ".base_layer." in name:
@@ -134,7 +138,7 @@ def _check_model(model: Any) -> PreTrainedModel:
             f"{type(model).__name__}; load it with AutoModelForCausalLM (AutoModel and others load "
             "the decoder of a quantized folder)"
         )
-    return model
+    return model, shape
 
 
 def _write(model: PreTrainedModel, folder: Path) -> None:

@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForSequenceClassification,
+)
 
 import resq_kernels
 from resq_kernels import ResQConfig
@@ -130,6 +136,10 @@ def not_finite(model: Any) -> Any:
     return model
 
 
+def other(model: Any) -> Any:
+    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=1, vocab_size=300))
+
+
 def small(model: Any) -> Any:
     model.resize_token_embeddings(100)
     return model
@@ -153,6 +163,7 @@ def small(model: Any) -> Any:
             lambda m: LlamaForSequenceClassification(m.config),
             "model: expected a causal language model with .*, got LlamaForSequenceClassification;",
         ),
+        (other, "model: config.json: model_type: expected one of llama, qwen2, got 'gpt2'"),
         (torch.nn.DataParallel, "model: expected a model of transformers, got DataParallel; pass"),
         (lambda m: "a/name", "model: expected a model of transformers, got str; pass the model"),
         (cut, r"model: model.embed_tokens.weight: expected .*\[320, 128\], got .*\[300, 128\]"),
