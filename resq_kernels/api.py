@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from resq_kernels import checkpoint
-from resq_kernels.architecture import ModelShape
+from resq_kernels.architecture import EMBEDDING, HEAD, ModelShape
 from resq_kernels.config import ResQConfig
+from resq_kernels.safetensors_io import ShardWriter, dtype_name, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +28,7 @@ def quantize(
     calibration: str | Iterable[str | Mapping[str, object]],
     config: ResQConfig | None = None,
     *,
+    report: str | Path | None = None,
     progress: bool = True,
 ) -> PreTrainedModel:
     """A quantized drop-in for a Llama or Qwen2 model; `save_pretrained` keeps it.
@@ -30,40 +37,140 @@ def quantize(
     (TMPDIR).
 
     Args:
-        model: a transformers model in 16-bit or float32; it is not changed.
+        model: a causal language model of transformers in 16-bit or float32, on any device, in
+            training mode or not, compiled or not; it is not changed.
         tokenizer: the model's tokenizer.
         calibration: a text, or texts, or {"text": ...} of each; `config.samples` windows of
             `config.seqlen` tokens are cut from them.
         config: the options; default `ResQConfig()`.
+        report: a folder, made if need be, that gets quantization_report.json and .html, as
+            `resq quantize` writes them.
         progress: bars on stderr.
 
     Returns:
-        A model of the same class on the CPU, in the dtype of `model`.
+        A model of the same class on the CPU, in the dtype and with the generation settings of
+        `model`, in evaluation mode.
 
     Raises:
-        ValueError: another architecture, a model that is quantized already, or too little text.
+        ValueError: another architecture, a model that is quantized already, has adapters or keeps
+            weights elsewhere than in memory, a tokenizer of another model, or too little text.
 
     Source: arXiv 2412.14363.
     """
     from resq_kernels.ptq.calibrate import windows
     from resq_kernels.ptq.check import check_shape
     from resq_kernels.ptq.pipeline import quantize_folder
+    from resq_kernels.ptq.report import write_report
 
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError("quantize: model: expected a float model, got a quantized one")
+    model, shape = _check_model(model)
     config = config or ResQConfig()
-    check_shape(ModelShape.from_config(model.config.to_dict()), config)
+    check_shape(shape, config)
     texts = _texts(calibration)
     if not callable(tokenizer):
         raise ValueError(f"quantize: tokenizer: expected a tokenizer, got {tokenizer!r}")
     tokens = windows(tokenizer, texts, config.samples, config.seqlen, config.seed)
+    if int(tokens.max()) >= shape.vocab:
+        raise ValueError(
+            f"quantize: tokenizer: expected ids below {shape.vocab} (the model's vocab_size), got "
+            f"{int(tokens.max())}; is it the model's? (`model.resize_token_embeddings`)"
+        )
+    if report is not None:
+        Path(report).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=report).close()  # refuses a read-only folder before the work
     with tempfile.TemporaryDirectory(prefix="resq-") as folder:
         source, out = Path(folder) / "source", Path(folder) / "quantized"
-        model.save_pretrained(source)
-        quantize_folder(source, out, tokens, config, progress=progress)
-        quantized = type(model).from_pretrained(out, dtype=model.dtype)
+        try:
+            _write(model, source)
+            figures = quantize_folder(source, out, tokens, config, progress=progress)
+        except (ValueError, OSError) as error:
+            # Of no use to the caller: the name of a folder that is gone.
+            if folder not in str(error):
+                raise
+            text = str(error).replace(str(source), "quantize: model").replace(str(out), "TMPDIR")
+            raise (ValueError if isinstance(error, ValueError) else OSError)(text) from None
+        with _bars(progress):
+            quantized = type(model).from_pretrained(out, dtype=model.dtype)
     quantized.config._name_or_path = model.config._name_or_path
+    if model.can_generate():
+        quantized.generation_config = copy.deepcopy(model.generation_config)
+    if report is not None:
+        name = Path(model.config._name_or_path).name or type(model).__name__
+        write_report(Path(report), {**figures, "model": name})
     return quantized
+
+
+def _check_model(model: Any) -> tuple[PreTrainedModel, ModelShape]:
+    """The model without the wrapper of torch.compile, and its sizes, if it can be quantized.
+
+    Raises:
+        ValueError: it is wrapped otherwise, quantized, of another architecture, has adapters, or
+            lacks weights in memory.
+    """
+    from transformers import PreTrainedModel
+
+    wanted = "quantize: model: expected"
+    model = getattr(model, "_orig_mod", model)
+    merge = "merge its adapters first (peft: `model = model.merge_and_unload()`)"
+    if not isinstance(model, PreTrainedModel):
+        advice = merge if hasattr(model, "peft_config") else "pass the model itself"
+        raise ValueError(f"{wanted} a model of transformers, got {type(model).__name__}; {advice}")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"{wanted} a float model, got a quantized one")
+    try:
+        shape = ModelShape.from_config(model.config.to_dict())
+    except ValueError as error:
+        raise ValueError(f"quantize: model: {error}") from None
+    tensors = model.state_dict()
+    for name, tensor in tensors.items():
+        if ".base_layer." in name:
+            raise ValueError(f"{wanted} a model without adapters, got {name}; {merge}")
+        if tensor.is_meta:
+            raise ValueError(
+                f"{wanted} weights in memory, got {name} on the meta device (offloaded, or never "
+                "loaded); load the model without device_map, or use `resq quantize` on its folder, "
+                "which needs memory for one layer"
+            )
+        if type(tensor) is not torch.Tensor:
+            raise ValueError(f"{wanted} plain tensors, got {name} of type {type(tensor).__name__}")
+    if not {EMBEDDING, HEAD} <= set(tensors):
+        raise ValueError(
+            f"{wanted} a causal language model with {EMBEDDING} and {HEAD}, got "
+            f"{type(model).__name__}; load it with AutoModelForCausalLM (AutoModel and others load "
+            "the decoder of a quantized folder)"
+        )
+    return model, shape
+
+
+def _write(model: PreTrainedModel, folder: Path) -> None:
+    """Configuration and weights as a folder; not by `save_pretrained`, which would set values in
+    the caller's configuration and refuse generation settings that nothing here uses."""
+    folder.mkdir()
+    settings = json.loads(model.config.to_json_string())
+    settings["dtype"] = dtype_name(model.dtype)
+    tensors = model.state_dict()
+    # Whether they are one tensor, whatever the configuration says.
+    settings["tie_word_embeddings"] = tensors[HEAD].data_ptr() == tensors[EMBEDDING].data_ptr()
+    if settings["tie_word_embeddings"]:
+        del tensors[HEAD]
+    write_json(folder / "config.json", settings)
+    writer = ShardWriter(folder)
+    writer.add_all(tensors)
+    writer.finish()
+
+
+@contextmanager
+def _bars(wanted: bool) -> Iterator[None]:
+    """Switches the bars of transformers off if they are not wanted."""
+    from transformers.utils import logging
+
+    on = logging.is_progress_bar_enabled()
+    if not wanted:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if on:
+            logging.enable_progress_bar()
 
 
 def _texts(calibration: object) -> list[str]:

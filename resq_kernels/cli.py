@@ -15,7 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from resq_kernels import __version__
-from resq_kernels.commands import COMMANDS, CommandError
+from resq_kernels.commands import COMMANDS, CommandError, UsageError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_SIGNAL = 0, 1, 2, 128
 
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"\nresq: {word}\n")
             return EXIT_SIGNAL + stopped[-1]
         sys.stderr.write(f"resq: error: {_sentence(error)}\n")
-        return EXIT_FAILED
+        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
     return EXIT_OK
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 from pathlib import Path
@@ -28,6 +29,23 @@ def load_text(source: str, split: str) -> str:
         ValueError: the file is missing, empty or not UTF-8, or WikiText-2 is not on this machine.
     """
     return wikitext2(split) if source == WIKITEXT2 else read_text(Path(source))
+
+
+def check_source(source: str, option: str) -> None:
+    """Refuses a source of `load_text` that is certain to fail, before any work is done.
+
+    Raises:
+        ValueError: the file is missing, or WikiText-2 is neither in RESQ_WIKITEXT2 nor can be
+            downloaded; the message says that `option` takes a file.
+    """
+    if source != WIKITEXT2:
+        if not Path(source).exists():
+            raise ValueError(f"text: {source} does not exist")
+    elif not os.environ.get(WIKITEXT2_VARIABLE) and importlib.util.find_spec("datasets") is None:
+        raise ValueError(
+            f"wikitext2: the text is not on this machine: `pip install datasets`, or give a text "
+            f"with `{option} FILE`, or set {WIKITEXT2_VARIABLE} to the folder of its files"
+        )
 
 
 def read_text(path: Path) -> str:

@@ -33,7 +33,7 @@ ALLOWED = {
     "fake_quant": LEAVES | {"nn", "reference"},
     "ptq": LEAVES | {"checkpoint", "safetensors_io", "weights", "reference"},
     "integrations": LEAVES | {"nn", "checkpoint"},
-    "api": LEAVES | {"ptq", "checkpoint"},
+    "api": LEAVES | {"ptq", "checkpoint", "safetensors_io"},
     "testing": LEAVES
     | {"integrations", "checkpoint", "safetensors_io", "nn", "ops", "reference", "fake_quant"},
     "bench": LEAVES | {"testing", "nn", "ops", "reference"},

@@ -130,10 +130,11 @@ def write_table(
 
 
 def _move(prefix: Path, suffix: str, write_to: Callable[[Path], object]) -> None:
-    partial = prefix.with_name(f".{prefix.name}.{suffix}.{os.getpid()}.partial")
+    target = Path(os.path.realpath(prefix.with_name(f"{prefix.name}.{suffix}")))
+    partial = target.with_name(f".resq-{os.getpid()}.partial")
     try:
         write_to(partial)
-        os.replace(partial, prefix.with_name(f"{prefix.name}.{suffix}"))
+        os.replace(partial, target)
     finally:
         with suppress(OSError):
             partial.unlink()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from resq_kernels.commands import bench, evaluate, generate, info, quantize
-from resq_kernels.commands.output import CommandError
+from resq_kernels.commands.output import CommandError, UsageError
 
 COMMANDS: dict[str, ModuleType] = {
     "quantize": quantize,
@@ -15,4 +15,4 @@ COMMANDS: dict[str, ModuleType] = {
     "info": info,
 }
 
-__all__ = ["COMMANDS", "CommandError"]
+__all__ = ["COMMANDS", "CommandError", "UsageError"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import shlex
 import sys
 import time
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 
-from resq_kernels import _library
 from resq_kernels.bench import choices, compare, cuda_timing, models, report
 from resq_kernels.bench.device import BenchDevice
 from resq_kernels.commands import loading, output
@@ -115,11 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="gemm on a GPU: instead, time every kernel, tile and split of K that each shape may "
         "run, beside the one that is chosen (tools/fit_mixed_gemm.py reads PREFIX.json)",
     )
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        help="where to run (default: cuda where its kernels run, else cpu)",
-    )
+    loading.add_device_argument(parser)
     parser.add_argument(
         "--rounds",
         type=at_least(1),
@@ -170,17 +166,18 @@ def run(args: argparse.Namespace) -> None:
     """Runs the benchmark; writes --json and --out, then compares.
 
     Raises:
-        CommandError: the benchmark does not know one of the models or options, there is no such
-            device, --cpu-time with threads or on a GPU, --choices elsewhere than in gemm on a GPU,
-            a kernel's result differs from the reference (the other rows are written), or something
-            is slower than in --compare.
+        UsageError: the benchmark does not know one of the models or options, --cpu-time with
+            threads or on a GPU, --choices elsewhere than in gemm on a GPU, or a file of --json or
+            --out cannot be written.
+        CommandError: there is no such device, a kernel's result differs from the reference (the
+            other rows are written), or something is slower than in --compare.
         ValueError: the files of --compare cannot be compared.
     """
-    output.check_json_target(args.json)
-    output.check_json_target(args.out and f"{args.out}.json", "--out")
+    output.check_target(args.json)
+    _check_out(args)
     if args.choices and (args.benchmark != "gemm" or args.compare):
         got = f"bench {args.benchmark}" + (" --compare" if args.compare else "")
-        raise output.CommandError(f"--choices: expected bench gemm without --compare, got {got}")
+        raise output.UsageError(f"--choices: expected bench gemm without --compare, got {got}")
     older, newer = _runs(args)
     if older is not None and newer is not None:
         _compare(args, older, newer)
@@ -215,6 +212,21 @@ def run(args: argparse.Namespace) -> None:
         raise output.CommandError("; ".join(bench.failures))
     if older is not None:
         _compare(args, older, figures)
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    """Refuses a PREFIX whose files cannot be written, or are those of --json."""
+    if args.out is None:
+        return
+    if not args.out or args.out.endswith("/"):
+        raise output.UsageError(f"--out: expected the beginning of a file's name, got {args.out!r}")
+    paths = [f"{args.out}.{suffix}" for suffix in ("json", "md", "png")]
+    for path in paths:
+        output.check_target(path, "--out", special=False)
+    if args.json and os.path.realpath(args.json) in map(os.path.realpath, paths[1:]):
+        raise output.UsageError(
+            f"--json: expected another file than those of --out, got {args.json}"
+        )
 
 
 def _time(
@@ -283,7 +295,7 @@ def _runs(args: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[str, An
     """The figures of --compare: of OLD and of NEW, None for a file that is not given."""
     paths = args.compare or []
     if len(paths) > 2 or (len(paths) == 2 and args.out):
-        raise output.CommandError("--compare: expected OLD, or OLD and NEW without --out")
+        raise output.UsageError("--compare: expected OLD, or OLD and NEW without --out")
     older, newer, *_ = [*map(compare.read, paths), None, None]
     return older, newer
 
@@ -310,30 +322,27 @@ def _complete(args: argparse.Namespace, module: ModuleType) -> None:
     for name in OPTIONS:
         if name not in module.DEFAULTS and getattr(args, name) is not None:
             option = name.replace("_", "-")
-            raise output.CommandError(f"bench {args.benchmark}: it has no option --{option}")
+            raise output.UsageError(f"bench {args.benchmark}: it has no option --{option}")
     for name, value in module.DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for model in args.shapes or ():
         if model not in module.MODELS:
-            raise output.CommandError(
+            raise output.UsageError(
                 f"bench {args.benchmark}: --shapes: expected one of {', '.join(module.MODELS)}, "
                 f"got {model!r}"
             )
-    if args.device is None:
-        works = torch.cuda.is_available() and not _library.CUDA_MISSING
-        args.device = "cuda" if works else "cpu"
-    loading.check_device(args.device)
+    args.device = loading.choose_device(args.device)
     if args.choices and args.device != "cuda":
-        raise output.CommandError(
+        raise output.UsageError(
             f"--choices times CUDA kernels: expected --device cuda, got {args.device}"
         )
     if args.cold_mb is None:
         args.cold_mb = CPU_COLD_MB if args.device == "cpu" else cuda_timing.COLD_BYTES >> 20
     if args.cpu_time and args.device != "cpu":
-        raise output.CommandError("--cpu-time counts the processor's time: add --device cpu")
+        raise output.UsageError("--cpu-time counts the processor's time: add --device cpu")
     if args.cpu_time and torch.get_num_threads() != 1:
-        raise output.CommandError("--cpu-time counts the calling thread alone: add --threads 1")
+        raise output.UsageError("--cpu-time counts the calling thread alone: add --threads 1")
 
 
 def _all_models() -> list[str]:

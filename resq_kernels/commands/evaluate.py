@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from resq_kernels import texts
 from resq_kernels.commands import loading, output
 from resq_kernels.commands.arguments import at_least
-from resq_kernels.commands.output import CommandError
+from resq_kernels.commands.output import CommandError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,32 +73,35 @@ def run(args: argparse.Namespace) -> None:
     """Measures and prints; writes --json last.
 
     Raises:
-        CommandError, ValueError: the model, the reference or the text cannot be used.
+        CommandError, UsageError, ValueError: the model, the reference or the text cannot be used.
     """
-    output.check_json_target(args.json)
-    config = loading.load_config(args.model)
-    stored = loading.quantization(config)
-    if args.fake_quant and (stored is None or stored.get("quant_method") != "resq"):
-        raise CommandError(f"--fake-quant: expected a model quantized by resq, got {args.model}")
-    harness = _harness() if args.tasks else None
+    output.check_target(args.json)
     wants_perplexity = bool(args.text or args.dataset or not args.tasks)
     if args.reference and not wants_perplexity:
-        raise CommandError("--reference: needs a text, add --text FILE or --dataset wikitext2")
+        raise UsageError("--reference: needs a text, add --text FILE or --dataset wikitext2")
+    device = loading.choose_device(args.device)
+    config = loading.load_config(args.model)
+    source = args.text or texts.WIKITEXT2
+    if wants_perplexity:
+        texts.check_source(source, "--text")
+    stored = loading.quantization(config)
+    if args.fake_quant and (stored is None or stored.get("quant_method") != "resq"):
+        raise UsageError(f"--fake-quant: expected a model quantized by resq, got {args.model}")
+    harness = _harness() if args.tasks else None
     tokenizer = loading.load_tokenizer(args.model)
     figures: dict[str, Any] = {"model": args.model}
     tokens, seqlen = None, 0
     if wants_perplexity:
         seqlen = loading.choose_seqlen(args.seqlen, config)
-        source = args.text or texts.WIKITEXT2
         tokens = texts.tokenize(tokenizer, texts.load_text(source, "test"))
         from resq_kernels.evaluate import cut_windows
 
         cut_windows(tokens, seqlen)  # a short text is refused before a large model is loaded
         figures["text"] = source
     reference = None
-    model = loading.load_model(args.model, args.dtype, args.device)
+    model = loading.load_model(args.model, args.dtype, device)
     if args.reference:
-        reference = loading.load_model(args.reference, args.dtype, args.device)
+        reference = loading.load_model(args.reference, args.dtype, device)
     figures["fake_quant"] = args.fake_quant
     with _path(model, args.fake_quant):
         if tokens is not None:

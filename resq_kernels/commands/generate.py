@@ -14,7 +14,7 @@ import torch
 
 from resq_kernels.commands import loading, output
 from resq_kernels.commands.arguments import at_least, real
-from resq_kernels.commands.output import CommandError
+from resq_kernels.commands.output import UsageError
 from resq_kernels.safetensors_io import read_json
 
 if TYPE_CHECKING:
@@ -29,6 +29,44 @@ examples:
   resq generate out/llama-resq --prompt "The with statement is used to"
   resq generate out/llama-resq --prompt - --temperature 0.8 --seed 1 < prompt.txt
 """
+
+
+# Of generation_config.json: the values with which a setting changes nothing in transformers.
+_DEFAULTS = {
+    "assistant_confidence_threshold": 0.4,
+    "assistant_lookbehind": 10,
+    "diversity_penalty": 0.0,
+    "do_sample": False,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "length_penalty": 1.0,
+    "max_length": 20,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_assistant_tokens": 20,
+    "num_assistant_tokens_schedule": "constant",
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_logits": False,
+    "output_scores": False,
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
+    "repetition_penalty": 1.0,
+    "return_dict_in_generate": False,
+    "target_lookbehind": 10,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "use_cache": True,
+}
+_SAY_NOTHING = ("transformers_version", "_from_model_config")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,18 +125,20 @@ def run(args: argparse.Namespace) -> None:
     """Streams, reports the speed, writes --json last.
 
     Raises:
-        CommandError: the model cannot be used, or the prompt is empty or too long.
+        CommandError: the model cannot be used.
+        UsageError: the prompt is empty or too long.
     """
-    output.check_json_target(args.json)
+    output.check_target(args.json)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt:
-        raise CommandError("--prompt: expected text, got none")
+        raise UsageError("--prompt: expected text, got none")
+    device = loading.choose_device(args.device)
     config = loading.load_config(args.model)
     tokenizer = loading.load_tokenizer(args.model)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     room = _room(ids.shape[1], loading.window_limit(config), args.max_new_tokens)
     ends = _token_ids(args.model)
-    model = loading.load_model(args.model, args.dtype, args.device)
+    model = loading.load_model(args.model, args.dtype, device)
     for name, value in ends.items():
         setattr(model.generation_config, name, value)
     torch.manual_seed(args.seed)
@@ -183,7 +223,7 @@ def _token_ids(model: str) -> dict[str, object]:
     names = sorted(
         name
         for name, value in settings.items()
-        if value is not None and name not in ("transformers_version", "_from_model_config")
+        if value not in (None, [], {}, _DEFAULTS.get(name)) and name not in _SAY_NOTHING
     )
     if names:
         sys.stderr.write(f"resq: generation_config.json: not used: {', '.join(names)}\n")
@@ -210,11 +250,11 @@ def _pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> in
 def _room(prompt: int, limit: int | None, asked: int) -> int:
     """New tokens that fit after the prompt; prints a note if they are fewer than asked."""
     if prompt == 0:
-        raise CommandError("--prompt: expected text, got no token")
+        raise UsageError("--prompt: expected text, got no token")
     if limit is None:
         return asked
     if prompt >= limit:
-        raise CommandError(
+        raise UsageError(
             f"--prompt: expected fewer than {limit} tokens (the model's max_position_embeddings), "
             f"got {prompt}"
         )

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         CommandError: MODEL cannot be read.
     """
-    output.check_json_target(args.json)
+    output.check_target(args.json)
     figures: dict[str, Any] = {
         "versions": versions(),
         "machine": machine(),

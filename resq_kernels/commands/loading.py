@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import sys
 import warnings
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from resq_kernels.commands.output import CommandError
+from resq_kernels import _library
+from resq_kernels.commands.output import CommandError, UsageError
 from resq_kernels.safetensors_io import check_pointers
 
 if TYPE_CHECKING:
@@ -30,19 +32,30 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="dtype of everything that is not quantized (default: the checkpoint's own)",
     )
+    add_device_argument(parser)
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """--device, as every command takes it; `choose_device` has its default."""
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)"
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where to run (default: cuda where its kernels run, else cpu)",
     )
 
 
-def check_device(device: str) -> None:
-    """Refuses a device that this process does not have.
+def choose_device(asked: str | None) -> str:
+    """The device that was asked for, or "cuda" where its kernels run, else "cpu".
 
     Raises:
         CommandError: CUDA was asked for and torch has none; `resq info` says why.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    works = torch.cuda.is_available()
+    if asked is None:
+        return "cuda" if works and not _library.CUDA_MISSING else "cpu"
+    if asked == "cuda" and not works:
         raise CommandError("--device cuda: torch sees no CUDA device (`resq info` says why)")
+    return asked
 
 
 def load_config(model: str) -> PretrainedConfig:
@@ -62,7 +75,8 @@ def load_config(model: str) -> PretrainedConfig:
     else:
         sys.stderr.write(f"resq: no folder {model}, looking for it on the Hugging Face hub\n")
     try:
-        return AutoConfig.from_pretrained(model)
+        # False: without it, a folder with code of its own makes transformers ask on the terminal.
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
         raise CommandError(_why(model, error)) from error
 
@@ -90,7 +104,6 @@ def load_model(model: str, dtype: str = "auto", device: str = "cpu") -> PreTrain
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    check_device(device)
     config = load_config(model)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
@@ -119,14 +132,60 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
-        CommandError: the folder holds none.
+        CommandError: the folder holds none; the message says which files or package it lacks.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
-        raise CommandError(f"{model}: the tokenizer does not load: {error}") from error
+        why = _tokenizer_lacks(model) or f"the tokenizer does not load: {error}"
+        raise CommandError(f"{model}: {why}") from error
+    # Some classes load without any file, and make no tokens of text.
+    added = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    if set(tokenizer.get_vocab()) <= added:
+        why = _tokenizer_lacks(model) or "its tokenizer has no words but special tokens"
+        raise CommandError(f"{model}: {why}")
+    return tokenizer
+
+
+def _tokenizer_lacks(model: str) -> str:
+    """The files or the package that a tokenizer lacks; "" if it has what it needs."""
+    from transformers.utils import cached_file
+
+    def find(name: str) -> str | None:
+        return cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+
+    if find("tokenizer.json"):
+        return ""
+    if path := find("tokenizer.model"):
+        # A SentencePiece model is a protobuf message; the other kind is lines of base64.
+        with open(path, "rb") as stream:
+            pieces = stream.read(1) == b"\n"
+        modules = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+        missing = [
+            package
+            for package, module in (modules if pieces else {"tiktoken": "tiktoken"}).items()
+            if not _installed(module)
+        ]
+        names = " ".join(missing)
+        return f"tokenizer.model: reading it needs `pip install {names}`" if missing else ""
+    parts = ("vocab.json", "merges.txt")
+    absent = [name for name in parts if not find(name)]
+    if not absent:
+        return ""
+    got = "none of them" if len(absent) == 2 else f"no {absent[0]}"
+    return (
+        "no tokenizer: expected tokenizer.json, or tokenizer.model, or vocab.json and merges.txt, "
+        f"got {got}; add the files of the model's repository"
+    )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # of the package that should contain it
+        return False
 
 
 def window_limit(config: PretrainedConfig) -> int | None:
@@ -138,13 +197,13 @@ def choose_seqlen(asked: int | None, config: PretrainedConfig, default: int = 20
     """The window that was asked for, or the papers' 2048 (less where the model is shorter).
 
     Raises:
-        CommandError: the window is longer than the model's positions.
+        UsageError: the window is longer than the model's positions.
     """
     limit = window_limit(config)
     if asked is None:
         return default if limit is None else min(default, limit)
     if limit is not None and asked > limit:
-        raise CommandError(
+        raise UsageError(
             f"--seqlen: expected at most {limit} (the model's max_position_embeddings), got {asked}"
         )
     return asked

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import stat
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 
 class CommandError(Exception):
     """A failure whose message is the whole sentence for the user."""
+
+
+class UsageError(CommandError):
+    """Wrong usage: the value of an option, or options that do not go together."""
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) -> str:
@@ -47,43 +55,86 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def check_json_target(path: str | None, option: str = "--json") -> None:
-    """Refuses a file that cannot be written, before any work is done; `option` asked for it.
+def check_target(
+    path: str | None, option: str = "--json", *, out: Path | None = None, special: bool = True
+) -> None:
+    """Refuses a file that cannot be written at the end, before any work is done.
+
+    Args:
+        path: the file, None if there is none to write; links are followed.
+        option: what asked for it.
+        out: the folder that the command writes; the file may be neither in it nor above it.
+        special: whether it may be a device or a pipe, which is written to and not replaced.
 
     Raises:
-        CommandError: it is a folder, or its folder does not exist or is read-only.
+        UsageError: it is a folder or read-only, or its folder does not exist or is read-only.
     """
     if path is None:
         return
-    folder = Path(path).absolute().parent
-    if Path(path).is_dir():
-        raise CommandError(f"{option}: expected a file, {path} is a folder")
-    if not folder.is_dir():
-        raise CommandError(f"{option}: the folder {folder} does not exist")
+    target = Path(os.path.realpath(path))
     try:
-        tempfile.TemporaryFile(dir=folder).close()
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = None
     except OSError as error:
-        raise CommandError(f"{option}: cannot write to {folder}: {error.strerror}") from error
+        raise UsageError(f"{option}: cannot write {path}: {error.strerror}") from error
+    if path == "" or (mode is not None and stat.S_ISDIR(mode)):
+        raise UsageError(f"{option}: expected a file, got the folder {path or target}")
+    if out is not None:
+        folder = Path(os.path.realpath(out))
+        work = folder.with_name(f"{folder.name}.partial")
+        if target in folder.parents or not {target, *target.parents}.isdisjoint({folder, work}):
+            raise UsageError(f"{option}: expected a file outside of {out}, got {path}")
+    if mode is not None and not os.access(path, os.W_OK):
+        raise UsageError(f"{option}: cannot write {path}: {os.strerror(errno.EACCES)}")
+    if mode is not None and not stat.S_ISREG(mode):
+        if not special or stat.S_ISSOCK(mode) or stat.S_ISBLK(mode):
+            raise UsageError(f"{option}: expected an ordinary file, got {path}")
+        return
+    if not target.parent.is_dir():
+        raise UsageError(f"{option}: the folder {target.parent} does not exist")
+    try:
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise UsageError(f"{option}: cannot write to {target.parent}: {error.strerror}") from error
 
 
 def write_json(path: str | None, figures: Mapping[str, object]) -> None:
     """Writes figures under a temporary name, then moves it: FILE is complete or unchanged.
 
-    Numbers that are not finite become null (JSON has none).
+    Numbers that are not finite become null (JSON has none). A device or a pipe is written to.
     """
     if path is None:
         return
-    target = Path(path)
     text = json.dumps(_plain(figures), indent=2, allow_nan=False) + "\n"
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".resq-{os.getpid()}.partial")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
+        if stream := _stream(path):
+            stream.write(text)
+        elif os.path.exists(path) and not os.path.isfile(path):
+            with open(path, "w", encoding="utf-8") as special:
+                special.write(text)
+        else:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, target)
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        raise CommandError(f"--json: cannot write {path}: {error.strerror}") from error
+        raise CommandError(f"cannot write {path}: {error.strerror}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _stream(path: str) -> TextIO | None:
+    """stdout or stderr if that is what the path names: replacing or opening a file that the shell
+    opened for it would lose what has been printed."""
+    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+        with suppress(OSError):
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return stream
+    return None
 
 
 def _plain(value: object) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 import sys
 import tempfile
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from resq_kernels import texts
 from resq_kernels.commands import loading, output
 from resq_kernels.commands.arguments import at_least, real
-from resq_kernels.commands.output import CommandError
+from resq_kernels.commands.output import CommandError, UsageError
 from resq_kernels.config import METHODS, WEIGHT_METHODS, ResQConfig
+from resq_kernels.safetensors_io import INDEX_FILE, SINGLE_FILE, read_json, weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -114,12 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help=f"GPTQ's damping, as a share of the mean diagonal (default: {defaults.damping})",
     )
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cpu",
-        help="where the layers are computed (default: cpu)",
-    )
+    loading.add_device_argument(parser)
     parser.add_argument(
         "--seed", type=at_least(0), default=defaults.seed, metavar="S", help="default: 0"
     )
@@ -132,16 +129,21 @@ def run(args: argparse.Namespace) -> None:
     """Quantizes and prints a summary; writes --json last.
 
     Raises:
+        UsageError: options that do not go together, or --json where it cannot be written.
         CommandError, ValueError, OSError: the model, the text, the options or the output folder
             cannot be used; everything that can be known is checked before the work begins.
     """
-    output.check_json_target(args.json)
     out = Path(args.out)
+    output.check_target(args.json, out=out)
     _check_out(out, args.resume)
-    loading.check_device(args.device)
+    device = loading.choose_device(args.device)
     model_config = loading.load_config(args.model)
+    texts.check_source(args.calib, "--calib")
     seqlen = loading.choose_seqlen(args.seqlen, model_config, ResQConfig().seqlen)
-    config = _config(args, seqlen)
+    try:
+        config = _config(args, seqlen)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     _check_model(args.model, model_config, config)
 
     from resq_kernels.ptq.calibrate import windows
@@ -157,7 +159,7 @@ def run(args: argparse.Namespace) -> None:
     source = _folder(args.model)
     try:
         report = quantize_folder(
-            source, out, tokens, config, device=args.device, resume=args.resume, progress=True
+            source, out, tokens, config, device=device, resume=args.resume, progress=True
         )
     except FileExistsError:  # refused before the work
         raise
@@ -225,13 +227,32 @@ def _check_model(model: str, model_config: PretrainedConfig, config: ResQConfig)
 
 
 def _folder(model: str) -> Path:
-    """The folder of a model; a hub name is downloaded into the hub's cache first."""
+    """The folder of a model; of a hub name, what is read and copied is downloaded into the hub's
+    cache first: many repositories hold the weights two or three times."""
     if Path(model).exists():
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "LICENSE*", "merges.txt"]
-    return Path(snapshot_download(model, allow_patterns=patterns))
+    from resq_kernels.ptq.save import companion_patterns
+
+    allowed, ignored = companion_patterns()
+    allowed += ["config.json", "adapter_config.json"]
+    folder = Path(snapshot_download(model, allow_patterns=allowed, ignore_patterns=ignored))
+
+    def download(*names: str) -> None:
+        # The name of the folder is the commit: all files come from the same one.
+        exact = [glob.escape(name) for name in names]
+        snapshot_download(model, revision=folder.name, allow_patterns=exact)
+
+    config = read_json(folder / "config.json")
+    named = str(config.get("transformers_weights") or SINGLE_FILE)
+    download(named)
+    if not (folder / named).is_file():
+        download(INDEX_FILE)
+    shards = [path.relative_to(folder).as_posix() for path in weight_files(folder, config)]
+    if shards != [named]:
+        download(*shards)
+    return folder
 
 
 def _print(model: str, out: Path, report: dict[str, Any]) -> None:

@@ -60,6 +60,20 @@ _NEVER = (
 )
 
 
+def companion_patterns() -> tuple[list[str], list[str]]:
+    """The files of `companions` as `huggingface_hub.snapshot_download` takes them.
+
+    Returns:
+        `allow_patterns` and `ignore_patterns`; upper and lower case are the same.
+    """
+
+    def any_case(pattern: str) -> str:
+        return "".join(f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in pattern)
+
+    allowed = [any_case(pattern) for pattern in COPIED]
+    return allowed, ["original/*", *(any_case(f"*{suffix}") for suffix in _NEVER)]
+
+
 def companions(folder: Path) -> list[Path]:
     """The files of a model folder that are copied beside its weights, in order."""
     found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]

@@ -162,7 +162,7 @@ def test_the_program_writes_what_it_has_after_every_batch(
     capsys: pytest.CaptureFixture,
 ) -> None:
     """The run is stopped in its third batch: JSON and Markdown hold the first two."""
-    monkeypatch.setattr(loading, "check_device", lambda _: None)
+    monkeypatch.setattr(loading, "choose_device", lambda asked: asked or "cpu")
     monkeypatch.setattr(BenchDevice, "machine", lambda _: {"device": "cuda", "gpu": {"gpu": "X"}})
     complete = choices.sweep
 

@@ -384,10 +384,10 @@ def test_out_says_so_without_matplotlib(
         (("--shapes", "llama-9"), 2, "expected one of square, llama-3.2-1b"),
         (("--batch", "1,x"), 2, "at least 1, got 'x'"),
         (("--rounds", "0"), 2, "at least 1, got '0'"),
-        (("--device", "cpu", "--cpu-time", "--threads", "2"), 1, "add --threads 1"),
-        (("attention", "--shapes", "square"), 1, "bench attention: --shapes: expected one of"),
+        (("--device", "cpu", "--cpu-time", "--threads", "2"), 2, "add --threads 1"),
+        (("attention", "--shapes", "square"), 2, "bench attention: --shapes: expected one of"),
         (("attention", "--context", "0"), 2, "at least 1, got '0'"),
-        (("--out", "/no/such/folder/x"), 1, "--out: the folder /no/such/folder does not exist"),
+        (("--out", "/no/such/folder/x"), 2, "--out: the folder /no/such/folder does not exist"),
     ],
 )
 def test_bench_refuses_wrong_options(

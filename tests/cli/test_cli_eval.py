@@ -193,7 +193,7 @@ def test_eval_refuses_windows_beyond_the_model(
     llama: Path, text_file: Path, resq: Callable[..., Result]
 ) -> None:
     result = resq("eval", llama, "--text", text_file, "--seqlen", POSITIONS + 1)
-    assert result.code == 1
+    assert result.code == 2
     assert f"--seqlen: expected at most {POSITIONS}" in result.sentence
     result = resq("eval", llama, "--text", text_file, "--seqlen", 1)
     assert result.code == 2
@@ -240,7 +240,7 @@ def test_eval_tasks_returns_the_harness_numbers(
     assert "perplexity" not in figures
     assert "acc 0.2500" in result.out
     result = resq("eval", llama, "--tasks", "arc_easy", "--reference", llama)
-    assert result.code == 1
+    assert result.code == 2
     assert result.sentence.startswith("--reference: needs a text")
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from cli_support import POSITIONS, Result, byte_tokenizer, tiny_llama
+from transformers import GenerationConfig
+
+from resq_kernels.commands import generate
 
 KEYS = {
     "model",
@@ -81,7 +84,7 @@ def test_generation_stops_at_the_last_position(llama: Path, resq: Callable[..., 
     assert result.code == 0
     assert f"only {room} positions are left" in result.err
     result = resq("generate", llama, "--prompt", "y" * POSITIONS)
-    assert result.code == 1
+    assert result.code == 2
     assert f"--prompt: expected fewer than {POSITIONS} tokens" in result.sentence
 
 
@@ -105,7 +108,7 @@ def test_wrong_values_are_usage_errors(
 
 def test_empty_prompt_is_refused(llama: Path, resq: Callable[..., Result]) -> None:
     result = resq("generate", llama, "--prompt", "")
-    assert (result.code, result.sentence) == (1, "--prompt: expected text, got none")
+    assert (result.code, result.sentence) == (2, "--prompt: expected text, got none")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,8 @@ def test_empty_prompt_is_refused(llama: Path, resq: Callable[..., Result]) -> No
         {"stop_strings": ["def"], "max_length": 3},
         {"cache_implementation": "static", "prompt_lookup_num_tokens": 2},
         {"return_dict_in_generate": True, "output_scores": True},
-        {"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.3},
+        {"temperature": 0.6, "repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 2, "bad_words_ids": [[100]], "suppress_tokens": [101]},
     ],
 )
 def test_settings_of_the_folder_that_are_not_used_are_named(
@@ -129,3 +133,41 @@ def test_settings_of_the_folder_that_are_not_used_are_named(
     assert result.code == 0, result.err
     assert json.loads(target.read_text())["text"] == greedy("def f", 8)
     assert f"generation_config.json: not used: {', '.join(sorted(setting))}\n" in result.err
+
+
+def test_settings_that_hold_their_default_are_not_named(
+    llama: Path, tmp_path: Path, resq: Callable[..., Result]
+) -> None:
+    """Those of transformers, as far as its version has them, and none of ours beside them."""
+    defaults = GenerationConfig._get_default_generation_params()
+    assert (
+        generate._DEFAULTS.items() >= {k: v for k, v in defaults.items() if v is not None}.items()
+    )
+    folder = shutil.copytree(llama, tmp_path / "model")
+    settings = {"eos_token_id": 256, "transformers_version": "4.40.0", "bad_words_ids": None}
+    settings |= {"suppress_tokens": [], "_from_model_config": True} | generate._DEFAULTS
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    result = resq("generate", folder, "--prompt", "def f", "--max-new-tokens", 2)
+    assert result.code == 0 and "not used" not in result.err
+    assert result.out == greedy("def f", 2) + "\n"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"do_sample": false, "temperature": 0.6}'])
+def test_generation_settings_do_not_stop_other_commands(
+    llama: Path, text_file: Path, tmp_path: Path, resq: Callable[..., Result], content: str
+) -> None:
+    folder, out = shutil.copytree(llama, tmp_path / "model"), tmp_path / "out"
+    (folder / "generation_config.json").write_text(content)
+    expected = resq("eval", llama, "--text", text_file, "--json", tmp_path / "a.json")
+    found = resq("eval", folder, "--text", text_file, "--json", tmp_path / "b.json")
+    assert (expected.code, found.code) == (0, 0), found.err
+    a, b = (
+        json.loads((tmp_path / name).read_text())["perplexity"] for name in ("a.json", "b.json")
+    )
+    assert a == b
+    options = ("--calib", text_file, "--samples", 2, "--method", "rtn", "--weights", "rtn")
+    assert resq("quantize", folder, out, *options).code == 0
+    assert (out / "generation_config.json").read_text() == content
+    assert resq("eval", out, "--text", text_file).code == 0
+    result = resq("generate", out, "--prompt", "a", "--max-new-tokens", 2)
+    assert result.code == (0 if content.endswith("0.6}") else 1)

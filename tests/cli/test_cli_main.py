@@ -15,8 +15,8 @@ import pytest
 import torch
 from cli_support import Result
 
-from resq_kernels import cli
-from resq_kernels.commands import COMMANDS, output
+from resq_kernels import _library, cli
+from resq_kernels.commands import COMMANDS, loading, output
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -95,7 +95,7 @@ def test_models_that_are_none_are_refused_in_a_sentence(
 def test_hub_name_that_cannot_be_had_is_a_sentence(
     resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def offline(name: str) -> None:
+    def offline(name: str, trust_remote_code: bool) -> None:
         raise OSError("We couldn't connect\nto the hub")
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", offline)
@@ -123,14 +123,26 @@ def test_cuda_without_a_device_is_refused(
     assert result.sentence.startswith("--device cuda: torch sees no CUDA device")
 
 
+@pytest.mark.parametrize("works", [False, True])
+@pytest.mark.parametrize("missing", ["", "not built"])
+def test_every_command_runs_on_the_gpu_where_its_kernels_run(
+    monkeypatch: pytest.MonkeyPatch, works: bool, missing: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: works)
+    monkeypatch.setattr(_library, "CUDA_MISSING", missing)
+    best = "cuda" if works and not missing else "cpu"
+    assert (loading.choose_device(None), loading.choose_device("cpu")) == (best, "cpu")
+    for arguments in (["quantize", "m", "o"], ["eval", "m"], ["generate", "m", "--prompt", "x"]):
+        assert cli.build_parser().parse_args(arguments).device is None
+
+
 def test_json_target_is_checked_before_any_work(
     tmp_path: Path, resq: Callable[..., Result]
 ) -> None:
     missing = tmp_path / "missing" / "x.json"
     result = resq("info", "--json", missing)
-    assert (result.code, result.out) == (1, "")
+    assert (result.code, result.out) == (2, "")
     assert "does not exist" in result.sentence
-    assert "is a folder" in resq("info", "--json", tmp_path).sentence
 
 
 def test_threads_are_set(resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:

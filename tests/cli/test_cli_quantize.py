@@ -14,6 +14,7 @@ import pytest
 from cli_support import POSITIONS, Result, save, tiny_llama
 from transformers import GPT2Config
 
+from resq_kernels.commands import loading
 from resq_kernels.commands.sizes import part_sizes
 from resq_kernels.config import ResQConfig
 
@@ -99,7 +100,7 @@ def test_what_cannot_be_quantized_is_refused_and_nothing_is_written(
         ((llama, blocked, *calib), 1, "cannot write to"),
         ((llama, out, "--calib", short), 1, f"expected at least {POSITIONS} tokens"),
         ((llama, out, "--calib", tmp_path / "no.txt"), 1, "does not exist"),
-        ((llama, out, *calib, "--seqlen", POSITIONS + 1), 1, f"expected at most {POSITIONS}"),
+        ((llama, out, *calib, "--seqlen", POSITIONS + 1), 2, f"expected at most {POSITIONS}"),
         ((llama, out, *calib, "--seqlen", 1), 2, "at least 2, got '1'"),
         ((llama, out, *calib, "--samples", 0), 2, "at least 1, got '0'"),
         ((llama, out, *calib, "--method", "awq"), 2, "invalid choice: 'awq'"),
@@ -108,7 +109,7 @@ def test_what_cannot_be_quantized_is_refused_and_nothing_is_written(
         ((llama, out, *calib, "--high-fraction", 0.3), 1, "must be a whole number"),
         (
             (llama, out, *calib, "--method", "rtn", "--high-fraction", 0.25),
-            1,
+            2,
             "method 'rtn' is uniform 4-bit",
         ),
     ):
@@ -116,6 +117,24 @@ def test_what_cannot_be_quantized_is_refused_and_nothing_is_written(
         result = resq("quantize", *arguments)
         assert (result.code, sentence in result.sentence) == (code, True), result.err
         assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval"])
+def test_without_wikitext_it_is_said_before_any_work(
+    llama: Path,
+    tmp_path: Path,
+    resq: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    monkeypatch.delenv("RESQ_WIKITEXT2", raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for name in ("load_tokenizer", "load_model"):
+        monkeypatch.delattr(loading, name)
+    option = "--calib" if command == "quantize" else "--text"
+    result = resq(command, llama, *[tmp_path / "out"] * (command == "quantize"))
+    assert result.code == 1
+    assert f"`pip install datasets`, or give a text with `{option} FILE`" in result.sentence
 
 
 @pytest.mark.usefixtures("sigint")

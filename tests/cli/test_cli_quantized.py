@@ -117,7 +117,7 @@ def test_fake_quant_needs_a_quantized_model(
     folders: tuple[Path, Path], text: Path, resq: Callable[..., Result]
 ) -> None:
     result = resq("eval", folders[0], "--text", text, "--fake-quant")
-    assert result.code == 1
+    assert result.code == 2
     assert result.sentence.startswith("--fake-quant: expected a model quantized by resq")
 
 

@@ -85,5 +85,5 @@ def test_a_share_that_the_method_does_not_have_is_not_dropped(
 ) -> None:
     options = ("--calib", text_file, "--method", "quarot", "--high-fraction", 0.125)
     result = resq("quantize", llama, tmp_path / "out", *options)
-    assert result.code == 1 and not (tmp_path / "out").exists()
+    assert result.code == 2 and not (tmp_path / "out").exists()
     assert "method 'quarot' is uniform 4-bit, expected 0, got 0.125" in result.sentence

@@ -287,21 +287,3 @@ def test_a_folder_without_a_stored_basis(tmp_path: Path, version: int) -> None:
     older.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(again), logits(model))
-
-
-def test_calibration_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "calib.txt"
-    path.write_text("text " * 100)
-    model, config = make_model("llama"), ResQConfig(weights="rtn", samples=2, seqlen=16)
-    for calibration, words in (
-        (path, "got PosixPath"),
-        (str(path), "got the name of a file"),
-        ([[1, 2, 3]], "got an item of type list"),
-        ([{"messages": "x"}], "got an item of type dict"),
-        ({"text": ["x"]}, "got dict"),
-        (None, "got NoneType"),
-    ):
-        with pytest.raises(ValueError, match=f"quantize: calibration: expected .* {words}"):
-            resq_kernels.quantize(model, make_tokenizer(), calibration, config)
-    with pytest.raises(ValueError, match="quantize: tokenizer: expected a tokenizer, got None"):
-        resq_kernels.quantize(model, None, ["x"], config)
