@@ -174,10 +174,10 @@ def _rotate_inputs(
 
 def _restore_captured(decoder: Any, args: tuple[Any, ...], output: Any) -> Any:
     """Restores what `output_hidden_states` collected."""
-    last, states = output[0], _hidden_states(output)
+    states = _hidden_states(output)
     if states is None:
         return output
-    basis = decoder.hidden_basis
+    last, basis = output[0], decoder.hidden_basis
     restored = tuple(
         # transformers puts the normed state in the place of the last; others may be left out.
         state
