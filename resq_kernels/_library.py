@@ -132,15 +132,17 @@ def call(op: Any, *args: Any) -> Any:
     calls ten operators a layer. Going past it costs 0.4 us (torch's guard object for the same:
     0.9), which calling the overload's C++ function instead of its Python object gives back.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling():
         return op(*args)
-    if _is_excluded(_AUTOGRAD):  # in inference mode
-        return op._op(*args)
-    _set_excluded(_AUTOGRAD, True)
+    recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    goes_past = not recorded and not _is_excluded(_AUTOGRAD)  # inference mode excludes it
+    if goes_past:
+        _set_excluded(_AUTOGRAD, True)
     try:
-        return op._op(*args)
+        return op._op(*args)  # one line for both: torch.jit.trace compares the places of calls
     finally:
-        _set_excluded(_AUTOGRAD, False)
+        if goes_past:
+            _set_excluded(_AUTOGRAD, False)
 
 
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

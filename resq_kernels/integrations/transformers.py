@@ -18,11 +18,18 @@ from resq_kernels.config import ResQConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from os import PathLike
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
 ATTENTION = "resq"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PACKED = (
+    "ResQAttention: expected a causal mask with padding, got {} (position_ids that restart within "
+    "a row, as in packed sequences, are not supported)"
+)
+# Arguments that a decoder of transformers takes without their names.
+_POSITIONAL = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
 
 
 @register_quantization_config(checkpoint.QUANT_METHOD)
@@ -200,12 +207,14 @@ def prepare(model: PreTrainedModel, stored: checkpoint.StoredFormat) -> None:
     attention = attention_of(stored.config)
     model.config._attn_implementation = attention
     decoder = getattr(model, model.base_model_prefix, model)
-    decoder.register_forward_pre_hook(partial(_check_call, attention), with_kwargs=True)
+    check = partial(_check_call, attention)
+    decoder.register_forward_pre_hook(check, with_kwargs=True, prepend=True)
     if stored.config.embedding_bits == 8:
         # peft looks for the embedding of soft prompts by the name of the parameter with a row per
         # token, less ".weight". A plain attribute: no module, parameter or key of a state dict.
         vars(decoder)["embed_tokens_scale"] = decoder.embed_tokens
     model.num_parameters = partial(num_parameters, model)
+    model.save_pretrained = partial(save_pretrained, model)
 
 
 def attention_of(config: ResQConfig) -> str:
@@ -231,8 +240,23 @@ def _check_call(
             "ResQ: output_attentions: expected False, got True: the weights of the attention are "
             "never in memory as a whole"
         )
+    given = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+    for name, sizes in (("input_ids", "[B, L]"), ("inputs_embeds", "[B, L, hidden size]")):
+        x = given.get(name)
+        if isinstance(x, torch.Tensor) and (x.dim() != sizes.count(",") + 1 or x.numel() == 0):
+            raise ValueError(f"ResQ: {name}: expected {sizes}, not empty, got {list(x.shape)}")
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if given.get(name) is not None:
+            raise ValueError(f"ResQ: {name}: expected None, packed sequences are not supported")
+    positions = given.get("position_ids")
+    if attention == ATTENTION and positions is not None and given.get("attention_mask") is None:
+        # transformers looks at them only if there is no cache (`padding_mask`). A step of one
+        # column has none to read, which a CUDA graph could not.
+        readable = positions.shape[-1] > 1 and not torch.compiler.is_compiling()
+        if readable and (positions.diff() < 0).any():
+            raise ValueError(_PACKED.format("position_ids"))
     for name in ("cache", "past_key_values"):
-        cache = kwargs.get(name)
+        cache = given.get(name)
         if cache is not None and not isinstance(cache, Cache):
             raise ValueError(
                 f"ResQ: {name}: expected a Cache of transformers (ResQCache, an empty "
@@ -275,6 +299,37 @@ def num_parameters(
     return count
 
 
+def save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | PathLike[str],
+    is_main_process: bool = True,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """`PreTrainedModel.save_pretrained`, which saves a quantized model's own tensors whatever
+    `state_dict` holds.
+
+    Args:
+        model: a quantized model.
+        save_directory, is_main_process: as there, like all other arguments.
+        state_dict: the model's own tensors, as training loops pass them, or None.
+
+    Raises:
+        ValueError: `state_dict` holds other tensors; or as in `get_state_dict_and_metadata`.
+    """
+    if state_dict is not None:
+        own = model.state_dict()
+        for name in sorted({*own, *state_dict}):
+            a, b = own.get(name), state_dict.get(name)
+            if a is None or b is None or a.dtype != b.dtype or not torch.equal(a, b.to(a.device)):
+                raise ValueError(
+                    "save_pretrained: state_dict: expected None or the model's own tensors, got "
+                    f"{'no' if b is None else 'another'} {name}: load_state_dict() puts tensors in"
+                )
+    type(model).save_pretrained(model, save_directory, is_main_process, None, *args, **kwargs)
+
+
 def register_attention() -> None:
     """Registers the attention "resq", whose mask is the padding mask, [B, columns] or None."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -291,7 +346,7 @@ def padding_mask(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """The padding mask of `ResQAttention`: true where a token is; None if all are tokens.
+    """The padding mask of `ResQAttention`: true where a token is; None if none was given.
 
     Args:
         kv_length: columns, those in the cache included.
@@ -305,15 +360,11 @@ def padding_mask(
     """
     from transformers.masking_utils import causal_mask_function
 
-    # A compiled graph cannot read values: transformers then always composes a mask of packed
-    # sequences, and a mask without padding cannot be dropped.
-    if torch.compiler.is_compiling():
+    # A graph cannot read values: transformers then always composes a mask of packed sequences.
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return attention_mask
     if mask_function not in (None, causal_mask_function):
-        raise ValueError(
-            "ResQAttention: expected a causal mask with padding, got another mask function "
-            "(position_ids that restart within a row, as in packed sequences, are not supported)"
-        )
+        raise ValueError(_PACKED.format("another mask function"))
     if attention_mask is None:
         return None
     rows = len(attention_mask) if batch_size is None else batch_size
@@ -322,7 +373,7 @@ def padding_mask(
             f"ResQAttention: attention_mask: expected [{rows}, {kv_length}], the padding of every "
             f"column that is cached or new, got {list(attention_mask.shape)}"
         )
-    return None if attention_mask.all() else attention_mask
+    return attention_mask
 
 
 def _attention(*args: Any, **kwargs: Any) -> NoReturn:

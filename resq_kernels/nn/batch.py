@@ -39,14 +39,20 @@ class BatchState:
         Raises:
             ValueError: the mask has another batch size or fewer than L columns, or disagrees
                 about a cached token with the mask of the pass that stored it.
+            RuntimeError: the call is traced.
         """
+        if torch._C._get_tracing_state() is not None:
+            raise RuntimeError(
+                "ResQAttention: expected a call, got torch.jit.trace, which would make constants "
+                "of lengths and padding; use torch.export or torch.compile"
+            )
         length = self.length + new
         if self.valid is not None and len(self.valid) != batch:
             raise ValueError(
                 f"ResQAttention: cache: expected the {len(self.valid)} sequences that it holds, "
                 f"got {batch}"
             )
-        if mask is None and self.valid is None:
+        if self.valid is None and (mask is None or _is_full(mask, batch, new)):
             positions = torch.arange(self.length, length, device=device).repeat(batch)
             starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * new
             lens = torch.full((batch,), length, dtype=torch.int32, device=device)
@@ -110,6 +116,13 @@ class BatchState:
         return replace(self, valid=self.valid.repeat_interleave(repeats, dim=0))
 
 
+def _is_full(mask: torch.Tensor, batch: int, new: int) -> bool:
+    """Whether a mask shows every column. A compiled graph cannot read its values."""
+    if torch.compiler.is_compiling() or mask.dim() != 2 or len(mask) != batch:
+        return False
+    return mask.shape[1] >= new and bool(mask.all())
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionMetadata:
     """Where the tokens of one forward pass go, the same for all layers on a device.
@@ -171,7 +184,17 @@ class AttentionMetadata:
         return self._tables[pages]
 
     def with_rope(self, cos: torch.Tensor, sin: torch.Tensor) -> AttentionMetadata:
-        """A copy with cos and sin [B or 1, L, D], on their device."""
+        """A copy with cos and sin [B or 1, L, D] or [L, D], on their device.
+
+        Raises:
+            ValueError: they are those of other sequences or columns.
+        """
+        given = list(cos.shape[:-1])
+        if given not in ([self.new], [1, self.new], [self.batch, self.new]):
+            raise ValueError(
+                f"ResQAttention: position_ids: expected [1 or {self.batch}, {self.new}], a "
+                f"position for every new column, got {given}"
+            )
         shape = (self.batch, self.new, -1)
         cos, sin = (x.expand(shape).flatten(0, 1).contiguous() for x in (cos, sin))
         return replace(

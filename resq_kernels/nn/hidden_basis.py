@@ -234,10 +234,10 @@ def _restore_outputs(
     decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
     """Restores `last_hidden_state`, but for the head, and what `output_hidden_states` collected."""
-    basis, last, states = decoder.hidden_basis, output[0], _hidden_states(output)
-    for_head = kwargs.get(_FOR_HEAD, False)
+    states, for_head = _hidden_states(output), kwargs.get(_FOR_HEAD, False)
     if for_head and states is None:
         return output
+    basis, last = decoder.hidden_basis, output[0]
     restored = remember(basis.restore_normed(last), last)
     if states is not None:
         # transformers puts the normed state in the place of the last; others may be left out.

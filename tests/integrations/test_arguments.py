@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import (
 
 from resq_kernels import ResQConfig
 from resq_kernels.fake_quant import fake_quantized
+from resq_kernels.nn.kv_cache import ResQCache
 from resq_kernels.nn.weight_view import WeightView
 from resq_kernels.testing.quantized_models import random_quantized
 
@@ -137,6 +139,99 @@ def test_masks(model: Any) -> None:
             logits(model, attention_mask=mask)
     with pytest.raises(ValueError, match="expected a causal mask with padding"):
         logits(model, is_causal=False)
+
+
+def test_a_mask_that_shows_cached_padding_is_refused(model: Any) -> None:
+    """All ones ask for the padding of earlier columns, as no mask does not."""
+    mask, columns = torch.ones_like(IDS), IDS.shape[1]
+    mask[0, :4] = 0
+    expected = logits(model, attention_mask=mask)
+
+    def second_part(later: torch.Tensor | None) -> torch.Tensor:
+        cache = ResQCache(model.config)
+        logits(model, IDS[:, :15], attention_mask=mask[:, :15], cache=cache)
+        return logits(model, IDS[:, 15:], attention_mask=later, cache=cache)
+
+    for later in (mask, None):
+        assert torch.equal(second_part(later), expected[:, 15:])
+    with pytest.raises(ValueError, match="a token cannot be hidden or shown later"):
+        second_part(torch.ones(1, columns))
+
+
+@pytest.mark.parametrize("kv_bits", ATTENTION)
+def test_shapes_of_ids_and_embeddings(folders: dict[int, Path], kv_bits: int) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folders[kv_bits])
+    ids = IDS.repeat(2, 1)
+    for wrong in (ids[:0], ids[:, :0], ids[:0, :0], ids[0], ids[None]):
+        with pytest.raises(ValueError, match=r"ResQ: input_ids: expected \[B, L\], not empty, got"):
+            logits(model, wrong)
+    embedded = model.get_input_embeddings()(ids)
+    for wrong in (embedded[:0], embedded[:, :0], embedded[0]):
+        with pytest.raises(ValueError, match=r"ResQ: inputs_embeds: expected \[B, L, hidden size"):
+            model(inputs_embeds=wrong)
+
+
+def test_shapes_of_positions(model: Any) -> None:
+    ids, own = IDS.repeat(2, 1), torch.arange(IDS.shape[1])
+    expected = logits(model, ids)
+    for positions in (own, own[None], own.expand(2, -1)):
+        assert torch.equal(logits(model, ids, position_ids=positions), expected)
+    for positions in (own[None, :7], own.expand(3, -1), torch.arange(40)[None]):
+        with pytest.raises(ValueError, match=r"position_ids: expected \[1 or 2, 25\], .* got"):
+            logits(model, ids, position_ids=positions)
+
+
+def test_packed_sequences_are_refused_with_and_without_a_cache(model: Any) -> None:
+    positions = torch.cat([torch.arange(15), torch.arange(10)])[None]
+    for use_cache in (True, False):
+        with pytest.raises(ValueError, match=r"position_ids that restart .* are not supported"):
+            logits(model, position_ids=positions, use_cache=use_cache)
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        with pytest.raises(ValueError, match=f"ResQ: {name}: expected None, packed sequences"):
+            logits(model, **{name: torch.tensor([0, 15, 25])})
+
+
+def test_tracing(folders: dict[int, Path]) -> None:
+    """A trace makes constants of what pages hold; over floats it is right for other inputs."""
+
+    class Logits(torch.nn.Module):
+        def __init__(self, kv_bits: int) -> None:
+            super().__init__()
+            self.model = AutoModelForCausalLM.from_pretrained(folders[kv_bits])
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return logits(self.model, ids, attention_mask=mask, use_cache=False)
+
+    with pytest.raises(RuntimeError, match=r"expected a call, got torch\.jit\.trace"):
+        torch.jit.trace(Logits(4), (IDS, torch.ones_like(IDS)))
+    eager = Logits(16)
+    traced = torch.jit.trace(eager, (IDS, torch.ones_like(IDS)))
+    ids = torch.arange(60, 100).view(2, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    torch.testing.assert_close(traced(ids, mask)[mask == 1], eager(ids, mask)[mask == 1])
+
+
+def test_a_state_dict_is_saved_or_refused(model: Any, tmp_path: Path) -> None:
+    expected, own = logits(model), model.state_dict()
+    model.save_pretrained(tmp_path, True, own)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
+    name = "model.layers.0.mlp.down_proj.weight_scale"
+    rest = {key: value for key, value in own.items() if key != name}
+    for other, got in (
+        ({**own, name: 2 * own[name]}, f"another {name}"),
+        ({**own, name: own[name].half()}, f"another {name}"),
+        (rest, f"no {name}"),
+        ({**own, "more": torch.ones(1)}, "another more"),
+    ):
+        with pytest.raises(ValueError, match=f"save_pretrained: state_dict: expected .* got {got}"):
+            model.save_pretrained(tmp_path / "other", state_dict=other)
+    assert not (tmp_path / "other").exists()
+    twin = copy.deepcopy(model)
+    twin.load_state_dict({**own, name: 2 * own[name]})
+    twin.save_pretrained(tmp_path, state_dict=twin.state_dict())
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(twin))
+    assert not torch.equal(logits(twin), expected)
 
 
 def test_logits_to_keep_and_positions(model: Any) -> None:

@@ -142,6 +142,7 @@ def other(model: Any) -> Any:
 
 def small(model: Any) -> Any:
     model.resize_token_embeddings(100)
+    model.config.pad_token_id = None  # of a token that it no longer has
     return model
 
 

@@ -103,3 +103,12 @@ def test_a_model_runs_where_gradients_are_recorded() -> None:
         expected = model(ids).logits
     assert torch.is_grad_enabled()
     assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_traced_operator_gives_the_same_bits(mode: Any) -> None:
+    """torch checks a trace by a second one without gradients, places of calls included."""
+    with mode():
+        traced = torch.jit.trace(ops.hadamard, torch.randn(2, 64))
+        x = torch.randn(5, 64)
+        assert torch.equal(traced(x), ops.hadamard(x))
