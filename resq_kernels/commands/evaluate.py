@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         CommandError, UsageError, ValueError: the model, the reference or the text cannot be used.
     """
-    output.check_target(args.json)
+    output.check_target(args.json, reads=[args.model, args.reference, args.text])
     wants_perplexity = bool(args.text or args.dataset or not args.tasks)
     if args.reference and not wants_perplexity:
         raise UsageError("--reference: needs a text, add --text FILE or --dataset wikitext2")

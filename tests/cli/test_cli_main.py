@@ -238,3 +238,24 @@ def test_table_aligns_figures_to_the_right() -> None:
 )
 def test_sizes_are_decimal(count: float, text: str) -> None:
     assert output.size(count) == text
+
+
+@pytest.mark.parametrize("option", ["--calib", "--samples", "--json"])
+def test_an_option_given_twice_is_refused(resq: Callable[..., Result], option: str) -> None:
+    result = resq("quantize", "model", "out", option, "128", option, "128")
+    assert result.code == 2
+    wanted = f"argument {option}: expected once, got it twice (see `resq quantize --help`)"
+    assert result.sentence == wanted
+
+
+@pytest.mark.usefixtures("sigint")
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_inside_of_exec_ends_with_its_code(signum: int, code: int) -> None:
+    stop = f"import os, time; os.kill(os.getpid(), {int(signum)}); time.sleep(9)"
+    program = (
+        "import sys; from resq_kernels import cli\n"
+        f"cli.COMMANDS['info'].run = lambda args: exec({stop!r})\n"
+        "sys.exit(cli.main(['info']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert done.returncode == code
