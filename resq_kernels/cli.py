@@ -143,8 +143,8 @@ def _show_warning(message: Warning | str, *rest: object, **more: object) -> None
 def _sentence(error: BaseException) -> str:
     """One line that says what was wrong; exceptions without a sentence of their own are named."""
     text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     if isinstance(error, MemoryError):
         text = f"not enough memory {text}".rstrip()
     expected = (CommandError, ValueError, RuntimeError, OSError, ImportError, MemoryError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -259,3 +260,40 @@ def test_a_signal_inside_of_exec_ends_with_its_code(signum: int, code: int) -> N
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
     assert done.returncode == code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("eval", "MODEL", "--text", ""), "--text: expected the name of a file, got ''"),
+        (
+            ("eval", "MODEL", "--text", "TEXT", "--seqlen", "8", "--reference", ""),
+            "model: expected a folder or a hub name, got ''",
+        ),
+        (
+            ("quantize", "MODEL", "out", "--calib", ""),
+            "--calib: expected the name of a file, got ''",
+        ),
+        (("generate", "", "--prompt", "x"), "model: expected a folder or a hub name, got ''"),
+    ],
+)
+def test_an_empty_name_stands_for_nothing_else(
+    llama: Path,
+    text_file: Path,
+    resq: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(llama)
+    monkeypatch.setenv("RESQ_WIKITEXT2", str(text_file.parent))
+    names = {"MODEL": str(llama), "TEXT": str(text_file)}
+    result = resq(*(names.get(argument, argument) for argument in arguments))
+    assert (result.code, result.sentence) == (1, sentence)
+
+
+def test_a_full_disk_is_said_without_a_number() -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert cli._sentence(full) == "No space left on device"
+    full.filename = "out/model"
+    assert cli._sentence(full) == "out/model: No space left on device"
