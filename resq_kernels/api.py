@@ -42,7 +42,8 @@ def quantize(
         tokenizer: the model's tokenizer.
         calibration: a text, or texts, or {"text": ...} of each; `config.samples` windows of
             `config.seqlen` tokens are cut from them.
-        config: the options; default `ResQConfig()`.
+        config: the options; default `ResQConfig()`, with windows no longer than the model's
+            positions.
         report: a folder, made if need be, that gets quantization_report.json and .html, as
             `resq quantize` writes them.
         progress: bars on stderr.
@@ -53,7 +54,9 @@ def quantize(
 
     Raises:
         ValueError: another architecture, a model that is quantized already, has adapters or keeps
-            weights elsewhere than in memory, a tokenizer of another model, or too little text.
+            weights elsewhere than in memory, a tokenizer of another model, too little text, or
+            windows beyond the model's positions.
+        FileExistsError: `report` is a file.
 
     Source: arXiv 2412.14363.
     """
@@ -63,7 +66,7 @@ def quantize(
     from resq_kernels.ptq.report import write_report
 
     model, shape = _check_model(model)
-    config = config or ResQConfig()
+    config = _check_config(model, config)
     check_shape(shape, config)
     texts = _texts(calibration)
     if not callable(tokenizer):
@@ -75,6 +78,8 @@ def quantize(
             f"{int(tokens.max())}; is it the model's? (`model.resize_token_embeddings`)"
         )
     if report is not None:
+        if not Path(report).is_dir() and os.path.lexists(report):
+            raise FileExistsError(f"quantize: report: expected a folder, got the file {report}")
         Path(report).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=report).close()  # refuses a read-only folder before the work
     with tempfile.TemporaryDirectory(prefix="resq-") as folder:
@@ -139,6 +144,29 @@ def _check_model(model: Any) -> tuple[PreTrainedModel, ModelShape]:
             "the decoder of a quantized folder)"
         )
     return model, shape
+
+
+def _check_config(model: PreTrainedModel, config: ResQConfig | None) -> ResQConfig:
+    """The options; by default with windows that the model has positions for.
+
+    Raises:
+        ValueError: they are of another type, or their windows are longer than that.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if config is None:
+        seqlen = ResQConfig().seqlen
+        return ResQConfig(seqlen=seqlen if limit is None else min(seqlen, limit))
+    if not isinstance(config, ResQConfig):
+        raise ValueError(
+            f"quantize: config: expected a ResQConfig, got {type(config).__name__}; pass "
+            "ResQConfig(samples=..., ...)"
+        )
+    if limit is not None and config.seqlen > limit:
+        raise ValueError(
+            f"quantize: config: seqlen: expected at most {limit} (the model's "
+            f"max_position_embeddings), got {config.seqlen}"
+        )
+    return config
 
 
 def _write(model: PreTrainedModel, folder: Path) -> None:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from resq_kernels import __version__
 from resq_kernels.commands import COMMANDS, CommandError, UsageError
@@ -25,8 +25,35 @@ Figures go to stdout as a table and, with --json FILE, to a file whose keys docs
 """
 
 
+class _Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM. Not KeyboardInterrupt itself: if one passes through `exec` (dataclasses
+    are made with it), the interpreter ends by SIGINT whatever exit code `main` returns."""
+
+
+class _Once(argparse._StoreAction):
+    """Stores a value, and refuses a second one instead of dropping the first."""
+
+    given = False
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option: str | None = None,
+    ) -> None:
+        if option is not None and self.given:
+            raise argparse.ArgumentError(self, "expected once, got it twice")
+        self.given = True
+        super().__call__(parser, namespace, values, option)
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose usage errors read like every other error of the program."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("action", None, _Once)
 
     def error(self, message: str) -> NoReturn:
         sys.stderr.write(f"resq: error: {message} (see `{self.prog} --help`)\n")
@@ -54,7 +81,10 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_arguments(child)
         common = child.add_argument_group("common options")
         common.add_argument(
-            "--json", metavar="FILE", help="also write the figures to FILE (whole or not at all)"
+            "--json",
+            type=lambda name: "/dev/stdout" if name == "-" else name,
+            metavar="FILE",
+            help="also write the figures to FILE (whole or not at all); - is stdout",
         )
         common.add_argument(
             "--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice)"
@@ -113,8 +143,8 @@ def _show_warning(message: Warning | str, *rest: object, **more: object) -> None
 def _sentence(error: BaseException) -> str:
     """One line that says what was wrong; exceptions without a sentence of their own are named."""
     text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     if isinstance(error, MemoryError):
         text = f"not enough memory {text}".rstrip()
     expected = (CommandError, ValueError, RuntimeError, OSError, ImportError, MemoryError)
@@ -133,7 +163,7 @@ def _signals_unwind(stopped: list[int]) -> Iterator[None]:
 
     def stop(signum: int, frame: FrameType | None) -> None:
         stopped.append(signum)
-        raise KeyboardInterrupt
+        raise _Stopped
 
     previous = {}
     if threading.current_thread() is threading.main_thread():

@@ -35,9 +35,11 @@ def check_source(source: str, option: str) -> None:
     """Refuses a source of `load_text` that is certain to fail, before any work is done.
 
     Raises:
-        ValueError: the file is missing, or WikiText-2 is neither in RESQ_WIKITEXT2 nor can be
-            downloaded; the message says that `option` takes a file.
+        ValueError: the file is missing or has no name, or WikiText-2 is neither in RESQ_WIKITEXT2
+            nor can be downloaded; the message says that `option` takes a file.
     """
+    if not source:
+        raise ValueError(f"{option}: expected the name of a file, got ''")
     if source != WIKITEXT2:
         if not Path(source).exists():
             raise ValueError(f"text: {source} does not exist")

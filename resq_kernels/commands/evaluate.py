@@ -75,13 +75,13 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         CommandError, UsageError, ValueError: the model, the reference or the text cannot be used.
     """
-    output.check_target(args.json)
-    wants_perplexity = bool(args.text or args.dataset or not args.tasks)
-    if args.reference and not wants_perplexity:
+    output.check_target(args.json, reads=[args.model, args.reference, args.text])
+    wants_perplexity = args.text is not None or bool(args.dataset or not args.tasks)
+    if args.reference is not None and not wants_perplexity:
         raise UsageError("--reference: needs a text, add --text FILE or --dataset wikitext2")
     device = loading.choose_device(args.device)
     config = loading.load_config(args.model)
-    source = args.text or texts.WIKITEXT2
+    source = texts.WIKITEXT2 if args.text is None else args.text
     if wants_perplexity:
         texts.check_source(source, "--text")
     stored = loading.quantization(config)
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
         figures["text"] = source
     reference = None
     model = loading.load_model(args.model, args.dtype, device)
-    if args.reference:
+    if args.reference is not None:
         reference = loading.load_model(args.reference, args.dtype, device)
     figures["fake_quant"] = args.fake_quant
     with _path(model, args.fake_quant):

@@ -126,12 +126,10 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         CommandError: the model cannot be used.
-        UsageError: the prompt is empty or too long.
+        UsageError: the prompt is empty, too long or not text.
     """
-    output.check_target(args.json)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if not prompt:
-        raise UsageError("--prompt: expected text, got none")
+    output.check_target(args.json, reads=[args.model])
+    prompt = _prompt(args.prompt)
     device = loading.choose_device(args.device)
     config = loading.load_config(args.model)
     tokenizer = loading.load_tokenizer(args.model)
@@ -205,6 +203,22 @@ def stream(
         decode_seconds=last - first,
         tokens_per_second=(new_tokens - 1) / (last - first) if new_tokens > 1 else None,
     )
+
+
+def _prompt(argument: str) -> str:
+    """The argument, or what stdin holds if it is "-".
+
+    Raises:
+        UsageError: it is empty or not text.
+    """
+    try:
+        prompt = sys.stdin.read() if argument == "-" else argument
+        prompt.encode()  # bytes of an argument that are not UTF-8 come as surrogates
+    except UnicodeError as error:
+        raise UsageError(f"--prompt: expected text, got bytes that are not ({error})") from None
+    if not prompt:
+        raise UsageError("--prompt: expected text, got none")
+    return prompt
 
 
 def _token_ids(model: str) -> dict[str, object]:

@@ -67,6 +67,8 @@ def load_config(model: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
     _quiet()
+    if not model:  # as a path, it would be the current folder
+        raise CommandError("model: expected a folder or a hub name, got ''")
     folder = Path(model)
     if folder.exists():
         check_folder(folder)

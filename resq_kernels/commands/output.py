@@ -56,7 +56,12 @@ def size(count: float) -> str:
 
 
 def check_target(
-    path: str | None, option: str = "--json", *, out: Path | None = None, special: bool = True
+    path: str | None,
+    option: str = "--json",
+    *,
+    out: Path | None = None,
+    reads: Sequence[str | None] = (),
+    special: bool = True,
 ) -> None:
     """Refuses a file that cannot be written at the end, before any work is done.
 
@@ -64,10 +69,12 @@ def check_target(
         path: the file, None if there is none to write; links are followed.
         option: what asked for it.
         out: the folder that the command writes; the file may be neither in it nor above it.
+        reads: files and model folders that the command reads; the file may be none of theirs.
         special: whether it may be a device or a pipe, which is written to and not replaced.
 
     Raises:
-        UsageError: it is a folder or read-only, or its folder does not exist or is read-only.
+        UsageError: it is a folder or read-only, or its folder does not exist or is read-only, or
+            it is read by the command.
     """
     if path is None:
         return
@@ -85,6 +92,9 @@ def check_target(
         work = folder.with_name(f"{folder.name}.partial")
         if target in folder.parents or not {target, *target.parents}.isdisjoint({folder, work}):
             raise UsageError(f"{option}: expected a file outside of {out}, got {path}")
+    for source in filter(None, reads):
+        if target in map(Path, map(os.path.realpath, _files(Path(source)))):
+            raise UsageError(f"{option}: expected another file than those of {source}, got {path}")
     if mode is not None and not os.access(path, os.W_OK):
         raise UsageError(f"{option}: cannot write {path}: {os.strerror(errno.EACCES)}")
     if mode is not None and not stat.S_ISREG(mode):
@@ -97,6 +107,16 @@ def check_target(
         tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as error:
         raise UsageError(f"{option}: cannot write to {target.parent}: {error.strerror}") from error
+
+
+def _files(source: Path) -> list[Path]:
+    """A file, or those of a model folder without the figures that were written beside them."""
+    if not source.is_dir():
+        return [source]
+    from resq_kernels.ptq.save import companions
+
+    names = ("config.json", "README.md", "quantization_report.*", "*.safetensors*")
+    return [*companions(source), *(path for name in names for path in source.glob(name))]
 
 
 def write_json(path: str | None, figures: Mapping[str, object]) -> None:

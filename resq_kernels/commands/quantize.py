@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
             cannot be used; everything that can be known is checked before the work begins.
     """
     out = Path(args.out)
-    output.check_target(args.json, out=out)
+    output.check_target(args.json, out=out, reads=[args.model, args.calib])
     _check_out(out, args.resume)
     device = loading.choose_device(args.device)
     model_config = loading.load_config(args.model)
@@ -148,6 +148,7 @@ def run(args: argparse.Namespace) -> None:
 
     from resq_kernels.ptq.calibrate import windows
     from resq_kernels.ptq.pipeline import quantize_folder
+    from resq_kernels.ptq.workspace import INPUTS_FILE, work_folder
 
     tokens = windows(
         loading.load_tokenizer(args.model),
@@ -164,8 +165,9 @@ def run(args: argparse.Namespace) -> None:
     except FileExistsError:  # refused before the work
         raise
     except BaseException:
-        if out.with_name(f"{out.name}.partial").exists():
-            sys.stderr.write(f"\nresq: finished layers are kept in {out}.partial (--resume)\n")
+        work = work_folder(Path(os.path.realpath(out)))
+        if (work / INPUTS_FILE).exists():
+            sys.stderr.write(f"\nresq: finished layers are kept in {work} (--resume)\n")
         raise
     _print(args.model, out, report)
     output.write_json(args.json, report)

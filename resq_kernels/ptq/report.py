@@ -13,6 +13,7 @@ import torch
 
 from resq_kernels.architecture import LINEARS, layer_prefix
 from resq_kernels.ptq.basis import Basis
+from resq_kernels.ptq.card import CARD
 from resq_kernels.ptq.inputs import changes, file_changes, hashes
 from resq_kernels.ptq.source import SourceModel
 from resq_kernels.ptq.workspace import REPORT_FILE, Workspace, error_piece, work_folder
@@ -46,12 +47,14 @@ def layer_errors(model: SourceModel, work: Workspace) -> list[dict[str, object]]
 def finished_report(out: Path, inputs: Mapping[str, Any]) -> dict[str, object]:
     """The report of a finished folder made from these inputs; removes a work folder left behind.
 
+    The model card may have been edited: that is what it is for, and nothing depends on it.
+
     Raises:
         FileExistsError: it was made from other inputs, or its files are not those that were
             written; the message says which.
     """
     report = read_json(out / REPORT_FILE)
-    written = report.get("files", {})
+    written = {name: kept for name, kept in report.get("files", {}).items() if name != CARD}
     if changed := changes(report.get("inputs", {}), inputs):
         raise FileExistsError(
             f"{out}: is finished, but was made from other inputs: {changed}; use the same ones, "

@@ -18,7 +18,13 @@ from resq_kernels.ptq.embedding import embedding_tensors, head_tensors, tied_hea
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.source import SourceModel
 from resq_kernels.ptq.workspace import Workspace, layer_piece
-from resq_kernels.safetensors_io import ShardWriter, dtype_name, tensors_hash, write_json
+from resq_kernels.safetensors_io import (
+    CheckpointError,
+    ShardWriter,
+    dtype_name,
+    tensors_hash,
+    write_json,
+)
 
 # Everything that makes a folder usable besides its weights and config.json: what transformers
 # reads for its tokenizers, chat templates, processors and generation, and the licence. The model
@@ -75,7 +81,11 @@ def companion_patterns() -> tuple[list[str], list[str]]:
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files of a model folder that are copied beside its weights, in order."""
+    """The files of a model folder that are copied beside its weights, in order.
+
+    Raises:
+        CheckpointError: one is a link to nothing.
+    """
     found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
 
     def wanted(path: Path) -> bool:
@@ -84,10 +94,14 @@ def companions(folder: Path) -> list[Path]:
             not path.name.startswith(".")
             and not name.endswith(_NEVER)
             and any(fnmatchcase(name, pattern.lower()) for pattern in COPIED)
-            and path.is_file()
+            and (path.is_file() or (path.is_symlink() and not path.exists()))
         )
 
-    return sorted(filter(wanted, found))
+    paths = sorted(filter(wanted, found))
+    for path in paths:
+        if not path.exists():
+            raise CheckpointError(f"{path}: expected a file, got a link to nothing")
+    return paths
 
 
 def save(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import shutil
 import warnings
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from resq_kernels.ptq.inputs import changes
-from resq_kernels.safetensors_io import read_json, save_tensors, write_json
+from resq_kernels.safetensors_io import CheckpointError, read_json, save_tensors, write_json
 
 Piece = TypeVar("Piece")
 
@@ -176,8 +178,18 @@ class Workspace:
         return self._path(piece).exists()
 
     def load(self, piece: str) -> dict[str, torch.Tensor]:
-        """The tensors of a finished piece."""
-        return load_file(self._path(piece))
+        """The tensors of a finished piece.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        try:
+            return load_file(self._path(piece))
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self._path(piece)}: expected a finished piece, got a damaged file ({error}); "
+                f"remove {self.root} and begin again"
+            ) from error
 
     def save(self, piece: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Writes a piece, which is then finished."""
@@ -216,7 +228,7 @@ class HiddenStates:
         self.path, self.shape = path, shape
 
     def _map(self, path: Path) -> torch.Tensor:
-        size = self.shape[0] * self.shape[1] * self.shape[2]
+        size = math.prod(self.shape)
         return torch.from_file(str(path), shared=True, size=size).view(self.shape)
 
     @property
@@ -225,7 +237,17 @@ class HiddenStates:
         return self.path.exists()
 
     def read(self) -> torch.Tensor:
-        """The finished states, mapped."""
+        """The finished states, mapped.
+
+        Raises:
+            CheckpointError: the file has another size; mapping it would fill it up with zeros.
+        """
+        wanted, got = 4 * math.prod(self.shape), self.path.stat().st_size
+        if got != wanted:
+            raise CheckpointError(
+                f"{self.path}: expected {wanted} bytes, got {got}; remove {self.path.parent} and "
+                "begin again"
+            )
         return self._map(self.path)
 
     def begin(self) -> torch.Tensor:

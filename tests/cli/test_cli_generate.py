@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -171,3 +172,14 @@ def test_generation_settings_do_not_stop_other_commands(
     assert resq("eval", out, "--text", text_file).code == 0
     result = resq("generate", out, "--prompt", "a", "--max-new-tokens", 2)
     assert result.code == (0 if content.endswith("0.6}") else 1)
+
+
+@pytest.mark.parametrize("prompt", ["-", "\udcff"])
+def test_a_prompt_that_is_not_text_is_refused(
+    llama: Path, resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, prompt: str
+) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    result = resq("generate", llama, "--prompt", prompt)
+    assert result.code == 2
+    assert result.sentence.startswith("--prompt: expected text, got bytes that are not (")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -238,3 +239,61 @@ def test_table_aligns_figures_to_the_right() -> None:
 )
 def test_sizes_are_decimal(count: float, text: str) -> None:
     assert output.size(count) == text
+
+
+@pytest.mark.parametrize("option", ["--calib", "--samples", "--json"])
+def test_an_option_given_twice_is_refused(resq: Callable[..., Result], option: str) -> None:
+    result = resq("quantize", "model", "out", option, "128", option, "128")
+    assert result.code == 2
+    wanted = f"argument {option}: expected once, got it twice (see `resq quantize --help`)"
+    assert result.sentence == wanted
+
+
+@pytest.mark.usefixtures("sigint")
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_inside_of_exec_ends_with_its_code(signum: int, code: int) -> None:
+    stop = f"import os, time; os.kill(os.getpid(), {int(signum)}); time.sleep(9)"
+    program = (
+        "import sys; from resq_kernels import cli\n"
+        f"cli.COMMANDS['info'].run = lambda args: exec({stop!r})\n"
+        "sys.exit(cli.main(['info']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert done.returncode == code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("eval", "MODEL", "--text", ""), "--text: expected the name of a file, got ''"),
+        (
+            ("eval", "MODEL", "--text", "TEXT", "--seqlen", "8", "--reference", ""),
+            "model: expected a folder or a hub name, got ''",
+        ),
+        (
+            ("quantize", "MODEL", "out", "--calib", ""),
+            "--calib: expected the name of a file, got ''",
+        ),
+        (("generate", "", "--prompt", "x"), "model: expected a folder or a hub name, got ''"),
+    ],
+)
+def test_an_empty_name_stands_for_nothing_else(
+    llama: Path,
+    text_file: Path,
+    resq: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(llama)
+    monkeypatch.setenv("RESQ_WIKITEXT2", str(text_file.parent))
+    names = {"MODEL": str(llama), "TEXT": str(text_file)}
+    result = resq(*(names.get(argument, argument) for argument in arguments))
+    assert (result.code, result.sentence) == (1, sentence)
+
+
+def test_a_full_disk_is_said_without_a_number() -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert cli._sentence(full) == "No space left on device"
+    full.filename = "out/model"
+    assert cli._sentence(full) == "out/model: No space left on device"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -174,3 +175,54 @@ def test_a_prefix_of_links(
     assert resq("bench", "hadamard", *options).code == 0
     assert all(Path(name).is_symlink() for name in names)
     assert sorted(path.name for path in Path("real").iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("model/config.json", "model"), ("model/tokenizer.json", "model"), ("text.txt", "text.txt")],
+)
+def test_what_a_command_reads_is_not_overwritten(
+    llama: Path,
+    tmp_path: Path,
+    resq: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    source: str,
+) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    (tmp_path / "text.txt").write_text("text " * 99)
+    (tmp_path / "link.json").symlink_to(name)
+    before = (tmp_path / name).read_bytes()
+    monkeypatch.chdir(tmp_path)
+    commands = [
+        ("quantize", "model", "out", "--calib", "text.txt"),
+        ("eval", "model", "--text", "text.txt"),
+    ]
+    for command in [*commands, ("generate", "model", "--prompt", "x")][: 2 + ("/" in name)]:
+        for target in (name, "link.json"):
+            result = resq(*command, "--json", target)
+            assert result.code == 2
+            wanted = f"--json: expected another file than those of {source}, got {target}"
+            assert result.sentence == wanted
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_figures_beside_a_model_are_replaced(
+    llama: Path, tmp_path: Path, resq: Callable[..., Result]
+) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    figures = tmp_path / "model" / "figures.json"
+    for prompt in ("a", "bc"):
+        command = ("generate", tmp_path / "model", "--prompt", prompt, "--max-new-tokens", 1)
+        assert resq(*command, "--json", figures).code == 0
+        assert json.loads(figures.read_text())["prompt_tokens"] == len(prompt) + 1
+
+
+def test_a_dash_is_stdout(
+    tmp_path: Path, resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = resq("info", "--json", "-")
+    assert result.code == 0
+    assert "versions" in json.loads(result.out[result.out.index("{\n") :])
+    assert not list(tmp_path.iterdir())

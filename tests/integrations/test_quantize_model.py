@@ -17,6 +17,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaForSequenceClassification,
 )
+from transformers.utils import logging
 
 import resq_kernels
 from resq_kernels import ResQConfig
@@ -27,7 +28,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 20
 CONFIG = ResQConfig(method="rtn", weights="rtn", samples=2, seqlen=32)
 
 
-def quantize(model: Any, calibration: Any = TEXT, config: ResQConfig = CONFIG, **more: Any) -> Any:
+def quantize(model: Any, calibration: Any = TEXT, config: Any = CONFIG, **more: Any) -> Any:
     options = {"progress": False} | more
     return resq_kernels.quantize(model, make_tokenizer(), calibration, config, **options)
 
@@ -199,6 +200,7 @@ def test_texts_as_one_text(calibration: Any) -> None:
 
 
 def test_bars_are_shown_if_they_are_wanted(capfd: pytest.CaptureFixture[str]) -> None:
+    logging.enable_progress_bar()  # commands that ran in this process switch them off
     for wanted in (True, False, True):
         capfd.readouterr()
         quantize(make_model(), progress=wanted)
@@ -218,7 +220,7 @@ def test_the_report_is_that_of_the_command(tmp_path: Path) -> None:
     assert len(report["layers"]) == 14 and all(0 < r["error"] < 0.5 for r in report["layers"])
     assert "tmp" not in json.dumps(report)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(FileExistsError, match="^quantize: report: expected a folder, got the file"):
         quantize(make_model(), report=tmp_path / "file")
 
 
@@ -238,3 +240,23 @@ def test_calibration_that_is_no_text_is_refused(tmp_path: Path) -> None:
             resq_kernels.quantize(model, make_tokenizer(), calibration, config)
     with pytest.raises(ValueError, match="quantize: tokenizer: expected a tokenizer, got None"):
         resq_kernels.quantize(model, None, ["x"], config)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"samples": 2}, r"config: expected a ResQConfig, got dict; pass ResQConfig\("),
+        (ResQConfig(seqlen=513), "config: seqlen: expected at most 512 .*_embeddings\\), got 513"),
+    ],
+)
+def test_options_that_are_refused(config: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^quantize: {sentence}"):
+        quantize(make_model(), config=config)
+
+
+def test_windows_are_no_longer_than_the_model_s_positions(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="windows of 64 instead of 128"):
+        quantize(make_model(max_position_embeddings=64), config=None, report=tmp_path)
+    figures = json.loads((tmp_path / "quantization_report.json").read_text())
+    assert (figures["seqlen"], figures["windows"]) == (64, len(TEXT) // 64)
+    assert figures["config"]["seqlen"] == 64

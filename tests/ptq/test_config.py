@@ -154,7 +154,7 @@ def test_sizes_that_do_not_fit(model: ModelShape, config: ResQConfig, words: str
 def test_a_model_in_memory_is_refused_before_the_text_is_read() -> None:
     model = make_model("llama", intermediate_size=251)
     with pytest.raises(ValueError, match="^intermediate_size: expected an even number"):
-        resq_kernels.quantize(model, make_tokenizer(), [], ResQConfig(method="rtn"))
+        resq_kernels.quantize(model, make_tokenizer(), [], ResQConfig(method="rtn", seqlen=8))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from resq_kernels.config import ResQConfig
 from resq_kernels.ptq import pipeline
 from resq_kernels.ptq.pipeline import quantize_folder
 from resq_kernels.ptq.workspace import LOCK_FILE
+from resq_kernels.safetensors_io import CheckpointError
 
 OPTIONS = ResQConfig(weights="rtn")
 RUN = """
@@ -188,3 +189,12 @@ def test_what_is_copied_beside_the_weights(
     quantize_folder(source, out, windows, OPTIONS, progress=False)
     assert all((out / name).read_text() == name for name in copied)
     assert not any((out / name).exists() for name in left)
+
+
+def test_a_link_to_nothing_is_refused(llama: Path, windows: torch.Tensor, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(llama, source)
+    (source / "chat_template.jinja").symlink_to("../blobs/gone")
+    with pytest.raises(CheckpointError, match="chat_template.jinja: expected a file, got a link"):
+        quantize_folder(source, tmp_path / "out", windows, OPTIONS, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

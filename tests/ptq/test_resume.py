@@ -242,3 +242,33 @@ def test_a_finished_folder_stays(
     validate(whole)
     with pytest.raises(CheckpointError, match=r"already quantized \(quant_method 'resq'\)"):
         quantize_folder(whole, tmp_path / "again", windows, progress=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["basis.safetensors", "quantize-00000.safetensors", "rounded-00001.f32"]
+)
+def test_a_damaged_piece_is_named(
+    qwen2: Path,
+    windows: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    interrupt(monkeypatch, qwen2, windows, tmp_path / "out")
+    piece = tmp_path / "out.partial" / name
+    piece.write_bytes(piece.read_bytes()[:-4])
+    before = piece.read_bytes()
+    with pytest.raises(CheckpointError, match=rf"{name}: expected .*; remove .*out\.partial and"):
+        quantize_folder(qwen2, tmp_path / "out", windows, ResQConfig(), resume=True, progress=False)
+    assert piece.read_bytes() == before
+
+
+def test_an_edited_model_card_stays(
+    qwen2: Path, windows: torch.Tensor, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / "README.md").write_text("the user's own")
+    report = quantize_folder(qwen2, out, windows, resume=True, progress=False)
+    assert report == read_json(out / "quantization_report.json")
+    assert (out / "README.md").read_text() == "the user's own"
