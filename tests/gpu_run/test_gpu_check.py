@@ -262,7 +262,7 @@ raise SystemExit(gpu_check.main())
     end = time.monotonic() + 30
     while len(of_the_step()) < 4 and time.monotonic() < end:
         time.sleep(0.1)
-    assert len(of_the_step()) == 4
+    assert len(of_the_step()) >= 4  # a fifth may be about to end
     process.send_signal(number)
     process.wait(20)
     if number == signal.SIGKILL:
