@@ -28,8 +28,6 @@ _PACKED = (
     "ResQAttention: expected a causal mask with padding, got {} (position_ids that restart within "
     "a row, as in packed sequences, are not supported)"
 )
-# Arguments that a decoder of transformers takes without their names.
-_POSITIONAL = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
 
 
 @register_quantization_config(checkpoint.QUANT_METHOD)
@@ -240,7 +238,9 @@ def _check_call(
             "ResQ: output_attentions: expected False, got True: the weights of the attention are "
             "never in memory as a whole"
         )
-    given = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+    from resq_kernels.nn.hidden_basis import POSITIONAL
+
+    given = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
     for name, sizes in (("input_ids", "[B, L]"), ("inputs_embeds", "[B, L, hidden size]")):
         x = given.get(name)
         if isinstance(x, torch.Tensor) and (x.dim() != sizes.count(",") + 1 or x.numel() == 0):

@@ -201,19 +201,16 @@ def _rotate_head_input(
     return (decoder.hidden_basis.rotate_normed(args[0]), *args[1:])
 
 
-# Where a decoder of transformers takes these arguments if they are given without their names.
-_INPUT_IDS, _INPUTS_EMBEDS = 0, 4
+POSITIONAL = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
+"""Arguments that a decoder of transformers takes without their names."""
 
 
 def _rotate_inputs(
     decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Replaces ids, or embeddings of the float model, by embeddings of this one."""
-
-    def given(index: int, name: str) -> Any:
-        return args[index] if index < len(args) else kwargs.get(name)
-
-    ids, embeds = given(_INPUT_IDS, "input_ids"), given(_INPUTS_EMBEDS, "inputs_embeds")
+    given = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         return args, kwargs  # the decoder refuses it
     if embeds is None and getattr(decoder.embed_tokens, "takes_rotated", False):
@@ -221,13 +218,10 @@ def _rotate_inputs(
     else:
         embeds = decoder.embed_tokens(ids) if embeds is None else embeds
         embeds = decoder.hidden_basis.rotate(embeds)
-    positional = (None, *args[1:_INPUTS_EMBEDS], embeds, *args[_INPUTS_EMBEDS + 1 :])
-    names = {"input_ids": None, "inputs_embeds": embeds}
-    if len(args) > _INPUTS_EMBEDS:
-        names = {}
-    elif args:
-        names.pop("input_ids")
-    return positional[: len(args)], {**kwargs, **names}
+    inputs = {"input_ids": None, "inputs_embeds": embeds}
+    placed = [inputs.get(*pair) for pair in zip(POSITIONAL, args, strict=False)]
+    named = {name: x for name, x in inputs.items() if name not in POSITIONAL[: len(args)]}
+    return (*placed, *args[len(placed) :]), {**kwargs, **named}
 
 
 def _restore_outputs(
