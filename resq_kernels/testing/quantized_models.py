@@ -103,6 +103,19 @@ def _orthogonal(size: int) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(size, size))[0]
 
 
+@torch.no_grad()
+def head_input(model: Any, ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    """The last hidden states [B, L, K] of a pass as the head gets them, which have the same bits
+    however a prompt is cut; a caller's are turned by a float product, whose bits depend on L."""
+    found: list[torch.Tensor] = []
+    hook = model.model.norm.register_forward_hook(lambda _, args, states: found.append(states))
+    try:
+        model(ids, logits_to_keep=1, **arguments)
+    finally:
+        hook.remove()
+    return found[0]
+
+
 def make_older(folder: Path, version: int) -> None:
     """Rewrites a quantized folder of one file in format 1 or 2: no basis, no guard."""
     tensors = load_file(folder / SINGLE_FILE)

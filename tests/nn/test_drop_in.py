@@ -13,7 +13,7 @@ from resq_kernels.nn.attention import ResQAttention
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.mlp import ResQMLP
 from resq_kernels.nn.norm import ResQRMSNorm
-from resq_kernels.testing.quantized_models import random_quantized
+from resq_kernels.testing.quantized_models import head_input, random_quantized
 from resq_kernels.testing.tiny_models import LLAMA3_ROPE
 
 # A model's two paths quantize the same floats up to rounding, so almost all codes agree; a value on
@@ -174,9 +174,9 @@ def test_a_padded_row_equals_the_row_alone(side: str, kv_bits: int) -> None:
 def test_a_row_does_not_depend_on_the_batch() -> None:
     model = random_quantized("llama")
     ids = tokens(4, 33)
-    hidden = model.model(ids, use_cache=False).last_hidden_state
+    hidden = head_input(model, ids, use_cache=False)
     for row in range(4):
-        alone = model.model(ids[row : row + 1], use_cache=False).last_hidden_state
+        alone = head_input(model, ids[row : row + 1], use_cache=False)
         assert torch.equal(alone[0], hidden[row])
 
 

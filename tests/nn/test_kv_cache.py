@@ -11,7 +11,7 @@ from resq_kernels import ResQCache, ResQConfig
 from resq_kernels.nn.batch import BatchState
 from resq_kernels.nn.kv_cache import ResQCacheLayer
 from resq_kernels.nn.paged import PagedKeysValues
-from resq_kernels.testing.quantized_models import random_quantized
+from resq_kernels.testing.quantized_models import head_input, random_quantized
 from resq_kernels.testing.tiny_models import make_model
 
 POSITIONS = torch.arange(3)[None]
@@ -28,14 +28,7 @@ def tokens(*shape: int) -> torch.Tensor:
 
 @torch.no_grad()
 def hidden(model: Any, ids: torch.Tensor, cache: Any = None, **kwargs: Any) -> torch.Tensor:
-    """The last hidden states as the head gets them: to the caller they would be turned by a float
-    product, whose bits depend on the number of rows."""
-    found: list[torch.Tensor] = []
-    hook = model.model.norm.register_forward_hook(lambda _, args, states: found.append(states))
-    use = cache is not None
-    model(ids, past_key_values=cache, use_cache=use, logits_to_keep=1, **kwargs)
-    hook.remove()
-    return found[0]
+    return head_input(model, ids, past_key_values=cache, use_cache=cache is not None, **kwargs)
 
 
 @pytest.mark.parametrize("chunks", [[30, *[1] * 6, 4], [1, 39], [16, 16, 8]], ids=str)
