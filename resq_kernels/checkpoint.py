@@ -107,6 +107,11 @@ def parse_quantization_config(entry: Mapping[str, Any]) -> StoredFormat:
         config = ResQConfig(**{key: entry[key] for key in _CONFIG_KEYS})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"quantization_config: {error}") from error
+    if version < 4 and config.activation_clip != 1.0:
+        raise CheckpointError(
+            f"quantization_config: activation_clip: expected 1 in format_version {version}, which "
+            f"clipped the INT8 part too, got {config.activation_clip}; quantize the model again"
+        )
     for key, expected in (("weight_bits", [4, 8]), ("hadamard", config.rotates)):
         if entry.get(key) != expected:
             raise CheckpointError(

@@ -12,7 +12,7 @@ import torch
 
 from resq_kernels.config import ResQConfig
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 _SUM_ROWS = 1024
 # Packed weights consist of blocks of 32 rows on CPUs and of 64 on CUDA. Packed weights of whole
@@ -29,7 +29,7 @@ class RowFormat(NamedTuple):
         lo_bits: 4 or 8, bits of the low part.
         packed: whether two 4-bit codes share a byte; None: the faster one on the device.
         symmetric: zero = 0.
-        clip: factor on the range, in (0, 1].
+        clip: factor on the range of the low part, in (0, 1].
     """
 
     k_hi: int

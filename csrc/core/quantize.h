@@ -18,7 +18,7 @@ struct ScaleZero {
 
 // Asymmetric: the range is widened to contain 0, a row of zeros gets [-1, 1]. Codes are signed, in
 // [-2^(bits-1), 2^(bits-1) - 1]; x ~ scale * (code - zero). `min` and `max` are the row's extremes,
-// already multiplied by the clip factor.
+// in the low part already multiplied by the clip factor.
 RESQ_HOST_DEVICE inline ScaleZero asymmetric_scale(float min, float max, int bits) {
   min = min < 0.0f ? min : 0.0f;
   max = max > 0.0f ? max : 0.0f;
@@ -58,7 +58,7 @@ struct MixedRows {
   int lo_bits;     // 4 or 8
   bool packed;     // two 4-bit codes a byte
   bool symmetric;  // zero = 0
-  float clip;      // factor on the range, in (0, 1]
+  float clip;      // factor on the low part's range, in (0, 1]
 };
 
 }  // namespace resq

@@ -69,8 +69,8 @@ inline void write_nibbles(const float* x, int64_t k, const Coder& code, uint8_t*
   }
 }
 
-inline void quantize_part(const float* x, int64_t k, int bits, bool packed, const MixedRows& rows,
-                          void* codes, float* params) {
+inline void quantize_part(const float* x, int64_t k, int bits, bool packed, bool symmetric,
+                          float clip, void* codes, float* params) {
   if (k == 0) {
     params[0] = params[1] = 0.0f;
     return;
@@ -82,9 +82,9 @@ inline void quantize_part(const float* x, int64_t k, int bits, bool packed, cons
     std::memset(codes, 0, static_cast<size_t>(packed ? k / 2 : k));
     return;
   }
-  const float min = range.min * rows.clip, max = range.max * rows.clip;
+  const float min = range.min * clip, max = range.max * clip;
   const ScaleZero q =
-      rows.symmetric ? symmetric_scale(min, max, bits) : asymmetric_scale(min, max, bits);
+      symmetric ? symmetric_scale(min, max, bits) : asymmetric_scale(min, max, bits);
   params[0] = q.scale;
   params[1] = q.zero;
   if (packed) {
@@ -98,7 +98,8 @@ inline void quantize_part(const float* x, int64_t k, int bits, bool packed, cons
 inline void quantize_row(const float* x, const MixedRows& rows, int64_t row) {
   const int64_t lo_bytes = rows.packed ? rows.k_lo / 2 : rows.k_lo;
   float* params = rows.params + 4 * row;
-  quantize_part(x, rows.k_lo, rows.lo_bits, rows.packed, rows,
+  quantize_part(x, rows.k_lo, rows.lo_bits, rows.packed, rows.symmetric, rows.clip,
                 static_cast<uint8_t*>(rows.q_lo) + row * lo_bytes, params);
-  quantize_part(x + rows.k_lo, rows.k_hi, 8, false, rows, rows.q_hi + row * rows.k_hi, params + 2);
+  quantize_part(x + rows.k_lo, rows.k_hi, 8, false, rows.symmetric, 1.0f,
+                rows.q_hi + row * rows.k_hi, params + 2);
 }

@@ -43,13 +43,13 @@ struct PartCoding {
 };
 
 // `columns` is the part's width: 0 gives scale 0.
-__device__ inline PartCoding part_coding(const Range& range, int columns, int bits,
-                                         const MixedRows& out) {
+__device__ inline PartCoding part_coding(const Range& range, int columns, int bits, bool symmetric,
+                                         float clip) {
   if (columns == 0) return {0.0f, 0.0f, {}};
   if (!range.finite()) return {__int_as_float(0x7fc00000), 0.0f, {0.0f, 0.0f, 0.0f, 0}};
-  const float min = __fmul_rn(range.min, out.clip), max = __fmul_rn(range.max, out.clip);
+  const float min = __fmul_rn(range.min, clip), max = __fmul_rn(range.max, clip);
   const ScaleZero q =
-      out.symmetric ? symmetric_scale(min, max, bits) : asymmetric_scale(min, max, bits);
+      symmetric ? symmetric_scale(min, max, bits) : asymmetric_scale(min, max, bits);
   const float half = static_cast<float>(1 << (bits - 1));
   return {
       q.scale,
@@ -68,8 +68,8 @@ struct RowCodes {
   // Codes both parts of row `row` and writes its parameters.
   __device__ RowCodes(const Range (&ranges)[2], const MixedRows& out, int64_t row)
       : k_lo(static_cast<int>(out.k_lo)), k_hi(static_cast<int>(out.k_hi)), packed(out.packed) {
-    lo = part_coding(ranges[0], k_lo, out.lo_bits, out);
-    hi = part_coding(ranges[1], k_hi, 8, out);
+    lo = part_coding(ranges[0], k_lo, out.lo_bits, out.symmetric, out.clip);
+    hi = part_coding(ranges[1], k_hi, 8, out.symmetric, 1.0f);
     q_lo = static_cast<uint8_t*>(out.q_lo) + row * (packed ? k_lo / 2 : k_lo);
     q_hi = out.q_hi + row * k_hi;
     if (threadIdx.x == 0) {

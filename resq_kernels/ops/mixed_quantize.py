@@ -18,8 +18,8 @@ def mixed_quantize(
 ) -> MixedTensor:
     """Quantizes each row: the first K - n_hi columns to `lo_bits` bits, the last n_hi to 8 bits.
 
-    Formula: x ~ scale * (code - zero) per row and part; with lo, hi = clip * min(x), clip * max(x)
-    of the part: asymmetric scale = (max(hi, 0) - min(lo, 0)) / (2^bits - 1) and
+    Formula: x ~ scale * (code - zero) per row and part; with lo, hi = min(x), max(x) of the part,
+    in the low part times clip: asymmetric scale = (max(hi, 0) - min(lo, 0)) / (2^bits - 1) and
     zero = round(-min(lo, 0) / scale) - 2^(bits - 1), symmetric scale = max(-lo, hi) /
     (2^(bits - 1) - 1) and zero = 0; code = clamp(round(x / scale) + zero). Every rounding is
     stated in docs/formats.md section 2; the bits do not depend on the instruction set.
@@ -31,7 +31,7 @@ def mixed_quantize(
         packed: True: two 4-bit codes a byte (K - n_hi even, lo_bits 4); False: a byte per code;
             None: the one that is faster for `mixed_gemm` on x's device (CPU: False).
         symmetric: zero = 0.
-        clip: factor on the range, in (0, 1].
+        clip: factor on the range of the low part, in (0, 1].
 
     Returns:
         MixedTensor(q_lo uint8 [..., (K - n_hi) / 2] or int8 [..., K - n_hi], q_hi int8 [..., n_hi],

@@ -53,7 +53,7 @@ def mixed_quantize(
     x = x.float()
     k_lo = x.shape[-1] - n_hi
     q_lo, scale_lo, zero_lo = _quantize_part(x[..., :k_lo], lo_bits, symmetric, clip)
-    q_hi, scale_hi, zero_hi = _quantize_part(x[..., k_lo:], 8, symmetric, clip)
+    q_hi, scale_hi, zero_hi = _quantize_part(x[..., k_lo:], 8, symmetric, 1.0)
     params = torch.stack([scale_lo, zero_lo, scale_hi, zero_hi], dim=-1)
     return MixedTensor(pack_int4(q_lo) if packed else q_lo, q_hi, params)
 

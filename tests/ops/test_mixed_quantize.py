@@ -31,6 +31,16 @@ def test_mixed_quantize_is_exact(dtype: torch.dtype, k: int, n_hi: int, symmetri
             assert_exact(x, n_hi, symmetric=symmetric, clip=clip, packed=True)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_high_part_is_not_clipped(symmetric: bool) -> None:
+    x = torch.randn(9, 96)
+    whole = mixed_quantize(x, 32, symmetric=symmetric)
+    clipped = mixed_quantize(x, 32, symmetric=symmetric, clip=0.5)
+    assert torch.equal(clipped.q_hi, whole.q_hi)
+    assert torch.equal(clipped.params[:, 2:], whole.params[:, 2:])
+    assert torch.equal(clipped.params[:, 0], whole.params[:, 0] * 0.5)
+
+
 @pytest.mark.parametrize("k_lo", range(2, 200, 2))
 def test_mixed_quantize_packs_any_even_width(k_lo: int) -> None:
     x = torch.randn(3, k_lo + 3)

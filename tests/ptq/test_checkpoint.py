@@ -137,8 +137,10 @@ def test_rotation_of_another_model(copy: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("format_version", 4, "format_version: expected 1 to 3, got 4; a newer resq_kernels"),
-        ("format_version", "1", "format_version: expected 1 to 3, got '1'"),
+        ("format_version", 5, "format_version: expected 1 to 4, got 5; a newer resq_kernels"),
+        ("format_version", "1", "format_version: expected 1 to 4, got '1'"),
+        ("format_version", 3, "activation_clip: expected 1 in format_version 3"),
+        ("activation_clip", 0.0, "activation_clip: expected (0, 1], got 0.0"),
         ("quant_method", "gptq", "quant_method: expected 'resq', got 'gptq'"),
         ("lo_bits", 3, "lo_bits: expected one of 4, 8, got 3"),
         ("hadamard", False, "hadamard: expected True, got False"),
@@ -171,7 +173,7 @@ def test_the_head_that_the_configuration_names(copy: Path) -> None:
 
 def test_a_folder_of_format_1(llama: Path, tmp_path: Path) -> None:
     """It had no key of the vocabulary, which was in 16 bits."""
-    config = ResQConfig(weights="rtn", embedding_bits=16)
+    config = ResQConfig(weights="rtn", embedding_bits=16, activation_clip=1.0)
     quantize_folder(llama, tmp_path / "out", torch.randint(0, 256, (2, 32)), config, progress=False)
 
     make_older(tmp_path / "out", 1)
