@@ -24,7 +24,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
-from demo_report import write_report
+from demo_report import above, write_report
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -287,7 +287,7 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         f"{row.name}, run in {row.dtype}" if baseline else row.name,
         f"{row.perplexity:.3f}",
-        "" if baseline else f"{row.increase:+.2%}",
+        "" if baseline else above(row.increase),
         "" if baseline else f"{row.kl_to_baseline:.4f}",
         "" if baseline else f"{row.top1_agreement:.1%}",
         size(row.bytes_total),

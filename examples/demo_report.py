@@ -134,12 +134,17 @@ def row_name(row: Mapping) -> str:
     return f"{row['name']}, run in {row['dtype']}" if row["name"] == "16-bit" else row["name"]
 
 
+def above(increase: float) -> str:
+    """How far a perplexity lies above the 16-bit one; beyond 1000 % in times."""
+    return f"{increase:+.2%}" if increase < 10 else f"{1 + increase:.0f} times"
+
+
 def _rows(model: Mapping) -> list[tuple[str, ...]]:
     return [
         (
             row_name(row),
             f"{row['perplexity']:.3f}",
-            "" if row["quantize_seconds"] is None else f"{row['increase']:+.2%}",
+            "" if row["quantize_seconds"] is None else above(row["increase"]),
             "" if row["quantize_seconds"] is None else f"{row['kl_to_baseline']:.4f}",
             "" if row["quantize_seconds"] is None else f"{row['top1_agreement']:.1%}",
             f"{row['bytes_total'] / 1e6:.2f}",
@@ -251,10 +256,10 @@ def markdown(results: Mapping) -> str:
             baseline = row["quantize_seconds"] is None
             cells = (
                 f"**{row_name(row)}**" if row["name"] == "ResQ, GPTQ" else row_name(row),
-                f"{row['perplexity']:.2f}" + ("" if baseline else f" ({row['increase']:+.1%})"),
+                f"{row['perplexity']:.2f}" + ("" if baseline else f" ({above(row['increase'])})"),
                 "" if baseline else f"{row['kl_to_baseline']:.3f}",
                 "" if baseline else f"{row['top1_agreement']:.1%}",
-                f"{row['bytes_total'] / 1e6:.4g} MB",
+                f"{row['bytes_total'] / 1e6:.3g} MB",
                 f"{row['decode_tokens_per_second']:.0f}",
                 f"{row['prefill_tokens_per_second']:.0f}",
             )
