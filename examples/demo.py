@@ -42,8 +42,8 @@ ANSWER_TOKENS = 64
 NOTE = (
     "Text: Python's own documentation and sources (WikiText-2 cannot be shipped), {windows} "
     "windows of {seqlen} held-out tokens; calibration on {samples} windows from other files. "
-    "Figures on such text, and of so small a model, are this demo's own; `resq eval` measures on "
-    "yours."
+    "Single greedy answers of so small a model change with any rounding: the divergence tells "
+    "more. `resq eval` measures on your text."
 )
 FULL = Settings(
     samples=8, seqlen=512, windows=8, check_windows=2, check_seqlen=128, new_tokens=32, rounds=3

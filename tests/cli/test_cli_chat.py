@@ -7,6 +7,7 @@ import io
 import json
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from cli_support import Result
 from transformers import PreTrainedTokenizerFast
 
-from resq_kernels import ResQConfig
+from resq_kernels import ResQConfig, graph_decoding
 from resq_kernels.commands import chat, conversation, streaming
 from resq_kernels.commands.conversation import Conversation
 from resq_kernels.testing.quantized_models import random_quantized
@@ -129,6 +130,24 @@ def test_turns_equal_one_shot_generation_over_the_whole_history(name: str, templ
         0,
         one_shot(model, template, messages[:2], 8),
     )
+
+
+def test_prepared_steps_give_the_same_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding as on a GPU, over a cache that earlier turns filled and that is cropped."""
+    tokenizer = chat_tokenizer(FORGETFUL)
+    expected, found = (Conversation(MODELS["llama"](), tokenizer) for _ in range(2))
+    turns = [expected.reply(text, 8) for text in ("hello", "and you", "x")]
+    monkeypatch.setattr(
+        streaming,
+        "_decoding",
+        lambda _, streamer: {"custom_generate": partial(graph_decoding, streamer=streamer)},
+    )
+    for turn in turns:
+        again = found.reply(turn.user, 8, stop=lambda: False)
+        assert (again.generation.ids, again.cached_tokens) == (
+            turn.generation.ids,
+            turn.cached_tokens,
+        )
 
 
 @pytest.mark.parametrize("end", [256, END])
