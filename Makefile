@@ -11,10 +11,11 @@ CXX_FILES = $(shell find csrc tests resq_kernels -name '*.cpp' -o -name '*.cu' -
 # What a change of an operator or of a format meets first.
 QUICK = tests/ops tests/test_*.py tests/nn/test_weights.py tests/nn/test_resq_linear.py
 
-.PHONY: help demo test test-quick sanitize lint bench format wheel-check gpu-check gpu-check-dry clean
+.PHONY: help demo demo-small test test-quick sanitize lint bench format wheel-check gpu-check gpu-check-dry clean
 
 help:
-	@echo "make demo         quantize the small Llama in examples/, compare, write out/demo/report.html"
+	@echo "make demo         quantize SmolLM2-135M-Instruct, compare, ask it, write out/demo/report.html"
+	@echo "make demo-small   the same on the small Llama in examples/, without a download"
 	@echo "make test         run the test suite"
 	@echo "make test-quick   values of every operator on the CPU, formats, layers, docs (a minute)"
 	@echo "make sanitize     operators' tests under AddressSanitizer and UBSan"
@@ -49,6 +50,9 @@ $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 
 demo: $(VENV)/.built
 	$(BIN)/python examples/demo.py
+
+demo-small: $(VENV)/.built
+	$(BIN)/python examples/demo_small.py
 
 test: $(VENV)/.built
 	$(BIN)/python -m pytest tests

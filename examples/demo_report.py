@@ -1,10 +1,15 @@
-"""The demo's report: one self-contained HTML file with tables and inline SVG plots."""
+"""The demo's report: one self-contained HTML file with tables and inline SVG plots.
+
+python examples/demo_report.py out/demo/results.json    # the tables in Markdown, for README.md
+"""
 
 from __future__ import annotations
 
 import html
 import io
+import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -124,13 +129,24 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table>\n{line(header, 'th')}\n{body}\n</table>"
 
 
+def row_name(row: Mapping) -> str:
+    """The name, of the 16-bit row with the dtype that it ran in."""
+    return f"{row['name']}, run in {row['dtype']}" if row["name"] == "16-bit" else row["name"]
+
+
+def above(increase: float) -> str:
+    """How far a perplexity lies above the 16-bit one; beyond 1000 % in times."""
+    return f"{increase:+.2%}" if increase < 10 else f"{1 + increase:.0f} times"
+
+
 def _rows(model: Mapping) -> list[tuple[str, ...]]:
     return [
         (
-            row["name"],
+            row_name(row),
             f"{row['perplexity']:.3f}",
-            "" if row["quantize_seconds"] is None else f"{row['increase']:+.2%}",
+            "" if row["quantize_seconds"] is None else above(row["increase"]),
             "" if row["quantize_seconds"] is None else f"{row['kl_to_baseline']:.4f}",
+            "" if row["quantize_seconds"] is None else f"{row['top1_agreement']:.1%}",
             f"{row['bytes_total'] / 1e6:.2f}",
             f"{row['bytes_linears'] / 1e6:.2f}",
             f"{row['decode_tokens_per_second']:.0f}",
@@ -146,6 +162,7 @@ HEADER = (
     "perplexity",
     "above 16-bit",
     "KL, nats",
+    "top-1",
     "checkpoint, MB",
     "linears, MB",
     "decode, tokens/s",
@@ -160,17 +177,17 @@ def render(results: Mapping) -> str:
     Args:
         results: the content of results.json.
     """
-    models, settings = results["models"], results["settings"]
+    models = results["models"]
     parts = [
         "<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'>",
         f"<title>ResQ demo</title><style>{STYLE}</style></head><body>",
-        "<h1>ResQ on a small Llama: 16 bits against 4</h1>",
+        f"<h1>{html.escape(results['title'])}: 16 bits against 4</h1>",
         "<p>Weights, activations and KV cache in 4 bits; ResQ keeps the eighth of every dimension "
         "that carries most variance in 8. Every quantized row was saved as a Hugging Face folder, "
-        "loaded again and run through the real kernels. Held-out text that comes with Python, "
-        f"{settings['windows']} windows of {settings['seqlen']} tokens; calibration on "
-        f"{settings['samples']} windows of training text.</p>",
-        f"<p class='note'>{html.escape(_machine_line(results))}</p>",
+        "loaded again and run through the real kernels. KL: mean divergence from the 16-bit model; "
+        "top-1: how often both find the same token likeliest.</p>",
+        f"<p>{html.escape(results['note'])}</p>",
+        f"<p class='note'>{html.escape(machine_line(results))}</p>",
     ]
     for model in models:
         parts.append(f"<h2>{html.escape(model['name'])}</h2>")
@@ -213,13 +230,42 @@ def _outlier_note(outliers: Mapping[str, Mapping[str, float]]) -> str:
     )
 
 
-def _machine_line(results: Mapping) -> str:
+def machine_line(results: Mapping) -> str:
+    """Where the run was, and how long it took."""
     machine, versions = results["machine"], results["versions"]
     return (
         f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_isa']} kernels; "
-        f"torch {versions['torch']}, Python {versions['python']}; {results['seconds']:.0f} s. "
-        "The model is so small that its speed says nothing about the kernels; resq bench does."
+        f"torch {versions['torch']}, Python {versions['python']}; {results['seconds']:.0f} s."
     )
+
+
+def markdown(results: Mapping) -> str:
+    """The tables as README.md shows them.
+
+    Args:
+        results: the content of results.json.
+    """
+    parts = []
+    for model in results["models"]:
+        lines = [
+            "| weights, activations, KV cache | perplexity | KL to 16-bit, nats | top-1 agreement "
+            "| checkpoint | decode, tokens/s | prefill, tokens/s |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in model["rows"]:
+            baseline = row["quantize_seconds"] is None
+            cells = (
+                f"**{row_name(row)}**" if row["name"] == "ResQ, GPTQ" else row_name(row),
+                f"{row['perplexity']:.2f}" + ("" if baseline else f" ({above(row['increase'])})"),
+                "" if baseline else f"{row['kl_to_baseline']:.3f}",
+                "" if baseline else f"{row['top1_agreement']:.1%}",
+                f"{row['bytes_total'] / 1e6:.3g} MB",
+                f"{row['decode_tokens_per_second']:.0f}",
+                f"{row['prefill_tokens_per_second']:.0f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+        parts += [f"{model['name']}, {machine_line(results)}", "\n".join(lines)]
+    return "\n\n".join([*parts, results["note"]])
 
 
 def write_report(path: Path, results: Mapping) -> None:
@@ -227,3 +273,7 @@ def write_report(path: Path, results: Mapping) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     temporary.write_text(render(results), encoding="utf-8")
     os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    print(markdown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -29,6 +29,7 @@ class Evaluation:
         seqlen: tokens of a window; the first one is context only.
         windows: number of windows.
         kl_to_reference: mean KL(reference || model) in nats over all targets, or None.
+        top1_agreement: share of targets whose likeliest token is the reference's too, or None.
         seconds: time of the model's forward passes alone.
         tokens_per_second: tokens / seconds.
     """
@@ -38,6 +39,7 @@ class Evaluation:
     seqlen: int
     windows: int
     kl_to_reference: float | None
+    top1_agreement: float | None
     seconds: float
     tokens_per_second: float
 
@@ -79,11 +81,12 @@ def perplexity(
     reference: PreTrainedModel | None = None,
     progress: str | None = None,
 ) -> Evaluation:
-    """Perplexity of a text, window by window; with a reference also the mean divergence from it.
+    """Perplexity of a text, window by window; with a reference also the divergence from it.
 
     Formula: exp of the mean over windows of the mean over t = 1 .. seqlen - 1 of
     -log p(x_t | x_0 .. x_{t-1}); KL = mean over the same targets of
-    sum_v p_ref(v) (log p_ref(v) - log p(v)).
+    sum_v p_ref(v) (log p_ref(v) - log p(v)); agreement = share of them with
+    argmax_v p_ref(v) = argmax_v p(v).
 
     Args:
         model: any causal language model; quantized ones run their kernels.
@@ -102,6 +105,7 @@ def perplexity(
     windows = cut_windows(tokens, seqlen, max_windows)
     _check_vocabulary(model, windows, reference)
     loss_sum = kl_sum = seconds = 0.0
+    agreed = 0
     bar = tqdm(windows, desc=progress, unit="window", delay=2, disable=progress is None)
     with torch.inference_mode(), _evaluating(model), _evaluating(reference):
         for index, window in enumerate(bar):
@@ -111,10 +115,10 @@ def perplexity(
                 torch.cuda.synchronize(logits.device)
             seconds += time.perf_counter() - start
             other = None if reference is None else _logits(reference, window)
-            loss, kl = _window_sums(logits, window, other)
+            loss, kl, same = _window_sums(logits, window, other)
             if not math.isfinite(loss):
                 raise ValueError(f"perplexity: the logits of window {index} are not finite")
-            loss_sum, kl_sum = loss_sum + loss, kl_sum + kl
+            loss_sum, kl_sum, agreed = loss_sum + loss, kl_sum + kl, agreed + same
             bar.set_postfix(
                 ppl=f"{math.exp(loss_sum / ((index + 1) * (seqlen - 1))):.3f}", refresh=False
             )
@@ -125,6 +129,7 @@ def perplexity(
         seqlen=seqlen,
         windows=windows.shape[0],
         kl_to_reference=None if reference is None else kl_sum / targets,
+        top1_agreement=None if reference is None else agreed / targets,
         seconds=seconds,
         tokens_per_second=windows.numel() / seconds,
     )
@@ -155,9 +160,10 @@ def _logits(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
 
 def _window_sums(
     logits: torch.Tensor, window: torch.Tensor, reference: torch.Tensor | None
-) -> tuple[float, float]:
-    """Sums over a window's targets of -log p(target) and of KL(reference || model), in nats."""
-    loss = kl = 0.0
+) -> tuple[float, float, int]:
+    """Sums over a window's targets: -log p(target) and KL(reference || model) in nats, and the
+    number of those for which both find the same token likeliest."""
+    loss, kl, same = 0.0, 0.0, 0
     for start in range(0, logits.shape[0], _ROWS):
         log_p = functional.log_softmax(logits[start : start + _ROWS].float(), dim=-1)
         targets = window[start + 1 : start + 1 + log_p.shape[0]].to(log_p.device)
@@ -166,7 +172,8 @@ def _window_sums(
             rows = reference[start : start + _ROWS].to(log_p.device, torch.float32)
             log_ref = functional.log_softmax(rows, dim=-1)
             kl += (log_ref.exp() * (log_ref - log_p)).sum(dtype=torch.float64).item()
-    return loss, kl
+            same += int((rows.argmax(dim=-1) == logits[start : start + _ROWS].argmax(dim=-1)).sum())
+    return loss, kl, same
 
 
 def _check_vocabulary(

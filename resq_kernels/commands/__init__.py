@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from resq_kernels.commands import bench, evaluate, generate, info, quantize
+from resq_kernels.commands import bench, chat, evaluate, generate, info, quantize
 from resq_kernels.commands.output import CommandError, UsageError
 
 COMMANDS: dict[str, ModuleType] = {
     "quantize": quantize,
     "eval": evaluate,
     "generate": generate,
+    "chat": chat,
     "bench": bench,
     "info": info,
 }

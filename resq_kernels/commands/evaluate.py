@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         metavar="MODEL",
-        help="also measure the mean KL divergence from this model, usually the 16-bit one",
+        help="also measure the mean KL divergence from this model, usually the 16-bit one, and how "
+        "often both find the same token likeliest",
     )
     parser.add_argument(
         "--fake-quant",
@@ -139,6 +140,7 @@ def _print(figures: dict[str, Any]) -> None:
         rows.append(("perplexity", f"{figures['perplexity']:.4f}"))
         if figures["kl_to_reference"] is not None:
             rows.append(("KL to reference", f"{figures['kl_to_reference']:.6f} nats"))
+            rows.append(("top-1 agreement", f"{figures['top1_agreement']:.2%}"))
         rows += [
             ("text", str(figures["text"])),
             ("tokens", "{tokens} ({windows} windows of {seqlen})".format_map(figures)),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # same conditions as the captured one.
 WARMUPS = 2
 # RoPE whose frequencies depend on the longest position: transformers reads it on the host.
-_HOST_ROPE = ("dynamic", "longrope")
+HOST_ROPE = ("dynamic", "longrope")
 
 
 class DecodeGraph:
@@ -180,7 +180,7 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     if len(devices := {str(tensor.device) for tensor in model.parameters()}) > 1:
         return f"expected all weights on one device, got {', '.join(sorted(devices))}"
     rotary = getattr(model, model.base_model_prefix).rotary_emb
-    if (rope := getattr(rotary, "rope_type", "default")) in _HOST_ROPE:
+    if (rope := getattr(rotary, "rope_type", "default")) in HOST_ROPE:
         return f"expected a RoPE whose frequencies do not depend on the length, got {rope!r}"
     return None
 

@@ -25,6 +25,7 @@ KEYS = {
     "seqlen",
     "windows",
     "kl_to_reference",
+    "top1_agreement",
     "seconds",
     "tokens_per_second",
 }
@@ -50,7 +51,7 @@ def test_perplexity_is_the_papers_formula() -> None:
         # float32 log_softmax over 257 words: |error| of a log p < 1e-5.
         assert found.perplexity == pytest.approx(expected, rel=2e-5)
         assert (found.windows, found.tokens, found.seqlen) == (count, count * seqlen, seqlen)
-        assert found.kl_to_reference is None
+        assert (found.kl_to_reference, found.top1_agreement) == (None, None)
         # A protocol that keeps the tail, or that also predicts the first token, is told apart.
         shifted = perplexity(model, tokens[1:], seqlen=seqlen).perplexity
         assert shifted != pytest.approx(expected, rel=2e-5)
@@ -75,6 +76,23 @@ def test_divergence_is_from_the_reference_to_the_model() -> None:
     assert found == pytest.approx(forward, rel=1e-4)
     assert found != pytest.approx(backward, rel=1e-4)
     assert perplexity(model, tokens, seqlen=32, reference=model).kl_to_reference == 0.0
+
+
+def test_agreement_is_counted_over_all_targets() -> None:
+    """Also beyond one chunk of logits, and not of the token after the last window."""
+    model, reference = tiny_llama(max_position_embeddings=300), tiny_llama(1)
+    with torch.no_grad():
+        for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+            b.copy_(a + 0.05 * b)
+    tokens = torch.randint(1, 257, (600,))
+    same = 0
+    for window in tokens.view(2, 300):
+        p, q = log_probabilities(reference, window), log_probabilities(model, window)
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+    assert 0 < same < 598
+    found = perplexity(model, tokens, seqlen=300, reference=reference)
+    assert found.top1_agreement == same / 598
+    assert perplexity(model, tokens, seqlen=300, reference=model).top1_agreement == 1.0
 
 
 def test_windows_touch_and_drop_the_tail() -> None:
@@ -124,7 +142,8 @@ def test_eval_writes_the_documented_keys(
     windows = len(data) // POSITIONS  # one token a byte, no BOS
     assert (figures["seqlen"], figures["windows"]) == (POSITIONS, windows)
     assert figures["tokens"] == windows * POSITIONS
-    assert figures["kl_to_reference"] == 0.0
+    assert (figures["kl_to_reference"], figures["top1_agreement"]) == (0.0, 1.0)
+    assert "100.00%" in result.out
     ids = byte_tokenizer()(text_file.read_text(encoding="utf-8"), add_special_tokens=False)
     tokens = torch.tensor(ids["input_ids"])
     assert tokens.numel() == len(data)

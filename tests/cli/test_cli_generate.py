@@ -14,7 +14,7 @@ import torch
 from cli_support import POSITIONS, Result, byte_tokenizer, tiny_llama
 from transformers import GenerationConfig
 
-from resq_kernels.commands import generate
+from resq_kernels.commands import streaming
 
 KEYS = {
     "model",
@@ -142,11 +142,11 @@ def test_settings_that_hold_their_default_are_not_named(
     """Those of transformers, as far as its version has them, and none of ours beside them."""
     defaults = GenerationConfig._get_default_generation_params()
     assert (
-        generate._DEFAULTS.items() >= {k: v for k, v in defaults.items() if v is not None}.items()
+        streaming._DEFAULTS.items() >= {k: v for k, v in defaults.items() if v is not None}.items()
     )
     folder = shutil.copytree(llama, tmp_path / "model")
     settings = {"eos_token_id": 256, "transformers_version": "4.40.0", "bad_words_ids": None}
-    settings |= {"suppress_tokens": [], "_from_model_config": True} | generate._DEFAULTS
+    settings |= {"suppress_tokens": [], "_from_model_config": True} | streaming._DEFAULTS
     (folder / "generation_config.json").write_text(json.dumps(settings))
     result = resq("generate", folder, "--prompt", "def f", "--max-new-tokens", 2)
     assert result.code == 0 and "not used" not in result.err

@@ -15,7 +15,7 @@ from cli_support import POSITIONS, Result, byte_tokenizer, save
 from transformers import AutoModelForCausalLM
 
 from resq_kernels import graph_decoding
-from resq_kernels.commands import generate
+from resq_kernels.commands import streaming
 from resq_kernels.testing.tiny_models import make_model
 
 PROMPT = "def f(x)"
@@ -95,16 +95,16 @@ def test_commands_follow_each_other(
     assert generated.out == byte_tokenizer().decode(tokens[0], skip_special_tokens=True) + "\n"
 
     model = AutoModelForCausalLM.from_pretrained(out)
-    assert generate._decoding(model, None) == {}
+    assert streaming._decoding(model, None) == {}
     monkeypatch.setattr(type(model), "device", SimpleNamespace(type="cuda"))
-    options = generate._decoding(model, None)
+    options = streaming._decoding(model, None)
     monkeypatch.undo()
     assert options["custom_generate"].func is graph_decoding
 
     def prepared(_: Any, streamer: Any) -> dict[str, Any]:
         return {"custom_generate": partial(graph_decoding, streamer=streamer)}
 
-    monkeypatch.setattr(generate, "_decoding", prepared)
+    monkeypatch.setattr(streaming, "_decoding", prepared)
     steps = resq("generate", out, "--prompt", PROMPT, "--max-new-tokens", 12)
     assert steps.out == generated.out, steps.err
 

@@ -1,149 +1,118 @@
-"""The demo: its promises can fail; a reduced run keeps them and writes a report."""
+"""The demo on a real model, here a tiny one: its promises can fail, and a run makes them."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
-import subprocess
-import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import demo
+import demo_common as common
 import demo_report
+import demo_small
 import pytest
+import smollm2
+import torch
 
-EXAMPLES = Path(demo.__file__).resolve().parent
+from resq_kernels.testing.tiny_models import save_tiny_model
 
 
-def rows(**perplexities: float) -> dict[str, demo.Row]:
-    """Rows with the perplexities of a good run, but for those that are given."""
+def row(name: str, **values: float) -> common.Row:
+    """A row of a good run, but for the values that are given."""
     usual = {
-        demo.BASELINE: 20.0,
-        demo.RTN: 900.0,
-        demo.ROTATION: 21.0,
-        demo.RESQ_RTN: 20.6,
-        demo.RESQ_GPTQ: 20.5,
+        common.BASELINE: (20.0, 0.0, 1.0, 1000, 1000),
+        common.RTN: (2000.0, 4.5, 0.1, 330, 270),
+        common.ROTATION: (40.0, 0.6, 0.6, 330, 270),
+        common.RESQ_GPTQ: (25.0, 0.2, 0.75, 350, 290),
     }
-    found = usual | {getattr(demo, name): value for name, value in perplexities.items()}
-    return {
-        name: demo.Row(
-            name=name,
-            folder="",
-            perplexity=value,
-            increase=value / found[demo.BASELINE] - 1,
-            kl_to_baseline=0.0,
-            bytes_total=1,
-            bytes_linears=1,
-            decode_tokens_per_second=1.0,
-            prefill_tokens_per_second=1.0,
-            quantize_seconds=1.0,
-            layers=[],
-        )
-        for name, value in found.items()
-    }
+    names = ("perplexity", "kl_to_baseline", "top1_agreement", "bytes_total", "bytes_linears")
+    found = dict(zip(names, usual[name], strict=True)) | values
+    return common.Row(
+        name=name,
+        folder="",
+        dtype="bfloat16",
+        increase=found["perplexity"] / 20 - 1,
+        decode_tokens_per_second=1.0,
+        prefill_tokens_per_second=1.0,
+        quantize_seconds=None,
+        layers=[],
+        **found,
+    )
 
 
 @pytest.mark.parametrize(
-    ("perplexities", "broken"),
+    ("name", "values", "broken"),
     [
-        ({}, None),
-        ({"RESQ_GPTQ": 21.1, "ROTATION": 30.0}, "within 5 %"),
-        ({"RTN": 39.0}, "ruins the model"),
-        ({"ROTATION": 20.6}, "rotation only loses at least 1.5 times"),
-        ({"RESQ_GPTQ": 20.8}, "rotation only loses at least 1.5 times"),
+        (common.RTN, {}, None),
+        (common.RESQ_GPTQ, {"kl_to_baseline": 0.7}, "divergence"),
+        (common.RTN, {"kl_to_baseline": 0.5}, "divergence"),
+        (common.ROTATION, {"top1_agreement": 0.8}, "agreement"),
+        (common.RTN, {"perplexity": 39.0}, "plain rounding ruins"),
+        (common.RESQ_GPTQ, {"bytes_total": 401}, "at most 40 %"),
+        (common.RESQ_GPTQ, {"bytes_linears": 301}, "at most 40 %"),
     ],
 )
 def test_promises_break_when_a_figure_does(
-    perplexities: dict[str, float], broken: str | None
+    name: str, values: dict[str, float], broken: str | None
 ) -> None:
-    checks = demo.promises(demo.OUTLIERS, rows(**perplexities))
-    failed = [check.promise for check in checks if not check.ok]
-    assert len(checks) == 3
+    names = (common.BASELINE, common.RTN, common.ROTATION, common.RESQ_GPTQ)
+    rows = {other: row(other, **(values if other == name else {})) for other in names}
+    failed = [check.promise for check in demo.promises("a model", rows) if not check.ok]
     assert len(failed) == (broken is not None)
     assert broken is None or broken in failed[0]
 
 
-def test_plain_model_is_not_expected_to_be_ruined() -> None:
-    (check,) = demo.promises(demo.PLAIN, rows(RTN=21.0))
-    assert check.ok
-
-
-class _Elements(HTMLParser):
-    """Counts elements and notes what is loaded from elsewhere."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: dict[str, int] = {}
-        self.external: list[str] = []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.counts[tag] = self.counts.get(tag, 0) + 1
-        self.external += [
-            value
-            for name, value in attributes
-            if name in ("src", "href", "xlink:href") and not (value or "").startswith("#")
-        ]
-
-
-def elements(page: str) -> _Elements:
-    parser = _Elements()
-    parser.feed(page)
-    return parser
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess, Path]:
-    """`examples/demo.py --quick` as a user starts it."""
-    out = tmp_path_factory.mktemp("demo") / "out"
-    command = [sys.executable, EXAMPLES / "demo.py", "--quick", "--out", out]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment), out
-
-
-def test_demo_keeps_its_promises(run: tuple[subprocess.CompletedProcess, Path]) -> None:
-    done, out = run
-    assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((out / "results.json").read_text())
-    (model,) = results["models"]
-    assert model["name"] == demo.OUTLIERS
-    assert [row["name"] for row in model["rows"]] == [demo.BASELINE, *demo.VARIANTS]
-    for row in model["rows"]:
-        assert set(row) == {field.name for field in dataclasses.fields(demo.Row)}
-        assert f"{row['perplexity']:.3f}" in done.stdout
-    assert len(results["checks"]) == 4
-    assert all(check["ok"] for check in results["checks"])
-    baseline, *quantized = model["rows"]
-    for row in quantized:
-        assert row["bytes_linears"] < baseline["bytes_linears"] / 3.4
-        assert len(row["layers"]) == 4 * 7
-
-
-def test_report_is_self_contained(run: tuple[subprocess.CompletedProcess, Path]) -> None:
-    page = (run[1] / "report.html").read_text()
-    found = elements(page)
-    assert (found.counts["svg"], found.counts["h2"]) == (3, 5)
-    assert found.counts["table"] == 2
-    assert found.external == []
-    assert "<td>ResQ, GPTQ</td>" in page
-
-
-def test_report_shows_two_models_and_a_broken_promise(
-    run: tuple[subprocess.CompletedProcess, Path],
+def test_a_run_measures_asks_and_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = json.loads((run[1] / "results.json").read_text())
-    results["models"] *= 2
-    results["checks"][0] |= {"ok": False, "measured": "<6 %>"}
-    page = demo_report.render(results)
-    assert elements(page).counts["table"] == 4
-    assert "<li class='failed'>FAILED: " in page and "(&lt;6 %&gt;)" in page
+    """On random weights with a chat template. The rows need not keep the promises of a real model,
+    which the exit code says."""
+    out = tmp_path / "out"
+    folder = save_tiny_model(tmp_path / "tiny", dtype=torch.bfloat16)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] + '\\n' }}{% endfor %}"
+    )
+    small = common.Settings(
+        samples=2, seqlen=64, windows=2, check_windows=1, check_seqlen=32, new_tokens=2, rounds=1
+    )
+    monkeypatch.setattr(demo, "FULL", small)
+    monkeypatch.setattr(demo, "ANSWER_TOKENS", 6)
+    monkeypatch.setattr(demo, "baseline_dtype", lambda: torch.float32)
+    code = demo.main(["--model", str(folder), "--out", str(out)])
+    shown = capsys.readouterr()
+    results = json.loads((out / "results.json").read_text())
+    failed = [check for check in results["checks"] if not check["ok"]]
+    assert code == bool(failed) and len(results["checks"]) == 5
+    assert all(check["promise"] in shown.err for check in failed)
+    (model,) = results["models"]
+    names = [common.BASELINE, common.RTN, common.ROTATION, common.RESQ_GPTQ]
+    assert [found["name"] for found in model["rows"]] == names
+    assert [found["dtype"] for found in model["rows"]] == ["float32", *["bfloat16"] * 3]
+    baseline, *quantized = model["rows"]
+    assert baseline["top1_agreement"] == 1.0
+    for found in quantized:
+        assert 0 < found["top1_agreement"] < 1 and found["kl_to_baseline"] > 0
+        assert f"{found['top1_agreement']:.1%}" in shown.out
+    for question in demo.QUESTIONS:
+        assert f"> {question}" in model["samples"]
+    assert "\ntiny\n\n" in shown.out and "16-bit, run in float32" in shown.out
+    assert "Python's own documentation and sources" in shown.out
+    page = (out / "report.html").read_text()
+    assert "<h1>ResQ on tiny: 16 bits against 4</h1>" in page and "WikiText-2 cannot be" in page
+    assert "16-bit, run in float32" in demo_report.markdown(results)
 
 
-def test_saved_folder_talks(run: tuple[subprocess.CompletedProcess, Path]) -> None:
-    folder = run[1] / "models" / "outliers" / "resq-gptq"
-    command = [sys.executable, "-m", "resq_kernels", "generate", folder, "--prompt", demo.PROMPT]
-    done = subprocess.run([*command, "--max-new-tokens", "8"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(demo.PROMPT)
-    assert str(folder) in run[0].stdout
+def test_without_the_package_index_the_small_llama_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unavailable(downloads: Path, out: Path) -> Path:
+        raise smollm2.Unavailable("no route")
+
+    asked = []
+    monkeypatch.setattr(smollm2, "model_folder", unavailable)
+    monkeypatch.setattr(demo_small, "main", lambda argv: asked.append(argv) or 0)
+    assert demo.main(["--out", str(tmp_path)]) == 0
+    assert asked == [["--out", str(tmp_path)]]
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == (
+        "SmolLM2-135M-Instruct cannot be had (no route); the small Llama of examples/ instead"
+    )
