@@ -52,6 +52,12 @@ SIZES = {
 }
 # Of the other keys of the architecture these say nothing more.
 KNOWN = {"rope.freq_base", "rope.dimension_count", "attention.key_length", "attention.value_length"}
+# tokenizer.ggml.pre -> what splits a text before GPT-2's rule does; SmolLM reads digits singly.
+SPLITS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
+    "default": [],
+    "gpt-2": [],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True)],
+}
 CONTROL = 3  # of tokenizer.ggml.token_type: a special token
 ORDINARY = 1
 
@@ -155,7 +161,7 @@ def halves(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
 def read_tokenizer(facts: dict[str, Any]) -> PreTrainedTokenizerFast:
     """The byte-level BPE tokenizer, with the file's special tokens and chat template.
 
-    Words are split by GPT-2's rule, as transformers does with every file of this kind.
+    Words are split by the file's rule; transformers takes GPT-2's for every file of this kind.
     """
     kind = facts["tokenizer.ggml.model"]
     if kind != "gpt2":
@@ -169,10 +175,15 @@ def read_tokenizer(facts: dict[str, Any]) -> PreTrainedTokenizerFast:
             f"tokenizer.ggml.token_type: expected ordinary and control tokens ({ORDINARY}, "
             f"{CONTROL}), got {sorted(set(kinds))}"
         )
+    rule = facts.get("tokenizer.ggml.pre", "default")
+    if rule not in SPLITS:
+        raise ValueError(f"tokenizer.ggml.pre: expected one of {', '.join(SPLITS)}, got {rule!r}")
     merges = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
     vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*SPLITS[rule], pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     special = [word for word, kind in zip(words, kinds, strict=True) if kind == CONTROL]
     tokenizer.add_special_tokens([AddedToken(w, normalized=False, special=True) for w in special])

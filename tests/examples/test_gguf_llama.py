@@ -27,7 +27,7 @@ def words() -> tuple[list[str], list[str]]:
     return ["<|endoftext|>", "<|end|>", *letters, *joined], merges
 
 
-def write(folder: Path, tied: bool = True, **changes: Any) -> Path:
+def write(folder: Path, tied: bool = True, split: str = "gpt-2", **changes: Any) -> Path:
     """A tiny Llama with 4-bit and 8-bit blocks as a GGUF file; `changes` replace or add keys."""
     tokens, merges = words()
     model = make_model("llama", vocab_size=len(tokens), head_dim=32, tie_word_embeddings=tied)
@@ -49,6 +49,7 @@ def write(folder: Path, tied: bool = True, **changes: Any) -> Path:
     writer.add_float32("llama.rope.freq_base", 5000.0)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
     writer.add_token_merges(merges)
@@ -112,6 +113,16 @@ def test_tokenizer_encodes_as_the_one_of_transformers(tmp_path: Path) -> None:
     assert mine.decode(mine(text)["input_ids"]) == text
     assert mine.special_tokens_map == theirs.special_tokens_map
     assert set(mine.all_special_ids) == {0, 1} and mine.chat_template == TEMPLATE
+
+
+def test_digits_are_split_where_the_file_says_so(tmp_path: Path) -> None:
+    tokens, _ = words()
+    for split, pieces in (("gpt-2", ["a", "12", "0"]), ("smollm", ["a", "1", "2", "0"])):
+        folder = gguf_llama.convert(write(tmp_path, split=split), tmp_path / split)
+        ids = AutoTokenizer.from_pretrained(folder)("a120")["input_ids"]
+        assert [tokens[index] for index in ids] == pieces
+    with pytest.raises(ValueError, match="pre: expected one of default, .*, got 'llama-bpe'"):
+        gguf_llama.convert(write(tmp_path, split="llama-bpe"), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
