@@ -70,7 +70,8 @@ def test_moments_are_those_of_the_source_model(
     for name in ("keys", "queries"):
         moment = getattr(moments, name)
         assert moment.dtype == torch.float64 and (moment - moment.mT).abs().max() < 1e-9
-        assert (torch.linalg.eigvalsh(moment) > -1e-9).all()
+        variances = torch.linalg.eigvalsh(moment)  # of fewer tokens than dims: some are 0
+        assert (variances > -1e-7 * variances.amax()).all()
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [
         "hidden-moment-00001.safetensors",
