@@ -10,8 +10,9 @@ from resq_kernels.formats import QuantizedWeight, pack_int4
 CLIP_STEPS = 80
 CLIP_STEP = 0.01
 CLIP_NORM = 2.4
-SEARCH_ELEMENTS = 1 << 16
-"""Weights that are searched at once: they and the temporaries of a step stay in the cache."""
+CPU_ELEMENTS, GPU_ELEMENTS = 1 << 16, 1 << 24
+"""Weights that are searched at once: on a CPU they and the temporaries of a step stay in the cache;
+on a GPU a launch costs more than reading them."""
 BOUND_STEPS, BOUND_WEIGHTS = 4, 32
 """Steps between two looks at the errors of the largest weights of every row, and how many."""
 
@@ -34,8 +35,9 @@ def search_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """
     if weight.numel() == 0:
         return weight.new_zeros(weight.shape[0])
-    rows = max(1, SEARCH_ELEMENTS // weight.shape[1])
-    return torch.cat([_search_rows(part, bits) for part in weight.split(rows)])
+    elements = CPU_ELEMENTS if weight.device.type == "cpu" else GPU_ELEMENTS
+    parts = weight.split(max(1, elements // weight.shape[1]))
+    return torch.cat([_search_rows(part, bits) for part in parts])
 
 
 def _search_rows(weight: torch.Tensor, bits: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from resq_kernels.architecture import ModelShape
-from resq_kernels.ptq.decoder import DecoderLayer, Rope
+from resq_kernels.ptq.decoder import DecoderLayer, Rope, product_dtype
 from resq_kernels.ptq.gram import Gram, gram_per_head
 from resq_kernels.ptq.source import SourceModel
 from resq_kernels.ptq.workspace import Workspace
@@ -125,6 +125,8 @@ def calibrate(
 ) -> SecondMoments:
     """Runs the float model layer by layer over the windows and sums second moments (`Gram`).
 
+    Its linears are computed in `product_dtype`, everything else in float32.
+
     Norm gains are folded into the linears first, so the inputs are those of the model that is then
     rotated. Memory: one layer and `BATCH_TOKENS` tokens of activations; hidden states live in the
     work folder, in one piece per layer, so that a killed run can continue.
@@ -142,7 +144,8 @@ def calibrate(
             states.begin().copy_(model.embed(tokens))
             states.finish()
         after = work.hidden(f"float-{index + 1:05d}", size)
-        decoder = DecoderLayer(shape, model.layer(index, fold_norms=True).to(device), rope)
+        layer = model.layer(index, fold_norms=True).to(device, product_dtype(model.dtype, device))
+        decoder = DecoderLayer(shape, layer, rope)
         moments = _run_layer(decoder, states.read(), after.begin(), device)
         after.finish()
         for name, moment in moments.items():

@@ -30,7 +30,7 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass
 class Layer:
-    """The parameters of one decoder layer, float32.
+    """The parameters of one decoder layer, float32; weights and biases may be bfloat16.
 
     Attributes:
         weights: name of a linear -> [rows, columns].
@@ -48,20 +48,32 @@ class Layer:
     o_order: torch.Tensor | None = None
     hadamard: bool = False
 
-    def to(self, device: str) -> Layer:
-        """The same layer on a device."""
+    def to(self, device: str, products: torch.dtype = torch.float32) -> Layer:
+        """The same layer on a device, weights and biases in the dtype `products`."""
 
-        def move(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return {name: tensor.to(device) for name, tensor in tensors.items()}
+        def move(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+            return {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
 
         return Layer(
-            move(self.weights),
-            move(self.biases),
-            move(self.norms),
+            move(self.weights, products),
+            move(self.biases, products),
+            move(self.norms, torch.float32),
             None if self.key_rotation is None else self.key_rotation.to(device),
             None if self.o_order is None else self.o_order.to(device),
             self.hadamard,
         )
+
+
+def product_dtype(source: torch.dtype, device: str) -> torch.dtype:
+    """The dtype in which the float model's linears are computed: bfloat16 if the source's weights
+    are and the device has instructions for it, which take half the time or less; else float32."""
+    if source != torch.bfloat16:
+        return torch.float32
+    if device.startswith("cuda"):
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def rope_tables(config: Mapping[str, Any], folder: Path, seqlen: int) -> Rope:
@@ -87,7 +99,8 @@ def apply_rope(x: torch.Tensor, rope: Rope) -> torch.Tensor:
 class DecoderLayer:
     """The steps of a decoder layer between the inputs of its linears.
 
-    Every method takes and returns float32 [windows, seqlen, features].
+    Every method takes and returns float32 [windows, seqlen, features]. A linear with a bfloat16
+    weight rounds its input and output to bfloat16.
 
     Args:
         shape: sizes of the model.
@@ -158,7 +171,8 @@ class DecoderLayer:
         return self.output(hidden, self.down_input(self.gate_up_input(hidden)))
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return functional.linear(x, self.layer.weights[name], self.layer.biases.get(name))
+        weight = self.layer.weights[name]
+        return functional.linear(x.to(weight.dtype), weight, self.layer.biases.get(name)).float()
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """[windows, seqlen, heads * head_dim] -> [windows, heads, seqlen, head_dim]."""

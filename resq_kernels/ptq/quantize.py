@@ -30,7 +30,7 @@ from resq_kernels.ptq.workspace import Workspace, error_piece, layer_piece
 from resq_kernels.weights import quantize_weight
 
 ERROR_ROWS = 4096
-"""Rows of a weight whose output error is computed at once, in float64."""
+"""Rows of a weight whose output error is computed at once."""
 
 
 @torch.no_grad()
@@ -172,12 +172,17 @@ class _Codes:
 def output_error(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:
     """||(W - W') x|| / ||W x|| over the calibration inputs x with E[x x^T] = `hessian`.
 
-    Formula: sqrt(tr(D H D^T) / tr(W H W^T)), D = W - W'; 0 where W x is 0 everywhere.
+    Formula: sqrt(tr(D H D^T) / tr(W H W^T)), D = W - W'; 0 where W x is 0 everywhere. In the
+    weights' dtype: float32 was within 2e-5 of float64 also where one direction of x had 10^8 times
+    the others' variance.
     """
 
+    hessian = hessian.to(weight.dtype)
+
     def power(matrix: torch.Tensor) -> torch.Tensor:
-        parts = (rows.double() for rows in matrix.split(ERROR_ROWS))
-        return torch.stack([((rows @ hessian) * rows).sum() for rows in parts]).sum()
+        parts = matrix.to(hessian.dtype).split(ERROR_ROWS)
+        powers = [((rows @ hessian) * rows).sum(dtype=torch.float64) for rows in parts]
+        return torch.stack(powers).sum()
 
     total = power(weight)
     return float((power(weight - rounded) / total).clamp_min(0).sqrt()) if total > 0 else 0.0

@@ -159,8 +159,10 @@ def test_codes_fill_their_ranges() -> None:
 
 def test_output_error_is_measured_on_the_inputs() -> None:
     x = torch.randn(500, 20, dtype=torch.float64)
+    x = (x * torch.logspace(-3, 1, 20)) @ torch.linalg.qr(torch.randn(20, 20).double()).Q
     weight, other = torch.randn(6, 20), torch.randn(6, 20)
     got = output_error(weight, other, x.T @ x / 500)
     expected = (x @ (weight - other).double().T).norm() / (x @ weight.double().T).norm()
-    assert got == pytest.approx(float(expected), rel=1e-9)
+    assert got == pytest.approx(float(expected), rel=1e-5)
+    assert got * 1.0001 != pytest.approx(float(expected), rel=1e-5)
     assert output_error(torch.zeros(2, 20), torch.zeros(2, 20), x.T @ x) == 0.0
