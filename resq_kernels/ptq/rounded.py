@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from resq_kernels import ops, reference
+from resq_kernels import kv_pages, ops
 from resq_kernels.architecture import (
     ATTENTION_NORM,
     DOWN_PROJ,
@@ -51,19 +51,41 @@ class RoundedLayer:
         head, kv_heads = self.shape.head_dim, self.shape.kv_heads
         rows = [head * heads for heads in (self.shape.heads, kv_heads, kv_heads)]
         parts = self._linear(qkv_input, QKV).split(rows, dim=-1)
-        queries, keys, values = map(self._float.split_heads, parts)
-        queries, keys = self._float.rotate(
-            apply_rope(queries, self.rope), apply_rope(keys, self.rope)
-        )
+        queries, keys, values = (part.unflatten(-1, (-1, head)) for part in parts)
         if self.config.kv_bits == 4:
-            hi_bits = 8 if self.config.method == "resq" else 4
-            keys = reference.kv_fake_quantize(keys, hi_bits)
-            values = reference.kv_fake_quantize(values, hi_bits)
+            queries, keys, values = self._through_pages(queries, keys, values)
+        queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, values))
+        if self.config.kv_bits != 4:
+            queries, keys = (apply_rope(t, self.rope) for t in (queries, keys))
+            queries, keys = self._float.rotate(queries, keys)
+        attended = self._float.mix(queries, keys, values)
         format = self._format(O_PROJ)
-        attended = join_heads(
-            self._float.mix(queries, keys, values), format.k_hi // self.shape.heads
-        )
-        return ops.mixed_quantize(attended, *format)
+        joined = join_heads(attended, format.k_hi // self.shape.heads)
+        return ops.mixed_quantize(joined, *format)
+
+    def _through_pages(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys after RoPE and rotation; keys and values as a cache returns them.
+
+        All are [windows, seqlen, heads, head_dim].
+        """
+        windows, seqlen, kv_heads, head = keys.shape
+        device, size = keys.device, kv_pages.DEFAULT_PAGE_SIZE
+        pages = -(-seqlen // size)
+        table = torch.arange(windows * pages, device=device).view(windows, pages)
+        shape = kv_pages.cache_shape(windows * pages, kv_heads, size, head)
+        cache = torch.empty(shape, dtype=torch.uint8, device=device)
+        slots = (table[:, :1] * size + torch.arange(seqlen, device=device)).flatten()
+        cos, sin = (side[:seqlen].to(device).repeat(windows, 1) for side in self.rope)
+        queries, keys, values = (t.flatten(0, 1) for t in (queries, keys, values))
+        hi_bits = 8 if self.config.method == "resq" else 4
+        rotation = self.layer.key_rotation
+        rotated = ops.kv_append(keys, values, cos, sin, rotation, cache, slots, hi_bits, queries)
+        assert rotated is not None
+        lengths = torch.full((windows,), seqlen, dtype=torch.int32, device=device)
+        keys, values = ops.kv_dequantize(cache, table.int(), lengths, seqlen, head, torch.float32)
+        return rotated.unflatten(0, (windows, seqlen)), keys, values
 
     def after_attention(self, x: torch.Tensor, o_input: MixedTensor) -> torch.Tensor:
         """The residual stream between attention and MLP."""

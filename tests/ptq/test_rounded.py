@@ -33,10 +33,10 @@ def test_every_step_is_the_reference_s(any_model: Path, name: str) -> None:
     layer = Layer(source.weights, source.biases, source.norms)
     if config.rotates:
         rotation = torch.linalg.qr(torch.randn(head, head)).Q
-        layer.key_rotation = rotation.half()[None]
+        layer.key_rotation = rotation.half()[None].contiguous()
         layer.o_order = o_column_order(shape, config.high_fraction)
         layer.hadamard = True
-    rope = rope_tables(model.reader.config, any_model, 40)
+    rope = rope_tables(model.reader.config, any_model, 70)  # more than a page
     weights = {
         n: quantize_weight(w, shape.k_hi(n, config.high_fraction)) for n, w in layer.weights.items()
     }
@@ -46,7 +46,7 @@ def test_every_step_is_the_reference_s(any_model: Path, name: str) -> None:
     layer.weights = {n: weight.dequantize() for n, weight in weights.items()}
     reference = ReferenceLayer(shape, layer, rope, config)
 
-    x = torch.randn(2, 40, shape.hidden)
+    x = torch.randn(2, 70, shape.hidden)
     codes = rounded.qkv_input(x)
     compare(codes.dequantize(), reference.qkv_input(x))
     o_codes = rounded.o_input(codes)
