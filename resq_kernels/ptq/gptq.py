@@ -37,7 +37,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, k_hi: int, damping: float)
     scale = torch.stack(
         [search_scale(weight[:, :k_lo], 4), search_scale(weight[:, k_lo:], 8)], dim=1
     )
-    feedback = feedback_factor(hessian, damping).float()
+    feedback = feedback_factor(hessian, damping)
     # Transposed: a column of the weight is contiguous.
     weight = weight.T.contiguous()
     errors = torch.empty_like(weight)
@@ -57,9 +57,10 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, k_hi: int, damping: float)
 
 
 def feedback_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """V_ij / V_jj, float64 [K, K], with V V^T the damped Hessian and V upper triangular.
+    """V_ij / V_jj, float32 [K, K], with V V^T the damped Hessian and V upper triangular.
 
-    An input that is always 0 gets diagonal 1: its weight has no effect.
+    An input that is always 0 gets diagonal 1: its weight has no effect. Memory: two matrices of
+    the Hessian's size besides it.
 
     Raises:
         ValueError: too little damping for the rounding errors of the Hessian.
@@ -74,5 +75,6 @@ def feedback_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
         raise ValueError(
             f"gptq: damping: expected enough to make the Hessian positive definite, got {damping}"
         )
+    del damped, diagonal
     factor /= factor.diagonal().clone()
-    return factor.flip(0, 1)
+    return factor.float().flip(0, 1)

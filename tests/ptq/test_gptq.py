@@ -134,7 +134,7 @@ def test_inputs_that_are_always_zero() -> None:
     rounded = gptq(weight, hessian, 4, DAMPING)
     assert torch.isfinite(rounded.dequantize()).all()
     factor = feedback_factor(torch.zeros(3, 3, dtype=torch.float64), DAMPING)
-    assert torch.equal(factor, torch.eye(3, dtype=torch.float64))
+    assert torch.equal(factor, torch.eye(3))
 
 
 def test_too_little_damping_is_named() -> None:
