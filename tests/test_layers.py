@@ -31,7 +31,7 @@ ALLOWED = {
     "ops": LEAVES | {"_library"},
     "nn": LEAVES | {"ops", "weights"},
     "fake_quant": LEAVES | {"nn", "reference"},
-    "ptq": LEAVES | {"checkpoint", "safetensors_io", "weights", "reference"},
+    "ptq": LEAVES | {"checkpoint", "safetensors_io", "weights", "reference", "ops", "_library"},
     "integrations": LEAVES | {"nn", "checkpoint"},
     "api": LEAVES | {"ptq", "checkpoint", "safetensors_io"},
     "testing": LEAVES

@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 from resq_kernels.architecture import ModelShape
-from resq_kernels.ptq.decoder import DecoderLayer, Rope
+from resq_kernels.ptq.decoder import DecoderLayer, Rope, product_dtype
+from resq_kernels.ptq.gram import Gram, gram_per_head
 from resq_kernels.ptq.source import SourceModel
 from resq_kernels.ptq.workspace import Workspace
 
@@ -113,19 +114,6 @@ def layer_bar(layers: Iterable[int], stage: str, progress: bool) -> Iterable[int
     return tqdm(layers, desc=f"{stage:<9}", unit="layer", disable=not progress)
 
 
-def gram(x: torch.Tensor) -> torch.Tensor:
-    """x^T x of the last dimension in float64."""
-    x = x.double().flatten(0, -2)
-    return x.T @ x
-
-
-def gram_per_head(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """x^T x per kv head, mean over its query heads, of [windows, heads, seqlen, head_dim]."""
-    heads = x.double().transpose(0, 1).flatten(1, 2)
-    grams = (heads.mT @ heads).unflatten(0, (kv_heads, -1))
-    return grams.mean(1)
-
-
 @torch.no_grad()
 def calibrate(
     model: SourceModel,
@@ -135,7 +123,9 @@ def calibrate(
     device: str = "cpu",
     progress: bool = True,
 ) -> SecondMoments:
-    """Runs the float model layer by layer over the windows and sums second moments in float64.
+    """Runs the float model layer by layer over the windows and sums second moments (`Gram`).
+
+    Its linears are computed in `product_dtype`, everything else in float32.
 
     Norm gains are folded into the linears first, so the inputs are those of the model that is then
     rotated. Memory: one layer and `BATCH_TOKENS` tokens of activations; hidden states live in the
@@ -154,7 +144,8 @@ def calibrate(
             states.begin().copy_(model.embed(tokens))
             states.finish()
         after = work.hidden(f"float-{index + 1:05d}", size)
-        decoder = DecoderLayer(shape, model.layer(index, fold_norms=True).to(device), rope)
+        layer = model.layer(index, fold_norms=True).to(device, product_dtype(model.dtype, device))
+        decoder = DecoderLayer(shape, layer, rope)
         moments = _run_layer(decoder, states.read(), after.begin(), device)
         after.finish()
         for name, moment in moments.items():
@@ -183,28 +174,30 @@ def _run_layer(
 ) -> dict[str, torch.Tensor]:
     """Fills `after` with the layer's output and returns the moments of one layer."""
     shape = decoder.shape
+    hidden = Gram(shape.hidden, device)
     moments = _zero_moments(shape, device)
     for part in batches(*states.shape[:2]):
         x = states[part].to(device)
         qkv_input = decoder.qkv_input(x)
         queries, keys, values = decoder.heads(qkv_input)
         attended = decoder.attend(queries, keys, values)
-        hidden = decoder.after_attention(x, attended)
-        gate_up_input = decoder.gate_up_input(hidden)
+        between = decoder.after_attention(x, attended)
+        gate_up_input = decoder.gate_up_input(between)
         down_input = decoder.down_input(gate_up_input)
-        after[part] = decoder.output(hidden, down_input).cpu()
-        moments["hidden"] += (gram(qkv_input) + gram(gate_up_input)) / 2
+        after[part] = decoder.output(between, down_input).cpu()
+        hidden.add(qkv_input)
+        hidden.add(gate_up_input)
         moments["attended"] += gram_per_head(decoder.split_heads(attended), shape.kv_heads)
         moments["keys"] += gram_per_head(keys, shape.kv_heads)
         moments["queries"] += gram_per_head(queries, shape.kv_heads)
-        moments["intermediate"] += down_input.double().square().sum((0, 1))
-    return {name: (m / states.shape[:2].numel()).cpu() for name, m in moments.items()}
+        moments["intermediate"] += down_input.square().sum((0, 1))
+    moments = {name: m / states.shape[:2].numel() for name, m in moments.items()}
+    return {"hidden": hidden.mean().cpu()} | {name: m.cpu() for name, m in moments.items()}
 
 
 def _zero_moments(shape: ModelShape, device: str) -> dict[str, torch.Tensor]:
     head = (shape.kv_heads, shape.head_dim, shape.head_dim)
     sizes = {
-        "hidden": (shape.hidden, shape.hidden),
         "attended": head,
         "keys": head,
         "queries": head,

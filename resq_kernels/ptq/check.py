@@ -6,7 +6,7 @@ import errno
 import shutil
 from pathlib import Path
 
-from resq_kernels import hadamard, kv_pages
+from resq_kernels import _library, hadamard, kv_pages
 from resq_kernels.architecture import DOWN_PROJ, LINEARS, ModelShape
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq.workspace import work_folder
@@ -66,6 +66,19 @@ def check_shape(shape: ModelShape, config: ResQConfig) -> None:
         )
 
 
+def check_device(device: str) -> None:
+    """Refuses a GPU without this package's kernels, by which the rounded layers are computed.
+
+    Raises:
+        ValueError: names the device, and why there are no kernels.
+    """
+    if device.startswith("cuda") and _library.CUDA_MISSING:
+        raise ValueError(
+            f"device: expected cpu, or a GPU with the kernels of resq_kernels, got {device} "
+            f"({_library.CUDA_MISSING})"
+        )
+
+
 def work_bytes(
     shape: ModelShape, config: ResQConfig, windows: int, seqlen: int, item_bytes: int
 ) -> int:
@@ -74,7 +87,7 @@ def work_bytes(
     Args:
         shape: sizes of the model.
         config: the options, for the bits of the embedding.
-        windows, seqlen: calibration tokens.
+        windows, seqlen: calibration tokens; hidden states and the codes of an input are stored.
         item_bytes: size of an element of the embedding.
     """
     linears = sum(shape.linear(name)[0] * (shape.linear(name)[1] + 8) for name in LINEARS)
@@ -87,7 +100,8 @@ def work_bytes(
     if config.embedding_bits == 8:
         vocabulary = (1 if shape.tied else 2) * shape.vocab * (shape.hidden + 8)
     joined = 2 * quantized + vocabulary
-    return moments + max(states + quantized, joined)
+    codes = windows * seqlen * (max(shape.linear(name)[1] for name in LINEARS) + 16)
+    return moments + max(states + codes + quantized, joined)
 
 
 def check_disk(out: Path, needed: int) -> None:

@@ -1,7 +1,6 @@
-"""One decoder layer in float32, cut at the inputs of its linears, with or without rounding.
+"""One decoder layer in float32, cut at the inputs of its linears.
 
-Calibration takes the inputs from the float layer. GPTQ takes them from the same layer computed as
-the kernels will: with inputs, keys and values rounded by the functions of `reference`.
+Calibration takes the inputs from this layer; GPTQ takes them from the rounded one (`rounded.py`).
 """
 
 from __future__ import annotations
@@ -25,15 +24,13 @@ from resq_kernels.architecture import (
     QKV,
     ModelShape,
 )
-from resq_kernels.config import ResQConfig
-from resq_kernels.formats import RowFormat
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
 class Layer:
-    """The parameters of one decoder layer, float32.
+    """The parameters of one decoder layer, float32; weights and biases may be bfloat16.
 
     Attributes:
         weights: name of a linear -> [rows, columns].
@@ -51,20 +48,32 @@ class Layer:
     o_order: torch.Tensor | None = None
     hadamard: bool = False
 
-    def to(self, device: str) -> Layer:
-        """The same layer on a device."""
+    def to(self, device: str, products: torch.dtype = torch.float32) -> Layer:
+        """The same layer on a device, weights and biases in the dtype `products`."""
 
-        def move(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return {name: tensor.to(device) for name, tensor in tensors.items()}
+        def move(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+            return {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
 
         return Layer(
-            move(self.weights),
-            move(self.biases),
-            move(self.norms),
+            move(self.weights, products),
+            move(self.biases, products),
+            move(self.norms, torch.float32),
             None if self.key_rotation is None else self.key_rotation.to(device),
             None if self.o_order is None else self.o_order.to(device),
             self.hadamard,
         )
+
+
+def product_dtype(source: torch.dtype, device: str) -> torch.dtype:
+    """The dtype in which the float model's linears are computed: bfloat16 if the source's weights
+    are and the device has instructions for it, which take half the time or less; else float32."""
+    if source != torch.bfloat16:
+        return torch.float32
+    if device.startswith("cuda"):
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def rope_tables(config: Mapping[str, Any], folder: Path, seqlen: int) -> Rope:
@@ -90,49 +99,49 @@ def apply_rope(x: torch.Tensor, rope: Rope) -> torch.Tensor:
 class DecoderLayer:
     """The steps of a decoder layer between the inputs of its linears.
 
-    Every method takes and returns float32 [windows, seqlen, features]. With `rounding`, the inputs
-    that a method returns are quantized and dequantized: the values that the kernel computes with.
+    Every method takes and returns float32 [windows, seqlen, features]. A linear with a bfloat16
+    weight rounds its input and output to bfloat16.
 
     Args:
         shape: sizes of the model.
-        layer: its parameters; `layer.weights` may be replaced one by one between calls.
+        layer: its parameters.
         rope: tables of `rope_tables`.
-        rounding: how inputs, keys and values are rounded, or None for the float layer.
     """
 
-    def __init__(
-        self, shape: ModelShape, layer: Layer, rope: Rope, rounding: ResQConfig | None = None
-    ) -> None:
-        self.shape, self.layer, self.rope, self.rounding = shape, layer, rope, rounding
+    def __init__(self, shape: ModelShape, layer: Layer, rope: Rope) -> None:
+        self.shape, self.layer, self.rope = shape, layer, rope
 
     def qkv_input(self, x: torch.Tensor) -> torch.Tensor:
         """The input of q_proj, k_proj and v_proj."""
-        normed = reference.rms_norm(x, self.layer.norms.get(ATTENTION_NORM), self.shape.norm_eps)
-        return self._input(normed, QKV[0])
+        return reference.rms_norm(x, self.layer.norms.get(ATTENTION_NORM), self.shape.norm_eps)
 
     def heads(self, qkv_input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries and keys after RoPE, and values, [windows, heads, seqlen, head_dim], exact."""
         queries, keys, values = (self.split_heads(self._linear(qkv_input, n)) for n in QKV)
         return apply_rope(queries, self.rope), apply_rope(keys, self.rope), values
 
-    def attend(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        """The input of o_proj: causal attention, its columns in o_proj's order."""
-        if self.layer.key_rotation is not None:
-            rotation = self.layer.key_rotation[0].float()
-            queries, keys = queries @ rotation, keys @ rotation
-        if self.rounding is not None and self.rounding.kv_bits == 4:
-            hi_bits = 8 if self.rounding.method == "resq" else 4
-            keys = reference.kv_fake_quantize(keys, hi_bits)
-            values = reference.kv_fake_quantize(values, hi_bits)
+    def rotate(
+        self, queries: torch.Tensor, keys: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both times the key rotation, which leaves their products as they are."""
+        if self.layer.key_rotation is None:
+            return queries, keys
+        rotation = self.layer.key_rotation[0].float()
+        return queries @ rotation, keys @ rotation
+
+    def mix(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Causal attention, [windows, seqlen, heads, head_dim]."""
         groups = self.shape.heads // self.shape.kv_heads
         keys, values = (t.repeat_interleave(groups, dim=1) for t in (keys, values))
         attended = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-        attended = attended.transpose(1, 2).flatten(2)
-        if self.layer.o_order is not None:
-            attended = attended[..., self.layer.o_order]
-        return self._input(attended, O_PROJ)
+        return attended.transpose(1, 2)
+
+    def attend(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """The input of o_proj, its columns in o_proj's order."""
+        attended = self.mix(*self.rotate(queries, keys), values).flatten(2)
+        return attended if self.layer.o_order is None else attended[..., self.layer.o_order]
 
     def o_input(self, qkv_input: torch.Tensor) -> torch.Tensor:
         """The input of o_proj, from the input of q, k and v."""
@@ -144,16 +153,13 @@ class DecoderLayer:
 
     def gate_up_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """The input of gate_proj and up_proj."""
-        normed = reference.rms_norm(hidden, self.layer.norms.get(MLP_NORM), self.shape.norm_eps)
-        return self._input(normed, GATE_UP[0])
+        return reference.rms_norm(hidden, self.layer.norms.get(MLP_NORM), self.shape.norm_eps)
 
     def down_input(self, gate_up_input: torch.Tensor) -> torch.Tensor:
         """The input of down_proj: SwiGLU and, in a rotated model, the Hadamard transform."""
         gate, up = (self._linear(gate_up_input, name) for name in GATE_UP)
-        product = functional.silu(gate) * up
-        if self.layer.hadamard:
-            product = hadamard.transform(product)
-        return self._input(product, DOWN_PROJ)
+        product = functional.silu(gate).mul_(up)
+        return hadamard.transform(product) if self.layer.hadamard else product
 
     def output(self, hidden: torch.Tensor, down_input: torch.Tensor) -> torch.Tensor:
         """The residual stream after the layer."""
@@ -164,15 +170,9 @@ class DecoderLayer:
         hidden = self.after_attention(x, self.o_input(self.qkv_input(x)))
         return self.output(hidden, self.down_input(self.gate_up_input(hidden)))
 
-    def _input(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        config = self.rounding
-        if config is None:
-            return x
-        k_hi = self.shape.k_hi(name, config.high_fraction)
-        return reference.mixed_quantize(x, *RowFormat.of(config, k_hi)).dequantize()
-
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return functional.linear(x, self.layer.weights[name], self.layer.biases.get(name))
+        weight = self.layer.weights[name]
+        return functional.linear(x.to(weight.dtype), weight, self.layer.biases.get(name)).float()
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """[windows, seqlen, heads * head_dim] -> [windows, heads, seqlen, head_dim]."""

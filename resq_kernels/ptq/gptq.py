@@ -7,16 +7,20 @@ import torch
 from resq_kernels.formats import QuantizedWeight, pack_int4
 from resq_kernels.weights import search_scale
 
-BLOCK = 128
+BLOCK = 32
+"""Columns between two matrix products: inside a block, errors are fed back column by column."""
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, k_hi: int, damping: float) -> QuantizedWeight:
-    """Rounds column by column; the columns not yet rounded absorb every error.
+    """Rounds column by column; every column makes up for the errors of those before it.
 
-    Formula: with C the upper Cholesky factor of (E[x x^T] + damping * mean diagonal * I)^-1, for
-    every column j in turn: e = (w_j - Q(w_j)) / C_jj, w_k -= e C_jk for k > j. The columns stand
-    in ascending order of variance, so that the 8-bit columns, which are last, absorb the error of
-    the 4-bit ones.
+    Formula: E[x x^T] + damping * mean diagonal * I = V V^T with V upper triangular, so the output
+    error is the sum over columns j of |sum_(i <= j) (w_i - q_i) V_ij|^2, and q_j = Q(w_j +
+    sum_(i < j) (w_i - q_i) V_ij / V_jj). The columns stand in ascending order of variance, so that
+    the 8-bit columns, which are last, make up for the 4-bit ones.
+
+    A row's result depends on no other row, so weights that read the same input are rounded
+    together, as one matrix of all their rows.
 
     Args:
         weight: float32 [N, K].
@@ -25,40 +29,52 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, k_hi: int, damping: float)
         k_hi: number of 8-bit columns.
         damping: share of the mean diagonal that is added to it.
 
-    Source: arXiv 2210.17323; mixed columns as in arXiv 2412.14363.
+    Source: arXiv 2210.17323, in the equivalent form of arXiv 2307.13304 (LDLQ), which needs no
+    inverse; mixed columns as in arXiv 2412.14363.
     """
     rows, columns = weight.shape
     k_lo = columns - k_hi
     scale = torch.stack(
         [search_scale(weight[:, :k_lo], 4), search_scale(weight[:, k_lo:], 8)], dim=1
     )
-    factor = inverse_factor(hessian, damping).float()
-    weight = weight.clone()
-    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    feedback = feedback_factor(hessian, damping)
+    # Transposed: a column of the weight is contiguous.
+    weight = weight.T.contiguous()
+    errors = torch.empty_like(weight)
+    codes = torch.empty(columns, rows, dtype=torch.int8, device=weight.device)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        block = weight[:, start:stop]
-        errors = torch.empty_like(block)
-        for j in range(start, stop):
+        targets = torch.addmm(weight[start:stop], feedback[:start, start:stop].T, errors[:start])
+        rounded = torch.empty_like(targets)
+        for j, (target, code) in enumerate(zip(targets, rounded, strict=True), start):
             part, half = (0, 8) if j < k_lo else (1, 128)
-            column = block[:, j - start]
-            code = torch.round(column / scale[:, part]).clamp_(-half, half - 1)
-            error = (column - code * scale[:, part]) / factor[j, j]
-            block[:, j - start :] -= error[:, None] * factor[j, j:stop]
-            errors[:, j - start] = error
-            codes[:, j] = code.to(torch.int8)
-        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+            target.addmv_(errors[start:j].T, feedback[start:j, j])
+            torch.div(target, scale[:, part], out=code).round_().clamp_(-half, half - 1)
+            torch.addcmul(weight[j], code, scale[:, part], value=-1, out=errors[j])
+        codes[start:stop] = rounded
+    codes = codes.T.contiguous()
     return QuantizedWeight(pack_int4(codes[:, :k_lo]), codes[:, k_lo:].contiguous(), scale)
 
 
-def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of the damped Hessian, float64 [K, K].
+def feedback_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """V_ij / V_jj, float32 [K, K], with V V^T the damped Hessian and V upper triangular.
 
-    An input that is always 0 gets diagonal 1: its weight has no effect.
+    An input that is always 0 gets diagonal 1: its weight has no effect. Memory: two matrices of
+    the Hessian's size besides it.
+
+    Raises:
+        ValueError: too little damping for the rounding errors of the Hessian.
     """
-    damped = hessian.clone()
+    # The lower factor of the matrix with rows and columns reversed is V reversed.
+    damped = hessian.flip(0, 1)
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1.0
     diagonal += damping * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if info:
+        raise ValueError(
+            f"gptq: damping: expected enough to make the Hessian positive definite, got {damping}"
+        )
+    del damped, diagonal
+    factor /= factor.diagonal().clone()
+    return factor.float().flip(0, 1)

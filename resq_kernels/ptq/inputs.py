@@ -15,7 +15,7 @@ import resq_kernels
 from resq_kernels.config import ResQConfig
 
 # Version of the pieces' content: a work folder of another version cannot be continued.
-PIECES = 3
+PIECES = 4
 _BLOCK_BYTES = 1 << 22
 
 

@@ -13,7 +13,7 @@ from resq_kernels.ptq import inputs
 from resq_kernels.ptq.basis import Basis, find_basis
 from resq_kernels.ptq.calibrate import calibrate, check_tokens
 from resq_kernels.ptq.card import source_name
-from resq_kernels.ptq.check import check_disk, check_shape, work_bytes
+from resq_kernels.ptq.check import check_device, check_disk, check_shape, work_bytes
 from resq_kernels.ptq.decoder import Rope, rope_tables
 from resq_kernels.ptq.quantize import quantize
 from resq_kernels.ptq.report import finished_report, layer_errors, spectra, write_report
@@ -63,6 +63,7 @@ def quantize_folder(
     config = config or ResQConfig()
     source, out = Path(source), check_out(Path(out), resume)
     began = time.perf_counter()
+    check_device(device)
     model = SourceModel(source)
     check_shape(model.shape, config)
     check_tokens(calibration, model.shape)

@@ -209,6 +209,17 @@ class Workspace:
         """The hidden states named `piece`, [windows, seqlen, hidden]."""
         return HiddenStates(self.root / f"{piece}.f32", shape)
 
+    def scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An unset tensor in a file that has no name: the system may write its pages to disk, and
+        the disk's space is free again once the tensor is, or the process ends."""
+        size = math.prod(shape)
+        if size == 0:
+            return torch.empty(shape, dtype=dtype)
+        path = self.root / "scratch"
+        tensor = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+        path.unlink()
+        return tensor
+
     def remove(self) -> None:
         """Deletes the folder and gives the lock back."""
         # Errors: a process that comes now puts its own lock into the folder, and removes it.

@@ -37,6 +37,41 @@ def test_search_finds_the_best_range(bits: int) -> None:
     assert (scale <= unclipped).all()
 
 
+def every_step(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """The scales of `search_scale` by all 80 steps over all rows at once."""
+    half = 2 ** (bits - 1)
+    amax = weight.abs().amax(1)
+    amax = torch.where(amax > 0, amax, half - 1.0)
+    scales = torch.stack([amax * (1 - 0.01 * step) / (half - 1) for step in range(80)])
+    errors = [
+        (torch.round(weight / scale[:, None]).clamp(-half, half - 1) * scale[:, None] - weight)
+        .square()
+        .pow(1.2)
+        .sum(1)
+        for scale in scales
+    ]
+    return scales.gather(0, torch.stack(errors).min(0).indices[None])[0]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tail", [1.0, 2.0, 30.0])
+def test_search_leaves_out_no_better_range(bits: int, tail: float) -> None:
+    """Student's t: heavy tails with 1 degree of freedom, Gaussian with 30."""
+    weight = torch.distributions.StudentT(tail).sample((200, 515))
+    weight[17] = 0
+    weight[40, 1:] = 0
+    for part in (weight, weight[:, :3]):
+        assert torch.equal(search_scale(part, bits), every_step(part, bits))
+
+
+def test_search_reaches_small_ranges() -> None:
+    weight = torch.randn(20, 5000) / 10
+    weight[:, 7] = 1 + torch.rand(20)  # not worth a range of its size
+    scale = search_scale(weight, 4)
+    assert torch.equal(scale, every_step(weight, 4))
+    assert (scale * 7 / weight.abs().amax(1) < 0.5).all()
+
+
 @pytest.mark.parametrize("high_columns", [0, 8, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_quantize_weight(high_columns: int, dtype: torch.dtype) -> None:

@@ -7,12 +7,62 @@ from pathlib import Path
 import torch
 
 from resq_kernels import architecture, reference
-from resq_kernels.architecture import KEY_ROTATION, LINEARS, NORMS, ModelShape, layer_prefix
+from resq_kernels.architecture import (
+    DOWN_PROJ,
+    GATE_UP,
+    KEY_ROTATION,
+    LINEARS,
+    NORMS,
+    O_PROJ,
+    QKV,
+    ModelShape,
+    layer_prefix,
+)
 from resq_kernels.checkpoint import validate
-from resq_kernels.formats import unpack_int4
-from resq_kernels.ptq.decoder import DecoderLayer, Layer, rope_tables
+from resq_kernels.config import ResQConfig
+from resq_kernels.formats import RowFormat, unpack_int4
+from resq_kernels.ptq.decoder import DecoderLayer, Layer, Rope, rope_tables
 from resq_kernels.ptq.fuse import o_column_order
 from resq_kernels.safetensors_io import CheckpointReader
+
+
+class ReferenceLayer(DecoderLayer):
+    """A decoder layer whose inputs, keys and values are rounded by `reference`.
+
+    Args:
+        shape, layer, rope: as of `DecoderLayer`; the weights are dequantized ones.
+        config: how they are rounded.
+    """
+
+    def __init__(self, shape: ModelShape, layer: Layer, rope: Rope, config: ResQConfig) -> None:
+        super().__init__(shape, layer, rope)
+        self.config = config
+
+    def _rounded(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        k_hi = self.shape.k_hi(name, self.config.high_fraction)
+        return reference.mixed_quantize(x, *RowFormat.of(self.config, k_hi)).dequantize()
+
+    def qkv_input(self, x: torch.Tensor) -> torch.Tensor:
+        return self._rounded(super().qkv_input(x), QKV[0])
+
+    def attend(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        queries, keys = self.rotate(queries, keys)
+        if self.config.kv_bits == 4:
+            hi_bits = 8 if self.config.method == "resq" else 4
+            keys = reference.kv_fake_quantize(keys, hi_bits)
+            values = reference.kv_fake_quantize(values, hi_bits)
+        attended = self.mix(queries, keys, values).flatten(2)
+        if self.layer.o_order is not None:
+            attended = attended[..., self.layer.o_order]
+        return self._rounded(attended, O_PROJ)
+
+    def gate_up_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._rounded(super().gate_up_input(hidden), GATE_UP[0])
+
+    def down_input(self, gate_up_input: torch.Tensor) -> torch.Tensor:
+        return self._rounded(super().down_input(gate_up_input), DOWN_PROJ)
 
 
 class ReferenceModel:
@@ -41,7 +91,7 @@ class ReferenceModel:
             else torch.eye(self.shape.hidden)
         )
         self.layers = [
-            DecoderLayer(self.shape, self._layer(reader, index), rope, self.config)
+            ReferenceLayer(self.shape, self._layer(reader, index), rope, self.config)
             for index in range(self.shape.layers)
         ]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from resq_kernels.formats import unpack_int4
-from resq_kernels.ptq.gptq import gptq, inverse_factor
+from resq_kernels.ptq.gptq import feedback_factor, gptq
 from resq_kernels.ptq.quantize import output_error
 from resq_kernels.weights import quantize_weight, search_scale
 
@@ -65,6 +65,52 @@ def test_gptq_is_elimination(rows: int, columns: int, k_hi: int) -> None:
     assert a == pytest.approx(b, rel=0.03)
 
 
+def by_columns(
+    weight: torch.Tensor, hessian: torch.Tensor, k_hi: int, scale: torch.Tensor
+) -> torch.Tensor:
+    """Codes by the algorithm of arXiv 2210.17323, float64, a column at a time.
+
+    With C the upper Cholesky factor of the damped inverse, column j's error (w_j - q_j) / C_jj is
+    subtracted from all later columns, times C_jk.
+    """
+    eye = torch.eye(len(hessian)).double()
+    inverse = torch.linalg.inv(hessian + DAMPING * hessian.diagonal().mean() * eye)
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    work, columns = weight.double().clone(), weight.shape[1]
+    codes = torch.empty_like(work)
+    for j in range(columns):
+        part, half = (0, 8) if j < columns - k_hi else (1, 128)
+        codes[:, j] = torch.round(work[:, j] / scale[:, part]).clamp(-half, half - 1)
+        error = (work[:, j] - codes[:, j] * scale[:, part]) / factor[j, j]
+        work[:, j:] -= error[:, None] * factor[j, j:]
+    return codes
+
+
+def test_gptq_is_the_paper_s() -> None:
+    """Without its inverse, and rounded in blocks: the codes are the same but for ties."""
+    weight, hessian = problem(200, 150)
+    rounded = gptq(weight, hessian, 20, DAMPING)
+    codes = torch.cat([unpack_int4(rounded.weight_lo), rounded.weight_hi], dim=1)
+    expected = by_columns(weight, hessian, 20, rounded.weight_scale)
+    assert (codes == expected).all(1).float().mean() >= 0.95
+    wrong = by_columns(
+        weight, hessian * 1.01 - 0.01 * hessian.diag().diag(), 20, rounded.weight_scale
+    )
+    assert (codes == wrong).all(1).float().mean() < 0.5
+
+
+def test_rows_are_rounded_on_their_own() -> None:
+    """So q, k, v are rounded as one matrix."""
+    weight, hessian = problem(90, 70)
+    whole = gptq(weight, hessian, 10, DAMPING).split([50, 40])
+    for rounded, rows in zip(whole, weight.split([50, 40]), strict=True):
+        alone = gptq(rows, hessian, 10, DAMPING)
+        assert torch.equal(rounded.weight_scale, alone.weight_scale)
+        same = (rounded.weight_lo == alone.weight_lo).all(1)
+        same &= (rounded.weight_hi == alone.weight_hi).all(1)
+        assert same.float().mean() >= 0.9  # sums of other shapes, other ties
+
+
 def test_gptq_beats_rounding_to_nearest() -> None:
     weight, hessian = problem(32, 96)
     errors = [
@@ -87,8 +133,15 @@ def test_inputs_that_are_always_zero() -> None:
     hessian[5], hessian[:, 5] = 0, 0
     rounded = gptq(weight, hessian, 4, DAMPING)
     assert torch.isfinite(rounded.dequantize()).all()
-    factor = inverse_factor(torch.zeros(3, 3, dtype=torch.float64), DAMPING)
-    assert torch.isfinite(factor).all()
+    factor = feedback_factor(torch.zeros(3, 3, dtype=torch.float64), DAMPING)
+    assert torch.equal(factor, torch.eye(3))
+
+
+def test_too_little_damping_is_named() -> None:
+    hessian = torch.ones(4, 4, dtype=torch.float64) - 1e-6 * torch.eye(4).double()
+    with pytest.raises(ValueError, match="gptq: damping: expected enough to .*, got 1e-09"):
+        feedback_factor(hessian, 1e-9)
+    assert torch.isfinite(feedback_factor(hessian, DAMPING)).all()
 
 
 def test_codes_fill_their_ranges() -> None:
@@ -106,8 +159,10 @@ def test_codes_fill_their_ranges() -> None:
 
 def test_output_error_is_measured_on_the_inputs() -> None:
     x = torch.randn(500, 20, dtype=torch.float64)
+    x = (x * torch.logspace(-3, 1, 20)) @ torch.linalg.qr(torch.randn(20, 20).double()).Q
     weight, other = torch.randn(6, 20), torch.randn(6, 20)
     got = output_error(weight, other, x.T @ x / 500)
     expected = (x @ (weight - other).double().T).norm() / (x @ weight.double().T).norm()
-    assert got == pytest.approx(float(expected), rel=1e-9)
+    assert got == pytest.approx(float(expected), rel=1e-5)
+    assert got * 1.0001 != pytest.approx(float(expected), rel=1e-5)
     assert output_error(torch.zeros(2, 20), torch.zeros(2, 20), x.T @ x) == 0.0

@@ -181,3 +181,15 @@ def test_disk_estimate_covers_the_work_folder(
         model.shape, ResQConfig(method=method), *windows.shape, model.item_bytes
     )
     assert max(sizes) < needed < 4 * max(sizes)
+
+
+def test_a_gpu_without_kernels_is_refused(
+    qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check._library, "CUDA_MISSING", "not built")
+    words = r"device: expected cpu, or a GPU with the kernels .*, got cuda:1 \(not built\)"
+    with pytest.raises(ValueError, match=words):
+        quantize_folder(
+            qwen2, tmp_path / "out", torch.zeros(1, 8, dtype=torch.int64), device="cuda:1"
+        )
+    assert not list(tmp_path.iterdir())

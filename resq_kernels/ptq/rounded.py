@@ -1,0 +1,122 @@
+"""A decoder layer computed by the operators that run the quantized model."""
+
+from __future__ import annotations
+
+import torch
+
+from resq_kernels import kv_pages, ops
+from resq_kernels.architecture import (
+    ATTENTION_NORM,
+    DOWN_PROJ,
+    GATE_UP,
+    MLP_NORM,
+    O_PROJ,
+    QKV,
+    ModelShape,
+)
+from resq_kernels.config import ResQConfig
+from resq_kernels.formats import MixedTensor, PackedWeight, QuantizedWeight, RowFormat, join_heads
+from resq_kernels.ptq.decoder import DecoderLayer, Layer, Rope, apply_rope
+
+
+class RoundedLayer:
+    """The steps of a decoder layer between the rounded inputs of its linears.
+
+    The linears of a step are rounded (`round`) before the step that multiplies with them is
+    called. Inputs are codes, states float32 [windows, seqlen, features]. Keys and values are
+    rounded as the cache rounds them.
+
+    Args:
+        shape: sizes of the model.
+        layer: its parameters.
+        rope: tables of `rope_tables`.
+        config: how inputs, keys and values are rounded.
+    """
+
+    def __init__(self, shape: ModelShape, layer: Layer, rope: Rope, config: ResQConfig) -> None:
+        self.shape, self.layer, self.rope, self.config = shape, layer, rope, config
+        self._float = DecoderLayer(shape, layer, rope)
+        self._packed: dict[tuple[str, ...], PackedWeight] = {}
+
+    def round(self, names: tuple[str, ...], weight: QuantizedWeight) -> None:
+        """Sets the weight, all rows in this order, of the linears that read one input."""
+        self._packed[names] = PackedWeight.pack(weight)
+
+    def qkv_input(self, x: torch.Tensor) -> MixedTensor:
+        """The input of q_proj, k_proj and v_proj."""
+        return self._normed(x, ATTENTION_NORM, QKV[0])
+
+    def o_input(self, qkv_input: MixedTensor) -> MixedTensor:
+        """The input of o_proj."""
+        head, kv_heads = self.shape.head_dim, self.shape.kv_heads
+        rows = [head * heads for heads in (self.shape.heads, kv_heads, kv_heads)]
+        parts = self._linear(qkv_input, QKV).split(rows, dim=-1)
+        queries, keys, values = (part.unflatten(-1, (-1, head)) for part in parts)
+        if self.config.kv_bits == 4:
+            queries, keys, values = self._through_pages(queries, keys, values)
+        queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, values))
+        if self.config.kv_bits != 4:
+            queries, keys = (apply_rope(t, self.rope) for t in (queries, keys))
+            queries, keys = self._float.rotate(queries, keys)
+        attended = self._float.mix(queries, keys, values)
+        format = self._format(O_PROJ)
+        joined = join_heads(attended, format.k_hi // self.shape.heads)
+        return ops.mixed_quantize(joined, *format)
+
+    def _through_pages(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys after RoPE and rotation; keys and values as a cache returns them.
+
+        All are [windows, seqlen, heads, head_dim].
+        """
+        windows, seqlen, kv_heads, head = keys.shape
+        device, size = keys.device, kv_pages.DEFAULT_PAGE_SIZE
+        pages = -(-seqlen // size)
+        table = torch.arange(windows * pages, device=device).view(windows, pages)
+        shape = kv_pages.cache_shape(windows * pages, kv_heads, size, head)
+        cache = torch.empty(shape, dtype=torch.uint8, device=device)
+        slots = (table[:, :1] * size + torch.arange(seqlen, device=device)).flatten()
+        cos, sin = (side[:seqlen].to(device).repeat(windows, 1) for side in self.rope)
+        queries, keys, values = (t.flatten(0, 1) for t in (queries, keys, values))
+        hi_bits = 8 if self.config.method == "resq" else 4
+        rotation = self.layer.key_rotation
+        rotated = ops.kv_append(keys, values, cos, sin, rotation, cache, slots, hi_bits, queries)
+        assert rotated is not None
+        lengths = torch.full((windows,), seqlen, dtype=torch.int32, device=device)
+        keys, values = ops.kv_dequantize(cache, table.int(), lengths, seqlen, head, torch.float32)
+        return rotated.unflatten(0, (windows, seqlen)), keys, values
+
+    def after_attention(self, x: torch.Tensor, o_input: MixedTensor) -> torch.Tensor:
+        """The residual stream between attention and MLP."""
+        return x + self._linear(o_input, (O_PROJ,))
+
+    def gate_up_input(self, hidden: torch.Tensor) -> MixedTensor:
+        """The input of gate_proj and up_proj."""
+        return self._normed(hidden, MLP_NORM, GATE_UP[0])
+
+    def down_input(self, gate_up_input: MixedTensor) -> MixedTensor:
+        """The input of down_proj."""
+        gate_up = self._linear(gate_up_input, GATE_UP)
+        return ops.silu_mul_hadamard_quantize(
+            gate_up, self.layer.hadamard, *self._format(DOWN_PROJ)
+        )
+
+    def output(self, hidden: torch.Tensor, down_input: MixedTensor) -> torch.Tensor:
+        """The residual stream after the layer."""
+        return hidden + self._linear(down_input, (DOWN_PROJ,))
+
+    def _format(self, name: str) -> RowFormat:
+        k_hi = self.shape.k_hi(name, self.config.high_fraction)
+        # A code a byte: the Hessians want them as numbers, and unpacking takes longer than reading.
+        return RowFormat.of(self.config, k_hi)._replace(packed=False)
+
+    def _normed(self, x: torch.Tensor, norm: str, name: str) -> MixedTensor:
+        gain, eps = self.layer.norms.get(norm), self.shape.norm_eps
+        return ops.rms_norm_quantize(x, None, gain, eps, *self._format(name))[0]
+
+    def _linear(self, x: MixedTensor, names: tuple[str, ...]) -> torch.Tensor:
+        weight = self._packed[names]
+        biases = [self.layer.biases[name] for name in names if name in self.layer.biases]
+        bias = torch.cat(biases) if biases else None
+        return ops.mixed_gemm(*x, weight.data, weight.scale, weight.sums, bias, torch.float32)
