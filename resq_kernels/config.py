@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from typing import ClassVar, cast
 
 METHODS = ("resq", "quarot", "rtn")
 WEIGHT_METHODS = ("gptq", "rtn")
 HIGH_FRACTION = 0.125
 """The share of method "resq", unless another is given."""
-ACTIVATION_CLIP = 0.9
-"""The clip of rotated 4-bit activations, unless another is given. The mean square error of 16
-uniform codes for 504 Gaussian values falls by 17 %: the range of so many values is wider than
-what rounds best. Measured on real models: docs/notes/0030-real-model-accuracy.md."""
+CLIPPED_RANGE = 5.1
+"""The range in standard deviations that 16 uniform codes round best, of Gaussian values."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +27,8 @@ class ResQConfig:
             method "resq", and 0 with the uniform methods, which take no other.
         lo_bits: bits of the low part of the activations, 4 or 8 (weights stay INT4).
         symmetric: symmetric instead of asymmetric activations.
-        activation_clip: factor on the range of the low part of the activations, in (0, 1]. By
-            default (None) 0.9 where rotated activations have 4 bits, otherwise 1.
+        activation_clip: factor on the range of the low part of the activations, in (0, 1], or None
+            (the default): what fits each width (`clip`).
         kv_bits: 4 (mixed 4/8 with method "resq", uniform 4 otherwise) or 16 (cache not quantized).
         embedding_bits: 8 (embedding and head in INT8, one scale a row) or 16 (not quantized).
         samples, seqlen: calibration windows and their length in tokens.
@@ -50,7 +49,7 @@ class ResQConfig:
     high_fraction: float = cast(float, None)  # a number as soon as the object exists
     lo_bits: int = 4
     symmetric: bool = False
-    activation_clip: float = cast(float, None)  # likewise
+    activation_clip: float | None = None
     kv_bits: int = 4
     embedding_bits: int = 8
     samples: int = 128
@@ -62,14 +61,13 @@ class ResQConfig:
         if self.high_fraction is None:
             share = HIGH_FRACTION if self.method == "resq" else 0.0
             object.__setattr__(self, "high_fraction", share)
-        if self.activation_clip is None:
-            clip = ACTIVATION_CLIP if self.method != "rtn" and self.lo_bits == 4 else 1.0
-            object.__setattr__(self, "activation_clip", clip)
         for name in ("method", "weights"):
             self._is_a(name, str, "a name")
         for name in ("lo_bits", "kv_bits", "embedding_bits", "samples", "seqlen", "seed"):
             self._is_a(name, int, "an integer")
         for name in ("high_fraction", "activation_clip", "damping"):
+            if name == "activation_clip" and self.activation_clip is None:
+                continue
             self._is_a(name, (int, float), "a number")
             object.__setattr__(self, name, float(getattr(self, name)))
         if not isinstance(self.symmetric, bool):
@@ -87,7 +85,7 @@ class ResQConfig:
                 f"high_fraction: method {self.method!r} is uniform 4-bit, expected 0, "
                 f"got {self.high_fraction}"
             )
-        if not 0.0 < self.activation_clip <= 1.0:
+        if self.activation_clip is not None and not 0.0 < self.activation_clip <= 1.0:
             raise ValueError(f"activation_clip: expected (0, 1], got {self.activation_clip}")
         for name in ("samples", "seqlen"):
             if getattr(self, name) < 1:
@@ -106,6 +104,24 @@ class ResQConfig:
     def rotates(self) -> bool:
         """Whether the model is rotated offline and down_proj's input goes through a Hadamard."""
         return self.method != "rtn"
+
+    def clip(self, k_lo: int) -> float:
+        """The factor on the range of rows of `k_lo` low columns.
+
+        Formula: `activation_clip` if it is given. Otherwise, where rotated rows have 4 bits,
+        min(1, 5.1 / r) in steps of 0.01, r = 2 quantile((k_lo - 0.375) / (k_lo + 0.25)) the
+        expected range of k_lo normal values (Blom), in standard deviations: 0.84 for 504, 0.65 for
+        14336. 1 where rows are not rotated or have 8 bits.
+
+        Source: a random rotation makes rows Gaussian, whose range grows with their width while the
+        range that 16 codes round best does not; measured in docs/notes/0030-clip-by-width.md.
+        """
+        if self.activation_clip is not None:
+            return self.activation_clip
+        if not self.rotates or self.lo_bits != 4 or k_lo < 2:
+            return 1.0
+        expected = 2 * statistics.NormalDist().inv_cdf((k_lo - 0.375) / (k_lo + 0.25))
+        return round(min(1.0, CLIPPED_RANGE / expected), 2)
 
     def to_dict(self) -> dict[str, object]:
         """The fields as plain values, in declaration order."""

@@ -39,9 +39,9 @@ class RowFormat(NamedTuple):
     clip: float = 1.0
 
     @classmethod
-    def of(cls, config: ResQConfig, k_hi: int) -> RowFormat:
-        """The format of rows with `k_hi` high columns in a model quantized with `config`."""
-        return cls(k_hi, config.lo_bits, None, config.symmetric, config.activation_clip)
+    def of(cls, config: ResQConfig, columns: int, k_hi: int) -> RowFormat:
+        """The format of rows with `columns`, `k_hi` of them high, in a model of `config`."""
+        return cls(k_hi, config.lo_bits, None, config.symmetric, config.clip(columns - k_hi))
 
 
 class MixedTensor(NamedTuple):

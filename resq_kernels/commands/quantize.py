@@ -107,8 +107,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=real(0.0, 1.0, open_low=True),
         default=defaults.activation_clip,
         metavar="C",
-        help="factor on the range of the 4-bit activations (default: 0.9; 1 with method rtn and "
-        "with --lo-bits 8)",
+        help="factor on the range of the low part of the activations (default: what fits each "
+        "width; 1 with method rtn and with --lo-bits 8)",
     )
     parser.add_argument(
         "--damping",

@@ -120,20 +120,22 @@ def _convert_layer(
 
     def linear(name: str) -> ResQLinear:
         rows, columns = shape.linear(name)
+        high_columns = shape.k_hi(name, config.high_fraction)
         return ResQLinear(
             columns,
             rows,
             shape.qkv_bias and name in architecture.QKV,
-            high_columns=shape.k_hi(name, config.high_fraction),
+            high_columns=high_columns,
             lo_bits=config.lo_bits,
             symmetric=config.symmetric,
-            clip=config.activation_clip,
+            clip=config.clip(columns - high_columns),
             **place,
         )
 
     def norm(first_reader: str) -> ResQRMSNorm:
         k_hi = shape.k_hi(first_reader, config.high_fraction)
-        return ResQRMSNorm(shape.hidden, shape.norm_eps, RowFormat.of(config, k_hi), **place)
+        row_format = RowFormat.of(config, shape.hidden, k_hi)
+        return ResQRMSNorm(shape.hidden, shape.norm_eps, row_format, **place)
 
     layer.__class__ = CLASSES.get(type(layer), type(layer))  # keeps all that it holds
     layer.input_layernorm = norm(architecture.QKV[0])

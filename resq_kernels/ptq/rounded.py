@@ -107,9 +107,9 @@ class RoundedLayer:
         return hidden + self._linear(down_input, (DOWN_PROJ,))
 
     def _format(self, name: str) -> RowFormat:
-        k_hi = self.shape.k_hi(name, self.config.high_fraction)
+        columns, k_hi = self.shape.linear(name)[1], self.shape.k_hi(name, self.config.high_fraction)
         # A code a byte: the Hessians want them as numbers, and unpacking takes longer than reading.
-        return RowFormat.of(self.config, k_hi)._replace(packed=False)
+        return RowFormat.of(self.config, columns, k_hi)._replace(packed=False)
 
     def _normed(self, x: torch.Tensor, norm: str, name: str) -> MixedTensor:
         gain, eps = self.layer.norms.get(norm), self.shape.norm_eps
