@@ -54,8 +54,9 @@ demo: $(VENV)/.built
 demo-small: $(VENV)/.built
 	$(BIN)/python examples/demo_small.py
 
+# A process for each core, up to four: one thread each, since most models are tiny.
 test: $(VENV)/.built
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests
 
 test-quick: $(VENV)/.built
 	$(BIN)/python -m pytest -m "not slow" $(QUICK)

@@ -11,8 +11,9 @@ METHODS = ("resq", "quarot", "rtn")
 WEIGHT_METHODS = ("gptq", "rtn")
 HIGH_FRACTION = 0.125
 """The share of method "resq", unless another is given."""
-CLIPPED_RANGE = 5.1
-"""The range in standard deviations that 16 uniform codes round best, of Gaussian values."""
+CLIPPED_RANGE = 5.5
+"""The range in standard deviations that 4-bit rows keep: 16 codes round Gaussian values best over
+5.1, and real rows, which are not quite Gaussian, over a little more (docs/notes/0030)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,8 +110,8 @@ class ResQConfig:
         """The factor on the range of rows of `k_lo` low columns.
 
         Formula: `activation_clip` if it is given. Otherwise, where rotated rows have 4 bits,
-        min(1, 5.1 / r) in steps of 0.01, r = 2 quantile((k_lo - 0.375) / (k_lo + 0.25)) the
-        expected range of k_lo normal values (Blom), in standard deviations: 0.84 for 504, 0.65 for
+        min(1, 5.5 / r) in steps of 0.01, r = 2 quantile((k_lo - 0.375) / (k_lo + 0.25)) the
+        expected range of k_lo normal values (Blom), in standard deviations: 0.91 for 504, 0.7 for
         14336. 1 where rows are not rotated or have 8 bits.
 
         Source: a random rotation makes rows Gaussian, whose range grows with their width while the

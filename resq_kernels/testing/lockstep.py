@@ -130,10 +130,16 @@ class _Follower:
     def mixed_quantize(self, x: torch.Tensor, *options: Any) -> MixedTensor:
         x, rows = x.float(), RowFormat(*options)
         own, theirs = reference.mixed_quantize(x, *rows), self._next()
-        levels = torch.tensor([2.0**rows.lo_bits - 1, 255.0])
-        ranges = own.params[..., 0::2] * levels
         sizes = torch.tensor([x.shape[-1] - rows.k_hi, rows.k_hi])
-        edge = self.share * torch.repeat_interleave(ranges, sizes, dim=-1)
+        steps = torch.repeat_interleave(own.params[..., 0::2], sizes, dim=-1)
+        levels = torch.tensor([(2.0**rows.lo_bits - 1) / rows.clip, 255.0])
+        edge = self.share * steps * torch.repeat_interleave(levels, sizes)
+        if rows.clip < 1:
+            # Where a zero point is on an edge, the codes reach one step further up or down.
+            low, high = x[..., : sizes[0]].aminmax(dim=-1, keepdim=True)
+            inside = (x > rows.clip * low + steps) & (x < rows.clip * high - steps)
+            inside[..., sizes[0] :] = True
+            edge += torch.where(inside, 0.0, steps)
         taken = self._fits(x, own.dequantize(), theirs.dequantize(), edge)
         return MixedTensor(*(torch.where(taken, b, a) for a, b in zip(own, theirs, strict=True)))
 

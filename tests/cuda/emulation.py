@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import importlib.util
 import itertools
 import os
@@ -70,8 +71,20 @@ def emulator() -> ModuleType | None:
 
 
 def build() -> Path:
-    """Compiles the library; unchanged files come from the emulator's cache."""
-    cuda_emu, project = emulator(), load_setup()
+    """Compiles the library; unchanged files come from the emulator's cache.
+
+    One process at a time: the others wait, and find everything in the cache.
+    """
+    cuda_emu = emulator()
+    lock = ROOT / "build/cuda_emu.lock"
+    lock.parent.mkdir(exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return _build(cuda_emu)
+
+
+def _build(cuda_emu: ModuleType) -> Path:
+    project = load_setup()
     torch_root = Path(torch.__file__).parent
     common = ["-std=c++20", "-fvisibility=hidden", "-fno-gnu-unique", "-ffp-contract=off"]
     options = {
