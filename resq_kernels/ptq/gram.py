@@ -12,7 +12,7 @@ class Gram:
     """The sum of x^T x over batches of rows x, and the number of rows.
 
     A batch's products are added up in float32: with `BATCH_TOKENS` rows, each element is within
-    2048 * 2^-24 of sum |x_i x_j| in the worst case, and within 1e-6 on data (a test measures it).
+    2048 * 2^-24 of sum |x_i x_j| in the worst case, and within 4e-6 on data (a test measures it).
     float64 products would take four times as long, on a GPU much longer.
 
     Args:

@@ -40,7 +40,8 @@ class ReferenceLayer(DecoderLayer):
 
     def _rounded(self, x: torch.Tensor, name: str) -> torch.Tensor:
         k_hi = self.shape.k_hi(name, self.config.high_fraction)
-        return reference.mixed_quantize(x, *RowFormat.of(self.config, k_hi)).dequantize()
+        rows = RowFormat.of(self.config, x.shape[-1], k_hi)
+        return reference.mixed_quantize(x, *rows).dequantize()
 
     def qkv_input(self, x: torch.Tensor) -> torch.Tensor:
         return self._rounded(super().qkv_input(x), QKV[0])

@@ -26,10 +26,10 @@ def test_gram_is_the_mean_of_the_products(columns: int) -> None:
         gram.add(batch.unflatten(0, (2, -1)))
     got, expected = gram.mean(), x.double().T @ x.double() / len(x)
     assert torch.equal(got, got.T)
-    # Of each element against the sizes of its summands: the bound in Gram's docstring, and 1e-6.
+    # Of each element against the sizes of its summands: the bound in Gram's docstring, and 4e-6.
     sizes = x.abs().double().T @ x.abs().double() / len(x)
-    assert ((got - expected).abs() / sizes).max() < 1e-6
-    assert ((got * (1 + 3e-6) - expected).abs() / sizes).max() > 1e-6
+    assert ((got - expected).abs() / sizes).max() < 4e-6
+    assert ((got * (1 + 1e-5) - expected).abs() / sizes).max() > 4e-6
 
 
 def test_gptq_does_not_see_the_difference() -> None:
