@@ -66,9 +66,8 @@ class ResQConfig:
             self._is_a(name, str, "a name")
         for name in ("lo_bits", "kv_bits", "embedding_bits", "samples", "seqlen", "seed"):
             self._is_a(name, int, "an integer")
-        for name in ("high_fraction", "activation_clip", "damping"):
-            if name == "activation_clip" and self.activation_clip is None:
-                continue
+        clips = () if self.activation_clip is None else ("activation_clip",)
+        for name in ("high_fraction", *clips, "damping"):
             self._is_a(name, (int, float), "a number")
             object.__setattr__(self, name, float(getattr(self, name)))
         if not isinstance(self.symmetric, bool):

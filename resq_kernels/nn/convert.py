@@ -120,15 +120,15 @@ def _convert_layer(
 
     def linear(name: str) -> ResQLinear:
         rows, columns = shape.linear(name)
-        high_columns = shape.k_hi(name, config.high_fraction)
+        row_format = RowFormat.of(config, columns, shape.k_hi(name, config.high_fraction))
         return ResQLinear(
             columns,
             rows,
             shape.qkv_bias and name in architecture.QKV,
-            high_columns=high_columns,
-            lo_bits=config.lo_bits,
-            symmetric=config.symmetric,
-            clip=config.clip(columns - high_columns),
+            high_columns=row_format.k_hi,
+            lo_bits=row_format.lo_bits,
+            symmetric=row_format.symmetric,
+            clip=row_format.clip,
             **place,
         )
 
