@@ -85,10 +85,7 @@ def promises(label: str, rows: Mapping[str, Row]) -> list[Check]:
             whole <= 0.4 and linears <= 0.3,
         ),
     ]
-    return [
-        Check(model=label, promise=promise, measured=measured, ok=ok)
-        for promise, measured, ok in found
-    ]
+    return common.checks(label, found)
 
 
 def answers(models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -124,13 +121,7 @@ def run(label: str, source: Path, out: Path, settings: Settings) -> int:
     say(f"{label}: {len(QUESTIONS)} questions")
     samples = answers(models, tokenizer)
     common.show(label, rows, samples)
-    model = {
-        "name": label,
-        "rows": [asdict(row) for row in rows],
-        "samples": samples,
-        "spectra": reports[RESQ_GPTQ]["spectra"],
-        "outliers": None,
-    }
+    model = common.model_results(label, rows, samples, reports[RESQ_GPTQ])
     note = NOTE.format(**asdict(settings))
     facts = {"questions": QUESTIONS}
     code = common.finish(out, f"ResQ on {label}", note, settings, [model], checks, facts)

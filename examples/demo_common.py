@@ -120,6 +120,14 @@ class Check:
     ok: bool
 
 
+def checks(label: str, found: Sequence[tuple[str, str, bool]]) -> list[Check]:
+    """Promises of a model, what was measured, and whether they hold."""
+    return [
+        Check(model=label, promise=promise, measured=measured, ok=ok)
+        for promise, measured, ok in found
+    ]
+
+
 def say(text: str) -> None:
     """A line of progress on stdout, with the seconds since the start."""
     print(f"[{time.perf_counter() - START:5.0f} s] {text}", flush=True)
@@ -303,6 +311,19 @@ def show(label: str, rows: Sequence[Row], samples: str) -> None:
     print(textwrap.indent(samples, "  ") + "\n", flush=True)
 
 
+def model_results(
+    label: str, rows: Sequence[Row], samples: str, report: Mapping[str, object]
+) -> dict[str, object]:
+    """A model's entry in results.json; `report` is that of the row whose bases are shown."""
+    return {
+        "name": label,
+        "rows": [asdict(row) for row in rows],
+        "samples": samples,
+        "spectra": report["spectra"],
+        "outliers": None,
+    }
+
+
 def finish(
     out: Path,
     title: str,
@@ -318,7 +339,7 @@ def finish(
         out: the folder of both files.
         title, note: of the report; what to know about its figures.
         settings: how much was measured.
-        models: per model: name, rows, samples, spectra, outliers.
+        models: of `model_results`; planted outliers before and after, where there are any.
         checks: what was promised of them.
         facts: more keys of results.json.
 

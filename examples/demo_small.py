@@ -73,8 +73,7 @@ def compare(
     """Quantizes a model in every way, measures all rows, and checks the promises.
 
     Returns:
-        For the results: name, rows, spectra of the bases, samples of the first and the last row
-        side by side; and the checks.
+        The model's entry in the results, and the checks.
     """
     tokenizer = AutoTokenizer.from_pretrained(source)
     heldout = tokenize(tokenizer, heldout_text(8 * settings.windows * settings.seqlen))
@@ -86,13 +85,7 @@ def compare(
     checks = [*promises(label, {row.name: row for row in rows}), agreement]
     samples = continuations(models, tokenizer)
     common.show(label, rows, samples)
-    results = {
-        "name": label,
-        "rows": [asdict(row) for row in rows],
-        "samples": samples,
-        "spectra": reports[RESQ_GPTQ]["spectra"],
-    }
-    return results, checks
+    return common.model_results(label, rows, samples, reports[RESQ_GPTQ]), checks
 
 
 def promises(label: str, rows: Mapping[str, Row]) -> list[Check]:
@@ -119,10 +112,7 @@ def promises(label: str, rows: Mapping[str, Row]) -> list[Check]:
                 rotation.increase > 1.5 * best.increase,
             ),
         ]
-    return [
-        Check(model=label, promise=promise, measured=measured, ok=ok)
-        for promise, measured, ok in found
-    ]
+    return common.checks(label, found)
 
 
 def continuations(models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -180,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     models, checks = [], []
     if not args.quick:
         results, found = compare(PLAIN, args.model, work / "plain", settings, calibration)
-        models.append(results | {"outliers": None})
+        models.append(results)
         checks += found
     results, found = compare(OUTLIERS, planted_folder, work / "outliers", settings, calibration)
     models.append(results | {"outliers": planted})

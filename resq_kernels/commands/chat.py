@@ -111,12 +111,11 @@ def _messages(terminal: bool) -> Iterator[str]:
         import readline  # noqa: F401  input() edits lines with it
     while True:
         try:
-            line = input("> ") if terminal else sys.stdin.readline()
+            with streaming.text_expected("stdin"):
+                line = input("> ") if terminal else sys.stdin.readline()
         except EOFError:
             print()
             return
-        except UnicodeError as error:
-            raise UsageError(f"stdin: expected text, got bytes that are not ({error})") from None
         if not terminal and not line:
             return
         line = line.strip()

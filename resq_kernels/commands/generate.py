@@ -106,10 +106,8 @@ def _prompt(argument: str) -> str:
     Raises:
         UsageError: it is empty or not text.
     """
-    try:
+    with streaming.text_expected("--prompt"):
         prompt = sys.stdin.read() if argument == "-" else argument
-    except UnicodeError as error:
-        raise UsageError(f"--prompt: expected text, got bytes that are not ({error})") from None
     if not prompt:
         raise UsageError("--prompt: expected text, got none")
     streaming.check_text(prompt, "--prompt")

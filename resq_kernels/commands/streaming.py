@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -128,16 +129,27 @@ class Generation:
         }
 
 
+@contextlib.contextmanager
+def text_expected(what: str) -> Iterator[None]:
+    """Turns an error of text that is read inside the block into one that names `what`.
+
+    Raises:
+        UsageError: the bytes are not text.
+    """
+    try:
+        yield
+    except UnicodeError as error:
+        raise UsageError(f"{what}: expected text, got bytes that are not ({error})") from None
+
+
 def check_text(text: str, what: str) -> None:
     """Refuses what is not text: bytes of arguments that are not UTF-8 come as surrogates.
 
     Raises:
         UsageError: it is not text.
     """
-    try:
+    with text_expected(what):
         text.encode()
-    except UnicodeError as error:
-        raise UsageError(f"{what}: expected text, got bytes that are not ({error})") from None
 
 
 def load(args: argparse.Namespace, device: str) -> PreTrainedModel:
