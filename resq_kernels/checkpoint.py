@@ -41,7 +41,8 @@ class StoredFormat(NamedTuple):
     """What a `quantization_config` says about the tensors of its folder.
 
     Attributes:
-        config: the options that it was made with (`samples`, `seqlen`, `damping` are not stored).
+        config: the options that it was made with; those of calibration, GPTQ and distillation are
+            not stored.
         tied_head: whether the head reads the embedding's matrix.
         version: `format_version`.
     """
@@ -192,7 +193,8 @@ def validate(
     file, the hash of the key rotations, and that all weight scales are finite and not negative.
 
     Returns:
-        The options that it was made with (`samples`, `seqlen` and `damping` are not stored).
+        The options that it was made with, but for those of calibration, GPTQ and distillation,
+        which are not stored.
 
     Raises:
         CheckpointError: one sentence that names the tensor, what was expected and what was found.

@@ -11,6 +11,8 @@ METHODS = ("resq", "quarot", "rtn")
 WEIGHT_METHODS = ("gptq", "rtn")
 HIGH_FRACTION = 0.125
 """The share of method "resq", unless another is given."""
+DISTILL_LR = 3e-5
+"""1e-4 diverges on SmolLM2-135M (docs/notes/0033-distillation.md)."""
 CLIPPED_RANGE = 5.5
 """The range in standard deviations that 4-bit rows keep: 16 codes round Gaussian values best over
 5.1, and real rows, which are not quite Gaussian, over a little more (docs/notes/0030)."""
@@ -34,7 +36,13 @@ class ResQConfig:
         embedding_bits: 8 (embedding and head in INT8, one scale a row) or 16 (not quantized).
         samples, seqlen: calibration windows and their length in tokens.
         damping: GPTQ's diagonal damping as a share of the mean diagonal.
-        seed: seed of the rotations and of the choice of calibration windows.
+        distill_epochs: passes over the calibration windows that train the rotated weights to give
+            the 16-bit model's predictions once rounded, before `weights` rounds them
+            (`ptq.distill`); 0, the default, trains nothing.
+        distill_lr: largest learning rate of that training; by default (None) 3e-5 where there is
+            one, and no other value than None where there is none.
+        seed: seed of the rotations, of the choice of calibration windows, and of their order in
+            the training.
 
     Raises:
         TypeError: a value is of another type; the message names the field.
@@ -56,6 +64,8 @@ class ResQConfig:
     samples: int = 128
     seqlen: int = 2048
     damping: float = 0.01
+    distill_epochs: int = 0
+    distill_lr: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,10 +74,13 @@ class ResQConfig:
             object.__setattr__(self, "high_fraction", share)
         for name in ("method", "weights"):
             self._is_a(name, str, "a name")
-        for name in ("lo_bits", "kv_bits", "embedding_bits", "samples", "seqlen", "seed"):
+        if self.distill_lr is None and self.distill_epochs:
+            object.__setattr__(self, "distill_lr", DISTILL_LR)
+        integers = ("lo_bits", "kv_bits", "embedding_bits", "samples", "seqlen", "distill_epochs")
+        for name in (*integers, "seed"):
             self._is_a(name, int, "an integer")
-        clips = () if self.activation_clip is None else ("activation_clip",)
-        for name in ("high_fraction", *clips, "damping"):
+        optional = [n for n in ("activation_clip", "distill_lr") if getattr(self, n) is not None]
+        for name in ("high_fraction", *optional, "damping"):
             self._is_a(name, (int, float), "a number")
             object.__setattr__(self, name, float(getattr(self, name)))
         if not isinstance(self.symmetric, bool):
@@ -92,6 +105,16 @@ class ResQConfig:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0.0 < self.damping < math.inf:
             raise ValueError(f"damping: expected a positive share, got {self.damping}")
+        if self.distill_epochs < 0:
+            raise ValueError(f"distill_epochs: expected at least 0, got {self.distill_epochs}")
+        if self.distill_lr is not None:
+            if not self.distill_epochs:
+                raise ValueError(
+                    "distill_lr: expected None without distill_epochs, which trains nothing, got "
+                    f"{self.distill_lr}"
+                )
+            if not 0.0 < self.distill_lr < math.inf:
+                raise ValueError(f"distill_lr: expected a positive rate, got {self.distill_lr}")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed: expected an integer of 64 bits, got {self.seed}")
 

@@ -14,7 +14,7 @@ from resq_kernels import texts
 from resq_kernels.commands import loading, output
 from resq_kernels.commands.arguments import at_least, real
 from resq_kernels.commands.output import CommandError, UsageError
-from resq_kernels.config import METHODS, WEIGHT_METHODS, ResQConfig
+from resq_kernels.config import DISTILL_LR, METHODS, WEIGHT_METHODS, ResQConfig
 from resq_kernels.safetensors_io import INDEX_FILE, SINGLE_FILE, read_json, weight_files
 
 if TYPE_CHECKING:
@@ -117,6 +117,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help=f"GPTQ's damping, as a share of the mean diagonal (default: {defaults.damping})",
     )
+    parser.add_argument(
+        "--distill-epochs",
+        type=at_least(0),
+        default=defaults.distill_epochs,
+        metavar="N",
+        help="train the weights to give the 16-bit model's predictions once rounded, in N passes "
+        "over the calibration windows (default: 0, no training)",
+    )
+    parser.add_argument(
+        "--distill-lr",
+        type=real(0.0, 1.0, open_low=True),
+        default=defaults.distill_lr,
+        metavar="R",
+        help=f"largest learning rate of that training (default: {DISTILL_LR})",
+    )
     loading.add_device_argument(parser)
     parser.add_argument(
         "--seed", type=at_least(0), default=defaults.seed, metavar="S", help="default: 0"
@@ -145,7 +160,7 @@ def run(args: argparse.Namespace) -> None:
         config = _config(args, seqlen)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    _check_model(args.model, model_config, config)
+    _check_model(args.model, model_config, config, device)
 
     from resq_kernels.ptq.calibrate import windows
     from resq_kernels.ptq.pipeline import quantize_folder
@@ -185,6 +200,8 @@ def _config(args: argparse.Namespace, seqlen: int) -> ResQConfig:
         symmetric=args.symmetric,
         activation_clip=args.activation_clip,
         damping=args.damping,
+        distill_epochs=args.distill_epochs,
+        distill_lr=args.distill_lr,
         samples=args.samples,
         seqlen=seqlen,
         seed=args.seed,
@@ -208,10 +225,12 @@ def _check_out(out: Path, resume: bool) -> None:
         raise CommandError(f"{out}: cannot write to {parent}: {error.strerror}") from error
 
 
-def _check_model(model: str, model_config: PretrainedConfig, config: ResQConfig) -> None:
+def _check_model(
+    model: str, model_config: PretrainedConfig, config: ResQConfig, device: str
+) -> None:
     """Refuses a model that is quantized already, of another architecture, or cannot be split."""
     from resq_kernels.architecture import ModelShape
-    from resq_kernels.ptq.check import check_shape
+    from resq_kernels.ptq.check import check_memory, check_shape
     from resq_kernels.ptq.source import check_class
 
     stored = loading.quantization(model_config)
@@ -224,7 +243,9 @@ def _check_model(model: str, model_config: PretrainedConfig, config: ResQConfig)
     try:
         settings = model_config.to_dict()
         check_class(settings)
-        check_shape(ModelShape.from_config(settings), config)
+        shape = ModelShape.from_config(settings)
+        check_shape(shape, config)
+        check_memory(shape, config, device)
     except ValueError as error:
         raise CommandError(f"{model}: {error}") from error
 
@@ -263,9 +284,12 @@ def _print(model: str, out: Path, report: dict[str, Any]) -> None:
     worst = max(layers, key=lambda layer: layer["error"])
     mean = sum(layer["error"] for layer in layers) / len(layers)
     before, after = report["bytes_before"], report["bytes_after"]
+    from resq_kernels.ptq.report import distillation_fact
+
     rows = [
         ("model", model),
         ("quantized", f"{len(layers)} linears in {report['seconds']:.1f} s"),
+        *distillation_fact(report),
         ("relative error", f"mean {mean:.4f}, worst {worst['error']:.4f} ({worst['name']})"),
         ("size", f"{output.size(before)} -> {output.size(after)} ({before / after:.2f}x smaller)"),
         ("written to", str(out)),

@@ -14,7 +14,7 @@ from resq_kernels.architecture import ModelShape
 from resq_kernels.ptq.decoder import DecoderLayer, Rope, product_dtype
 from resq_kernels.ptq.gram import Gram, gram_per_head
 from resq_kernels.ptq.source import SourceModel
-from resq_kernels.ptq.workspace import Workspace
+from resq_kernels.ptq.workspace import HiddenStates, Workspace
 
 BATCH_TOKENS = 2048
 """Tokens that run through a layer at once: bounds its activations, fixes the order of sums."""
@@ -114,6 +114,13 @@ def layer_bar(layers: Iterable[int], stage: str, progress: bool) -> Iterable[int
     return tqdm(layers, desc=f"{stage:<9}", unit="layer", disable=not progress)
 
 
+def float_states(
+    work: Workspace, tokens: torch.Tensor, shape: ModelShape, layer: int
+) -> HiddenStates:
+    """The float model's hidden states of all windows before a layer, or after the last."""
+    return work.hidden(f"float-{layer:05d}", (*tokens.shape, shape.hidden))
+
+
 @torch.no_grad()
 def calibrate(
     model: SourceModel,
@@ -122,6 +129,7 @@ def calibrate(
     work: Workspace,
     device: str = "cpu",
     progress: bool = True,
+    keep_states: bool = False,
 ) -> SecondMoments:
     """Runs the float model layer by layer over the windows and sums second moments (`Gram`).
 
@@ -129,21 +137,21 @@ def calibrate(
 
     Norm gains are folded into the linears first, so the inputs are those of the model that is then
     rotated. Memory: one layer and `BATCH_TOKENS` tokens of activations; hidden states live in the
-    work folder, in one piece per layer, so that a killed run can continue.
+    work folder, in one piece per layer, so that a killed run can continue. With `keep_states` those
+    after the last layer stay there (`float_states`).
 
     Raises:
         ValueError: a weight or a moment is not finite.
     """
     shape = model.shape
-    size = (*tokens.shape, shape.hidden)
     for index in layer_bar(range(shape.layers), "calibrate", progress):
         if work.has(f"moments-{index:05d}"):
             continue
-        states = work.hidden(f"float-{index:05d}", size)
+        states = float_states(work, tokens, shape, index)
         if index == 0 and not states.exists:
             states.begin().copy_(model.embed(tokens))
             states.finish()
-        after = work.hidden(f"float-{index + 1:05d}", size)
+        after = float_states(work, tokens, shape, index + 1)
         layer = model.layer(index, fold_norms=True).to(device, product_dtype(model.dtype, device))
         decoder = DecoderLayer(shape, layer, rope)
         moments = _run_layer(decoder, states.read(), after.begin(), device)
@@ -162,7 +170,8 @@ def calibrate(
         work.save(f"moments-{index:05d}", moments)
         work.delete(f"hidden-moment-{index - 1:05d}")
         states.delete()
-    work.hidden(f"float-{shape.layers:05d}", size).delete()
+    if not keep_states:
+        float_states(work, tokens, shape, shape.layers).delete()
     pieces = [work.load(f"moments-{index:05d}") for index in range(shape.layers)]
     hidden = work.load(f"hidden-moment-{shape.layers - 1:05d}")["hidden"] / shape.layers
     stacked = {name: torch.stack([piece[name] for piece in pieces]) for name in pieces[0]}

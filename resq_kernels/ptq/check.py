@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import math
+import os
 import shutil
 from pathlib import Path
+
+import torch
 
 from resq_kernels import _library, hadamard, kv_pages
 from resq_kernels.architecture import DOWN_PROJ, LINEARS, ModelShape
@@ -92,6 +96,8 @@ def work_bytes(
     """
     linears = sum(shape.linear(name)[0] * (shape.linear(name)[1] + 8) for name in LINEARS)
     quantized = shape.layers * linears * 9 // 16
+    # A training's state is written before the one before it is replaced.
+    trained = 24 * _weights(shape) if config.distill_epochs else 0
     head = shape.kv_heads * shape.head_dim**2
     moments = 8 * (3 * shape.hidden**2 + shape.layers * (6 * head + 3 * shape.intermediate))
     states = 4 * 4 * windows * seqlen * shape.hidden
@@ -101,7 +107,34 @@ def work_bytes(
         vocabulary = (1 if shape.tied else 2) * shape.vocab * (shape.hidden + 8)
     joined = 2 * quantized + vocabulary
     codes = windows * seqlen * (max(shape.linear(name)[1] for name in LINEARS) + 16)
-    return moments + max(states + codes + quantized, joined)
+    return moments + max(states + codes + quantized + trained, joined)
+
+
+def check_memory(shape: ModelShape, config: ResQConfig, device: str) -> None:
+    """Refuses a distillation that does not fit the device's memory, however empty it is.
+
+    Formula: weights in float32 and Adam's two moments for all linears, gradients of one layer.
+
+    Raises:
+        ValueError: names the option, and both sizes.
+    """
+    if not config.distill_epochs:
+        return
+    needed = 12 * _weights(shape) + 4 * _weights(shape) // shape.layers
+    if device.startswith("cuda"):
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise ValueError(
+            f"distill_epochs: expected at least {needed / 1e9:.1f} GB of memory on {device} (12 "
+            f"bytes a weight), got {memory / 1e9:.1f} GB; 0 trains nothing"
+        )
+
+
+def _weights(shape: ModelShape) -> int:
+    """Weights of all linears."""
+    return shape.layers * sum(math.prod(shape.linear(name)) for name in LINEARS)
 
 
 def check_disk(out: Path, needed: int) -> None:

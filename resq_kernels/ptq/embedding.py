@@ -17,6 +17,7 @@ from resq_kernels.config import ResQConfig
 from resq_kernels.formats import QuantizedWeight
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.source import SourceModel
+from resq_kernels.ptq.workspace import HiddenStates, Workspace
 from resq_kernels.weights import round_weight
 
 VOCAB_ROWS = 8192
@@ -35,6 +36,21 @@ def embed(
         dtype = model.reader.info(EMBEDDING).dtype
         parts = [part.to(dtype).float() for part in rows]
     return torch.cat(parts)[places]
+
+
+def embedded(
+    model: SourceModel,
+    rotation: Rotation | None,
+    tokens: torch.Tensor,
+    config: ResQConfig,
+    work: Workspace,
+) -> HiddenStates:
+    """`embed` of all calibration windows, in the work folder: what the first layer reads."""
+    states = work.hidden("rounded-00000", (*tokens.shape, model.shape.hidden))
+    if not states.exists:
+        states.begin().copy_(embed(model, rotation, tokens, config))
+        states.finish()
+    return states
 
 
 def embedding_tensors(

@@ -11,16 +11,17 @@ import torch
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq import inputs
 from resq_kernels.ptq.basis import Basis, find_basis
-from resq_kernels.ptq.calibrate import calibrate, check_tokens
+from resq_kernels.ptq.calibrate import SecondMoments, calibrate, check_tokens
 from resq_kernels.ptq.card import source_name
-from resq_kernels.ptq.check import check_device, check_disk, check_shape, work_bytes
+from resq_kernels.ptq.check import check_device, check_disk, check_memory, check_shape, work_bytes
 from resq_kernels.ptq.decoder import Rope, rope_tables
+from resq_kernels.ptq.distill import distill
 from resq_kernels.ptq.quantize import quantize
 from resq_kernels.ptq.report import finished_report, layer_errors, spectra, write_report
 from resq_kernels.ptq.rotate import Rotation, rotate
 from resq_kernels.ptq.save import companions, publish, save
 from resq_kernels.ptq.source import SourceModel
-from resq_kernels.ptq.workspace import Workspace, check_out
+from resq_kernels.ptq.workspace import DISTILLED, Workspace, check_out
 from resq_kernels.safetensors_io import INDEX_FILE
 
 
@@ -66,6 +67,7 @@ def quantize_folder(
     check_device(device)
     model = SourceModel(source)
     check_shape(model.shape, config)
+    check_memory(model.shape, config, device)
     check_tokens(calibration, model.shape)
     index = filter(Path.is_file, [source / INDEX_FILE])
     files = [source / "config.json", *index, *model.reader.files, *companions(source)]
@@ -101,6 +103,8 @@ def quantize_folder(
             "inputs": description,
             "files": inputs.hashes(folder, filter(Path.is_file, folder.rglob("*"))),
         }
+        if config.distill_epochs:
+            report["distillation"] = work.load(DISTILLED)["divergences"].tolist()
         if basis is not None:
             report["spectra"] = spectra(basis)
         write_report(folder, report)
@@ -121,13 +125,18 @@ def _layers(
 ) -> tuple[Basis | None, Rotation | None]:
     """The stages that fill the work folder with quantized layers."""
     basis = rotation = None
+    distills = config.distill_epochs > 0
+
+    def moments() -> SecondMoments:
+        return calibrate(model, calibration, rope, work, device, progress, keep_states=distills)
+
     if config.method == "resq":
-        basis = work.stage(
-            "basis",
-            Basis,
-            lambda: find_basis(model, calibrate(model, calibration, rope, work, device, progress)),
-        )
+        basis = work.stage("basis", Basis, lambda: find_basis(model, moments()))
+    elif distills and not work.has(DISTILLED):
+        moments()  # for the states after the last layer
     if config.rotates:
         rotation = work.stage("rotation", Rotation, lambda: rotate(basis, model.shape, config))
+    if distills:
+        distill(model, rotation, calibration, rope, config, work, device, progress)
     quantize(model, rotation, calibration, rope, config, work, device, progress)
     return basis, rotation

@@ -19,14 +19,14 @@ from resq_kernels.config import ResQConfig
 from resq_kernels.formats import MixedTensor, QuantizedWeight
 from resq_kernels.ptq.calibrate import batches, layer_bar
 from resq_kernels.ptq.decoder import Rope
-from resq_kernels.ptq.embedding import embed
+from resq_kernels.ptq.embedding import embedded
 from resq_kernels.ptq.fuse import fuse_layer
 from resq_kernels.ptq.gptq import gptq
 from resq_kernels.ptq.gram import Gram
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.rounded import RoundedLayer
 from resq_kernels.ptq.source import SourceModel
-from resq_kernels.ptq.workspace import Workspace, error_piece, layer_piece
+from resq_kernels.ptq.workspace import Workspace, distilled_piece, error_piece, layer_piece
 from resq_kernels.weights import quantize_weight
 
 ERROR_ROWS = 4096
@@ -56,12 +56,15 @@ def quantize(
     for index in layer_bar(range(model.shape.layers), "quantize", progress):
         if work.has(layer_piece(index)):
             continue
-        states = work.hidden(f"rounded-{index:05d}", size)
-        if index == 0 and not states.exists:
-            states.begin().copy_(embed(model, rotation, tokens, config))
-            states.finish()
+        if index == 0:
+            states = embedded(model, rotation, tokens, config, work)
+        else:
+            states = work.hidden(f"rounded-{index:05d}", size)
         after = work.hidden(f"rounded-{index + 1:05d}", size)
         layer = fuse_layer(model, index, rotation, config.high_fraction, device)
+        if config.distill_epochs:
+            trained = work.load(distilled_piece(index))
+            layer.weights = {name: weight.to(device) for name, weight in trained.items()}
         decoder = RoundedLayer(model.shape, layer, rope, config)
         weights, errors = _quantize_layer(decoder, states.read(), after.begin(), work, device)
         after.finish()
@@ -81,6 +84,7 @@ def quantize(
         # In this order: once its piece exists, a layer counts as finished, its errors included.
         work.save(error_piece(index), errors)
         work.save(layer_piece(index), piece)
+        work.delete(distilled_piece(index))
         states.delete()
     work.hidden(f"rounded-{model.shape.layers:05d}", size).delete()
 

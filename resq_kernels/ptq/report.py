@@ -86,6 +86,17 @@ def spectra(basis: Basis) -> dict[str, object]:
     }
 
 
+def distillation_fact(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a distillation did, as a row of a table; no row if there was none."""
+    divergences = report.get("distillation", [])
+    if not divergences:
+        return []
+    count = min(16, -(-len(divergences) // 2))
+    first, last = (sum(d) / count for d in (divergences[:count], divergences[-count:]))
+    text = f"{len(divergences)} steps, KL {first:.3f} in the first {count}, {last:.3f} in the last"
+    return [("distillation", text)]
+
+
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Writes both files into a folder."""
     write_json(folder / REPORT_FILE, report)
@@ -99,6 +110,7 @@ def render(report: Mapping[str, Any]) -> str:
         ("method", f"{report['config']['method']}, weights by {report['config']['weights']}"),
         ("size", f"{before / 1e6:.1f} MB to {after / 1e6:.1f} MB ({before / after:.2f} times)"),
         ("calibration", f"{report['windows']} windows of {report['seqlen']} tokens"),
+        *distillation_fact(report),
         ("time", f"{report['seconds']:.1f} s"),
     ]
     rows = "".join(f"<tr><td>{k}</td><td>{html.escape(v)}</td></tr>" for k, v in facts)

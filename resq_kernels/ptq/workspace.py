@@ -78,6 +78,15 @@ def layer_piece(index: int) -> str:
     return f"quantize-{index:05d}"
 
 
+DISTILLED = "distilled"
+"""The piece that says that the distillation is finished: "divergences", float64 [steps]."""
+
+
+def distilled_piece(index: int) -> str:
+    """The piece with the trained weights of a layer of the rotated model, float32, by linear."""
+    return f"distilled-{index:05d}"
+
+
 def error_piece(index: int) -> str:
     """The piece with the relative output error of each linear of a layer, float64 [1] by name."""
     return f"errors-{index:05d}"

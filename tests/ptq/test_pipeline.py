@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import xml.etree.ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from resq_kernels.checkpoint import validate
 from resq_kernels.config import ResQConfig
-from resq_kernels.ptq import check
+from resq_kernels.ptq import check, distill
 from resq_kernels.ptq.pipeline import quantize_folder
 from resq_kernels.safetensors_io import CheckpointError, CheckpointReader
 from resq_kernels.testing.tiny_models import save_tiny_model
@@ -157,11 +159,13 @@ def test_too_little_disk(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("method", ["resq", "rtn"])
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "rtn"}, {"distill_epochs": 1}], ids=["resq", "rtn", "distilled"]
+)
 def test_disk_estimate_covers_the_work_folder(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    """The fullest moments are before a layer's states are deleted, and before publication."""
+    """The fullest moments are before states are deleted or replaced, and before publication."""
     from resq_kernels.ptq import pipeline, workspace
     from resq_kernels.ptq.source import SourceModel
 
@@ -174,12 +178,13 @@ def test_disk_estimate_covers_the_work_folder(
     delete, publish = workspace.HiddenStates.delete, pipeline.publish
     monkeypatch.setattr(workspace.HiddenStates, "delete", lambda s: (measure(), delete(s)))
     monkeypatch.setattr(pipeline, "publish", lambda *args: (measure(), publish(*args)))
-    windows = torch.randint(0, 256, (64, 48))
-    quantize_folder(llama, tmp_path / "out", windows, ResQConfig(method=method), progress=False)
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *args: (measure(), replace(*args)))
+    monkeypatch.setattr(distill, "STATE_SECONDS", 0.3)
+    windows, config = torch.randint(0, 256, (64, 48)), ResQConfig(**options)
+    quantize_folder(llama, tmp_path / "out", windows, config, progress=False)
     model = SourceModel(llama)
-    needed = check.work_bytes(
-        model.shape, ResQConfig(method=method), *windows.shape, model.item_bytes
-    )
+    needed = check.work_bytes(model.shape, config, *windows.shape, model.item_bytes)
     assert max(sizes) < needed < 4 * max(sizes)
 
 

@@ -1,0 +1,204 @@
+"""Quantization-aware distillation: trains the rotated weights to predict as the 16-bit model does
+once everything is rounded."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch.nn import functional
+from tqdm import tqdm
+
+from resq_kernels import reference
+from resq_kernels.architecture import FINAL_NORM
+from resq_kernels.config import ResQConfig
+from resq_kernels.ptq.calibrate import float_states
+from resq_kernels.ptq.decoder import Rope, product_dtype
+from resq_kernels.ptq.embedding import embedded
+from resq_kernels.ptq.fuse import fuse_layer
+from resq_kernels.ptq.rotate import Rotation
+from resq_kernels.ptq.source import SourceModel
+from resq_kernels.ptq.student import StudentLayer
+from resq_kernels.ptq.workspace import DISTILLED, Workspace, distilled_piece
+
+WARMUP_STEPS = 5
+STATE = "distill-state"
+STATE_SECONDS = 600.0
+"""Seconds between two states from which an interrupted training continues."""
+MEAN_OF = 8
+"""Windows whose mean divergence the progress bar shows."""
+LOGIT_ROWS = 256
+"""Tokens whose logits are in memory at once: 156 MB each of student and teacher for Qwen2.5."""
+
+
+@torch.no_grad()
+def distill(
+    model: SourceModel,
+    rotation: Rotation | None,
+    tokens: torch.Tensor,
+    rope: Rope,
+    config: ResQConfig,
+    work: Workspace,
+    device: str = "cpu",
+    progress: bool = True,
+) -> list[float]:
+    """Writes a piece per layer with the trained weights of the rotated model (`distilled_piece`).
+
+    Formula: minimises mean over tokens of KL(p || q), p the next-token distribution of the 16-bit
+    model and q that of the student: the rotated model with inputs, keys, values and weights
+    rounded (`StudentLayer`). Adam, one window a step, `distill_epochs` passes in random order; the
+    learning rate rises over 5 steps to `distill_lr` and falls to 0 as a cosine.
+
+    Memory: 16 bytes a weight of the linears of one layer, 12 of the others, and the activations of
+    one layer for one window. The final states of the float model must be in the work folder
+    (`calibrate`).
+
+    Returns:
+        The divergence before each step, in nats.
+
+    Source: the loss is LLM-QAT's (arXiv 2305.17888); on calibration windows instead of generated
+    text, before GPTQ instead of without it: docs/notes/0033-distillation.md.
+    """
+    if work.has(DISTILLED):
+        return work.load(DISTILLED)["divergences"].tolist()
+    states = embedded(model, rotation, tokens, config, work).read()
+    final = float_states(work, tokens, model.shape, model.shape.layers)
+    targets = final.read()
+    head = _Head(model, rotation, product_dtype(model.dtype, device), device)
+    layers = [
+        StudentLayer(model.shape, layer, rope, config)
+        for layer in (
+            fuse_layer(model, index, rotation, config.high_fraction, device)
+            for index in range(model.shape.layers)
+        )
+    ]
+    divergences = _restore(layers, work)
+    order = _order(len(tokens), config)
+    saved = time.monotonic()
+    with tqdm(total=len(order), desc="distill", unit="window", disable=not progress) as bar:
+        bar.update(len(divergences))
+        for step in range(len(divergences), len(order)):
+            x, target = (t[order[step]].to(device) for t in (states, targets))
+            rate = learning_rate(step, len(order), config.distill_lr or 0.0)
+            divergences.append(_step(layers, head, x, target, rate))
+            if not math.isfinite(divergences[-1]):
+                raise ValueError(
+                    f"distill: expected a finite divergence, got {divergences[-1]} in step {step}; "
+                    f"distill_lr {config.distill_lr} is too large for this model"
+                )
+            bar.update()
+            bar.set_postfix_str(f"KL {torch.tensor(divergences[-MEAN_OF:]).mean():.3f}")
+            if time.monotonic() - saved > STATE_SECONDS:
+                _save(layers, divergences, work)
+                saved = time.monotonic()
+    for index, layer in enumerate(layers):
+        work.save(distilled_piece(index), layer.weights())
+    work.save(DISTILLED, {"divergences": torch.tensor(divergences, dtype=torch.float64)})
+    work.delete(STATE)
+    final.delete()
+    return divergences
+
+
+def _step(
+    layers: list[StudentLayer],
+    head: _Head,
+    x: torch.Tensor,
+    target: torch.Tensor,
+    rate: float,
+) -> float:
+    """Trains on one window, [tokens, hidden] at the first layer and after the float model's last;
+    returns the divergence before it."""
+    inputs = [x[None]]
+    for layer in layers:
+        inputs.append(layer.forward(inputs[-1]))
+    divergence, gradient = head.divergence(inputs.pop()[0], target)
+    gradient = gradient[None]
+    for layer in reversed(layers):
+        gradient = layer.train(inputs.pop(), gradient, rate)
+    return divergence
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Of a step from 0 to steps - 1: linear to the peak over 5 steps, times a cosine to 0."""
+    return (
+        peak * min(1.0, (step + 1) / WARMUP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+    )
+
+
+class _Head:
+    """Final norm and head of the float model, on states of the float or of the rotated model.
+
+    Args:
+        model: the source.
+        rotation: that of the student's states, or None.
+        products: dtype of the head's products.
+        device: where they are computed.
+    """
+
+    def __init__(
+        self, model: SourceModel, rotation: Rotation | None, products: torch.dtype, device: str
+    ) -> None:
+        self._eps = model.shape.norm_eps
+        self._gain = model.load(FINAL_NORM).to(device)
+        self._matrix = model.load(model.head).to(device, products)
+        self._back = None if rotation is None else rotation.hidden.T.float().to(device)
+
+    def divergence(self, states: torch.Tensor, targets: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """Mean KL(p || q) over the tokens, and its gradient by the student's states.
+
+        Formula: the gradient by the logits of a token is (q - p) / tokens; logits exist for
+        `LOGIT_ROWS` tokens at a time.
+
+        Args:
+            states: float32 [tokens, hidden] after the student's last layer.
+            targets: the same of the float model.
+        """
+        states = states.detach().requires_grad_()
+        with torch.enable_grad():
+            normed = reference.rms_norm(states, None, self._eps)
+            if self._back is not None:
+                normed = normed @ self._back
+            normed = normed * self._gain
+        wanted = reference.rms_norm(targets, self._gain, self._eps)
+        total, gradients = 0.0, []
+        for row, target in zip(
+            normed.detach().split(LOGIT_ROWS), wanted.split(LOGIT_ROWS), strict=True
+        ):
+            student, teacher = (functional.log_softmax(self._logits(x), -1) for x in (row, target))
+            p = teacher.exp()
+            total += float((p * (teacher - student)).sum(dtype=torch.float64))
+            gradients.append((student.exp_().sub_(p).to(self._matrix.dtype) @ self._matrix).float())
+        normed.backward(torch.cat(gradients) / len(states))
+        assert states.grad is not None
+        return total / len(states), states.grad
+
+    def _logits(self, normed: torch.Tensor) -> torch.Tensor:
+        return functional.linear(normed.to(self._matrix.dtype), self._matrix).float()
+
+
+def _order(windows: int, config: ResQConfig) -> list[int]:
+    """The window of every step: each epoch a permutation."""
+    generator = torch.Generator().manual_seed(config.seed)
+    epochs = range(config.distill_epochs)
+    return [int(i) for _ in epochs for i in torch.randperm(windows, generator=generator)]
+
+
+def _save(layers: list[StudentLayer], divergences: list[float], work: Workspace) -> None:
+    tensors = {"divergences": torch.tensor(divergences, dtype=torch.float64)}
+    for index, layer in enumerate(layers):
+        tensors |= {f"{index}.{name}": tensor for name, tensor in layer.state().items()}
+    work.save(STATE, tensors)
+
+
+def _restore(layers: list[StudentLayer], work: Workspace) -> list[float]:
+    """Takes over the last state, if there is one; returns the divergences so far."""
+    if not work.has(STATE):
+        return []
+    tensors = work.load(STATE)
+    for index, layer in enumerate(layers):
+        prefix = f"{index}."
+        layer.restore(
+            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        )
+    return tensors["divergences"].tolist()
