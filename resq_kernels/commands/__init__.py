@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from resq_kernels.commands import bench, chat, evaluate, generate, info, quantize
+from resq_kernels.commands import bench, chat, evaluate, generate, info, quantize, serve
 from resq_kernels.commands.output import CommandError, UsageError
 
 COMMANDS: dict[str, ModuleType] = {
@@ -12,6 +12,7 @@ COMMANDS: dict[str, ModuleType] = {
     "eval": evaluate,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "bench": bench,
     "info": info,
 }

@@ -72,10 +72,12 @@ def test_help_does_not_import_transformers() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("command", ["eval", "generate", "info"])
+@pytest.mark.parametrize("command", ["eval", "generate", "info", "serve"])
 def test_models_that_are_none_are_refused_in_a_sentence(
     tmp_path: Path, resq: Callable[..., Result], command: str
 ) -> None:
+    if command == "serve":
+        pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
     options = ("--prompt", "x") if command == "generate" else ()
     missing = tmp_path / "missing"
     result = resq(command, missing, *options)
