@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 import resq_kernels_autoload
-from resq_kernels import _library  # noqa: F401  registers torch.ops.resq.*
-from resq_kernels import ops as ops
 from resq_kernels.config import ResQConfig
 
 if TYPE_CHECKING:
+    from resq_kernels import ops as ops
     from resq_kernels.api import from_pretrained, quantize
     from resq_kernels.nn.decode_graph import DecodeGraph, graph_decoding
     from resq_kernels.nn.kv_cache import ResQCache
@@ -37,7 +37,13 @@ _LAZY = {
     "quantize": "resq_kernels.api",
 }
 
+# The program (`resq`, `python -m resq_kernels`) answers --help and usage errors without torch: its
+# import takes longer than everything else. What a command runs imports the operators itself.
+_PROGRAM = "resq_kernels_program" in sys.modules or sys.orig_argv[1:3] == ["-m", "resq_kernels"]
+
 resq_kernels_autoload.register()
+if not _PROGRAM:
+    importlib.import_module("resq_kernels.ops")  # registers torch.ops.resq.*
 
 
 def __getattr__(name: str) -> object:

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from resq_kernels.formats import split_columns
-
 SUPPORTED = ("llama", "qwen2")
 """`model_type` of the configurations that this package reads."""
 
@@ -203,6 +201,8 @@ class ModelShape:
         Raises:
             ValueError: the split is not whole; the message names the linear.
         """
+        from resq_kernels.formats import split_columns  # needs torch, `resq bench --help` does not
+
         if name == DOWN_PROJ:
             return 0
         if name == O_PROJ:

@@ -8,9 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 WIKITEXT2 = "wikitext2"
@@ -127,6 +126,8 @@ def _raw_file(place: Path, split: str) -> Path:
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     """The ids of the whole text without BOS or any other special token, int64 [tokens]."""
+    import torch
+
     # verbose=False: the ids are cut into windows later, so the "longer than the maximum" warning
     # would be wrong.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from resq_kernels import ops  # noqa: F401  registers torch.ops.resq.*
 from resq_kernels.bench import cuda_timing, int_rate, timing
 from resq_kernels.bench.timing import Timing
 

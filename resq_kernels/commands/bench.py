@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from resq_kernels.bench import choices, compare, cuda_timing, models, report
-from resq_kernels.bench.device import BenchDevice
+from resq_kernels.bench import compare, models, report
 from resq_kernels.commands import loading, output
 from resq_kernels.commands.arguments import at_least, real
+
+if TYPE_CHECKING:
+    from resq_kernels.bench.device import BenchDevice
 
 SUMMARY = "time the kernels against what a user would run instead"
 DESCRIPTION = """\
@@ -128,7 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least(0),
         metavar="MB",
         help="data that a call passes before it sees the same again (default: "
-        f"{CPU_COLD_MB}; cuda {cuda_timing.COLD_BYTES >> 20})",
+        f"{CPU_COLD_MB}; cuda 200)",
     )
     parser.add_argument(
         "--cpu-time",
@@ -182,6 +182,10 @@ def run(args: argparse.Namespace) -> None:
     if older is not None and newer is not None:
         _compare(args, older, newer)
         return
+    import torch
+
+    from resq_kernels.bench.device import BenchDevice
+
     module = importlib.import_module(MODULES[args.benchmark])
     _complete(args, module)
     bench = BenchDevice(
@@ -268,6 +272,10 @@ def _write(args: argparse.Namespace, figures: dict[str, Any]) -> None:
 
 def _sweep(args: argparse.Namespace, bench: BenchDevice, figures: dict[str, Any]) -> None:
     """Times every choice; the files of --out are written anew after each batch of each layer."""
+    import torch
+
+    from resq_kernels.bench import choices
+
     names = ("major", "minor", "multiprocessors", "memory_bits")
     facts = dict(zip(names, torch.ops.resq.cuda_device(0), strict=True))
     figures |= {"device": facts | {"family": bench.kernels}, "choices": []}
@@ -319,6 +327,10 @@ def _compare(args: argparse.Namespace, old: dict[str, Any], new: dict[str, Any])
 
 def _complete(args: argparse.Namespace, module: ModuleType) -> None:
     """Fills in the defaults of the benchmark and of the device; refuses what does not fit."""
+    import torch
+
+    from resq_kernels.bench import cuda_timing
+
     for name in OPTIONS:
         if name not in module.DEFAULTS and getattr(args, name) is not None:
             option = name.replace("_", "-")

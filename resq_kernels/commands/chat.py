@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
-
 from resq_kernels.commands import loading, output, streaming
 from resq_kernels.commands.conversation import Conversation, Turn, check_template
 from resq_kernels.commands.output import UsageError
@@ -58,6 +56,8 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = loading.load_tokenizer(args.model)
     check_template(args.model, tokenizer, args.system)
     model = streaming.load(args, device)
+    import torch
+
     torch.manual_seed(args.seed)
     conversation = Conversation(model, tokenizer, args.system)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()

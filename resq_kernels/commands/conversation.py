@@ -6,9 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
-import torch
-
-from resq_kernels.architecture import SUPPORTED
 from resq_kernels.commands import loading, streaming
 from resq_kernels.commands.output import CommandError
 
@@ -97,6 +94,8 @@ class Conversation:
                 conversation is then what it was before.
             CommandError: the chat template refuses the messages.
         """
+        import torch
+
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = prompt_ids(self.tokenizer, messages)
         limit = loading.window_limit(self.model.config)
@@ -208,6 +207,7 @@ def _render(
 
 def _keys_are_final(model: PreTrainedModel) -> bool:
     """Whether the keys and values of a token never depend on what follows, and can be cropped."""
+    from resq_kernels.architecture import SUPPORTED
     from resq_kernels.nn.decode_graph import HOST_ROPE
 
     config = model.config

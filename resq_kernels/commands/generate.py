@@ -6,8 +6,6 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-import torch
-
 from resq_kernels.commands import chat, loading, output, streaming
 from resq_kernels.commands.conversation import Conversation, check_template, opening, prompt_ids
 from resq_kernels.commands.output import UsageError
@@ -61,6 +59,8 @@ def run(args: argparse.Namespace) -> None:
         len(ids), loading.window_limit(config), args.max_new_tokens, what="--prompt"
     )
     model = streaming.load(args, device)
+    import torch
+
     torch.manual_seed(args.seed)
     if args.chat:
         conversation = Conversation(model, tokenizer, args.system)

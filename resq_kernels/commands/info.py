@@ -10,12 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import resq_kernels
-from resq_kernels import _library
 from resq_kernels.commands import loading, output
-from resq_kernels.formats import FORMAT_VERSION
 
 SUMMARY = "versions, devices, kernel variants; what a model folder holds"
 DESCRIPTION = """\
@@ -65,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of this package, its checkpoint format, Python and the libraries."""
+    from resq_kernels.formats import FORMAT_VERSION
+
     found = {"resq_kernels": resq_kernels.__version__, "checkpoint format": str(FORMAT_VERSION)}
     found["python"] = platform.python_version()
     for name in PACKAGES:
@@ -77,6 +75,8 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """The processor, its cores, torch's threads and the memory in bytes."""
+    import torch
+
     pages, page = (os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_PAGE_SIZE"))
     return {
         "cpu": _cpu_name(),
@@ -94,6 +94,10 @@ def cpu() -> dict[str, Any]:
     Raises:
         RuntimeError: RESQ_CPU_ISA names a variant that does not exist or cannot run here.
     """
+    import torch
+
+    from resq_kernels import _library  # noqa: F401  registers torch.ops.resq.*
+
     return {
         "built": list(built_cpu_variants(platform.machine())),
         "chosen": torch.ops.resq.cpu_isa(),
@@ -112,6 +116,10 @@ def built_cpu_variants(architecture: str) -> tuple[str, ...]:
 
 def cuda() -> dict[str, Any]:
     """Whether CUDA kernels run, the devices, and if they do not, why."""
+    import torch
+
+    from resq_kernels import _library
+
     devices = []
     reason = _library.CUDA_MISSING or None
     if torch.cuda.is_available():

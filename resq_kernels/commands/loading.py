@@ -10,11 +10,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from resq_kernels import _library
 from resq_kernels.commands.output import CommandError, UsageError
-from resq_kernels.safetensors_io import check_pointers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +46,10 @@ def choose_device(asked: str | None) -> str:
     Raises:
         CommandError: CUDA was asked for and torch has none; `resq info` says why.
     """
+    import torch
+
+    from resq_kernels import _library
+
     works = torch.cuda.is_available()
     if asked is None:
         return "cuda" if works and not _library.CUDA_MISSING else "cpu"
@@ -90,6 +90,8 @@ def check_folder(folder: Path) -> None:
         CommandError: it is a file, or config.json is missing.
         CheckpointError: config.json is no JSON object, or a file is a pointer of git-lfs.
     """
+    from resq_kernels.safetensors_io import check_pointers
+
     if not folder.is_dir():
         raise CommandError(f"{folder}: expected a model folder, got a file")
     config = folder / "config.json"
@@ -104,6 +106,7 @@ def load_model(model: str, dtype: str = "auto", device: str = "cpu") -> PreTrain
     Raises:
         CommandError: as `load_config`, or the checkpoint does not load; the message says why.
     """
+    import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     config = load_config(model)

@@ -15,7 +15,6 @@ from resq_kernels.commands import loading, output
 from resq_kernels.commands.arguments import at_least, real
 from resq_kernels.commands.output import CommandError, UsageError
 from resq_kernels.config import DISTILL_LR, METHODS, WEIGHT_METHODS, ResQConfig
-from resq_kernels.safetensors_io import INDEX_FILE, SINGLE_FILE, read_json, weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -257,6 +256,7 @@ def _folder(model: str) -> Path:
         return Path(model)
     from huggingface_hub import snapshot_download
 
+    from resq_kernels import safetensors_io as files
     from resq_kernels.ptq.save import companion_patterns
 
     allowed, ignored = companion_patterns()
@@ -268,12 +268,12 @@ def _folder(model: str) -> Path:
         exact = [glob.escape(name) for name in names]
         snapshot_download(model, revision=folder.name, allow_patterns=exact)
 
-    config = read_json(folder / "config.json")
-    named = str(config.get("transformers_weights") or SINGLE_FILE)
+    config = files.read_json(folder / "config.json")
+    named = str(config.get("transformers_weights") or files.SINGLE_FILE)
     download(named)
     if not (folder / named).is_file():
-        download(INDEX_FILE)
-    shards = [path.relative_to(folder).as_posix() for path in weight_files(folder, config)]
+        download(files.INDEX_FILE)
+    shards = [path.relative_to(folder).as_posix() for path in files.weight_files(folder, config)]
     if shards != [named]:
         download(*shards)
     return folder

@@ -12,14 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-import torch
-
 from resq_kernels.commands import loading
 from resq_kernels.commands.arguments import at_least, real
 from resq_kernels.commands.output import UsageError
-from resq_kernels.safetensors_io import read_json
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.cache_utils import Cache
     from transformers.generation.streamers import BaseStreamer
@@ -220,6 +218,7 @@ def stream(
         cache: keys and values of the first tokens of ids; afterwards of all tokens but the last.
         stop: asked after every token whether to end.
     """
+    import torch
     from transformers import StoppingCriteriaList, TextStreamer
 
     from resq_kernels.nn.kv_cache import cache_name
@@ -280,6 +279,8 @@ def _token_ids(model: str) -> dict[str, object]:
         CheckpointError: the file is not a JSON object.
     """
     from transformers.utils import cached_file
+
+    from resq_kernels.safetensors_io import read_json
 
     path = cached_file(model, "generation_config.json", _raise_exceptions_for_missing_entries=False)
     if path is None:

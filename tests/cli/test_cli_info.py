@@ -13,6 +13,7 @@ import torch
 from cli_support import Result, save, tiny_llama
 from safetensors.torch import load_file, save_file
 
+from resq_kernels import _library
 from resq_kernels.commands import info
 from resq_kernels.commands.sizes import PARTS, part_of, part_sizes
 
@@ -43,7 +44,7 @@ def test_built_variants_are_those_of_the_source() -> None:
 
 
 def test_info_says_whether_launches_are_dependent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(info._library, "CUDA_MISSING", "")
+    monkeypatch.setattr(_library, "CUDA_MISSING", "")
     for name, value in {
         "is_available": True,
         "device_count": 1,

@@ -17,6 +17,7 @@ import torch
 from cli_support import Result
 
 from resq_kernels import _library, cli
+from resq_kernels.bench import cuda_timing
 from resq_kernels.commands import COMMANDS, loading, output
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +31,8 @@ def test_help_lists_every_command_and_every_option(resq: Callable[..., Result]) 
         text = resq(name, "--help").out
         for option in ("--json FILE", "--threads N", "--debug"):
             assert option in text
+        if name == "bench":
+            assert f"cuda {cuda_timing.COLD_BYTES >> 20})" in " ".join(text.split())
         assert "examples:" in text
 
 
@@ -64,12 +67,51 @@ def test_version_and_module_entry() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "resq 0.1.0\n", "")
 
 
-def test_help_does_not_import_transformers() -> None:
+SLOW = ("torch", "numpy", "transformers", "safetensors", "tqdm", "matplotlib", "uvicorn", "fastapi")
+
+
+def test_help_and_usage_errors_import_nothing_slow() -> None:
+    """Through the script `resq`: torch alone takes a second."""
     code = (
-        "import sys; from resq_kernels.cli import main; main(['eval', '--help']); "
-        "sys.exit('transformers' in sys.modules or 'matplotlib' in sys.modules)"
+        "import json, sys, resq_kernels_program as program\n"
+        "from resq_kernels.commands import COMMANDS\n"
+        "lines = [['--help'], ['--version'], ['eval'], ['info', '--what'], ['frobnicate']]\n"
+        "for line in [*lines, *([name, '--help'] for name in COMMANDS)]:\n"
+        "    sys.argv = ['resq', *line]\n"
+        "    code = program.main()\n"
+        "    assert code == (0 if line[-1] in ('--help', '--version') else 2), (line, code)\n"
+        f"print(json.dumps([name for name in {SLOW} if name in sys.modules]))\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+def test_the_module_entry_is_as_quick() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "resq_kernels", "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},
+    )
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines()}
+    assert "resq_kernels.cli" in imported and imported.isdisjoint(SLOW)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import resq_kernels, torch",
+        # In the script `resq` the package leaves it to what a command runs.
+        "import resq_kernels_program, resq_kernels.cli as c; c.main(['info']); import torch",
+        "import resq_kernels_program, resq_kernels.bench.device, torch",
+        "import resq_kernels_program, resq_kernels as resq, torch; resq.ResQLinear",
+    ],
+)
+def test_the_operators_are_registered_for_who_calls_them(code: str) -> None:
+    code += "; assert hasattr(torch.ops.resq, 'mixed_gemm')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", ["eval", "generate", "info", "serve"])
