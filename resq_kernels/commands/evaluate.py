@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,10 @@ examples:
   resq eval out/llama-resq --dataset wikitext2
   resq eval out/llama-resq --text heldout.txt --reference meta-llama/Llama-3.2-1B --json eval.json
   resq eval out/llama-resq --tasks arc_easy,hellaswag
+  resq eval out/llama-resq --tasks mmlu --num-fewshot 5 --limit 20
 """
+
+TASK_OPTIONS = ("num_fewshot", "limit", "batch_size", "include_path")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +70,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         type=_names,
         metavar="A,B,...",
-        help="zero-shot tasks of lm-eval (pip install 'resq_kernels[tasks]')",
+        help="tasks of lm-eval (pip install 'resq_kernels[tasks]')",
+    )
+    parser.add_argument(
+        "--num-fewshot",
+        type=at_least(0),
+        metavar="K",
+        help="with --tasks: examples before every question (default: as many as the task says)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=at_least(1),
+        metavar="N",
+        help="with --tasks: the first N questions of every task only, to try something out",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=at_least(1),
+        metavar="N",
+        help="with --tasks: questions in one pass (default: 1)",
+    )
+    parser.add_argument(
+        "--include-path",
+        metavar="FOLDER",
+        help="with --tasks: look for tasks (YAML files) in this folder too",
     )
 
 
@@ -80,6 +107,7 @@ def run(args: argparse.Namespace) -> None:
     wants_perplexity = args.text is not None or bool(args.dataset or not args.tasks)
     if args.reference is not None and not wants_perplexity:
         raise UsageError("--reference: needs a text, add --text FILE or --dataset wikitext2")
+    _check_task_options(args)
     device = loading.choose_device(args.device)
     config = loading.load_config(args.model)
     source = texts.WIKITEXT2 if args.text is None else args.text
@@ -89,6 +117,7 @@ def run(args: argparse.Namespace) -> None:
     if args.fake_quant and (stored is None or stored.get("quant_method") != "resq"):
         raise UsageError(f"--fake-quant: expected a model quantized by resq, got {args.model}")
     harness = _harness() if args.tasks else None
+    tasks = None if harness is None else _find_tasks(harness, args)
     tokenizer = loading.load_tokenizer(args.model)
     figures: dict[str, Any] = {"model": args.model}
     tokens, seqlen = None, 0
@@ -118,7 +147,8 @@ def run(args: argparse.Namespace) -> None:
             )
             figures |= dataclasses.asdict(evaluation)
         if harness is not None:
-            figures["tasks"] = _run_tasks(harness, model, tokenizer, args.tasks)
+            figures["task_options"] = {name: getattr(args, name) for name in TASK_OPTIONS}
+            figures["tasks"] = _run_tasks(harness, tasks, args, model, tokenizer)
     _print(figures)
     output.write_json(args.json, figures)
 
@@ -148,6 +178,13 @@ def _print(figures: dict[str, Any]) -> None:
         ]
     for task, metrics in figures.get("tasks", {}).items():
         rows += [(task, f"{name} {value:.4f}") for name, value in metrics.items()]
+    if figures.get("task_options", {}).get("limit"):
+        rows.append(
+            (
+                "limit",
+                "the first {limit} questions of each task".format_map(figures["task_options"]),
+            )
+        )
     print(output.table(rows))
 
 
@@ -161,7 +198,8 @@ def _names(text: str) -> list[str]:
 def _harness() -> ModuleType:
     try:
         import lm_eval
-        import lm_eval.models.huggingface  # noqa: F401  registers HFLM
+        import lm_eval.models.huggingface
+        import lm_eval.tasks
     except ImportError:
         raise CommandError(
             "--tasks: needs lm-eval, which is not installed; "
@@ -170,15 +208,48 @@ def _harness() -> ModuleType:
     return lm_eval
 
 
+def _check_task_options(args: argparse.Namespace) -> None:
+    """Refuses options of --tasks without it, and a folder that is none."""
+    for name in TASK_OPTIONS:
+        if getattr(args, name) is not None and not args.tasks:
+            raise UsageError(f"--{name.replace('_', '-')}: needs --tasks")
+    folder = args.include_path
+    if folder is not None and not (folder and Path(folder).is_dir()):
+        raise UsageError(f"--include-path: expected a folder, got {folder!r}")
+
+
+def _find_tasks(harness: ModuleType, args: argparse.Namespace) -> Any:
+    """lm-eval's table of tasks; it must have those of --tasks.
+
+    Raises:
+        UsageError: there is no task of this name.
+    """
+    table = harness.tasks.TaskManager(include_path=args.include_path)
+    for name in args.tasks:
+        if name not in table.all_tasks:
+            raise UsageError(f"--tasks: expected a task that lm-eval knows, got {name!r}")
+    return table
+
+
 def _run_tasks(
     harness: ModuleType,
+    table: Any,
+    args: argparse.Namespace,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: list[str],
 ) -> dict[str, dict[str, float]]:
-    """Zero-shot results, task -> metric -> value; only metrics that are numbers."""
-    wrapped = harness.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer)
-    results = harness.simple_evaluate(model=wrapped, tasks=tasks, bootstrap_iters=0)["results"]
+    """Results, task -> metric -> value; only metrics that are numbers."""
+    wrapped = harness.models.huggingface.HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size or 1
+    )
+    results = harness.simple_evaluate(
+        model=wrapped,
+        tasks=args.tasks,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        task_manager=table,
+        bootstrap_iters=0,
+    )["results"]
     return {
         task: {
             name.split(",")[0]: float(value)

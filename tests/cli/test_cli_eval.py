@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -232,35 +234,152 @@ def test_eval_without_wikitext_says_how_to_get_it(
 def test_eval_tasks_returns_the_harness_numbers(
     llama: Path, tmp_path: Path, resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = {"alias": "arc_easy", "acc,none": 0.25, "acc_stderr,none": 0.1, "samples": 4}
+    scores = {"alias": "arc_easy", "acc,none": 0.25, "acc_stderr,none": 0.1, "samples": 4}
     asked = {}
 
     def simple_evaluate(**options: object) -> dict[str, object]:
         asked.update(options)
-        return {"results": {"arc_easy": result}}
+        return {"results": {"arc_easy": scores}}
 
     class HFLM:
-        def __init__(self, pretrained: object, tokenizer: object) -> None:
-            self.words = (pretrained.config.vocab_size, len(tokenizer))
+        def __init__(self, pretrained: object, tokenizer: object, batch_size: int) -> None:
+            self.words = (pretrained.config.vocab_size, len(tokenizer), batch_size)
 
-    names = ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface")
-    harness, models, huggingface = (types.ModuleType(name) for name in names)
-    harness.models, models.huggingface = models, huggingface
+    class TaskManager:
+        all_tasks = ("arc_easy", "piqa")
+
+        def __init__(self, include_path: str | None) -> None:
+            self.include_path = include_path
+
+    names = ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface", "lm_eval.tasks")
+    harness, models, huggingface, tasks = (types.ModuleType(name) for name in names)
+    harness.models, models.huggingface, harness.tasks = models, huggingface, tasks
     huggingface.HFLM, harness.simple_evaluate = HFLM, simple_evaluate
-    for name, module in zip(names, (harness, models, huggingface), strict=True):
+    tasks.TaskManager = TaskManager
+    for name, module in zip(names, (harness, models, huggingface, tasks), strict=True):
         monkeypatch.setitem(sys.modules, name, module)
     target = tmp_path / "tasks.json"
     result = resq("eval", llama, "--tasks", "arc_easy,piqa", "--json", target)
     assert result.code == 0, result.err
     assert asked["tasks"] == ["arc_easy", "piqa"]
-    assert asked["model"].words == (320, 257)
+    assert asked["model"].words == (320, 257, 1)
+    assert (asked["num_fewshot"], asked["limit"]) == (None, None)
     figures = json.loads(target.read_text())
+    unset = {"num_fewshot": None, "limit": None, "batch_size": None, "include_path": None}
+    assert figures["task_options"] == unset and "limit" not in result.out
     assert figures["tasks"] == {"arc_easy": {"acc": 0.25, "samples": 4.0}}
     assert "perplexity" not in figures
     assert "acc 0.2500" in result.out
     result = resq("eval", llama, "--tasks", "arc_easy", "--reference", llama)
     assert result.code == 2
     assert result.sentence.startswith("--reference: needs a text")
+    result = resq("eval", llama, "--tasks", "arc_easy,nothing")
+    wanted = "--tasks: expected a task that lm-eval knows, got 'nothing'"
+    assert (result.code, result.sentence) == (2, wanted)
+    options = ("--num-fewshot", 0, "--limit", 2, "--batch-size", 3, "--include-path", tmp_path)
+    result = resq("eval", llama, "--tasks", "piqa", *options, "--json", target)
+    assert result.code == 0, result.err
+    assert (asked["num_fewshot"], asked["limit"], asked["model"].words[2]) == (0, 2, 3)
+    assert asked["task_manager"].include_path == str(tmp_path)
+    given = {"num_fewshot": 0, "limit": 2, "batch_size": 3, "include_path": str(tmp_path)}
+    assert json.loads(target.read_text())["task_options"] == given
+    assert "the first 2 questions of each task" in result.out
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--limit", 1), "--limit: needs --tasks"),
+        (("--num-fewshot", 0), "--num-fewshot: needs --tasks"),
+        (("--batch-size", 2), "--batch-size: needs --tasks"),
+        (("--include-path", "."), "--include-path: needs --tasks"),
+        (("--tasks", "a", "--include-path", ""), "--include-path: expected a folder, got ''"),
+        (("--tasks", "a", "--limit", 0), "argument --limit: expected a whole number of at least 1"),
+    ],
+)
+def test_options_of_tasks_are_checked(
+    resq: Callable[..., Result], options: tuple[object, ...], sentence: str
+) -> None:
+    result = resq("eval", "model", *options)
+    assert result.code == 2 and result.sentence.startswith(sentence)
+
+
+TASK = """\
+task: {name}
+custom_dataset: !function rows.rows
+test_split: test
+fewshot_split: train
+fewshot_config:
+  sampler: first_n
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: label
+target_delimiter: ""
+fewshot_delimiter: "."
+metric_list:
+  - metric: acc
+"""
+ROWS = """\
+def rows(**options):
+    from datasets import Dataset
+
+    return {name: Dataset.from_list(rows) for name, rows in ROWS.items()}
+
+ROWS = """
+
+
+def best_choice(model: Any, prompt: str, choices: list[str]) -> int:
+    """The choice with the largest log likelihood after the prompt, one forward pass each."""
+    scores = []
+    for choice in choices:
+        ids = byte_tokenizer()(prompt + choice, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logs = model(ids).logits[0, :-1].double().log_softmax(-1)
+        chosen = logs.gather(1, ids[0, 1:, None])[:, 0]
+        scores.append(float(chosen[-len(choice) :].sum()))
+    return max(range(len(choices)), key=scores.__getitem__)
+
+
+def test_options_of_tasks_do_what_lm_eval_says(
+    llama: Path, tmp_path: Path, resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task of our own, offline, against log likelihoods of single forward passes."""
+    tasks = pytest.importorskip("lm_eval.tasks", reason="the extra `tasks` is not installed")
+    # Without lm-eval's own thousands of tasks, whose files take seconds to list.
+    own = functools.partial(tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(tasks, "TaskManager", own)
+    choices = list("abcdefgh")
+    words = ["red", "big", "old", "new", "far", "hot", "dim", "dull", "icy", "blue", "rich", "dark"]
+    questions = [f"is it {word}" for word in words]
+    model, example = tiny_llama().eval(), "is it so a."
+    alone = [best_choice(model, question, choices) for question in questions]
+    shown = [best_choice(model, example + question, choices) for question in questions]
+    # Labels by which every setting has an accuracy of its own.
+    labels = [*alone[:6], *((best + 1) % 8 for best in alone[6:])]
+    rows = [
+        {"question": question, "choices": choices, "label": label}
+        for question, label in zip(questions, labels, strict=True)
+    ]
+    first = {"question": "is it so ", "choices": choices, "label": 0}
+    (tmp_path / "own.yaml").write_text(TASK.format(name="own"))
+    (tmp_path / "rows.py").write_text(ROWS + repr({"test": rows, "train": [first]}))
+
+    def accuracy(*options: object) -> float:
+        target = tmp_path / "figures.json"
+        folder = ("--include-path", tmp_path, "--device", "cpu", "--json", target)
+        result = resq("eval", llama, "--tasks", "own", *folder, *options)
+        assert result.code == 0, result.err
+        return json.loads(target.read_text())["tasks"]["own"]["acc"]
+
+    def expected(best: list[int], count: int) -> float:
+        pairs = list(zip(best, labels, strict=True))[:count]
+        return sum(a == b for a, b in pairs) / count
+
+    assert len({expected(alone, 12), expected(alone, 4), expected(shown, 12)}) == 3
+    assert accuracy() == accuracy("--batch-size", 4) == pytest.approx(expected(alone, 12))
+    assert accuracy("--limit", 4) == pytest.approx(expected(alone, 4))
+    assert accuracy("--num-fewshot", 1) == pytest.approx(expected(shown, 12))
 
 
 def test_eval_tasks_without_lm_eval_say_what_to_install(
