@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
-SOURCES := setup.py pyproject.toml tools/compile_cuda.py $(shell find csrc -name '*.c*' -o -name '*.h')
+SOURCES := setup.py pyproject.toml tools/build_backend.py tools/compile_cuda.py \
+  $(shell find csrc -name '*.c*' -o -name '*.h')
 
 CXX_FILES = $(shell find csrc tests resq_kernels -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
@@ -24,7 +25,7 @@ help:
 	@echo "make gpu-check-dry  every step of gpu-check without a GPU (five minutes)"
 	@echo "make lint         ruff, clang-format, codespell, mypy, clang-tidy (half a minute)"
 	@echo "make format       let ruff and clang-format rewrite the files"
-	@echo "make wheel-check  build the wheel, install it in an empty environment, call an operator"
+	@echo "make wheel-check  build sdist and wheel (dist/), install them where nothing is, call an operator"
 
 # torch first and pinned: anything else that depends on torch would pull in another build of it.
 $(VENV)/.dependencies: pyproject.toml

@@ -3,7 +3,7 @@
 _C_cpu.so always; _C_cuda.so where a CUDA toolkit is found. Each is one file for every torch >= 2.11
 and every Python >= 3.10: it exports no Python symbol and is opened by torch.ops.load_library, so
 the wheel is tagged py3-none. torch's headers are found without importing torch, and no GPU is asked
-for.
+for. tools/build_backend.py finds torch, CUTLASS and nvcc.
 
 Knobs: CXX, MAX_JOBS, RESQ_SANITIZE=address,undefined (CPU test builds); RESQ_CUDA=auto|0|1,
 CUDA_HOME, CUTLASS_PATH, RESQ_CUDA_ARCHS (default "80;86;89;90a;ptx"); RESQ_CUDA_BENCHMARKS=1 with
@@ -14,63 +14,46 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
+import setuptools
+
+NO_TOOLS = """resq_kernels: --no-build-isolation needs setuptools 77 or newer and ninja; either of
+  pip install .                                    # without it: pip brings its own
+  pip install "setuptools>=77" ninja && pip install --no-build-isolation ."""
+if int(setuptools.__version__.split(".")[0]) < 77 or not importlib.util.find_spec("ninja"):
+    sys.exit(NO_TOOLS)
+
+from setuptools import Extension, setup  # noqa: E402  an old setuptools stops above
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT / "tools"))
+from build_backend import find_cutlass, find_nvcc, find_torch  # noqa: E402
+
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11, our floor
 DEFAULT_ARCHS = "80;86;89;90a;ptx"
 BENCHMARKS = ("benchmarks/cuda/cutlass_s4s8.cu", "benchmarks/cuda/int8_ceiling.cu")
-NO_TORCH = """resq_kernels: PyTorch >= 2.11 must be installed before this package is built:
-  pip install torch            # or torch==2.13.0, or a CUDA build
-  pip install --no-build-isolation ."""
+NO_COMPILER = """resq_kernels: expected a C++20 compiler named {}, found none; either of
+  apt-get install g++           # or dnf install gcc-c++
+  CXX=/path/to/g++ pip install ."""
+NO_TORCH = """resq_kernels: expected torch >= 2.11, found none; either of
+  pip install .                                    # pip finds or fetches it
+  pip install torch && pip install --no-build-isolation ."""
 NO_CUTLASS = """resq_kernels: the CUDA library needs the CUTLASS 4.2 headers; either of
-  git submodule update --init third_party/cutlass
+  git submodule update --init --checkout third_party/cutlass
   pip install --no-deps nvidia-cutlass==4.2.0.0
 or set CUTLASS_PATH to a CUTLASS folder, or RESQ_CUDA=0 to leave the CUDA library out"""
 
 
-def package_root(name: str) -> Path | None:
-    """The folder of an installed package, found without importing it."""
-    spec = importlib.util.find_spec(name)
-    return Path(spec.origin).parent if spec and spec.origin else None
-
-
-def torch_root() -> Path:
-    """The folder of the installed torch."""
-    return package_root("torch") or sys.exit(NO_TORCH)
-
-
-def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME or PATH; None if the CUDA library is not to be built."""
-    wish = os.environ.get("RESQ_CUDA", "auto")
-    if wish not in ("auto", "0", "1"):
-        sys.exit(f"resq_kernels: RESQ_CUDA: expected auto, 0 or 1, got {wish}")
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
-    if wish == "1" and nvcc is None:
-        sys.exit(f"resq_kernels: RESQ_CUDA=1: expected nvcc in {home or 'PATH'}, found none")
-    return nvcc if wish != "0" and not os.environ.get("RESQ_SANITIZE") else None
-
-
 def cutlass_include() -> Path:
-    """CUTLASS's headers: $CUTLASS_PATH, the submodule, or the Python package nvidia-cutlass."""
-    package = package_root("cutlass_library")
-    places = [
-        Path(os.environ["CUTLASS_PATH"]) if "CUTLASS_PATH" in os.environ else None,
-        ROOT / "third_party/cutlass",
-        package / "source" if package else None,
-    ]
-    for place in places:
-        if place and (place / "include/cutlass/version.h").exists():
-            return place / "include"
-    sys.exit(NO_CUTLASS)
+    """CUTLASS's headers."""
+    return find_cutlass() or sys.exit(NO_CUTLASS)
 
 
 def sources(cuda: bool) -> list[str]:
@@ -103,7 +86,7 @@ def gencode(source: str) -> str:
 
 def ninja_file(extensions: list[tuple[list[str], Path]], build: Path, nvcc: str | None) -> str:
     """The text of build.ninja: one object per source, one shared library per extension."""
-    torch = torch_root()
+    torch = find_torch() or sys.exit(NO_TORCH)
     sanitize = os.environ.get("RESQ_SANITIZE", "")
     # -O1 builds faster and keeps the lines of a report (120 s of processor time in all).
     recover = "-fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1"
@@ -112,10 +95,10 @@ def ninja_file(extensions: list[tuple[list[str], Path]], build: Path, nvcc: str 
     # instruction sets agree bit for bit. libtorch must be a NEEDED entry (--no-as-needed): CUDA
     # builds of torch open it RTLD_LOCAL, and its symbols are not found otherwise.
     lines = [
-        f"cxx = {os.environ.get('CXX', 'g++')}",
+        f"cxx = {CXX}",
         "cxxflags = -O3 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra "
-        f"-Werror=return-type -ffile-prefix-map={ROOT}/= -DTORCH_TARGET_VERSION={TORCH_TARGET} "
-        f"-isystem {torch}/include -I{ROOT}/csrc {extra}",
+        f"-Werror=return-type -ffile-prefix-map={ROOT}/= -ffile-prefix-map={torch.parent}/= "
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -isystem {torch}/include -I{ROOT}/csrc {extra}",
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $cxxflags -c $in -o $out",
         "  depfile = $out.d",
@@ -125,7 +108,8 @@ def ninja_file(extensions: list[tuple[list[str], Path]], build: Path, nvcc: str 
     ]
     if nvcc:
         # Without -DNDEBUG CUTLASS's asserts are calls, and ptxas serializes every wgmma near one.
-        # The static runtime serves torch builds of any CUDA version.
+        # The static runtime serves torch builds of any CUDA version. -nodlink: no code is linked on
+        # the device, and that step would write this machine's paths into the library.
         lines += [
             f"nvcc = {nvcc}",
             "nvccflags = -std=c++20 -O3 -DNDEBUG --expt-relaxed-constexpr -Xptxas -v "
@@ -137,7 +121,7 @@ def ninja_file(extensions: list[tuple[list[str], Path]], build: Path, nvcc: str 
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link_cuda",
-            "  command = $nvcc -shared -cudart static $in -o $out "
+            "  command = $nvcc -shared -nodlink -cudart static $in -o $out "
             f"-L{torch}/lib -Xlinker --no-as-needed -ltorch",
         ]
     for files, output in extensions:
@@ -165,6 +149,11 @@ class NinjaBuild(build_ext):
     def build_extensions(self) -> None:
         import ninja
 
+        here = f"{platform.system()} {platform.machine()}"
+        if here != "Linux x86_64":
+            sys.exit(f"resq_kernels: expected Linux on x86-64, got {here}")
+        if not shutil.which(CXX):
+            sys.exit(NO_COMPILER.format(CXX))
         # Not build_temp: pip gives every editable install a new one, and ninja would start over.
         build = ROOT / "build" / ("ninja" + os.environ.get("RESQ_SANITIZE", ""))
         build.mkdir(parents=True, exist_ok=True)
@@ -180,7 +169,13 @@ class NinjaBuild(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """A wheel for any Python 3 on this platform."""
+    """A wheel for any Python 3 on this platform, of what there is now."""
+
+    def run(self) -> None:
+        # setuptools would pack what an earlier build left there: a module that is gone, or the CUDA
+        # library in spite of RESQ_CUDA=0. The objects are elsewhere.
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -190,6 +185,7 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+CXX = os.environ.get("CXX", "g++")
 NVCC = find_nvcc()
 CUDA_SOURCES = sources(cuda=True)
 EXTENSIONS = [Extension("resq_kernels._C_cpu", sources(cuda=False))]

@@ -33,7 +33,7 @@ def load() -> None:
     if not _CPU_LIBRARY.exists():
         raise ImportError(
             f"resq_kernels: {_CPU_LIBRARY.name} is not built; run "
-            "`pip install --no-build-isolation -e .` in the source folder"
+            "`pip install -e .` in the source folder"
         )
     _load(_CPU_LIBRARY)
 
@@ -52,7 +52,7 @@ def load_cuda() -> str:
     if not CUDA_LIBRARY.exists():
         why = (
             f"{CUDA_LIBRARY.name} is not built: install the CUDA toolkit (nvcc) and run "
-            "`RESQ_CUDA=1 pip install --no-build-isolation -e .` in the source folder"
+            "`RESQ_CUDA=1 pip install -e .` in the source folder"
         )
         refuse_cuda(why)
         return why

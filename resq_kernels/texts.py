@@ -44,8 +44,9 @@ def check_source(source: str, option: str) -> None:
             raise ValueError(f"text: {source} does not exist")
     elif not os.environ.get(WIKITEXT2_VARIABLE) and importlib.util.find_spec("datasets") is None:
         raise ValueError(
-            f"wikitext2: the text is not on this machine: `pip install datasets`, or give a text "
-            f"with `{option} FILE`, or set {WIKITEXT2_VARIABLE} to the folder of its files"
+            "wikitext2: the text is not on this machine: "
+            f"`pip install 'resq_kernels[datasets]'`, or give a text with `{option} FILE`, "
+            f"or set {WIKITEXT2_VARIABLE} to the folder of its files"
         )
 
 
@@ -93,7 +94,8 @@ def wikitext2(split: str) -> str:
         return join_rows(list(io.StringIO(read_text(_raw_file(Path(place), split)))))
     advice = (
         f"put wiki.{split}.raw of wikitext-2-raw-v1 into a folder and set {WIKITEXT2_VARIABLE} "
-        "to it, or `pip install datasets` on a machine with a connection, or name a text file"
+        "to it, or `pip install 'resq_kernels[datasets]'` on a machine with a connection, "
+        "or name a text file"
     )
     try:
         from datasets import load_dataset

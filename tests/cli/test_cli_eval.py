@@ -228,7 +228,7 @@ def test_eval_without_wikitext_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "datasets", None)
     result = resq("eval", llama)
     assert result.code == 1
-    assert "RESQ_WIKITEXT2" in result.sentence and "pip install datasets" in result.sentence
+    assert "RESQ_WIKITEXT2" in result.sentence and "resq_kernels[datasets]" in result.sentence
 
 
 def test_eval_tasks_returns_the_harness_numbers(

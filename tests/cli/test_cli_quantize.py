@@ -134,7 +134,10 @@ def test_without_wikitext_it_is_said_before_any_work(
     option = "--calib" if command == "quantize" else "--text"
     result = resq(command, llama, *[tmp_path / "out"] * (command == "quantize"))
     assert result.code == 1
-    assert f"`pip install datasets`, or give a text with `{option} FILE`" in result.sentence
+    assert (
+        f"`pip install 'resq_kernels[datasets]'`, or give a text with `{option} FILE`"
+        in result.sentence
+    )
 
 
 @pytest.mark.usefixtures("sigint")
