@@ -12,7 +12,7 @@ CXX_FILES = $(shell find csrc tests resq_kernels -name '*.cpp' -o -name '*.cu' -
 # What a change of an operator or of a format meets first.
 QUICK = tests/ops tests/test_*.py tests/nn/test_weights.py tests/nn/test_resq_linear.py
 
-.PHONY: help demo demo-small test test-quick sanitize lint bench format wheel-check gpu-check gpu-check-dry clean
+.PHONY: help demo demo-small test test-quick sanitize lint bench format wheel-check docs gpu-check gpu-check-dry clean
 
 help:
 	@echo "make demo         quantize SmolLM2-135M-Instruct, compare, ask it, write out/demo/report.html"
@@ -26,6 +26,7 @@ help:
 	@echo "make lint         ruff, clang-format, codespell, mypy, clang-tidy (half a minute)"
 	@echo "make format       let ruff and clang-format rewrite the files"
 	@echo "make wheel-check  build sdist and wheel (dist/), install them where nothing is, call an operator"
+	@echo "make docs         the documentation as a site, out/site/index.html"
 
 # torch first and pinned: anything else that depends on torch would pull in another build of it.
 $(VENV)/.dependencies: pyproject.toml
@@ -93,6 +94,11 @@ format: $(VENV)/.dependencies
 
 wheel-check: $(VENV)/.dependencies
 	$(BIN)/python tools/wheel_check.py "$(TORCH)"
+
+docs: $(VENV)/.dependencies
+	@$(BIN)/python tools/requirements.py docs > $(VENV)/requirements-docs.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r $(VENV)/requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
 	rm -rf build dist out *.egg-info resq_kernels/*.so $(VENV)/.built

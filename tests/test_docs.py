@@ -110,6 +110,13 @@ PUBLIC = [getattr(resq_kernels, name) for name in resq_kernels.__all__]
 PUBLIC += [getattr(ops, name) for name in ops.__all__]
 
 
+def test_the_site_shows_every_public_name() -> None:
+    pages = "".join(path.read_text() for path in (ROOT / "docs/api").glob("*.md"))
+    public = {f"resq_kernels.{name}" for name in resq_kernels.__all__}
+    public |= {f"resq_kernels.ops.{name}" for name in ops.__all__}
+    assert set(re.findall(r"^::: ([\w.]+)$", pages, re.M)) == public
+
+
 @pytest.mark.parametrize("thing", PUBLIC, ids=lambda thing: thing.__name__)
 def test_every_argument_is_documented(thing: Callable[..., object]) -> None:
     section = re.search(r"^Args:\n((?: {4}.*\n|\n)+)", f"{inspect.getdoc(thing)}\n", re.M)
