@@ -100,7 +100,8 @@ def check_wheel(path: Path, cuda: bool) -> None:
         for file in (ROOT / "resq_kernels").rglob("*")
         if file.suffix in (".py", ".typed", ".cpp")
     }
-    wanted = package | {"resq_kernels_autoload.py", "resq_kernels/_C_cpu.so"}
+    wanted = package | {file.name for file in ROOT.glob("resq_kernels_*.py")}
+    wanted |= {"resq_kernels/_C_cpu.so"}
     wanted |= {"resq_kernels/_C_cuda.so"} if cuda else set()
     expect("wheel", wanted - names, names - wanted)
     for name, library in libraries.items():
