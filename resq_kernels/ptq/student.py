@@ -10,7 +10,7 @@ from resq_kernels.architecture import DOWN_PROJ, GATE_UP, LINEARS, O_PROJ, QKV, 
 from resq_kernels.config import ResQConfig
 from resq_kernels.formats import RowFormat
 from resq_kernels.ptq.decoder import DecoderLayer, Layer, Rope
-from resq_kernels.weights import search_scale
+from resq_kernels.weights import round_weight, search_scale
 
 BETAS = (0.9, 0.95)
 """Of Adam: a run has a few dozen steps, and the second moment must settle within twenty."""
@@ -35,8 +35,7 @@ class StudentLayer(DecoderLayer):
         super().__init__(shape, layer, rope)
         self.config = config
         self._scales = {
-            name: [search_scale(part, bits)[:, None] for part, bits in self._parts(name)]
-            for name in LINEARS
+            name: [search_scale(part, bits) for part, bits in self._parts(name)] for name in LINEARS
         }
         for weight in layer.weights.values():
             weight.requires_grad_()
@@ -123,7 +122,7 @@ class StudentLayer(DecoderLayer):
     def _rounded_weight(self, name: str) -> torch.Tensor:
         """A weight, rounded to nearest."""
         rounded = [
-            torch.round(part / scale).clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).mul_(scale)
+            round_weight(part, scale, bits) * scale[:, None]
             for (part, bits), scale in zip(self._parts(name), self._scales[name], strict=True)
         ]
         return torch.cat(rounded, dim=1)
