@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -103,52 +105,128 @@ def perplexity(
     Source: arXiv 2210.17323 (GPTQ) and its published evaluation; arXiv 2412.14363, section 5.
     """
     windows = cut_windows(tokens, seqlen, max_windows)
-    _check_vocabulary(model, windows, reference)
-    loss_sum = kl_sum = seconds = 0.0
-    agreed = 0
-    bar = tqdm(windows, desc=progress, unit="window", delay=2, disable=progress is None)
-    with torch.inference_mode(), _evaluating(model), _evaluating(reference):
-        for index, window in enumerate(bar):
-            start = time.perf_counter()
-            logits = _logits(model, window)
-            if logits.is_cuda:
-                torch.cuda.synchronize(logits.device)
-            seconds += time.perf_counter() - start
-            other = None if reference is None else _logits(reference, window)
-            loss, kl, same = _window_sums(logits, window, other)
-            if not math.isfinite(loss):
-                raise ValueError(f"perplexity: the logits of window {index} are not finite")
-            loss_sum, kl_sum, agreed = loss_sum + loss, kl_sum + kl, agreed + same
-            bar.set_postfix(
-                ppl=f"{math.exp(loss_sum / ((index + 1) * (seqlen - 1))):.3f}", refresh=False
-            )
-    targets = windows.shape[0] * (seqlen - 1)
+    models = {"model": model} if reference is None else {"reference": reference, "model": model}
+    found = measure(models, windows, progress=progress)["model"]
     return Evaluation(
-        perplexity=math.exp(loss_sum / targets),
+        perplexity=found.perplexity,
         tokens=windows.numel(),
         seqlen=seqlen,
         windows=windows.shape[0],
-        kl_to_reference=None if reference is None else kl_sum / targets,
-        top1_agreement=None if reference is None else agreed / targets,
-        seconds=seconds,
-        tokens_per_second=windows.numel() / seconds,
+        kl_to_reference=None if reference is None else found.kl,
+        top1_agreement=None if reference is None else found.top1,
+        seconds=found.seconds,
+        tokens_per_second=windows.numel() / found.seconds,
     )
 
 
-class _evaluating:
-    """Puts a model into eval mode for a while."""
+class WindowSums(NamedTuple):
+    """Sums over a window's targets: -log p(target) and KL(reference || model) in nats, and the
+    number of those for which both find the same token likeliest."""
 
-    def __init__(self, model: PreTrainedModel | None) -> None:
-        self.model = model
+    loss: float
+    kl: float
+    agreed: int
 
-    def __enter__(self) -> None:
-        if self.model is not None:
-            self.training = self.model.training
-            self.model.eval()
 
-    def __exit__(self, *error: object) -> None:
-        if self.model is not None:
-            self.model.train(self.training)
+@dataclasses.dataclass
+class Measured:
+    """What `measure` found for one model; every window has as many targets.
+
+    Attributes:
+        sums: of each window.
+        targets: of a window, seqlen - 1.
+        seconds: time of the model's forward passes alone.
+    """
+
+    sums: list[WindowSums]
+    targets: int
+    seconds: float
+
+    @property
+    def losses(self) -> list[float]:
+        """Mean of -log p(target) in each window, in nats."""
+        return [window.loss / self.targets for window in self.sums]
+
+    @property
+    def divergences(self) -> list[float]:
+        """Mean of KL(reference || model) in each window, in nats."""
+        return [window.kl / self.targets for window in self.sums]
+
+    @property
+    def agreements(self) -> list[float]:
+        """Share of each window's targets whose likeliest token is the reference's too."""
+        return [window.agreed / self.targets for window in self.sums]
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean of -log p over all targets."""
+        return math.exp(self._mean(window.loss for window in self.sums))
+
+    @property
+    def kl(self) -> float:
+        """Mean of KL(reference || model) over all targets, in nats."""
+        return self._mean(window.kl for window in self.sums)
+
+    @property
+    def top1(self) -> float:
+        """Share of all targets whose likeliest token is the reference's too."""
+        return self._mean(window.agreed for window in self.sums)
+
+    def _mean(self, sums: Iterable[float]) -> float:
+        return sum(sums) / (self.targets * len(self.sums))
+
+
+def measure(
+    models: Mapping[str, PreTrainedModel], windows: torch.Tensor, *, progress: str | None = None
+) -> dict[str, Measured]:
+    """Runs models over windows, each once; the first model is the reference of the others.
+
+    `perplexity` has the formulas. Logits of the reference and of one other model are in memory at
+    a time. The divergence of the reference itself is 0.
+
+    Args:
+        models: name -> a causal language model; all over one vocabulary.
+        windows: int64 [windows, seqlen], as `cut_windows` returns.
+        progress: label of a progress bar on stderr (shown after two seconds), or None. It shows the
+            perplexity of the last model.
+
+    Raises:
+        ValueError: an id is outside the vocabulary, the vocabularies differ, or a logit is not
+            finite (the message names model and window).
+    """
+    _check_vocabulary(models, windows)
+    targets = windows.shape[1] - 1
+    found = {name: Measured([], targets, 0.0) for name in models}
+    bar = tqdm(windows, desc=progress, unit="window", delay=2, disable=progress is None)
+    with torch.inference_mode(), _evaluating(models.values()):
+        for index, window in enumerate(bar):
+            reference = None
+            for name, model in models.items():
+                start = time.perf_counter()
+                logits = _logits(model, window)
+                if logits.is_cuda:
+                    torch.cuda.synchronize(logits.device)
+                found[name].seconds += time.perf_counter() - start
+                sums = _window_sums(logits, window, reference)
+                if not math.isfinite(sums.loss):
+                    raise ValueError(f"{name}: the logits of window {index} are not finite")
+                found[name].sums.append(sums)
+                reference = logits if reference is None else reference
+            bar.set_postfix(ppl=f"{found[name].perplexity:.3f}", refresh=False)
+    return found
+
+
+@contextlib.contextmanager
+def _evaluating(models: Iterable[PreTrainedModel]) -> Iterator[None]:
+    """Puts models into eval mode for a while."""
+    training = [(model, model.training) for model in models]
+    try:
+        for model, _ in training:
+            model.eval()
+        yield
+    finally:
+        for model, mode in training:
+            model.train(mode)
 
 
 def _logits(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
@@ -160,32 +238,33 @@ def _logits(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
 
 def _window_sums(
     logits: torch.Tensor, window: torch.Tensor, reference: torch.Tensor | None
-) -> tuple[float, float, int]:
-    """Sums over a window's targets: -log p(target) and KL(reference || model) in nats, and the
-    number of those for which both find the same token likeliest."""
+) -> WindowSums:
+    """The sums of a window; without a reference the model is its own."""
     loss, kl, same = 0.0, 0.0, 0
     for start in range(0, logits.shape[0], _ROWS):
         log_p = functional.log_softmax(logits[start : start + _ROWS].float(), dim=-1)
         targets = window[start + 1 : start + 1 + log_p.shape[0]].to(log_p.device)
         loss -= log_p.gather(1, targets.unsqueeze(1)).sum(dtype=torch.float64).item()
-        if reference is not None:
+        if reference is None:
+            same += log_p.shape[0]
+        else:
             rows = reference[start : start + _ROWS].to(log_p.device, torch.float32)
             log_ref = functional.log_softmax(rows, dim=-1)
             kl += (log_ref.exp() * (log_ref - log_p)).sum(dtype=torch.float64).item()
             same += int((rows.argmax(dim=-1) == logits[start : start + _ROWS].argmax(dim=-1)).sum())
-    return loss, kl, same
+    return WindowSums(loss, kl, same)
 
 
-def _check_vocabulary(
-    model: PreTrainedModel, windows: torch.Tensor, reference: PreTrainedModel | None
-) -> None:
-    size = model.config.vocab_size
-    if int(windows.max()) >= size:
+def _check_vocabulary(models: Mapping[str, PreTrainedModel], windows: torch.Tensor) -> None:
+    sizes = {name: model.config.vocab_size for name, model in models.items()}
+    (first, words), *others = sizes.items()
+    for name, size in others:
+        if size != words:
+            raise ValueError(
+                f"{first}: expected a vocabulary of {size} words as {name} has, got {words}"
+            )
+    if int(windows.max()) >= words:
         raise ValueError(
-            f"text: token {int(windows.max())} is outside the model's vocabulary of {size}; "
+            f"text: token {int(windows.max())} is outside the model's vocabulary of {words}; "
             "the tokenizer belongs to another model"
-        )
-    if reference is not None and reference.config.vocab_size != size:
-        raise ValueError(
-            f"reference: expected a vocabulary of {size} words, got {reference.config.vocab_size}"
         )
