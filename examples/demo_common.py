@@ -24,18 +24,18 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
-from demo_report import above, write_report
+from demo_report import above, render
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import resq_kernels
-from resq_kernels import ResQConfig
+from resq_kernels import ResQConfig, evaluate
 from resq_kernels.commands.info import machine
 from resq_kernels.commands.output import size, table, write_json
 from resq_kernels.commands.sizes import part_sizes
-from resq_kernels.evaluate import perplexity
 from resq_kernels.ptq.pipeline import quantize_folder
+from resq_kernels.safetensors_io import write_bytes
 from resq_kernels.testing.lockstep import lockstep
 
 HERE = Path(__file__).resolve().parent
@@ -180,19 +180,10 @@ def measure(
     heldout: torch.Tensor,
     settings: Settings,
 ) -> list[Row]:
-    """All rows of a model: quality on the held-out text, sizes, speed."""
+    """All rows of a model: quality on the held-out text, sizes, speed. The first is the 16-bit."""
     say(f"{label}: perplexity and divergence on the held-out text")
-    measured = {
-        name: perplexity(
-            model,
-            heldout,
-            seqlen=settings.seqlen,
-            max_windows=settings.windows,
-            reference=None if name == BASELINE else models[BASELINE],
-            progress=f"perplexity, {name}",
-        )
-        for name, model in models.items()
-    }
+    windows = evaluate.cut_windows(heldout, settings.seqlen, settings.windows)
+    measured = evaluate.measure(models, windows, progress="perplexity")
     say(f"{label}: speed")
     speed = speeds(models, heldout, settings)
     rows = []
@@ -206,8 +197,8 @@ def measure(
                 dtype=str(model.dtype).removeprefix("torch."),
                 perplexity=found.perplexity,
                 increase=found.perplexity / measured[BASELINE].perplexity - 1,
-                kl_to_baseline=0.0 if name == BASELINE else found.kl_to_reference,
-                top1_agreement=1.0 if name == BASELINE else found.top1_agreement,
+                kl_to_baseline=found.kl,
+                top1_agreement=found.top1,
                 bytes_total=parts["total"],
                 bytes_linears=parts["linears"] + parts["linear_scales"],
                 decode_tokens_per_second=speed[name][0],
@@ -259,7 +250,7 @@ def reference_check(label: str, folder: Path, heldout: torch.Tensor, settings: S
     for window in tqdm(cut, desc="reference", unit="window", delay=2, leave=False):
 
         def run(window: torch.Tensor = window) -> float:
-            return math.log(perplexity(model, window, seqlen=seqlen).perplexity)
+            return math.log(evaluate.perplexity(model, window, seqlen=seqlen).perplexity)
 
         with lockstep(model, run) as (kernels, agreement):
             logs += torch.tensor([kernels, run()], dtype=torch.float64) / len(cut)
@@ -362,7 +353,8 @@ def finish(
         **facts,
     }
     write_json(str(out / "results.json"), results)
-    write_report(out / "report.html", json.loads((out / "results.json").read_text()))
+    page = render(json.loads((out / "results.json").read_text()))
+    write_bytes(out / "report.html", page.encode())
     print(f"{LEGEND}\n{textwrap.fill(note, 100)}\n")
     print(
         table([("ok" if c.ok else "FAILED", f"{c.model}: {c.promise}", c.measured) for c in checks])

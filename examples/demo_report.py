@@ -6,19 +6,14 @@ python examples/demo_report.py out/demo/results.json    # the tables in Markdown
 from __future__ import annotations
 
 import html
-import io
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
+from matplotlib.axes import Axes
 
-matplotlib.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from resq_kernels import html_page
 
 # Okabe and Ito's palette: told apart by every kind of colour vision.
 COLOURS = {
@@ -30,27 +25,7 @@ COLOURS = {
 }
 HIGH_SHARE = 0.125
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem;
-       color: #1c1c1c; }
-h1 { font-size: 1.6rem; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #e2e2e2; }
-th:first-child, td:first-child { text-align: left; }
-pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; }
-.ok { color: #00695c; } .failed { color: #b00020; font-weight: bold; }
-.note { color: #555; } svg { max-width: 100%; height: auto; }
-"""
-
-
-def svg(figure: Figure) -> str:
-    """A figure as an <svg> element, without the XML header."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "resq"}):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+STYLE = ".ok { color: #00695c } .failed { color: #b00020; font-weight: bold } .note { color: #555 }"
 
 
 def _shade_high(axes: Axes, count: int) -> None:
@@ -60,7 +35,7 @@ def _shade_high(axes: Axes, count: int) -> None:
 
 def spectrum_plot(models: Sequence[Mapping]) -> str:
     """Variance of each principal direction, ascending: residual stream, keys, values."""
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.2), constrained_layout=True)
+    figure, panels = html_page.figure(3, 11, 3.2)
     titles = {"hidden": "inputs from the residual stream", "keys": "keys", "values": "values"}
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         for model, style in zip(models, ("-", "--"), strict=False):
@@ -73,7 +48,7 @@ def spectrum_plot(models: Sequence[Mapping]) -> str:
         axes.set_xlabel("direction, by variance")
     panels[0].set_ylabel("variance")
     panels[0].legend(fontsize=8)
-    return svg(figure)
+    return html_page.svg(figure)
 
 
 def _curves(values: Sequence) -> list[Sequence[float]]:
@@ -85,10 +60,8 @@ def _curves(values: Sequence) -> list[Sequence[float]]:
 
 def perplexity_plot(models: Sequence[Mapping]) -> str:
     """How far each row's perplexity lies above the 16-bit one, with the perplexity on the bar."""
-    figure, panels = plt.subplots(
-        1, len(models), figsize=(11, 3.4), constrained_layout=True, squeeze=False
-    )
-    for axes, model in zip(panels[0], models, strict=True):
+    figure, panels = html_page.figure(len(models), 11, 3.4)
+    for axes, model in zip(panels, models, strict=True):
         baseline, *rows = model["rows"]
         heights = [100 * max(row["increase"], 1e-4) for row in rows]
         colours = [COLOURS[row["name"]] for row in rows]
@@ -97,16 +70,14 @@ def perplexity_plot(models: Sequence[Mapping]) -> str:
         axes.set_yscale("log")
         axes.set_title(f"{model['name']} (16-bit: {baseline['perplexity']:.2f})", fontsize=10)
         axes.tick_params(axis="x", labelsize=8)
-    panels[0, 0].set_ylabel("perplexity above 16-bit, %")
-    return svg(figure)
+    panels[0].set_ylabel("perplexity above 16-bit, %")
+    return html_page.svg(figure)
 
 
 def error_plot(models: Sequence[Mapping]) -> str:
     """Relative output error of every linear on the calibration text, in the order of the model."""
-    figure, panels = plt.subplots(
-        1, len(models), figsize=(11, 3.2), constrained_layout=True, squeeze=False
-    )
-    for axes, model in zip(panels[0], models, strict=True):
+    figure, panels = html_page.figure(len(models), 11, 3.2)
+    for axes, model in zip(panels, models, strict=True):
         for row in model["rows"]:
             if row["layers"]:
                 errors = [layer["error"] for layer in row["layers"]]
@@ -114,19 +85,9 @@ def error_plot(models: Sequence[Mapping]) -> str:
                 axes.lines[-1].set_label(row["name"])
         axes.set_title(model["name"], fontsize=10)
         axes.set_xlabel("linear (q, k, v, o, gate, up, down of every layer)")
-    panels[0, 0].set_ylabel("relative output error of the weights")
-    panels[0, 0].legend(fontsize=8)
-    return svg(figure)
-
-
-def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of escaped cells."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    body = "\n".join(line(row, "td") for row in rows)
-    return f"<table>\n{line(header, 'th')}\n{body}\n</table>"
+    panels[0].set_ylabel("relative output error of the weights")
+    panels[0].legend(fontsize=8)
+    return html_page.svg(figure)
 
 
 def row_name(row: Mapping) -> str:
@@ -179,8 +140,6 @@ def render(results: Mapping) -> str:
     """
     models = results["models"]
     parts = [
-        "<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'>",
-        f"<title>ResQ demo</title><style>{STYLE}</style></head><body>",
         f"<h1>{html.escape(results['title'])}: 16 bits against 4</h1>",
         "<p>Weights, activations and KV cache in 4 bits; ResQ keeps the eighth of every dimension "
         "that carries most variance in 8. Every quantized row was saved as a Hugging Face folder, "
@@ -193,7 +152,7 @@ def render(results: Mapping) -> str:
         parts.append(f"<h2>{html.escape(model['name'])}</h2>")
         if model["outliers"]:
             parts.append(_outlier_note(model["outliers"]))
-        parts.append(html_table(HEADER, _rows(model)))
+        parts.append(html_page.table(_rows(model), HEADER))
         parts.append(f"<pre>{html.escape(model['samples'])}</pre>")
     parts += [
         "<h2>Perplexity</h2>",
@@ -213,9 +172,9 @@ def render(results: Mapping) -> str:
             + "</li>"
             for c in results["checks"]
         ),
-        "</ul></body></html>",
+        "</ul>",
     ]
-    return "\n".join(parts)
+    return html_page.page("ResQ demo", parts, STYLE)
 
 
 def _outlier_note(outliers: Mapping[str, Mapping[str, float]]) -> str:
@@ -226,7 +185,7 @@ def _outlier_note(outliers: Mapping[str, Mapping[str, float]]) -> str:
     return (
         "<p>The same function: symmetries of the architecture make a few channels large, as they "
         "are in large language models (examples/outliers.py says how). Largest channel over median "
-        "channel:</p>" + html_table(("place", "before", "after"), rows)
+        "channel:</p>" + html_page.table(rows, ("place", "before", "after"))
     )
 
 
@@ -266,13 +225,6 @@ def markdown(results: Mapping) -> str:
             lines.append(f"| {' | '.join(cells)} |")
         parts += [f"{model['name']}, {machine_line(results)}", "\n".join(lines)]
     return "\n\n".join([*parts, results["note"]])
-
-
-def write_report(path: Path, results: Mapping) -> None:
-    """Writes the page to a temporary name and moves it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_text(render(results), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -28,17 +28,21 @@ ALLOWED = {
     "checkpoint": LEAVES | {"safetensors_io"},
     "texts": set(),
     "evaluate": set(),
+    "html_page": set(),
+    "intervals": set(),
     "ops": LEAVES | {"_library"},
     "nn": LEAVES | {"ops", "weights"},
     "fake_quant": LEAVES | {"nn", "reference"},
-    "ptq": LEAVES | {"checkpoint", "safetensors_io", "weights", "reference", "ops", "_library"},
+    "ptq": LEAVES
+    | {"checkpoint", "safetensors_io", "weights", "reference", "ops", "_library", "html_page"},
     "integrations": LEAVES | {"nn", "checkpoint"},
     "api": LEAVES | {"ptq", "checkpoint", "safetensors_io"},
     "testing": LEAVES
     | {"integrations", "checkpoint", "safetensors_io", "nn", "ops", "reference", "fake_quant"},
     "bench": LEAVES | {"testing", "nn", "ops", "reference"},
     "commands": LEAVES
-    | {"ptq", "nn", "evaluate", "texts", "_library", "fake_quant", "bench", "safetensors_io"},
+    | {"ptq", "nn", "evaluate", "texts", "_library", "fake_quant", "bench", "checkpoint"}
+    | {"safetensors_io", "intervals", "html_page"},
     "cli": {"commands", "__version__"},
     "__main__": {"cli"},
     "__init__": LEAVES | {"_library", "integrations", "ops", "nn", "api"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from resq_kernels import html_page
 from resq_kernels.architecture import LINEARS, layer_prefix
 from resq_kernels.ptq.basis import Basis
 from resq_kernels.ptq.card import CARD
@@ -20,16 +20,6 @@ from resq_kernels.ptq.workspace import REPORT_FILE, Workspace, error_piece, work
 from resq_kernels.safetensors_io import read_json, write_bytes, write_json
 
 HTML_FILE = "quantization_report.html"
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1c1c1c; background: #fff }
-table { border-collapse: collapse } td, th { padding: .15rem .8rem; text-align: right }
-td:first-child, th:first-child { text-align: left; padding-left: 0 }
-tr { border-bottom: 1px solid #e4e4e4 } svg { max-width: 100%; height: auto }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem } p { color: #444 }
-"""
-_COLOURS = ("#30598c", "#c4632a")
 
 
 def layer_errors(model: SourceModel, work: Workspace) -> list[dict[str, object]]:
@@ -113,9 +103,9 @@ def render(report: Mapping[str, Any]) -> str:
         *distillation_fact(report),
         ("time", f"{report['seconds']:.1f} s"),
     ]
-    rows = "".join(f"<tr><td>{k}</td><td>{html.escape(v)}</td></tr>" for k, v in facts)
     parts = [
-        f"<h1>Quantization of {html.escape(report['model'])}</h1><table>{rows}</table>",
+        f"<h1>Quantization of {html.escape(report['model'])}</h1>",
+        html_page.table(facts),
         "<h2>Relative output error of every linear</h2>",
         "<p>||W x - W' x|| / ||W x|| over the calibration inputs x.</p>",
         _error_figure(report["layers"]),
@@ -126,44 +116,13 @@ def render(report: Mapping[str, Any]) -> str:
             "<p>Directions in ascending order; those right of the dashed line are kept in INT8.</p>"
         )
         parts.append(_spectrum_figure(report["spectra"], report["config"]["high_fraction"]))
-    lines = "".join(
-        f"<tr><td>{html.escape(row['name'])}</td><td>{row['rows']}</td><td>{row['columns']}</td>"
-        f"<td>{row['error']:.5f}</td></tr>"
+    rows = [
+        (row["name"], str(row["rows"]), str(row["columns"]), f"{row['error']:.5f}")
         for row in report["layers"]
-    )
-    header = "<tr><th>linear</th><th>rows</th><th>columns</th><th>error</th></tr>"
-    parts.append(f"<h2>All linears</h2><table>{header}{lines}</table>")
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        f"<title>Quantization report</title><style>{_STYLE}</style></head><body>"
-        f"{''.join(parts)}</body></html>"
-    )
-
-
-def _svg(figure: Any) -> str:
-    """A figure as an <svg> element; the same figure gives the same text."""
-    import matplotlib
-
-    stream = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "resq"}):
-        figure.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _figure(columns: int, width: float, height: float) -> tuple[Any, Sequence[Any]]:
-    """A figure that needs no display, and its axes."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#e4e4e4", linewidth=0.6)
-        axis.set_axisbelow(True)
-    return figure, axes
+    ]
+    parts.append("<h2>All linears</h2>")
+    parts.append(html_page.table(rows, ("linear", "rows", "columns", "error")))
+    return html_page.page("Quantization report", parts)
 
 
 def _error_figure(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -171,22 +130,22 @@ def _error_figure(layers: Sequence[Mapping[str, Any]]) -> str:
     kinds: dict[str, list[float]] = {}
     for row in layers:
         kinds.setdefault(row["name"].rsplit(".", 1)[1], []).append(row["error"])
-    figure, (axis,) = _figure(1, 10, 3)
+    figure, (axis,) = html_page.figure(1, 10, 3)
     start, centres = 0.0, []
     for number, errors in enumerate(kinds.values()):
         places = torch.arange(len(errors)) + start
-        axis.bar(places.tolist(), errors, width=0.85, color=_COLOURS[number % 2])
+        axis.bar(places.tolist(), errors, width=0.85, color=html_page.COLOURS[number % 2])
         centres.append(start + (len(errors) - 1) / 2)
         start += len(errors) + 1
     axis.set_xticks(centres, list(kinds))
     axis.set_ylabel("relative error")
     axis.set_ylim(bottom=0)
-    return _svg(figure)
+    return html_page.svg(figure)
 
 
 def _spectrum_figure(spectra: Mapping[str, Any], high_fraction: float) -> str:
     """Variance over direction: the residual stream, then values and keys, a line per layer."""
-    figure, axes = _figure(3, 11, 3)
+    figure, axes = html_page.figure(3, 11, 3)
     for axis, (name, title) in zip(
         axes,
         (("hidden", "residual stream"), ("values", "values"), ("keys", "keys")),
@@ -195,10 +154,10 @@ def _spectrum_figure(spectra: Mapping[str, Any], high_fraction: float) -> str:
         lines = spectra[name] if name != "hidden" else [spectra[name]]
         for number, variances in enumerate(lines):
             shade = 0.25 + 0.75 * (number + 1) / len(lines)
-            axis.semilogy(variances, color=_COLOURS[0], alpha=shade, linewidth=1)
+            axis.semilogy(variances, color=html_page.COLOURS[0], alpha=shade, linewidth=1)
         size = len(lines[0])
-        axis.axvline(size * (1 - high_fraction) - 0.5, color=_COLOURS[1], linestyle="--")
+        axis.axvline(size * (1 - high_fraction) - 0.5, color=html_page.COLOURS[1], linestyle="--")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("direction")
     axes[0].set_ylabel("variance")
-    return _svg(figure)
+    return html_page.svg(figure)
