@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from resq_kernels import __version__
-from resq_kernels.commands import COMMANDS, CommandError, UsageError
+from resq_kernels.commands import COMMANDS, CommandError, UsageError, arguments
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_SIGNAL = 0, 1, 2, 128
 
@@ -82,12 +82,15 @@ def build_parser() -> argparse.ArgumentParser:
         common = child.add_argument_group("common options")
         common.add_argument(
             "--json",
-            type=lambda name: "/dev/stdout" if name == "-" else name,
+            type=arguments.file,
             metavar="FILE",
             help="also write the figures to FILE (whole or not at all); - is stdout",
         )
         common.add_argument(
-            "--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice)"
+            "--threads",
+            type=arguments.at_least(1),
+            metavar="N",
+            help="CPU threads (default: torch's choice)",
         )
         common.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser
@@ -176,9 +179,3 @@ def _signals_unwind(stopped: list[int]) -> Iterator[None]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
-
-
-def _threads(text: str) -> int:
-    from resq_kernels.commands.arguments import at_least
-
-    return at_least(1)(text)

@@ -15,7 +15,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
        color: #1c1c1c; background: #fff }
 table { border-collapse: collapse; margin: 1rem 0 }
 td, th { padding: .15rem .8rem; text-align: right; border-bottom: 1px solid #e4e4e4 }
-td:first-child, th:first-child { text-align: left; padding-left: 0 }
+td:first-child, th:first-child, .facts td { text-align: left }
+td:first-child, th:first-child { padding-left: 0 }
 h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem } p { color: #444 }
 pre { background: #f6f6f6; padding: 1rem; overflow-x: auto } svg { max-width: 100%; height: auto }
 """
@@ -42,8 +43,8 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    lines = [line(header, "th")] if header else []
-    return "\n".join(["<table>", *lines, *(line(row, "td") for row in rows), "</table>"])
+    start = ["<table>", line(header, "th")] if header else ["<table class='facts'>"]
+    return "\n".join([*start, *(line(row, "td") for row in rows), "</table>"])
 
 
 def figure(columns: int, width: float, height: float) -> tuple[Any, Sequence[Any]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from resq_kernels.commands import bench, chat, evaluate, generate, info, quantize, serve
+from resq_kernels.commands import bench, chat, compare, evaluate, generate, info, quantize, serve
 from resq_kernels.commands.output import CommandError, UsageError
 
 COMMANDS: dict[str, ModuleType] = {
     "quantize": quantize,
     "eval": evaluate,
+    "compare": compare,
     "generate": generate,
     "chat": chat,
     "serve": serve,

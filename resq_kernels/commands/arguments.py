@@ -40,3 +40,8 @@ def real(low: float, high: float, *, open_low: bool = False) -> Callable[[str], 
         return value
 
     return convert
+
+
+def file(name: str) -> str:
+    """A converter for a file to write; "-" is stdout."""
+    return "/dev/stdout" if name == "-" else name

@@ -37,23 +37,7 @@ TASK_OPTIONS = ("num_fewshot", "limit", "batch_size", "include_path")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `resq eval`."""
     loading.add_model_arguments(parser)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--text", metavar="FILE", help="a UTF-8 text file to evaluate on")
-    source.add_argument(
-        "--dataset",
-        choices=(texts.WIKITEXT2,),
-        help="the test split of WikiText-2 raw (default without --text and --tasks); read from the "
-        f"folder {texts.WIKITEXT2_VARIABLE} or through the datasets package",
-    )
-    parser.add_argument(
-        "--seqlen",
-        type=at_least(2),
-        metavar="L",
-        help="tokens of a window (default: 2048, or the model's positions if fewer)",
-    )
-    parser.add_argument(
-        "--max-windows", type=at_least(1), metavar="N", help="use the first N windows only"
-    )
+    add_text_arguments(parser, "without --text and --tasks")
     parser.add_argument(
         "--reference",
         metavar="MODEL",
@@ -94,6 +78,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--include-path",
         metavar="FOLDER",
         help="with --tasks: look for tasks (YAML files) in this folder too",
+    )
+
+
+def add_text_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """Which text, and its windows; `default` says when it is WikiText-2."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", metavar="FILE", help="a UTF-8 text file to evaluate on")
+    source.add_argument(
+        "--dataset",
+        choices=(texts.WIKITEXT2,),
+        help=f"the test split of WikiText-2 raw (default {default}); read from the folder "
+        f"{texts.WIKITEXT2_VARIABLE} or through the datasets package",
+    )
+    parser.add_argument(
+        "--seqlen",
+        type=at_least(2),
+        metavar="L",
+        help="tokens of a window (default: 2048, or the model's positions if fewer)",
+    )
+    parser.add_argument(
+        "--max-windows", type=at_least(1), metavar="N", help="use the first N windows only"
     )
 
 

@@ -22,13 +22,18 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, --dtype and --device, as `eval` and `generate` take them."""
     parser.add_argument("model", metavar="MODEL", help="HF folder or hub name, 16-bit or quantized")
+    add_dtype_argument(parser)
+    add_device_argument(parser)
+
+
+def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    """--dtype, as every command that loads a model takes it."""
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",
         help="dtype of everything that is not quantized (default: the checkpoint's own)",
     )
-    add_device_argument(parser)
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:

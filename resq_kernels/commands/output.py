@@ -1,4 +1,4 @@
-"""What commands print and write: aligned tables, sizes, JSON files that appear whole."""
+"""What commands print and write: aligned tables, sizes, files that appear whole."""
 
 from __future__ import annotations
 
@@ -120,13 +120,19 @@ def _files(source: Path) -> list[Path]:
 
 
 def write_json(path: str | None, figures: Mapping[str, object]) -> None:
-    """Writes figures under a temporary name, then moves it: FILE is complete or unchanged.
+    """Writes figures as `write_text` does; JSON has no infinity and no NaN, which become null."""
+    if path is not None:
+        write_text(path, json.dumps(_plain(figures), indent=2, allow_nan=False) + "\n")
 
-    Numbers that are not finite become null (JSON has none). A device or a pipe is written to.
+
+def write_text(path: str, text: str) -> None:
+    """Writes a file under a temporary name, then moves it: FILE is complete or unchanged.
+
+    A device or a pipe is written to.
+
+    Raises:
+        CommandError: it cannot be written.
     """
-    if path is None:
-        return
-    text = json.dumps(_plain(figures), indent=2, allow_nan=False) + "\n"
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".resq-{os.getpid()}.partial")
     try:

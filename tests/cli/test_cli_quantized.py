@@ -77,6 +77,17 @@ def test_commands_follow_each_other(
         found[name] = json.loads(target.read_text())
         assert found[name]["fake_quant"] == bool(extra)
         assert 0 < found[name]["kl_to_reference"] < 0.1
+    target = tmp_path / "compare.json"
+    options = ("--text", text, "--reference", source, "--json", target)
+    assert resq("compare", out, *options).code == 0
+    compared = json.loads(target.read_text())["folders"][0]
+    for key in ("perplexity", "kl_to_reference", "top1_agreement"):
+        assert compared[key] == pytest.approx(found["kernels"][key], rel=1e-12)
+    assert compared["kl_interval"] > 0 and compared["top1_interval"] > 0
+    report = json.loads((out / "quantization_report.json").read_text())
+    assert [place["error"] for place in compared["layers"]] == [
+        place["error"] for place in report["layers"]
+    ]
     plain = tmp_path / "plain.json"
     assert resq("eval", source, "--text", text, "--json", plain).code == 0
     baseline = json.loads(plain.read_text())["perplexity"]
