@@ -259,7 +259,7 @@ def _interval(interval: Interval, sign: str = "") -> str:
 def _facts(args: argparse.Namespace, source: str, windows: torch.Tensor) -> list[tuple[str, str]]:
     """What the table is of."""
     count, seqlen = windows.shape
-    level = f"{LEVEL:.0%} interval of the mean".replace("%", " %")
+    level = f"{100 * LEVEL:g} % interval of the mean"
     over = f"{level} over {count} windows (Student's t)"
     if args.seeds:
         over = f"{level} over the means of the seeds (Student's t); - for one seed"

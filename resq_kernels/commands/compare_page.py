@@ -95,7 +95,7 @@ def _layer_figure(rows: Sequence[Row]) -> str:
         kinds: dict[str, list[float]] = {}
         for place in row.layers:
             layers.setdefault(place.layer, []).append(place.error)
-            kinds.setdefault(place.kind, []).append(place.error)
+            kinds.setdefault(place.kind.removesuffix("_proj"), []).append(place.error)
         line = ("-", "--", ":")[number // len(html_page.COLOURS) % 3]
         style = {"color": _colour(number), "linestyle": line, "marker": ".", "linewidth": 1}
         by_layer.plot(list(layers), [fmean(errors) for errors in layers.values()], **style)
