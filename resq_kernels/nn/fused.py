@@ -21,15 +21,16 @@ class FusedLinear(ResQLinear):
 
     Args:
         name: the owner's attribute that holds it; not part of the names in a state dict.
-        parts: the packed linears by name, in the order of the result. They have the same K, K_hi,
-            row format, dtype and device, and all or none have a bias. Their tensors are copied.
+        parts: the linears by name, in the order of the result. They have the same K, K_hi, row
+            format, dtype and device, and all or none have a bias. Their tensors are copied. It is
+            packed if all of them are; call `pack` on it otherwise.
 
     Attributes:
         rows: name of a part -> its N.
 
     Raises:
         ValueError: a part is not a plain `ResQLinear` (adapter, hook), or the parts differ.
-        RuntimeError: a linear is not packed.
+        RuntimeError: a linear is packed for another kind of device.
     """
 
     def __init__(self, name: str, parts: Mapping[str, ResQLinear]) -> None:
@@ -144,12 +145,12 @@ class FusesLinears(nn.Module):
         return found if isinstance(found, FusedLinear) else None
 
     def fuse(self) -> None:
-        """Replaces the packed parts by a `FusedLinear`.
+        """Replaces the parts by a `FusedLinear`, which is packed if all of them are.
 
         Raises:
             ValueError: a part has a hook or is not a `ResQLinear`, or the parts differ in more than
                 their rows.
-            RuntimeError: a part is not packed.
+            RuntimeError: a part is packed for another kind of device.
         """
         if self.fused is None:
             # These tensors must outlive the caller's inference mode.
@@ -225,7 +226,8 @@ def _check_parts(parts: Mapping[str, ResQLinear]) -> None:
                     f"FusedLinear: {name}: {what}: expected {expected[what]} as of {first}, "
                     f"got {given}"
                 )
-        linear.packed()  # raises if it is not
+        if linear.is_packed:
+            linear.packed()  # raises if it is for another kind of device
 
 
 def _kind(linear: ResQLinear) -> dict[str, Any]:

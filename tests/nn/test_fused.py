@@ -269,9 +269,24 @@ def test_parts_that_cannot_be_fused_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=f"FusedLinear: b: .*{words}"):
             FusedLinear("ab", {"a": a, "b": other})
-    b.unpack()
-    with pytest.raises(RuntimeError, match=r"call pack\(\) after loading"):
+    b._packed_for = "cuda"
+    with pytest.raises(RuntimeError, match="expected the layout of cpu, got that of cuda"):
         FusedLinear("ab", {"a": a, "b": b})
+
+
+@pytest.mark.parametrize("rows", [(64, 64, 64), (64, 37, 5)], ids=str)
+def test_parts_are_fused_before_they_are_packed(rows: tuple[int, ...]) -> None:
+    module, x = projections(*rows, fuse=False), torch.randn(3, K)
+    expected, state = module(x), module.state_dict()
+    for part in module.children():
+        part.unpack()
+    module.fuse()
+    assert not module.abc_proj.is_packed
+    assert all(torch.equal(tensor, state[key]) for key, tensor in module.state_dict().items())
+    with pytest.raises(RuntimeError, match=r"call pack\(\) after loading"):
+        module(x)
+    module.abc_proj.pack()
+    assert torch.equal(module(x), expected)
 
 
 def test_a_fused_part_is_no_module() -> None:
