@@ -17,33 +17,38 @@ struct PackWeightParams {
   uint8_t* packed_weight;   // [packed_weight_bytes(n, k_lo, k_hi)]
 };
 
-// The next four bytes of a row that has `left` bytes from there on; zeros behind its end.
-inline uint32_t load_word(const void* from, int64_t left) {
-  uint32_t word = 0;
-  if (left >= kPackedWordBytes) {
-    std::memcpy(&word, from, kPackedWordBytes);
-  } else if (left > 0) {
-    std::memcpy(&word, from, static_cast<size_t>(left));
+// Packs `bytes` of a row's codes into `words` words of one n, which are kPackedBlockN words apart;
+// zeros follow the end of the row.
+template <class Word>
+void pack_row(const void* codes, int64_t bytes, int64_t words, uint8_t* out, const Word& word) {
+  const auto* from = static_cast<const uint8_t*>(codes);
+  const auto store = [&](int64_t i, uint32_t stored) {
+    stored = word(stored);
+    std::memcpy(out + i * kPackedWordBytes * kPackedBlockN, &stored, sizeof stored);
+  };
+  const int64_t whole = bytes / kPackedWordBytes;
+  for (int64_t i = 0; i < whole; ++i) {
+    uint32_t next;
+    std::memcpy(&next, from + i * kPackedWordBytes, sizeof next);
+    store(i, next);
   }
-  return word;
+  uint32_t last = 0;
+  if (const int64_t left = bytes % kPackedWordBytes) {
+    std::memcpy(&last, from + whole * kPackedWordBytes, static_cast<size_t>(left));
+  }
+  for (int64_t i = whole; i < words; ++i, last = 0) store(i, last);
 }
 
 inline void pack_weight_block(const PackWeightParams& p, int64_t block) {
-  const int64_t first_n = block * kPackedBlockN;
   uint8_t* out = p.packed_weight + block * packed_block_bytes(p.k_lo, p.k_hi);
-  const auto store = [](uint8_t* to, uint32_t word) { std::memcpy(to, &word, sizeof word); };
   for (int64_t n = 0; n < kPackedBlockN; ++n) {
-    const bool inside = first_n + n < p.n;
-    const uint8_t* lo = inside ? p.codes_lo + (first_n + n) * p.k_lo / 2 : nullptr;
-    const int8_t* hi = inside ? p.codes_hi + (first_n + n) * p.k_hi : nullptr;
-    for (int64_t k = 0; k < packed_k(p.k_lo); k += kPackedGroupK) {
-      const uint32_t nibbles = inside ? load_word(lo + k / 2, (p.k_lo - k) / 2) : 0;
-      store(out + packed_lo_byte(n, k), packed_lo_word(nibbles));
-    }
-    for (int64_t k = 0; k < packed_k(p.k_hi); k += kPackedWordBytes) {
-      const uint32_t codes = inside ? load_word(hi + k, p.k_hi - k) : 0;
-      store(out + packed_hi_byte(p.k_lo, n, k), packed_hi_word(codes));
-    }
+    const int64_t row = block * kPackedBlockN + n;
+    const bool inside = row < p.n;  // the block's other rows are zeros
+    const int64_t bytes_lo = inside ? p.k_lo / 2 : 0, bytes_hi = inside ? p.k_hi : 0;
+    pack_row(p.codes_lo + row * bytes_lo, bytes_lo, packed_k(p.k_lo) / kPackedGroupK,
+             out + packed_lo_byte(n, 0), packed_lo_word);
+    pack_row(p.codes_hi + row * bytes_hi, bytes_hi, packed_k(p.k_hi) / kPackedWordBytes,
+             out + packed_hi_byte(p.k_lo, n, 0), packed_hi_word);
   }
 }
 
