@@ -246,5 +246,6 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         )
     folder = Path(path) / kwargs.get("subfolder", "")
     if folder.is_dir():
-        checkpoint.validate(folder, variant=kwargs.get("variant"))
+        # transformers has errors of its own for some of these faults. Values are checked later.
+        checkpoint.open_folder(folder, variant=kwargs.get("variant"))
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -60,6 +61,20 @@ class StoredFormat(NamedTuple):
     def has_guard(self) -> bool:
         """Whether there is an empty tensor that stops loaders which do not know the format."""
         return self.version >= 3
+
+
+class QuantizedFolder(NamedTuple):
+    """A folder that `open_folder` has checked.
+
+    Attributes:
+        reader: its tensors, under the names of a language model's.
+        stored: what its `quantization_config` says.
+        names: the tensors that make the model, in the order of docs/formats.md section 6.
+    """
+
+    reader: CheckpointReader
+    stored: StoredFormat
+    names: list[str]
 
 
 def quantization_config(
@@ -183,14 +198,9 @@ def validate(
     """Checks a quantized folder before anything is built from it.
 
     Args:
-        folder: the folder.
-        files: its weight files, if a loader has chosen them; by default those of `weight_files`.
-        variant: as `from_pretrained` takes it.
-        needs_head: whether the model has an lm_head. Without one, the folder may be what
-            `save_pretrained` of a model without one wrote; one that is there is checked.
+        folder, files, variant, needs_head: as `open_folder` takes them.
 
-    The checks cover config.json, the presence, shape and dtype of every tensor, the size of every
-    file, the hash of the key rotations, and that all weight scales are finite and not negative.
+    The checks are those of `open_folder` and of `check_values`.
 
     Returns:
         The options that it was made with, but for those of calibration, GPTQ and distillation,
@@ -198,6 +208,32 @@ def validate(
 
     Raises:
         CheckpointError: one sentence that names the tensor, what was expected and what was found.
+    """
+    opened = open_folder(folder, files, variant, needs_head)
+    check_values(opened)
+    return opened.stored.config
+
+
+def open_folder(
+    folder: Path | str,
+    files: Iterable[Path | str] | None = None,
+    variant: str | None = None,
+    needs_head: bool = True,
+) -> QuantizedFolder:
+    """Opens a quantized folder and checks all of it but the values of its tensors.
+
+    Args:
+        folder: the folder.
+        files: its weight files, if a loader has chosen them; by default those of `weight_files`.
+        variant: as `from_pretrained` takes it.
+        needs_head: whether the model has an lm_head. Without one, the folder may be what
+            `save_pretrained` of a model without one wrote; one that is there is checked.
+
+    The checks cover config.json, the presence, shape and dtype of every tensor, and the size of
+    every file.
+
+    Raises:
+        CheckpointError: as `validate`.
     """
     reader = CheckpointReader(folder, files, variant)
     entry = reader.config.get("quantization_config")
@@ -224,21 +260,32 @@ def validate(
     for name, (size, dtypes) in expected.items():
         reader.check(name, size, dtypes)
     ours = re.compile(r"model\.(layers\.\d+|embed_tokens)\.|lm_head\.")
-    extra = sorted(n for n in reader.tensors if ours.match(n) and n not in expected)
+    extra = sorted(n for n in reader.tensors if n not in expected and ours.match(n))
     if extra:
         raise CheckpointError(f"{reader.folder}: {extra[0]}: expected no such tensor, found one")
-    for name, scales in reader.load_each(n for n in expected if n.endswith(".weight_scale")):
-        good = torch.isfinite(scales) & (scales >= 0)
-        if not good.all():
-            raise CheckpointError(
-                f"{reader.folder}: {name}: expected finite scales, got {scales[~good][0].item()}"
-            )
-    names = [name for name in expected if name.endswith(architecture.KEY_ROTATION)]
-    names += [architecture.BASIS_ROTATION] if stored.has_basis else []
-    got = tensors_hash(tensor for _, tensor in reader.load_each(names))
-    if got != entry["rotation_hash"]:
+    return QuantizedFolder(reader, stored, list(expected))
+
+
+def check_values(opened: QuantizedFolder) -> None:
+    """Checks that all weight scales are finite and not negative, and the hash of the rotations.
+
+    Raises:
+        CheckpointError: as `validate`.
+    """
+    reader, stored, names = opened
+    rotations = [name for name in names if name.endswith(architecture.KEY_ROTATION)]
+    rotations += [architecture.BASIS_ROTATION] if stored.has_basis else []
+    scales = [name for name in names if name.endswith(".weight_scale")]
+    tensors = dict(reader.load_each([*scales, *rotations]))
+    for name in scales:
+        smallest, largest = (extreme.item() for extreme in tensors[name].aminmax())
+        if not (smallest >= 0 and largest < math.inf):  # both are NaN if one scale is
+            got = smallest if smallest < 0 else largest
+            raise CheckpointError(f"{reader.folder}: {name}: expected finite scales, got {got}")
+    hashed = tensors_hash(tensors[name] for name in rotations)
+    expected = reader.config["quantization_config"]["rotation_hash"]
+    if hashed != expected:
         raise CheckpointError(
             f"{reader.folder}: self_attn.key_rotation or embed_tokens.basis.rotation: expected the "
-            f"hash {entry['rotation_hash']}, got {got}"
+            f"hash {expected}, got {hashed}"
         )
-    return stored.config

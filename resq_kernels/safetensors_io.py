@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class TensorInfo:
         name: its name there.
         kind: its dtype in the file's own word, such as "BF16".
         shape: sizes.
+        start: where the data begins in the file.
         bytes: size of the data.
     """
 
@@ -67,6 +68,7 @@ class TensorInfo:
     name: str
     kind: str
     shape: tuple[int, ...]
+    start: int
     bytes: int
 
     @property
@@ -265,7 +267,8 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
             whole = all(isinstance(number, int) for number in (start, stop, *shape))
             if not whole or not isinstance(kind, str):
                 raise ValueError(f"{name}: {entry}")
-            infos[name] = TensorInfo(path, name, kind, tuple(shape), stop - start)
+            place = 8 + length + start
+            infos[name] = TensorInfo(path, name, kind, tuple(shape), place, stop - start)
         end = 8 + length + max((e["data_offsets"][1] for e in table.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: expected a safetensors header, got {error!r}") from error
@@ -382,6 +385,26 @@ class CheckpointReader:
                 if info.file not in streams:
                     streams[info.file] = stack.enter_context(safe_open(info.file, framework="pt"))
                 yield name, streams[info.file].get_tensor(info.name)
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[str], torch.Tensor]]:
+        """A function that reads a tensor into its own memory, on any thread: some network file
+        systems stand still when threads read a mapping, as `load` makes one."""
+        with ExitStack() as stack:
+            files = {file: stack.enter_context(file.open("rb")).fileno() for file in self.files}
+
+            def read(name: str) -> torch.Tensor:
+                info = self.info(name)
+                tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")
+                left = tensor.flatten().view(torch.uint8).numpy().data
+                while left:  # a call reads 2 GB at most
+                    got = os.preadv(files[info.file], [left], info.start + info.bytes - len(left))
+                    if got == 0:
+                        raise CheckpointError(f"{info.file}: {info.name}: truncated")
+                    left = left[got:]
+                return tensor
+
+            yield read
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start <= row < stop of a matrix, in its stored dtype."""
