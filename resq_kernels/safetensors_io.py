@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -371,9 +372,7 @@ class CheckpointReader:
 
     def load(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, in its stored dtype."""
-        info = self.info(name)
-        with safe_open(info.file, framework="pt") as stream:
-            tensor: torch.Tensor = stream.get_tensor(info.name)
+        [(_, tensor)] = self.load_each([name])
         return tensor
 
     def load_each(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -395,14 +394,15 @@ class CheckpointReader:
 
             def read(name: str) -> torch.Tensor:
                 info = self.info(name)
-                tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")
-                left = tensor.flatten().view(torch.uint8).numpy().data
+                # From 4 MB on numpy asks for huge pages: 14 faults for 28 MB and not 7,000.
+                data = np.empty(info.bytes, dtype=np.uint8)
+                left = data.data
                 while left:  # a call reads 2 GB at most
                     got = os.preadv(files[info.file], [left], info.start + info.bytes - len(left))
                     if got == 0:
                         raise CheckpointError(f"{info.file}: {info.name}: truncated")
                     left = left[got:]
-                return tensor
+                return torch.from_numpy(data).view(info.dtype).view(info.shape)
 
             yield read
 
