@@ -11,8 +11,8 @@ METHODS = ("resq", "quarot", "rtn")
 WEIGHT_METHODS = ("gptq", "rtn")
 HIGH_FRACTION = 0.125
 """The share of method "resq", unless another is given."""
-DISTILL_LR = 3e-5
-"""1e-4 diverges on SmolLM2-135M (docs/notes/0033-distillation.md)."""
+DISTILL_LR = 0.02
+"""In steps of the INT8 weights (docs/notes/0033-distillation.md)."""
 CLIPPED_RANGE = 5.5
 """The range in standard deviations that 4-bit rows keep: 16 codes round Gaussian values best over
 5.1, and real rows, which are not quite Gaussian, over a little more (docs/notes/0030)."""
@@ -36,11 +36,11 @@ class ResQConfig:
         embedding_bits: 8 (embedding and head in INT8, one scale a row) or 16 (not quantized).
         samples, seqlen: calibration windows and their length in tokens.
         damping: GPTQ's diagonal damping as a share of the mean diagonal.
-        distill_epochs: passes over the calibration windows that train the rotated weights to give
-            the 16-bit model's predictions once rounded, before `weights` rounds them
+        distill_epochs: passes over the calibration windows that train the INT8 columns and the
+            rows' gains of the rounded weights to give the 16-bit model's predictions
             (`ptq.distill`); 0, the default, trains nothing.
-        distill_lr: largest learning rate of that training; by default (None) 3e-5 where there is
-            one, and no other value than None where there is none.
+        distill_lr: largest learning rate of that training, in steps of the INT8 weights; by default
+            (None) 0.02 where there is one, and no other value than None where there is none.
         seed: seed of the rotations, of the choice of calibration windows, and of their order in
             the training.
 

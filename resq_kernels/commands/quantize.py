@@ -121,15 +121,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least(0),
         default=defaults.distill_epochs,
         metavar="N",
-        help="train the weights to give the 16-bit model's predictions once rounded, in N passes "
-        "over the calibration windows (default: 0, no training)",
+        help="train the INT8 columns and the rows' gains of the rounded weights to give the 16-bit "
+        "model's predictions, in N passes over the calibration windows (default: 0, no training)",
     )
     parser.add_argument(
         "--distill-lr",
         type=real(0.0, 1.0, open_low=True),
         default=defaults.distill_lr,
         metavar="R",
-        help=f"largest learning rate of that training (default: {DISTILL_LR})",
+        help="largest learning rate of that training, in steps of the INT8 weights "
+        f"(default: {DISTILL_LR})",
     )
     loading.add_device_argument(parser)
     parser.add_argument(

@@ -96,8 +96,8 @@ def work_bytes(
     """
     linears = sum(shape.linear(name)[0] * (shape.linear(name)[1] + 8) for name in LINEARS)
     quantized = shape.layers * linears * 9 // 16
-    # A training's state is written before the one before it is replaced.
-    trained = 24 * _weights(shape) if config.distill_epochs else 0
+    # What a training begins with, its state, and the next, written before the last is deleted.
+    trained = 28 * _trained(shape, config) if config.distill_epochs else 0
     head = shape.kv_heads * shape.head_dim**2
     moments = 8 * (3 * shape.hidden**2 + shape.layers * (6 * head + 3 * shape.intermediate))
     states = 4 * 4 * windows * seqlen * shape.hidden
@@ -105,7 +105,7 @@ def work_bytes(
     vocabulary = 2 * shape.vocab * shape.hidden * item_bytes
     if config.embedding_bits == 8:
         vocabulary = (1 if shape.tied else 2) * shape.vocab * (shape.hidden + 8)
-    joined = 2 * quantized + vocabulary
+    joined = (3 if config.distill_epochs else 2) * quantized + vocabulary
     codes = windows * seqlen * (max(shape.linear(name)[1] for name in LINEARS) + 16)
     return moments + max(states + codes + quantized + trained, joined)
 
@@ -113,28 +113,34 @@ def work_bytes(
 def check_memory(shape: ModelShape, config: ResQConfig, device: str) -> None:
     """Refuses a distillation that does not fit the device's memory, however empty it is.
 
-    Formula: weights in float32 and Adam's two moments for all linears, gradients of one layer.
+    Formula: the codes of all linears; 12 bytes for each value that is trained: itself and Adam's
+    two moments in float32; the head in 16 bits; one layer in float32 with gradients. 14 GB for
+    Llama-3-8B.
 
     Raises:
         ValueError: names the option, and both sizes.
     """
     if not config.distill_epochs:
         return
-    needed = 12 * _weights(shape) + 4 * _weights(shape) // shape.layers
+    weights = sum(math.prod(shape.linear(name)) for name in LINEARS)
+    high = _trained(shape, config)
+    needed = (shape.layers * weights + high) // 2 + 12 * high + 8 * weights
+    needed += 2 * shape.vocab * shape.hidden
     if device.startswith("cuda"):
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
         raise ValueError(
-            f"distill_epochs: expected at least {needed / 1e9:.1f} GB of memory on {device} (12 "
-            f"bytes a weight), got {memory / 1e9:.1f} GB; 0 trains nothing"
+            f"distill_epochs: expected at least {needed / 1e9:.1f} GB of memory on {device}, got "
+            f"{memory / 1e9:.1f} GB; 0 trains nothing"
         )
 
 
-def _weights(shape: ModelShape) -> int:
-    """Weights of all linears."""
-    return shape.layers * sum(math.prod(shape.linear(name)) for name in LINEARS)
+def _trained(shape: ModelShape, config: ResQConfig) -> int:
+    """Values that a distillation trains: INT8 weights, and a gain for every row."""
+    rows = ((shape.linear(name)[0], shape.k_hi(name, config.high_fraction)) for name in LINEARS)
+    return shape.layers * sum(n * (k_hi + 1) for n, k_hi in rows)
 
 
 def check_disk(out: Path, needed: int) -> None:

@@ -156,8 +156,15 @@ class DecoderLayer:
         return reference.rms_norm(hidden, self.layer.norms.get(MLP_NORM), self.shape.norm_eps)
 
     def down_input(self, gate_up_input: torch.Tensor) -> torch.Tensor:
-        """The input of down_proj: SwiGLU and, in a rotated model, the Hadamard transform."""
-        gate, up = (self._linear(gate_up_input, name) for name in GATE_UP)
+        """The input of down_proj."""
+        return self._products(*(self._linear(gate_up_input, name) for name in GATE_UP))
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """The input of down_proj, from the outputs of gate_proj and up_proj side by side."""
+        return self._products(*gate_up.chunk(2, dim=-1))
+
+    def _products(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """SwiGLU and, in a rotated model, the Hadamard transform."""
         product = functional.silu(gate).mul_(up)
         return hadamard.transform(product) if self.layer.hadamard else product
 

@@ -1,5 +1,5 @@
-"""Quantization-aware distillation: trains the rotated weights to predict as the 16-bit model does
-once everything is rounded."""
+"""Distillation: trains the INT8 columns and the rows' gains of the quantized model to predict as
+the 16-bit model does."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from resq_kernels import reference
-from resq_kernels.architecture import FINAL_NORM
+from resq_kernels.architecture import FINAL_NORM, KEY_ROTATION, LINEARS, NORMS, layer_prefix
 from resq_kernels.config import ResQConfig
+from resq_kernels.formats import QuantizedWeight
 from resq_kernels.ptq.calibrate import float_states
-from resq_kernels.ptq.decoder import Rope, product_dtype
+from resq_kernels.ptq.decoder import Layer, Rope, product_dtype
 from resq_kernels.ptq.embedding import embedded
-from resq_kernels.ptq.fuse import fuse_layer
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.source import SourceModel
 from resq_kernels.ptq.student import StudentLayer
-from resq_kernels.ptq.workspace import DISTILLED, Workspace, distilled_piece
+from resq_kernels.ptq.workspace import (
+    DISTILLED,
+    Workspace,
+    distilled_piece,
+    layer_piece,
+    target_piece,
+)
 
 WARMUP_STEPS = 5
 STATE = "distill-state"
@@ -43,35 +49,31 @@ def distill(
     device: str = "cpu",
     progress: bool = True,
 ) -> list[float]:
-    """Writes a piece per layer with the trained weights of the rotated model (`distilled_piece`).
+    """Writes a piece per layer with the tensors that it changes (`distilled_piece`).
 
     Formula: minimises mean over tokens of KL(p || q), p the next-token distribution of the 16-bit
-    model and q that of the student: the rotated model with inputs, keys, values and weights
-    rounded (`StudentLayer`). Adam, one window a step, `distill_epochs` passes in random order; the
-    learning rate rises over 5 steps to `distill_lr` and falls to 0 as a cosine.
+    model and q that of the quantized one, over the INT8 columns of all linears and a gain per row
+    (`StudentLayer`); 4-bit codes stay as they are. Adam, one window a step, `distill_epochs`
+    passes in random order; the learning rate rises over 5 steps to `distill_lr` and falls to 0 as
+    a cosine.
 
-    Memory: 16 bytes a weight of the linears of one layer, 12 of the others, and the activations of
-    one layer for one window. The final states of the float model must be in the work folder
-    (`calibrate`).
+    Memory: `check_memory`, and the activations of one layer for one window. The pieces of
+    `quantize` and the final states of the float model (`calibrate`) must be in the work folder.
 
     Returns:
         The divergence before each step, in nats.
 
-    Source: the loss is LLM-QAT's (arXiv 2305.17888); on calibration windows instead of generated
-    text, before GPTQ instead of without it: docs/notes/0033-distillation.md.
+    Source: the loss is LLM-QAT's (arXiv 2305.17888), on calibration windows instead of generated
+    text; what is trained is our own: docs/notes/0033-distillation.md.
     """
     if work.has(DISTILLED):
         return work.load(DISTILLED)["divergences"].tolist()
-    states = embedded(model, rotation, tokens, config, work).read()
+    states = embedded(model, rotation, tokens, config, work)
     final = float_states(work, tokens, model.shape, model.shape.layers)
-    targets = final.read()
+    inputs, targets = states.read(), final.read()
     head = _Head(model, rotation, product_dtype(model.dtype, device), device)
     layers = [
-        StudentLayer(model.shape, layer, rope, config)
-        for layer in (
-            fuse_layer(model, index, rotation, config.high_fraction, device)
-            for index in range(model.shape.layers)
-        )
+        _student(model, index, rope, config, work, device) for index in range(model.shape.layers)
     ]
     divergences = _restore(layers, work)
     order = _order(len(tokens), config)
@@ -79,7 +81,7 @@ def distill(
     with tqdm(total=len(order), desc="distill", unit="window", disable=not progress) as bar:
         bar.update(len(divergences))
         for step in range(len(divergences), len(order)):
-            x, target = (t[order[step]].to(device) for t in (states, targets))
+            x, target = (t[order[step]].to(device) for t in (inputs, targets))
             rate = learning_rate(step, len(order), config.distill_lr or 0.0)
             divergences.append(_step(layers, head, x, target, rate))
             if not math.isfinite(divergences[-1]):
@@ -93,11 +95,39 @@ def distill(
                 _save(layers, divergences, work)
                 saved = time.monotonic()
     for index, layer in enumerate(layers):
-        work.save(distilled_piece(index), layer.weights())
+        tensors: dict[str, torch.Tensor] = {}
+        for name, weight in layer.weights().items():
+            tensors |= weight.named(layer_prefix(index) + name)
+        work.save(distilled_piece(index), tensors)
     work.save(DISTILLED, {"divergences": torch.tensor(divergences, dtype=torch.float64)})
     work.delete(STATE)
+    states.delete()
     final.delete()
     return divergences
+
+
+def _student(
+    model: SourceModel, index: int, rope: Rope, config: ResQConfig, work: Workspace, device: str
+) -> StudentLayer:
+    """A layer as `quantize` left it."""
+    prefix = layer_prefix(index)
+    piece = {
+        name.removeprefix(prefix): tensor.to(device)
+        for name, tensor in work.load(layer_piece(index)).items()
+    }
+    layer = Layer(
+        weights={},
+        biases={n: piece[f"{n}.bias"].float() for n in LINEARS if f"{n}.bias" in piece},
+        norms={n: piece[f"{n}.weight"].float() for n in NORMS},
+        key_rotation=piece.get(KEY_ROTATION),
+        hadamard=config.rotates,
+    )
+    weights = {
+        name: QuantizedWeight(*(piece[f"{name}.{field}"] for field in QuantizedWeight._fields))
+        for name in LINEARS
+    }
+    targets = {name: t.to(device) for name, t in work.load(target_piece(index)).items()}
+    return StudentLayer(model.shape, layer, rope, config, weights, targets)
 
 
 def _step(
@@ -115,7 +145,8 @@ def _step(
     divergence, gradient = head.divergence(inputs.pop()[0], target)
     gradient = gradient[None]
     for layer in reversed(layers):
-        gradient = layer.train(inputs.pop(), gradient, rate)
+        gradient = layer.backward(inputs.pop(), gradient)
+        layer.step(rate)
     return divergence
 
 

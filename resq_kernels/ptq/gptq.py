@@ -11,7 +11,9 @@ BLOCK = 32
 """Columns between two matrix products: inside a block, errors are fed back column by column."""
 
 
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, k_hi: int, damping: float) -> QuantizedWeight:
+def gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, k_hi: int, damping: float
+) -> tuple[QuantizedWeight, torch.Tensor]:
     """Rounds column by column; every column makes up for the errors of those before it.
 
     Formula: E[x x^T] + damping * mean diagonal * I = V V^T with V upper triangular, so the output
@@ -29,6 +31,10 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, k_hi: int, damping: float)
         k_hi: number of 8-bit columns.
         damping: share of the mean diagonal that is added to it.
 
+    Returns:
+        The weight, and what its 8-bit columns were rounded from: float32 [N, k_hi], in steps of
+        their scale.
+
     Source: arXiv 2210.17323, in the equivalent form of arXiv 2307.13304 (LDLQ), which needs no
     inverse; mixed columns as in arXiv 2412.14363.
     """
@@ -42,18 +48,23 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, k_hi: int, damping: float)
     weight = weight.T.contiguous()
     errors = torch.empty_like(weight)
     codes = torch.empty(columns, rows, dtype=torch.int8, device=weight.device)
+    exact = torch.empty(k_hi, rows, device=weight.device)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         targets = torch.addmm(weight[start:stop], feedback[:start, start:stop].T, errors[:start])
-        rounded = torch.empty_like(targets)
-        for j, (target, code) in enumerate(zip(targets, rounded, strict=True), start):
+        block = torch.empty_like(targets)
+        for j, (target, code) in enumerate(zip(targets, block, strict=True), start):
             part, half = (0, 8) if j < k_lo else (1, 128)
             target.addmv_(errors[start:j].T, feedback[start:j, j])
-            torch.div(target, scale[:, part], out=code).round_().clamp_(-half, half - 1)
+            torch.div(target, scale[:, part], out=code)
+            if part:
+                exact[j - k_lo] = code
+            code.round_().clamp_(-half, half - 1)
             torch.addcmul(weight[j], code, scale[:, part], value=-1, out=errors[j])
-        codes[start:stop] = rounded
+        codes[start:stop] = block
     codes = codes.T.contiguous()
-    return QuantizedWeight(pack_int4(codes[:, :k_lo]), codes[:, k_lo:].contiguous(), scale)
+    rounded = QuantizedWeight(pack_int4(codes[:, :k_lo]), codes[:, k_lo:].contiguous(), scale)
+    return rounded, exact.T.contiguous()
 
 
 def feedback_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:

@@ -136,7 +136,7 @@ def _layers(
         moments()  # for the states after the last layer
     if config.rotates:
         rotation = work.stage("rotation", Rotation, lambda: rotate(basis, model.shape, config))
+    quantize(model, rotation, calibration, rope, config, work, device, progress)
     if distills:
         distill(model, rotation, calibration, rope, config, work, device, progress)
-    quantize(model, rotation, calibration, rope, config, work, device, progress)
     return basis, rotation

@@ -26,7 +26,7 @@ from resq_kernels.ptq.gram import Gram
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.rounded import RoundedLayer
 from resq_kernels.ptq.source import SourceModel
-from resq_kernels.ptq.workspace import Workspace, distilled_piece, error_piece, layer_piece
+from resq_kernels.ptq.workspace import Workspace, error_piece, layer_piece, target_piece
 from resq_kernels.weights import quantize_weight
 
 ERROR_ROWS = 4096
@@ -45,7 +45,8 @@ def quantize(
     progress: bool = True,
 ) -> None:
     """Writes two pieces per layer to the work folder: tensors under their names in a checkpoint
-    (`layer_piece`), and the relative output error of every linear (`error_piece`).
+    (`layer_piece`), and the relative output error of every linear (`error_piece`); before a
+    distillation also what the INT8 columns were rounded from (`target_piece`).
 
     Calibration windows run through the layers quantized so far, on the operators that will run
     them; within a layer, q, k, v come first, then o, gate and up, down. Memory: one layer in
@@ -62,11 +63,10 @@ def quantize(
             states = work.hidden(f"rounded-{index:05d}", size)
         after = work.hidden(f"rounded-{index + 1:05d}", size)
         layer = fuse_layer(model, index, rotation, config.high_fraction, device)
-        if config.distill_epochs:
-            trained = work.load(distilled_piece(index))
-            layer.weights = {name: weight.to(device) for name, weight in trained.items()}
         decoder = RoundedLayer(model.shape, layer, rope, config)
-        weights, errors = _quantize_layer(decoder, states.read(), after.begin(), work, device)
+        weights, targets, errors = _quantize_layer(
+            decoder, states.read(), after.begin(), work, device
+        )
         after.finish()
         prefix = layer_prefix(index)
         piece: dict[str, torch.Tensor] = {}
@@ -81,10 +81,11 @@ def quantize(
             piece[f"{prefix}{name}.bias"] = bias.to(dtype)
         if layer.key_rotation is not None:
             piece[prefix + KEY_ROTATION] = layer.key_rotation
-        # In this order: once its piece exists, a layer counts as finished, its errors included.
+        # In this order: once its piece exists, a layer counts as finished, with the others.
         work.save(error_piece(index), errors)
+        if config.distill_epochs:
+            work.save(target_piece(index), targets)
         work.save(layer_piece(index), piece)
-        work.delete(distilled_piece(index))
         states.delete()
     work.hidden(f"rounded-{model.shape.layers:05d}", size).delete()
 
@@ -95,23 +96,26 @@ def _quantize_layer(
     after: torch.Tensor,
     work: Workspace,
     device: str,
-) -> tuple[dict[str, QuantizedWeight], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, QuantizedWeight], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Rounds the seven linears in forward order; fills `after` with the layer's output.
 
     Returns:
-        The weights and their relative output errors, float64 [1], by the names of the linears.
+        The weights, what their INT8 columns were rounded from, float32 [rows, k_hi] in steps of
+        their scale, and their relative output errors, float64 [1], by the names of the linears.
     """
     weights: dict[str, QuantizedWeight] = {}
+    targets: dict[str, torch.Tensor] = {}
     errors: dict[str, torch.Tensor] = {}
     parts = list(batches(*states.shape[:2]))
 
     def round_group(names: tuple[str, ...], inputs: Iterable[MixedTensor]) -> None:
         hessian = _hessian(decoder, names[0], inputs, device)
         exact = torch.cat([decoder.layer.weights.pop(name) for name in names])
-        rounded = _round_weight(decoder, names[0], exact, hessian)
+        rounded, high = _round_weight(decoder, names[0], exact, hessian)
         decoder.round(names, rounded)
         rows = [decoder.shape.linear(name)[0] for name in names]
         weights.update(zip(names, rounded.split(rows), strict=True))
+        targets.update(zip(names, high.split(rows), strict=True))
         pairs = zip(exact.split(rows), rounded.dequantize().split(rows), strict=True)
         for name, (weight, other) in zip(names, pairs, strict=True):
             error = output_error(weight, other, hessian)
@@ -131,15 +135,17 @@ def _quantize_layer(
 
     round_group(QKV, (decoder.qkv_input(read(part)) for part in parts))
     attended = _Codes(work, parts, device)
-    inputs = (decoder.o_input(decoder.qkv_input(read(part))) for part in parts)
+    inputs = (decoder.o_input(decoder.qkv(decoder.qkv_input(read(part)))) for part in parts)
     round_group((O_PROJ,), attended.keep(inputs))
     round_group(GATE_UP, gate_up_inputs())
     products = _Codes(work, parts, device)
-    inputs = (decoder.down_input(decoder.gate_up_input(between(part))) for part in parts)
+    inputs = (
+        decoder.down_input(decoder.gate_up(decoder.gate_up_input(between(part)))) for part in parts
+    )
     round_group((DOWN_PROJ,), products.keep(inputs))
     for part, codes in zip(parts, products.read(), strict=True):
         after[part] = decoder.output(between(part), codes).cpu()
-    return weights, errors
+    return weights, targets, errors
 
 
 class _Codes:
@@ -204,9 +210,10 @@ def _hessian(
 
 def _round_weight(
     decoder: RoundedLayer, name: str, weight: torch.Tensor, hessian: torch.Tensor
-) -> QuantizedWeight:
+) -> tuple[QuantizedWeight, torch.Tensor]:
     config = decoder.config
     k_hi = decoder.shape.k_hi(name, config.high_fraction)
-    if config.weights == "rtn":
-        return quantize_weight(weight, k_hi)
-    return gptq(weight, hessian, k_hi, config.damping)
+    if config.weights == "gptq":
+        return gptq(weight, hessian, k_hi, config.damping)
+    rounded = quantize_weight(weight, k_hi)
+    return rounded, weight[:, rounded.k_lo :] / rounded.weight_scale[:, 1:]

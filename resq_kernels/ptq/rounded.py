@@ -31,37 +31,65 @@ class RoundedLayer:
         layer: its parameters.
         rope: tables of `rope_tables`.
         config: how inputs, keys and values are rounded.
+
+    Attributes:
+        float: the same layer without rounding.
+        packed: the weights that were rounded, by the names of their linears.
     """
 
     def __init__(self, shape: ModelShape, layer: Layer, rope: Rope, config: ResQConfig) -> None:
         self.shape, self.layer, self.rope, self.config = shape, layer, rope, config
-        self._float = DecoderLayer(shape, layer, rope)
-        self._packed: dict[tuple[str, ...], PackedWeight] = {}
+        self.float = DecoderLayer(shape, layer, rope)
+        self.packed: dict[tuple[str, ...], PackedWeight] = {}
 
     def round(self, names: tuple[str, ...], weight: QuantizedWeight) -> None:
         """Sets the weight, all rows in this order, of the linears that read one input."""
-        self._packed[names] = PackedWeight.pack(weight)
+        self.packed[names] = PackedWeight.pack(weight)
 
     def qkv_input(self, x: torch.Tensor) -> MixedTensor:
         """The input of q_proj, k_proj and v_proj."""
         return self._normed(x, ATTENTION_NORM, QKV[0])
 
-    def o_input(self, qkv_input: MixedTensor) -> MixedTensor:
+    def qkv(self, qkv_input: MixedTensor) -> torch.Tensor:
+        """The outputs of q_proj, k_proj and v_proj, side by side."""
+        return self.linear(qkv_input, QKV)
+
+    def o_input(self, qkv: torch.Tensor) -> MixedTensor:
         """The input of o_proj."""
+        attended = self.float.mix(*self.rounded_heads(*self.split_heads(qkv)))
+        return self.round_attended(self.join_heads(attended))
+
+    def join_heads(self, attended: torch.Tensor) -> torch.Tensor:
+        """[..., heads, head_dim] side by side in the order of o_proj's columns."""
+        return join_heads(attended, self.format(O_PROJ).k_hi // self.shape.heads)
+
+    def round_attended(self, attended: torch.Tensor) -> MixedTensor:
+        """The input of o_proj, from the heads side by side."""
+        return ops.mixed_quantize(attended, *self.format(O_PROJ))
+
+    def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, [windows, heads, seqlen, head_dim], before RoPE."""
         head, kv_heads = self.shape.head_dim, self.shape.kv_heads
         rows = [head * heads for heads in (self.shape.heads, kv_heads, kv_heads)]
-        parts = self._linear(qkv_input, QKV).split(rows, dim=-1)
-        queries, keys, values = (part.unflatten(-1, (-1, head)) for part in parts)
-        if self.config.kv_bits == 4:
-            queries, keys, values = self._through_pages(queries, keys, values)
-        queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, values))
+        queries, keys, values = (self.float.split_heads(t) for t in qkv.split(rows, dim=-1))
+        return queries, keys, values
+
+    def exact_heads(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys after RoPE and rotation, and values, of `split_heads`."""
+        queries, keys = (apply_rope(t, self.rope) for t in (queries, keys))
+        return *self.float.rotate(queries, keys), values
+
+    def rounded_heads(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`exact_heads`, keys and values as the cache returns them."""
         if self.config.kv_bits != 4:
-            queries, keys = (apply_rope(t, self.rope) for t in (queries, keys))
-            queries, keys = self._float.rotate(queries, keys)
-        attended = self._float.mix(queries, keys, values)
-        format = self._format(O_PROJ)
-        joined = join_heads(attended, format.k_hi // self.shape.heads)
-        return ops.mixed_quantize(joined, *format)
+            return self.exact_heads(queries, keys, values)
+        pages = self._through_pages(*(t.transpose(1, 2) for t in (queries, keys, values)))
+        queries, keys, values = (t.transpose(1, 2) for t in pages)
+        return queries, keys, values
 
     def _through_pages(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -89,34 +117,42 @@ class RoundedLayer:
 
     def after_attention(self, x: torch.Tensor, o_input: MixedTensor) -> torch.Tensor:
         """The residual stream between attention and MLP."""
-        return x + self._linear(o_input, (O_PROJ,))
+        return x + self.linear(o_input, (O_PROJ,))
 
     def gate_up_input(self, hidden: torch.Tensor) -> MixedTensor:
         """The input of gate_proj and up_proj."""
         return self._normed(hidden, MLP_NORM, GATE_UP[0])
 
-    def down_input(self, gate_up_input: MixedTensor) -> MixedTensor:
+    def gate_up(self, gate_up_input: MixedTensor) -> torch.Tensor:
+        """The outputs of gate_proj and up_proj, side by side."""
+        return self.linear(gate_up_input, GATE_UP)
+
+    def down_input(self, gate_up: torch.Tensor) -> MixedTensor:
         """The input of down_proj."""
-        gate_up = self._linear(gate_up_input, GATE_UP)
-        return ops.silu_mul_hadamard_quantize(
-            gate_up, self.layer.hadamard, *self._format(DOWN_PROJ)
-        )
+        return ops.silu_mul_hadamard_quantize(gate_up, self.layer.hadamard, *self.format(DOWN_PROJ))
 
     def output(self, hidden: torch.Tensor, down_input: MixedTensor) -> torch.Tensor:
         """The residual stream after the layer."""
-        return hidden + self._linear(down_input, (DOWN_PROJ,))
+        return hidden + self.linear(down_input, (DOWN_PROJ,))
 
-    def _format(self, name: str) -> RowFormat:
+    def format(self, name: str) -> RowFormat:
+        """How the input of a linear is rounded."""
         columns, k_hi = self.shape.linear(name)[1], self.shape.k_hi(name, self.config.high_fraction)
         # A code a byte: the Hessians want them as numbers, and unpacking takes longer than reading.
         return RowFormat.of(self.config, columns, k_hi)._replace(packed=False)
 
     def _normed(self, x: torch.Tensor, norm: str, name: str) -> MixedTensor:
         gain, eps = self.layer.norms.get(norm), self.shape.norm_eps
-        return ops.rms_norm_quantize(x, None, gain, eps, *self._format(name))[0]
+        return ops.rms_norm_quantize(x, None, gain, eps, *self.format(name))[0]
 
-    def _linear(self, x: MixedTensor, names: tuple[str, ...]) -> torch.Tensor:
-        weight = self._packed[names]
+    def linear(self, x: MixedTensor, names: tuple[str, ...]) -> torch.Tensor:
+        """The outputs of the linears that read x, side by side."""
+        weight = self.packed[names]
+        return ops.mixed_gemm(
+            *x, weight.data, weight.scale, weight.sums, self.bias(names), torch.float32
+        )
+
+    def bias(self, names: tuple[str, ...]) -> torch.Tensor | None:
+        """The biases of these linears side by side, if they have some."""
         biases = [self.layer.biases[name] for name in names if name in self.layer.biases]
-        bias = torch.cat(biases) if biases else None
-        return ops.mixed_gemm(*x, weight.data, weight.scale, weight.sums, bias, torch.float32)
+        return torch.cat(biases) if biases else None

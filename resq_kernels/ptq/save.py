@@ -17,7 +17,7 @@ from resq_kernels.ptq.card import write_card
 from resq_kernels.ptq.embedding import embedding_tensors, head_tensors, tied_head
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.source import SourceModel
-from resq_kernels.ptq.workspace import Workspace, layer_piece
+from resq_kernels.ptq.workspace import Workspace, distilled_piece, layer_piece
 from resq_kernels.safetensors_io import (
     CheckpointError,
     ShardWriter,
@@ -123,7 +123,10 @@ def save(
     norm = model.reader.load(architecture.FINAL_NORM)
     writer.add_all(embedding_tensors(model, rotation, config))
     for index in range(model.shape.layers):
-        writer.add_all(work.load(layer_piece(index)))
+        tensors = work.load(layer_piece(index))
+        if config.distill_epochs:
+            tensors |= work.load(distilled_piece(index))
+        writer.add_all(tensors)
     writer.add(architecture.FINAL_NORM, norm if rotation is None else torch.ones_like(norm))
     writer.add_all(head_tensors(model, rotation, config))
     rotations: list[torch.Tensor] = []

@@ -1,154 +1,195 @@
-"""A decoder layer that computes as the quantized one will, and whose weights can be trained."""
+"""The quantized decoder layer, whose INT8 columns and rows' gains can be trained."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
-from torch.nn import functional
 
-from resq_kernels import ops, reference
-from resq_kernels.architecture import DOWN_PROJ, GATE_UP, LINEARS, O_PROJ, QKV, ModelShape
+from resq_kernels.architecture import DOWN_PROJ, GATE_UP, O_PROJ, QKV, ModelShape
 from resq_kernels.config import ResQConfig
-from resq_kernels.formats import RowFormat
-from resq_kernels.ptq.decoder import DecoderLayer, Layer, Rope
-from resq_kernels.weights import round_weight, search_scale
+from resq_kernels.formats import MixedTensor, QuantizedWeight
+from resq_kernels.ptq.decoder import Layer, Rope, product_dtype
+from resq_kernels.ptq.rounded import RoundedLayer
 
+GROUPS: tuple[tuple[str, ...], ...] = (QKV, (O_PROJ,), GATE_UP, (DOWN_PROJ,))
+"""The linears that read one input."""
 BETAS = (0.9, 0.95)
 """Of Adam: a run has a few dozen steps, and the second moment must settle within twenty."""
+GAIN_RATE = 0.03
+"""Learning rate of a row's gain, in nats, where that of an INT8 weight is one of its steps."""
 
 
-class StudentLayer(DecoderLayer):
-    """`DecoderLayer` with weights, inputs of linears, keys and values rounded.
+class StudentLayer(RoundedLayer):
+    """`RoundedLayer` with a training of what needs no 4-bit code to change.
 
-    Every rounding passes gradients on as if it were the identity (the straight-through estimator,
-    arXiv 1308.3432). Weights are rounded to nearest, with the scales that fit them at first. The
-    linears multiply in float32: with bfloat16 enough codes differ to turn the gradients by 35 to
-    50 degrees in the first layers (docs/notes/0033-distillation.md).
+    Formula: a linear is y = e^g (s_lo Q_lo x_lo + s_hi clamp(rint(v)) x_hi), row by row; v, the
+    INT8 columns in steps of their scale, and g, which starts at 0, are trained.
+
+    The forward pass is the quantized model's, by its operators. Gradients pass every rounding as if
+    it were the identity (the straight-through estimator, arXiv 1308.3432); their products are in
+    bfloat16 where the device has instructions for it.
 
     Args:
         shape: sizes of the model.
-        layer: its parameters; the weights, float32, are trained in place.
+        layer: norms, biases and key rotation; its weights are not used.
         rope: tables of `rope_tables`.
-        config: how everything is rounded.
+        config: how inputs, keys and values are rounded.
+        weights: the rounded weights by name.
+        targets: what their INT8 columns were rounded from, v, float32 [rows, k_hi] by name.
     """
 
-    def __init__(self, shape: ModelShape, layer: Layer, rope: Rope, config: ResQConfig) -> None:
-        super().__init__(shape, layer, rope)
-        self.config = config
-        self._scales = {
-            name: [search_scale(part, bits) for part, bits in self._parts(name)] for name in LINEARS
-        }
-        for weight in layer.weights.values():
-            weight.requires_grad_()
-        # Fused: one pass over weights and moments instead of ten.
-        self._adam = torch.optim.Adam(list(layer.weights.values()), betas=BETAS, fused=True)
+    def __init__(
+        self,
+        shape: ModelShape,
+        layer: Layer,
+        rope: Rope,
+        config: ResQConfig,
+        weights: Mapping[str, QuantizedWeight],
+        targets: Mapping[str, torch.Tensor],
+    ) -> None:
+        super().__init__(shape, layer, rope, config)
+        self._scales: dict[tuple[str, ...], torch.Tensor] = {}
+        self._high: dict[tuple[str, ...], torch.Tensor] = {}
+        self._gains: dict[tuple[str, ...], torch.Tensor] = {}
+        for names in GROUPS:
+            weight = QuantizedWeight.cat([weights[name] for name in names])
+            self.round(names, weight)
+            self._scales[names] = weight.weight_scale
+            self._high[names] = torch.cat([targets[name] for name in names])
+            self._gains[names] = torch.zeros_like(weight.weight_scale[:, 0])
+        device = str(self._gains[QKV].device)
+        self._products = product_dtype(torch.bfloat16, device)
+        groups = [{"params": list(p.values()), "lr": 0.0} for p in (self._high, self._gains)]
+        self._adam = torch.optim.Adam(groups, betas=BETAS)
 
-    def train(self, x: torch.Tensor, gradient: torch.Tensor, rate: float) -> torch.Tensor:
-        """One step of Adam on the weights.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output."""
+        hidden = self.after_attention(x, self.o_input(self.qkv(self.qkv_input(x))))
+        return self.output(hidden, self.down_input(self.gate_up(self.gate_up_input(hidden))))
+
+    def backward(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Sets the gradients for `step`.
 
         The layer is computed anew, so that one layer's activations are in memory at a time.
 
         Args:
             x: the input of the layer in `forward`.
             gradient: of the loss by its output.
-            rate: the learning rate.
 
         Returns:
-            The gradient of the loss by x, at the weights before the step.
+            The gradient of the loss by x.
         """
-        x = x.detach().requires_grad_()
+        qkv_input = self.qkv_input(x)
+        qkv = self.qkv(qkv_input).requires_grad_()
         with torch.enable_grad():
-            self.forward(x).backward(gradient)
-        self._adam.param_groups[0]["lr"] = rate
+            attended = self._attention(qkv)
+        o_input = self.round_attended(attended.detach())
+        o = self.linear(o_input, (O_PROJ,))
+        hidden = x + o
+        gate_up_input = self.gate_up_input(hidden)
+        gate_up = self.gate_up(gate_up_input)
+        down_input = self.down_input(gate_up)
+        down = self.linear(down_input, (DOWN_PROJ,))
+
+        by_product = self._through_linear((DOWN_PROJ,), down_input, down, gradient)
+        by_gate_up = _through(self.float.swiglu, gate_up, by_product)
+        by_normed = self._through_linear(GATE_UP, gate_up_input, gate_up, by_gate_up)
+        by_hidden = gradient + _through(self.float.gate_up_input, hidden, by_normed)
+        by_attended = self._through_linear((O_PROJ,), o_input, o, by_hidden)
+        (by_qkv,) = torch.autograd.grad(attended, qkv, by_attended)
+        by_normed = self._through_linear(QKV, qkv_input, qkv.detach(), by_qkv)
+        return by_hidden + _through(self.float.qkv_input, x, by_normed)
+
+    def step(self, rate: float) -> None:
+        """One step of Adam, with the gradients of `backward`; INT8 columns move by about `rate`
+        steps of their scale."""
+        for group, factor in zip(self._adam.param_groups, (1.0, GAIN_RATE), strict=True):
+            group["lr"] = factor * rate
         self._adam.step()
         self._adam.zero_grad()
-        assert x.grad is not None
-        return x.grad
+        self._round()
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The trained weights, float32, by name."""
-        return {name: weight.detach() for name, weight in self.layer.weights.items()}
+    def weights(self) -> dict[str, QuantizedWeight]:
+        """The weights as they are now, by name."""
+        return {
+            name: part
+            for names in GROUPS
+            for name, part in zip(
+                names, self.packed[names].codes().split(self._rows(names)), strict=True
+            )
+        }
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Weights and Adam's moments by name, from which training goes on to the same bits."""
-        tensors = {f"{name}.weight": weight for name, weight in self.weights().items()}
-        for name, weight in self.layer.weights.items():
-            for moment, value in self._adam.state[weight].items():
-                tensors[f"{name}.{moment}"] = value
+        """What is trained and Adam's moments, from which training goes on to the same bits."""
+        tensors = {}
+        for kind, parameters in (("high", self._high), ("gain", self._gains)):
+            for names, parameter in parameters.items():
+                tensors[f"{names[0]}.{kind}"] = parameter
+                for moment, value in self._adam.state[parameter].items():
+                    tensors[f"{names[0]}.{kind}.{moment}"] = value
         return tensors
 
-    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes over what `state` gave."""
-        with torch.no_grad():
-            for name, weight in self.layer.weights.items():
-                weight.copy_(tensors[f"{name}.weight"])
-                self._adam.state[weight] = {
-                    moment: tensors[f"{name}.{moment}"].to(weight.device)
+        for kind, parameters in (("high", self._high), ("gain", self._gains)):
+            for names, parameter in parameters.items():
+                parameter.copy_(tensors[f"{names[0]}.{kind}"])
+                self._adam.state[parameter] = {
+                    moment: tensors[f"{names[0]}.{kind}.{moment}"].to(
+                        "cpu" if moment == "step" else parameter.device
+                    )
                     for moment in ("step", "exp_avg", "exp_avg_sq")
                 }
+        self._round()
 
-    def qkv_input(self, x: torch.Tensor) -> torch.Tensor:
-        return self._rounded_rows(super().qkv_input(x), QKV[0])
-
-    def attend(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    def _through_linear(
+        self,
+        names: tuple[str, ...],
+        inputs: MixedTensor,
+        output: torch.Tensor,
+        gradient: torch.Tensor,
     ) -> torch.Tensor:
-        queries, keys = self.rotate(queries, keys)
-        if self.config.kv_bits == 4:
-            hi_bits = 8 if self.config.method == "resq" else 4
-            keys, values = (
-                _straight_through(x, reference.kv_fake_quantize(x.detach(), hi_bits))
-                for x in (keys, values)
-            )
-        attended = self.mix(queries, keys, values).flatten(2)
-        if self.layer.o_order is not None:
-            attended = attended[..., self.layer.o_order]
-        return self._rounded_rows(attended, O_PROJ)
+        """Sets the gradients of a linear; returns that by its input."""
+        weight = self.packed[names].codes()
+        bias = self.bias(names)
+        product = output if bias is None else output - bias
+        self._gains[names].grad = (gradient * product).flatten(0, -2).sum(0)
+        high = inputs.dequantize()[..., weight.k_lo :]
+        x, by_output = (t.flatten(0, -2).to(self._products) for t in (high, gradient))
+        self._high[names].grad = (by_output.T @ x).float().mul_(weight.weight_scale[:, 1:])
+        by_input = by_output @ weight.dequantize().to(self._products)
+        return by_input.float().unflatten(0, inputs.params.shape[:-1])
 
-    def gate_up_input(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._rounded_rows(super().gate_up_input(hidden), GATE_UP[0])
+    def _attention(self, qkv: torch.Tensor) -> torch.Tensor:
+        """The input of o_proj before it is rounded, through rounded keys and values."""
+        heads = self.split_heads(qkv)
+        with torch.no_grad():
+            rounded = self.rounded_heads(*heads)
+        exact = self.exact_heads(*heads)
+        queries, keys, values = (
+            # Has the value of the first and the gradient of the second.
+            r.detach() + (e - e.detach())
+            for r, e in zip(rounded, exact, strict=True)
+        )
+        return self.join_heads(self.float.mix(queries, keys, values))
 
-    def down_input(self, gate_up_input: torch.Tensor) -> torch.Tensor:
-        return self._rounded_rows(super().down_input(gate_up_input), DOWN_PROJ)
+    def _round(self) -> None:
+        for names in GROUPS:
+            codes = self.packed[names].codes().weight_lo
+            high = self._high[names].round().clamp_(-128, 127).to(torch.int8)
+            scale = self._scales[names] * self._gains[names].exp()[:, None]
+            self.round(names, QuantizedWeight(codes, high, scale))
 
-    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        weight = _straight_through(self.layer.weights[name], self._rounded_weight(name))
-        return functional.linear(x, weight, self.layer.biases.get(name))
-
-    def _rounded_rows(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """The input of a linear after a round trip through the kernels' codes."""
-        rows = RowFormat.of(self.config, x.shape[-1], self._k_hi(name))._replace(packed=False)
-        return _straight_through(x, ops.mixed_quantize(x.detach(), *rows).dequantize())
-
-    def _rounded_weight(self, name: str) -> torch.Tensor:
-        """A weight, rounded to nearest."""
-        rounded = [
-            round_weight(part, scale, bits) * scale[:, None]
-            for (part, bits), scale in zip(self._parts(name), self._scales[name], strict=True)
-        ]
-        return torch.cat(rounded, dim=1)
-
-    def _parts(self, name: str) -> list[tuple[torch.Tensor, int]]:
-        """The INT4 and the INT8 columns of a weight, those that exist, and their bits."""
-        weight = self.layer.weights[name].detach()
-        k_lo = weight.shape[1] - self._k_hi(name)
-        parts = [(weight[:, :k_lo], 4), (weight[:, k_lo:], 8)]
-        return [(part, bits) for part, bits in parts if part.shape[1]]
-
-    def _k_hi(self, name: str) -> int:
-        return self.shape.k_hi(name, self.config.high_fraction)
+    def _rows(self, names: tuple[str, ...]) -> list[int]:
+        return [self.shape.linear(name)[0] for name in names]
 
 
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
-        return rounded
-
-    @staticmethod
-    def backward(ctx: object, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient, None
-
-
-def _straight_through(x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
-    """`rounded`, with the gradient of x."""
-    result: torch.Tensor = _StraightThrough.apply(x, rounded)  # type: ignore[no-untyped-call]
-    return result
+def _through(
+    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, gradient: torch.Tensor
+) -> torch.Tensor:
+    """The gradient by x, from that by function(x)."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        (by_x,) = torch.autograd.grad(function(x), x, gradient)
+    return by_x

@@ -83,8 +83,13 @@ DISTILLED = "distilled"
 
 
 def distilled_piece(index: int) -> str:
-    """The piece with the trained weights of a layer of the rotated model, float32, by linear."""
+    """The piece with the trained tensors of a layer, under their names in a checkpoint."""
     return f"distilled-{index:05d}"
+
+
+def target_piece(index: int) -> str:
+    """The piece with what a layer's INT8 columns were rounded from, in steps of their scale."""
+    return f"targets-{index:05d}"
 
 
 def error_piece(index: int) -> str:

@@ -23,8 +23,9 @@ def problem(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def by_elimination(
     weight: torch.Tensor, hessian: torch.Tensor, k_hi: int, scale: torch.Tensor
-) -> torch.Tensor:
-    """Codes by the definition: round a column, move the best correction of all later columns.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, and what they were rounded from, by the definition: round a column, move the best
+    correction of all later columns.
 
     After column j is fixed, the later columns minimise ||(w - q) M (w - q)^T|| exactly: they gain
     e_j M_jr M_rr^-1 with r the later columns. No factorization, no blocks, float64.
@@ -40,22 +41,25 @@ def by_elimination(
         if j + 1 < columns:
             gain = torch.linalg.solve(damped[rest, rest], damped[rest, j])
             work[:, rest] += error[:, None] * gain
-    return codes
+    return codes, work
 
 
 @pytest.mark.parametrize(("rows", "columns", "k_hi"), [(5, 40, 8), (3, 16, 0), (4, 150, 20)])
 def test_gptq_is_elimination(rows: int, columns: int, k_hi: int) -> None:
     weight, hessian = problem(rows, columns)
-    rounded = gptq(weight, hessian, k_hi, DAMPING)
+    rounded, targets = gptq(weight, hessian, k_hi, DAMPING)
     k_lo = columns - k_hi
     parts = (weight[:, :k_lo], 4), (weight[:, k_lo:], 8)
     scale = torch.stack([search_scale(part, bits) for part, bits in parts], dim=1)
     assert torch.equal(rounded.weight_scale, scale)
     codes = torch.cat([unpack_int4(rounded.weight_lo), rounded.weight_hi], dim=1)
-    expected = by_elimination(weight, hessian, k_hi, scale)
+    expected, exact = by_elimination(weight, hessian, k_hi, scale)
     # float32 may decide a tie differently, and what follows in that row with it.
     same = (codes == expected).all(1)
     assert same.float().mean() >= 0.6
+    exact = exact[:, k_lo:] / scale[:, 1:]
+    torch.testing.assert_close(targets[same].double(), exact[same], rtol=0, atol=1e-3)
+    assert torch.equal(targets.round().clamp(-128, 127).to(torch.int8), rounded.weight_hi)
     a, b = (
         output_error(
             weight, c * scale.repeat_interleave(torch.tensor([k_lo, k_hi]), dim=1), hessian
@@ -89,7 +93,7 @@ def by_columns(
 def test_gptq_is_the_paper_s() -> None:
     """Without its inverse, and rounded in blocks: the codes are the same but for ties."""
     weight, hessian = problem(200, 150)
-    rounded = gptq(weight, hessian, 20, DAMPING)
+    rounded, _ = gptq(weight, hessian, 20, DAMPING)
     codes = torch.cat([unpack_int4(rounded.weight_lo), rounded.weight_hi], dim=1)
     expected = by_columns(weight, hessian, 20, rounded.weight_scale)
     assert (codes == expected).all(1).float().mean() >= 0.95
@@ -102,9 +106,9 @@ def test_gptq_is_the_paper_s() -> None:
 def test_rows_are_rounded_on_their_own() -> None:
     """So q, k, v are rounded as one matrix."""
     weight, hessian = problem(90, 70)
-    whole = gptq(weight, hessian, 10, DAMPING).split([50, 40])
+    whole = gptq(weight, hessian, 10, DAMPING)[0].split([50, 40])
     for rounded, rows in zip(whole, weight.split([50, 40]), strict=True):
-        alone = gptq(rows, hessian, 10, DAMPING)
+        alone, _ = gptq(rows, hessian, 10, DAMPING)
         assert torch.equal(rounded.weight_scale, alone.weight_scale)
         same = (rounded.weight_lo == alone.weight_lo).all(1)
         same &= (rounded.weight_hi == alone.weight_hi).all(1)
@@ -115,7 +119,7 @@ def test_gptq_beats_rounding_to_nearest() -> None:
     weight, hessian = problem(32, 96)
     errors = [
         output_error(weight, rounded.dequantize(), hessian)
-        for rounded in (gptq(weight, hessian, 12, DAMPING), quantize_weight(weight, 12))
+        for rounded in (gptq(weight, hessian, 12, DAMPING)[0], quantize_weight(weight, 12))
     ]
     assert errors[0] < 0.85 * errors[1]
 
@@ -123,7 +127,7 @@ def test_gptq_beats_rounding_to_nearest() -> None:
 def test_uncorrelated_inputs_make_gptq_quantize_weight() -> None:
     weight = torch.randn(7, 64)
     hessian = torch.eye(64, dtype=torch.float64)
-    rounded, nearest = gptq(weight, hessian, 8, DAMPING), quantize_weight(weight, 8)
+    rounded, nearest = gptq(weight, hessian, 8, DAMPING)[0], quantize_weight(weight, 8)
     assert torch.equal(rounded.weight_lo, nearest.weight_lo)
     assert torch.equal(rounded.weight_hi, nearest.weight_hi)
 
@@ -131,7 +135,7 @@ def test_uncorrelated_inputs_make_gptq_quantize_weight() -> None:
 def test_inputs_that_are_always_zero() -> None:
     weight, hessian = problem(4, 24)
     hessian[5], hessian[:, 5] = 0, 0
-    rounded = gptq(weight, hessian, 4, DAMPING)
+    rounded, _ = gptq(weight, hessian, 4, DAMPING)
     assert torch.isfinite(rounded.dequantize()).all()
     factor = feedback_factor(torch.zeros(3, 3, dtype=torch.float64), DAMPING)
     assert torch.equal(factor, torch.eye(3))
@@ -146,7 +150,7 @@ def test_too_little_damping_is_named() -> None:
 
 def test_codes_fill_their_ranges() -> None:
     weight, hessian = problem(64, 128)
-    rounded = gptq(weight, hessian, 16, DAMPING)
+    rounded, _ = gptq(weight, hessian, 16, DAMPING)
     assert unpack_int4(rounded.weight_lo).unique().tolist() == list(range(-8, 8))
     assert rounded.weight_hi.short().abs().max() > 64
     tensors = rounded.named("a.b")
