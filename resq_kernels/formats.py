@@ -5,7 +5,7 @@ docs/formats.md specifies the bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -119,6 +119,11 @@ class QuantizedWeight(NamedTuple):
         """scale * code as float32 [N, K]: exactly the weight that kernels compute with."""
         scale_lo, scale_hi = self.weight_scale.split(1, dim=1)
         return torch.cat([scale_lo * unpack_int4(self.weight_lo), scale_hi * self.weight_hi], dim=1)
+
+    @classmethod
+    def read(cls, load: Callable[[str], torch.Tensor], linear: str) -> QuantizedWeight:
+        """The weight of the linear `linear`; `load` gives a tensor by its name as in `named`."""
+        return cls(*(load(f"{linear}.{name}") for name in cls._fields))
 
     def named(self, linear: str) -> dict[str, torch.Tensor]:
         """The tensors under their names in a checkpoint, for the linear `linear`."""

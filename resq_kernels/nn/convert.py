@@ -139,8 +139,7 @@ def _pack_linear(linear: ResQLinear, name: str, read: Callable[[str], torch.Tens
 
 def _read_weight(linear: ResQLinear, name: str, read: Callable[[str], torch.Tensor] | None) -> None:
     if read is not None and linear.weight_lo is None and not linear.is_packed:
-        weight = QuantizedWeight(*(read(f"{name}.{field}") for field in QuantizedWeight._fields))
-        linear.hold(weight, linear.bias)
+        linear.hold(QuantizedWeight.read(read, name), linear.bias)
 
 
 def _run(tasks: Sequence[Callable[[], None]], workers: int) -> None:

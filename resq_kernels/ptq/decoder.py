@@ -157,14 +157,11 @@ class DecoderLayer:
 
     def down_input(self, gate_up_input: torch.Tensor) -> torch.Tensor:
         """The input of down_proj."""
-        return self._products(*(self._linear(gate_up_input, name) for name in GATE_UP))
+        return self.swiglu(*(self._linear(gate_up_input, name) for name in GATE_UP))
 
-    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """The input of down_proj, from the outputs of gate_proj and up_proj side by side."""
-        return self._products(*gate_up.chunk(2, dim=-1))
-
-    def _products(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """SwiGLU and, in a rotated model, the Hadamard transform."""
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """SwiGLU of the outputs of gate_proj and up_proj and, in a rotated model, the Hadamard
+        transform: the input of down_proj."""
         product = functional.silu(gate).mul_(up)
         return hadamard.transform(product) if self.layer.hadamard else product
 

@@ -122,10 +122,7 @@ def _student(
         key_rotation=piece.get(KEY_ROTATION),
         hadamard=config.rotates,
     )
-    weights = {
-        name: QuantizedWeight(*(piece[f"{name}.{field}"] for field in QuantizedWeight._fields))
-        for name in LINEARS
-    }
+    weights = {name: QuantizedWeight.read(piece.__getitem__, name) for name in LINEARS}
     targets = {name: t.to(device) for name, t in work.load(target_piece(index)).items()}
     return StudentLayer(model.shape, layer, rope, config, weights, targets)
 

@@ -113,7 +113,7 @@ def _quantize_layer(
         exact = torch.cat([decoder.layer.weights.pop(name) for name in names])
         rounded, high = _round_weight(decoder, names[0], exact, hessian)
         decoder.round(names, rounded)
-        rows = [decoder.shape.linear(name)[0] for name in names]
+        rows = decoder.rows(names)
         weights.update(zip(names, rounded.split(rows), strict=True))
         targets.update(zip(names, high.split(rows), strict=True))
         pairs = zip(exact.split(rows), rounded.dequantize().split(rows), strict=True)

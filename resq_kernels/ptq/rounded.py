@@ -69,9 +69,8 @@ class RoundedLayer:
 
     def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values, [windows, heads, seqlen, head_dim], before RoPE."""
-        head, kv_heads = self.shape.head_dim, self.shape.kv_heads
-        rows = [head * heads for heads in (self.shape.heads, kv_heads, kv_heads)]
-        queries, keys, values = (self.float.split_heads(t) for t in qkv.split(rows, dim=-1))
+        parts = qkv.split(self.rows(QKV), dim=-1)
+        queries, keys, values = (self.float.split_heads(part) for part in parts)
         return queries, keys, values
 
     def exact_heads(
@@ -151,6 +150,10 @@ class RoundedLayer:
         return ops.mixed_gemm(
             *x, weight.data, weight.scale, weight.sums, self.bias(names), torch.float32
         )
+
+    def rows(self, names: tuple[str, ...]) -> list[int]:
+        """Output rows of each of these linears."""
+        return [self.shape.linear(name)[0] for name in names]
 
     def bias(self, names: tuple[str, ...]) -> torch.Tensor | None:
         """The biases of these linears side by side, if they have some."""

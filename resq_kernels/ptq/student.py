@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -93,7 +93,9 @@ class StudentLayer(RoundedLayer):
         down = self.linear(down_input, (DOWN_PROJ,))
 
         by_product = self._through_linear((DOWN_PROJ,), down_input, down, gradient)
-        by_gate_up = _through(self.float.swiglu, gate_up, by_product)
+        by_gate_up = _through(
+            lambda both: self.float.swiglu(*both.chunk(2, dim=-1)), gate_up, by_product
+        )
         by_normed = self._through_linear(GATE_UP, gate_up_input, gate_up, by_gate_up)
         by_hidden = gradient + _through(self.float.gate_up_input, hidden, by_normed)
         by_attended = self._through_linear((O_PROJ,), o_input, o, by_hidden)
@@ -112,36 +114,37 @@ class StudentLayer(RoundedLayer):
 
     def weights(self) -> dict[str, QuantizedWeight]:
         """The weights as they are now, by name."""
-        return {
-            name: part
-            for names in GROUPS
-            for name, part in zip(
-                names, self.packed[names].codes().split(self._rows(names)), strict=True
-            )
-        }
+        weights: dict[str, QuantizedWeight] = {}
+        for names in GROUPS:
+            parts = self.packed[names].codes().split(self.rows(names))
+            weights |= zip(names, parts, strict=True)
+        return weights
 
     def state(self) -> dict[str, torch.Tensor]:
         """What is trained and Adam's moments, from which training goes on to the same bits."""
         tensors = {}
-        for kind, parameters in (("high", self._high), ("gain", self._gains)):
-            for names, parameter in parameters.items():
-                tensors[f"{names[0]}.{kind}"] = parameter
-                for moment, value in self._adam.state[parameter].items():
-                    tensors[f"{names[0]}.{kind}.{moment}"] = value
+        for name, parameter in self._trained():
+            tensors[name] = parameter
+            for moment, value in self._adam.state[parameter].items():
+                tensors[f"{name}.{moment}"] = value
         return tensors
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes over what `state` gave."""
-        for kind, parameters in (("high", self._high), ("gain", self._gains)):
-            for names, parameter in parameters.items():
-                parameter.copy_(tensors[f"{names[0]}.{kind}"])
-                self._adam.state[parameter] = {
-                    moment: tensors[f"{names[0]}.{kind}.{moment}"].to(
-                        "cpu" if moment == "step" else parameter.device
-                    )
-                    for moment in ("step", "exp_avg", "exp_avg_sq")
-                }
+        for name, parameter in self._trained():
+            parameter.copy_(tensors[name])
+            self._adam.state[parameter] = {
+                "step": tensors[f"{name}.step"],  # Adam counts on the CPU
+                "exp_avg": tensors[f"{name}.exp_avg"].to(parameter.device),
+                "exp_avg_sq": tensors[f"{name}.exp_avg_sq"].to(parameter.device),
+            }
         self._round()
+
+    def _trained(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Everything that is trained, and its name in a state."""
+        for names in GROUPS:
+            yield f"{names[0]}.high", self._high[names]
+            yield f"{names[0]}.gain", self._gains[names]
 
     def _through_linear(
         self,
@@ -180,9 +183,6 @@ class StudentLayer(RoundedLayer):
             high = self._high[names].round().clamp_(-128, 127).to(torch.int8)
             scale = self._scales[names] * self._gains[names].exp()[:, None]
             self.round(names, QuantizedWeight(codes, high, scale))
-
-    def _rows(self, names: tuple[str, ...]) -> list[int]:
-        return [self.shape.linear(name)[0] for name in names]
 
 
 def _through(
