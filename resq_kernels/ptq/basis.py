@@ -7,14 +7,20 @@ from dataclasses import dataclass
 import torch
 
 from resq_kernels.architecture import DOWN_PROJ, O_PROJ, layer_prefix
-from resq_kernels.ptq.balance import balancing, channel_factors
+from resq_kernels.formats import split_columns
+from resq_kernels.ptq.balance import FLOOR, balancing, channel_factors
 from resq_kernels.ptq.calibrate import SecondMoments
 from resq_kernels.ptq.source import SourceModel
+
+CACHE_HIGH_FRACTION = 0.125
+"""Share of head_dim that the KV cache keeps in INT8 (docs/formats.md section 5)."""
+JOINT_STEPS = 10
+"""Of `joint_components`; keys and queries of a trained model need two."""
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Changes of basis whose columns stand in ascending order of variance, float64.
+    """Changes of basis whose columns stand in ascending order of what they carry, float64.
 
     The last columns of each are the subspace that is kept in INT8.
 
@@ -23,7 +29,7 @@ class Basis:
         values: U_B's balancing matrices [layers, kv_heads, head_dim, head_dim]; v_proj's outputs
             are multiplied by them.
         values_inverse: their inverses, multiplied into o_proj.
-        keys: U_C's eigenvectors [layers, head_dim, head_dim], orthogonal.
+        keys: U_C's joint components [layers, head_dim, head_dim], orthogonal.
         key_factors: [layers, kv_heads, head_dim / 2]: k_proj's rotary pairs are multiplied by
             them, q_proj's are divided by them.
         intermediate_factors: [layers, intermediate]: up_proj's rows are multiplied by them,
@@ -48,15 +54,18 @@ class Basis:
 
 
 def find_basis(model: SourceModel, moments: SecondMoments) -> Basis:
-    """Finds PCA bases of the residual stream and of keys, and balanced bases of values.
+    """Finds a PCA basis of the residual stream, joint ones of keys and queries, and balanced ones
+    of values.
 
-    Formula: E[x x^T] = P diag(variance) P^T for U_A and, with the keys of all kv heads after
-    `key_factors`, for U_C. U_B balances E[a a^T] of attention's outputs against o_proj's columns
+    Formula: E[x x^T] = P diag(variance) P^T for U_A. U_C splits keys and queries, sums over all kv
+    heads after `key_factors`, so that the noise of the keys' INT4 part is smallest in the scores
+    (`joint_components`). U_B balances E[a a^T] of attention's outputs against o_proj's columns
     (`balance.balancing`): a principal basis whose columns are scaled as well.
 
-    Source: arXiv 2412.14363, section 4, where U_B is orthogonal and there are no factors. On the
-    small Llama of examples/ with planted outliers, the divergence from the 16-bit model falls by
-    16 % (RTN) and 13 % (GPTQ): docs/notes/0004-quantizer.md.
+    Source: arXiv 2412.14363, section 4, where U_B is orthogonal, U_C the keys' own PCA, and there
+    are no factors. U_C: docs/notes/0035-tokens-that-matter.md. U_B and the factors: on the small
+    Llama of examples/ with planted outliers, the divergence from the 16-bit model falls by 16 %
+    (RTN) and 13 % (GPTQ), docs/notes/0004-quantizer.md.
     """
     shape = model.shape
     value_grams, down_powers = [], []
@@ -70,8 +79,10 @@ def find_basis(model: SourceModel, moments: SecondMoments) -> Basis:
     key_factors = channel_factors(_pair_power(moments.keys), _pair_power(moments.queries))
     both = key_factors.repeat(1, 1, 2)
     keys = (both.unsqueeze(-1) * moments.keys * both.unsqueeze(-2)).sum(1)
+    queries = (moments.queries / both.unsqueeze(-1) / both.unsqueeze(-2)).sum(1)
     hidden_variances, hidden = principal_components(moments.hidden)
-    key_variances, key_basis = principal_components(keys)
+    low = split_columns(shape.head_dim, CACHE_HIGH_FRACTION)[0]
+    key_basis = joint_components(keys, queries, low)
     return Basis(
         hidden=hidden,
         values=values,
@@ -81,7 +92,7 @@ def find_basis(model: SourceModel, moments: SecondMoments) -> Basis:
         intermediate_factors=channel_factors(moments.intermediate, torch.stack(down_powers)),
         hidden_variances=hidden_variances,
         value_variances=value_variances,
-        key_variances=key_variances,
+        key_variances=((keys @ key_basis) * key_basis).sum(-2),
     )
 
 
@@ -92,9 +103,37 @@ def principal_components(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     where variances differ.
     """
     variances, vectors = torch.linalg.eigh(moment)
+    return variances.clamp_min(0), _with_signs(vectors)
+
+
+def joint_components(keys: torch.Tensor, queries: torch.Tensor, low: int) -> torch.Tensor:
+    """The orthogonal U [..., D, D] whose first `low` columns carry little of keys and of queries.
+
+    Keys that are rounded in these columns get noise in proportion to tr(L^T K L), L being the
+    columns, and the noise of the scores is that times tr(L^T Q L) / low. Their product is
+    minimised.
+
+    Formula: U = eigenvectors, ascending, of K / tr(L^T K L) + Q / tr(L^T Q L), again and again; no
+    step raises the product, since its logarithm is concave in the traces.
+
+    Args:
+        keys, queries: second moments K and Q, float64 [..., D, D].
+        low: columns of the INT4 part.
+    """
+    both = torch.stack([keys, queries])
+    traces = both.diagonal(dim1=-2, dim2=-1).sum(-1)
+    floor = FLOOR * traces + torch.finfo(both.dtype).tiny
+    for _ in range(JOINT_STEPS):
+        weighted = (both / (traces + floor)[..., None, None]).sum(0)
+        vectors = torch.linalg.eigh(weighted)[1]
+        part = vectors[..., :low]
+        traces = ((both @ part) * part).sum((-2, -1))
+    return _with_signs(vectors)
+
+
+def _with_signs(vectors: torch.Tensor) -> torch.Tensor:
     largest = vectors.abs().argmax(-2, keepdim=True)
-    sign = torch.where(vectors.gather(-2, largest) < 0, -1.0, 1.0)
-    return variances.clamp_min(0), vectors * sign
+    return vectors * torch.where(vectors.gather(-2, largest) < 0, -1.0, 1.0)
 
 
 def _pair_power(moment: torch.Tensor) -> torch.Tensor:

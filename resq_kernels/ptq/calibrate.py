@@ -14,6 +14,7 @@ from resq_kernels.architecture import ModelShape
 from resq_kernels.ptq.decoder import DecoderLayer, Rope, product_dtype
 from resq_kernels.ptq.gram import Gram, gram_per_head
 from resq_kernels.ptq.source import SourceModel
+from resq_kernels.ptq.token_weights import attention_weights
 from resq_kernels.ptq.workspace import HiddenStates, Workspace
 
 BATCH_TOKENS = 2048
@@ -26,7 +27,8 @@ class SecondMoments:
 
     Attributes:
         hidden: [hidden, hidden]: normalised inputs of the linears that read the residual stream,
-            mean over layers of the average of attention's and the MLP's.
+            mean over layers of the average of attention's, weighted by `attention_weights`, and the
+            MLP's.
         attended: [layers, kv_heads, head_dim, head_dim]: outputs of attention, mean over the query
             heads of a kv head.
         keys: same shape: keys after RoPE.
@@ -194,7 +196,7 @@ def _run_layer(
         gate_up_input = decoder.gate_up_input(between)
         down_input = decoder.down_input(gate_up_input)
         after[part] = decoder.output(between, down_input).cpu()
-        hidden.add(qkv_input)
+        hidden.add(qkv_input, attention_weights(queries, keys))
         hidden.add(gate_up_input)
         moments["attended"] += gram_per_head(decoder.split_heads(attended), shape.kv_heads)
         moments["keys"] += gram_per_head(keys, shape.kv_heads)

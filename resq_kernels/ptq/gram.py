@@ -24,8 +24,10 @@ class Gram:
         self.total = torch.zeros(size, size, dtype=torch.float64, device=device)
         self.rows = 0
 
-    def add(self, x: torch.Tensor) -> None:
-        """Adds the rows of float32 [..., size]."""
+    def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Adds the rows of float32 [..., size]; with weights [...], w x^T x of each row."""
+        if weights is not None:
+            x = x * weights.sqrt().unsqueeze(-1)
         x = x.flatten(0, -2)
         for start in range(0, x.shape[1], PANEL):
             panel = slice(start, start + PANEL)

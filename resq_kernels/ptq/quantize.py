@@ -26,6 +26,7 @@ from resq_kernels.ptq.gram import Gram
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.rounded import RoundedLayer
 from resq_kernels.ptq.source import SourceModel
+from resq_kernels.ptq.token_weights import attention_weights
 from resq_kernels.ptq.workspace import Workspace, error_piece, layer_piece, target_piece
 from resq_kernels.weights import quantize_weight
 
@@ -109,7 +110,11 @@ def _quantize_layer(
     parts = list(batches(*states.shape[:2]))
 
     def round_group(names: tuple[str, ...], inputs: Iterable[MixedTensor]) -> None:
-        hessian = _hessian(decoder, names[0], inputs, device)
+        gram = Gram(decoder.shape.linear(names[0])[1], device)
+        for codes in inputs:
+            x = codes.dequantize()
+            gram.add(x, attention_weights(*decoder.float.heads(x)[:2]) if names == QKV else None)
+        hessian = gram.mean()
         exact = torch.cat([decoder.layer.weights.pop(name) for name in names])
         rounded, high = _round_weight(decoder, names[0], exact, hessian)
         decoder.round(names, rounded)
@@ -196,16 +201,6 @@ def output_error(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Ten
 
     total = power(weight)
     return float((power(weight - rounded) / total).clamp_min(0).sqrt()) if total > 0 else 0.0
-
-
-def _hessian(
-    decoder: RoundedLayer, name: str, inputs: Iterable[MixedTensor], device: str
-) -> torch.Tensor:
-    """E[x x^T] over all windows."""
-    gram = Gram(decoder.shape.linear(name)[1], device)
-    for codes in inputs:
-        gram.add(codes.dequantize())
-    return gram.mean()
 
 
 def _round_weight(

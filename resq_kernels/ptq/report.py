@@ -65,7 +65,7 @@ def finished_report(out: Path, inputs: Mapping[str, Any]) -> dict[str, object]:
 
 
 def spectra(basis: Basis) -> dict[str, object]:
-    """Variances along the bases, ascending: "hidden" [hidden], "values" and "keys" per layer.
+    """Variances along the bases, by column: "hidden" [hidden], "values" and "keys" per layer.
 
     Values are means over the kv heads of a layer.
     """
@@ -107,13 +107,15 @@ def render(report: Mapping[str, Any]) -> str:
         f"<h1>Quantization of {html.escape(report['model'])}</h1>",
         html_page.table(facts),
         "<h2>Relative output error of every linear</h2>",
-        "<p>||W x - W' x|| / ||W x|| over the calibration inputs x.</p>",
+        "<p>||W x - W' x|| / ||W x|| over the calibration inputs x, those of q, k and v weighted by "
+        "the attention that their tokens receive.</p>",
         _error_figure(report["layers"]),
     ]
     if "spectra" in report:
         parts.append("<h2>Variance along the bases</h2>")
         parts.append(
-            "<p>Directions in ascending order; those right of the dashed line are kept in INT8.</p>"
+            "<p>Directions in the order of the bases; those right of the dashed line are kept in "
+            "INT8.</p>"
         )
         parts.append(_spectrum_figure(report["spectra"], report["config"]["high_fraction"]))
     rows = [

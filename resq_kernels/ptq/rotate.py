@@ -11,10 +11,7 @@ from resq_kernels import hadamard
 from resq_kernels.architecture import ModelShape
 from resq_kernels.config import ResQConfig
 from resq_kernels.formats import split_columns
-from resq_kernels.ptq.basis import Basis
-
-CACHE_HIGH_FRACTION = 0.125
-"""Share of head_dim that the KV cache keeps in INT8 (docs/formats.md section 5)."""
+from resq_kernels.ptq.basis import CACHE_HIGH_FRACTION, Basis
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,17 @@ from resq_kernels.ptq import calibrate as stage
 from resq_kernels.ptq.calibrate import calibrate, check_tokens, windows
 from resq_kernels.ptq.decoder import product_dtype, rope_tables
 from resq_kernels.ptq.source import SourceModel
+from resq_kernels.ptq.token_weights import QUERY_STRIDE
 from resq_kernels.ptq.workspace import Workspace
 from resq_kernels.testing.tiny_models import make_tokenizer
 
 
 def moments_by_hooks(folder: Path, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """E[x x^T] of what the linears of the float64 source model read."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    """E[x x^T] of what the linears of the float64 source model read; inputs of attention weighted
+    by transformers' own attention."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager"
+    )
     inputs: dict[str, torch.Tensor] = {}
 
     def hook(name: str):  # noqa: ANN202  a closure for one module
@@ -32,17 +36,21 @@ def moments_by_hooks(folder: Path, tokens: torch.Tensor) -> dict[str, torch.Tens
         layer.self_attn.o_proj.register_forward_pre_hook(hook(f"o{index}"))
         layer.mlp.down_proj.register_forward_pre_hook(hook(f"down{index}"))
     with torch.no_grad():
-        model(tokens)
+        attentions = model(tokens, output_attentions=True).attentions
     config, count = model.config, tokens.numel()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     hidden, attended, intermediate = 0, [], []
     for index, layer in enumerate(model.model.layers):
-        for name, norm in (
-            (f"qkv{index}", layer.input_layernorm),
-            (f"gate{index}", layer.post_attention_layernorm),
+        looked = attentions[index][:, :, range(tokens.shape[1] - 1, -1, -QUERY_STRIDE)]
+        share = tokens.shape[1] / looked.shape[2]
+        received = 1 + share * looked.square().sum(2).mean(1)
+        weights = (received / received.mean(1, keepdim=True)).flatten()
+        for name, norm, weight in (
+            (f"qkv{index}", layer.input_layernorm, weights),
+            (f"gate{index}", layer.post_attention_layernorm, torch.ones_like(weights)),
         ):
             x = inputs[name] / norm.weight
-            hidden = hidden + x.T @ x / count / 2 / config.num_hidden_layers
+            hidden = hidden + (weight * x.T) @ x / count / 2 / config.num_hidden_layers
         heads = inputs[f"o{index}"].unflatten(1, (config.num_key_value_heads, -1, head_dim))
         group = heads.shape[2]
         attended.append(torch.einsum("tkgi,tkgj->kij", heads, heads) / count / group)
