@@ -34,7 +34,7 @@ def _shade_high(axes: Axes, count: int) -> None:
 
 
 def spectrum_plot(models: Sequence[Mapping]) -> str:
-    """Variance of each principal direction, ascending: residual stream, keys, values."""
+    """Variance of each direction of the bases, by column: residual stream, keys, values."""
     figure, panels = html_page.figure(3, 11, 3.2)
     titles = {"hidden": "inputs from the residual stream", "keys": "keys", "values": "values"}
     for axes, (name, title) in zip(panels, titles.items(), strict=True):

@@ -92,7 +92,7 @@ def find_basis(model: SourceModel, moments: SecondMoments) -> Basis:
         intermediate_factors=channel_factors(moments.intermediate, torch.stack(down_powers)),
         hidden_variances=hidden_variances,
         value_variances=value_variances,
-        key_variances=((keys @ key_basis) * key_basis).sum(-2),
+        key_variances=((keys @ key_basis) * key_basis).sum(-2).clamp_min(0),
     )
 
 

@@ -107,8 +107,8 @@ def render(report: Mapping[str, Any]) -> str:
         f"<h1>Quantization of {html.escape(report['model'])}</h1>",
         html_page.table(facts),
         "<h2>Relative output error of every linear</h2>",
-        "<p>||W x - W' x|| / ||W x|| over the calibration inputs x, those of q, k and v weighted by "
-        "the attention that their tokens receive.</p>",
+        "<p>||W x - W' x|| / ||W x|| over the calibration inputs x; for q, k and v weighted by the "
+        "attention that the tokens receive.</p>",
         _error_figure(report["layers"]),
     ]
     if "spectra" in report:
