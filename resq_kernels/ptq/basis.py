@@ -114,7 +114,8 @@ def joint_components(keys: torch.Tensor, queries: torch.Tensor, low: int) -> tor
     minimised.
 
     Formula: U = eigenvectors, ascending, of K / tr(L^T K L) + Q / tr(L^T Q L), again and again; no
-    step raises the product, since its logarithm is concave in the traces.
+    step raises the product, since its logarithm is concave in the traces. To each trace `FLOOR` of
+    the whole moment's is added: there may be fewer tokens than dims.
 
     Args:
         keys, queries: second moments K and Q, float64 [..., D, D].

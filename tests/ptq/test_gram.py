@@ -53,3 +53,13 @@ def test_gram_per_head() -> None:
     assert torch.equal(got, got.mT)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
     assert (got * 1.01 - expected).abs().max() > 1e-2
+
+
+def test_gram_counts_a_row_as_often_as_its_weight() -> None:
+    rows = torch.randn(2, 5, 33)
+    weights = torch.tensor([[3.0, 1, 0, 1, 2], [1, 1, 1, 1, 4]])
+    repeated = rows.flatten(0, 1).repeat_interleave(weights.flatten().long(), dim=0)
+    gram = Gram(33, "cpu")
+    gram.add(rows, weights)
+    expected = repeated.double().T @ repeated.double() / 10
+    assert torch.allclose(gram.mean(), expected, rtol=1e-5, atol=1e-6)
