@@ -107,7 +107,7 @@ def run(label: str, source: Path, out: Path, settings: Settings) -> int:
     say("read the calibration text (documentation and sources that come with Python)")
     tokenizer = AutoTokenizer.from_pretrained(source)
     text = calibration_text(12 * settings.samples * settings.seqlen)
-    calibration = windows(tokenizer, text, settings.samples, settings.seqlen)
+    calibration = windows(tokenizer, text, settings.samples, settings.seqlen).calibration
     heldout = tokenize(tokenizer, heldout_text(12 * settings.windows * settings.seqlen))
     folders, reports = common.quantize_all(
         label, source, out / "models", calibration, settings, (RTN, ROTATION, RESQ_GPTQ)

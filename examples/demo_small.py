@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     say("read the calibration text (documentation and sources that come with Python)")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     text = calibration_text(12 * settings.samples * settings.seqlen)
-    calibration = windows(tokenizer, text, settings.samples, settings.seqlen)
+    calibration = windows(tokenizer, text, settings.samples, settings.seqlen).calibration
     work = args.out / "models"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

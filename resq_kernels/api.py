@@ -15,7 +15,7 @@ import torch
 
 from resq_kernels import checkpoint
 from resq_kernels.architecture import EMBEDDING, HEAD, ModelShape
-from resq_kernels.config import ResQConfig
+from resq_kernels.config import HELD_OUT, ResQConfig
 from resq_kernels.safetensors_io import ShardWriter, dtype_name, write_json
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def quantize(
     config: ResQConfig | None = None,
     *,
     report: str | Path | None = None,
+    held_out: int | None = None,
     progress: bool = True,
 ) -> PreTrainedModel:
     """A quantized drop-in for a Llama or Qwen2 model; `save_pretrained` keeps it.
@@ -46,6 +47,8 @@ def quantize(
             positions.
         report: a folder, made if need be, that gets quantization_report.json and .html, as
             `resq quantize` writes them.
+        held_out: other windows of the texts, on which that report compares the result with
+            `model`: default 4, fewer if the texts have fewer left. 0: it does not.
         progress: bars on stderr.
 
     Returns:
@@ -71,11 +74,13 @@ def quantize(
     texts = _texts(calibration)
     if not callable(tokenizer):
         raise ValueError(f"quantize: tokenizer: expected a tokenizer, got {tokenizer!r}")
-    tokens = windows(tokenizer, texts, config.samples, config.seqlen, config.seed)
-    if int(tokens.max()) >= shape.vocab:
+    spare = _check_held_out(held_out, report)
+    tokens = windows(tokenizer, texts, config.samples, config.seqlen, config.seed, spare)
+    largest = int(torch.cat(tokens).max())
+    if largest >= shape.vocab:
         raise ValueError(
             f"quantize: tokenizer: expected ids below {shape.vocab} (the model's vocab_size), got "
-            f"{int(tokens.max())}; is it the model's? (`model.resize_token_embeddings`)"
+            f"{largest}; is it the model's? (`model.resize_token_embeddings`)"
         )
     if report is not None:
         if not Path(report).is_dir() and os.path.lexists(report):
@@ -86,7 +91,9 @@ def quantize(
         source, out = Path(folder) / "source", Path(folder) / "quantized"
         try:
             _write(model, source)
-            figures = quantize_folder(source, out, tokens, config, progress=progress)
+            figures = quantize_folder(
+                source, out, tokens.calibration, config, held_out=tokens.held_out, progress=progress
+            )
         except (ValueError, OSError) as error:
             # Of no use to the caller: the name of a folder that is gone.
             if folder not in str(error):
@@ -167,6 +174,24 @@ def _check_config(model: PreTrainedModel, config: ResQConfig | None) -> ResQConf
             f"max_position_embeddings), got {config.seqlen}"
         )
     return config
+
+
+def _check_held_out(held_out: int | None, report: object) -> int:
+    """The windows to hold out: none without a report.
+
+    Raises:
+        ValueError: not a number of windows, or one without a report.
+    """
+    if held_out is None:
+        return 0 if report is None else HELD_OUT
+    if not isinstance(held_out, int) or isinstance(held_out, bool) or held_out < 0:
+        raise ValueError(f"quantize: held_out: expected a number of windows, got {held_out!r}")
+    if held_out and report is None:
+        raise ValueError(
+            f"quantize: held_out: expected None or 0 without report, which says what is measured "
+            f"on them, got {held_out}"
+        )
+    return held_out
 
 
 def _write(model: PreTrainedModel, folder: Path) -> None:

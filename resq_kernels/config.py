@@ -13,6 +13,9 @@ HIGH_FRACTION = 0.125
 """The share of method "resq", unless another is given."""
 DISTILL_LR = 0.02
 """In steps of the INT8 weights (docs/notes/0033-distillation.md)."""
+HELD_OUT = 4
+"""Windows of the calibration text on which a quantized model is measured, unless others are asked
+for."""
 CLIPPED_RANGE = 5.5
 """The range in standard deviations that 4-bit rows keep: 16 codes round Gaussian values best over
 5.1, and real rows, which are not quite Gaussian, over a little more (docs/notes/0030)."""

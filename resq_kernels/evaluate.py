@@ -160,7 +160,10 @@ class Measured:
     @property
     def perplexity(self) -> float:
         """exp of the mean of -log p over all targets."""
-        return math.exp(self._mean(window.loss for window in self.sums))
+        try:
+            return math.exp(self._mean(window.loss for window in self.sums))
+        except OverflowError:  # beyond 709 nats a token
+            return math.inf
 
     @property
     def kl(self) -> float:
@@ -207,7 +210,7 @@ def measure(
                 if logits.is_cuda:
                     torch.cuda.synchronize(logits.device)
                 found[name].seconds += time.perf_counter() - start
-                sums = _window_sums(logits, window, reference)
+                sums = window_sums(logits, window, reference)
                 if not math.isfinite(sums.loss):
                     raise ValueError(f"{name}: the logits of window {index} are not finite")
                 found[name].sums.append(sums)
@@ -236,10 +239,16 @@ def _logits(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
     return logits[0, :-1]
 
 
-def _window_sums(
+def window_sums(
     logits: torch.Tensor, window: torch.Tensor, reference: torch.Tensor | None
 ) -> WindowSums:
-    """The sums of a window; without a reference the model is its own."""
+    """The sums of a window or of a part of it; without a reference the model is its own.
+
+    Args:
+        logits: [targets, vocabulary], of the positions before the targets.
+        window: ids, int64 [targets + 1].
+        reference: the reference's logits.
+    """
     loss, kl, same = 0.0, 0.0, 0
     for start in range(0, logits.shape[0], _ROWS):
         log_p = functional.log_softmax(logits[start : start + _ROWS].float(), dim=-1)

@@ -34,7 +34,8 @@ ALLOWED = {
     "nn": LEAVES | {"ops", "weights"},
     "fake_quant": LEAVES | {"nn", "reference"},
     "ptq": LEAVES
-    | {"checkpoint", "safetensors_io", "weights", "reference", "ops", "_library", "html_page"},
+    | {"checkpoint", "safetensors_io", "weights", "reference", "ops", "_library", "html_page"}
+    | {"evaluate", "intervals"},
     "integrations": LEAVES | {"nn", "checkpoint"},
     "api": LEAVES | {"ptq", "checkpoint", "safetensors_io"},
     "testing": LEAVES

@@ -14,7 +14,7 @@ from resq_kernels import texts
 from resq_kernels.commands import loading, output
 from resq_kernels.commands.arguments import at_least, real
 from resq_kernels.commands.output import CommandError, UsageError
-from resq_kernels.config import DISTILL_LR, METHODS, WEIGHT_METHODS, ResQConfig
+from resq_kernels.config import DISTILL_LR, HELD_OUT, METHODS, WEIGHT_METHODS, ResQConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -56,6 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least(2),
         metavar="L",
         help=f"tokens of a window (default: {defaults.seqlen}, or the model's positions if fewer)",
+    )
+    parser.add_argument(
+        "--held-out",
+        type=at_least(0),
+        default=HELD_OUT,
+        metavar="N",
+        help="other windows of the text, on which the result is measured against the 16-bit model "
+        f"(default: {HELD_OUT}; 0: no verdict)",
     )
     parser.add_argument(
         "--method",
@@ -166,17 +174,18 @@ def run(args: argparse.Namespace) -> None:
     from resq_kernels.ptq.pipeline import quantize_folder
     from resq_kernels.ptq.workspace import INPUTS_FILE, work_folder
 
-    tokens = windows(
+    calibration, held_out = windows(
         loading.load_tokenizer(args.model),
         texts.load_text(args.calib, "train"),
         config.samples,
         config.seqlen,
         config.seed,
+        args.held_out,
     )
     source = _folder(args.model)
     try:
         report = quantize_folder(
-            source, out, tokens, config, device=device, resume=args.resume, progress=True
+            source, out, calibration, config, held_out=held_out, device=device, resume=args.resume
         )
     except FileExistsError:  # refused before the work
         raise
@@ -286,6 +295,7 @@ def _print(model: str, out: Path, report: dict[str, Any]) -> None:
     mean = sum(layer["error"] for layer in layers) / len(layers)
     before, after = report["bytes_before"], report["bytes_after"]
     from resq_kernels.ptq.report import distillation_fact
+    from resq_kernels.ptq.verdict import verdict_facts
 
     rows = [
         ("model", model),
@@ -293,7 +303,25 @@ def _print(model: str, out: Path, report: dict[str, Any]) -> None:
         *distillation_fact(report),
         ("relative error", f"mean {mean:.4f}, worst {worst['error']:.4f} ({worst['name']})"),
         ("size", f"{output.size(before)} -> {output.size(after)} ({before / after:.2f}x smaller)"),
+        *verdict_facts(report["verdict"]),
+        *_advice(report),
         ("written to", str(out)),
         ("report", str(out / "quantization_report.html")),
     ]
     print(output.table(rows))
+
+
+def _advice(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The options that would bring a model nearer to the 16-bit one that is worse, as a row."""
+    from resq_kernels.ptq.verdict import is_close
+
+    verdict, config = report["verdict"], report["config"]
+    if verdict is None or is_close(verdict):
+        return []
+    better = {"method": "resq", "weights": "gptq", "lo_bits": 8, "distill_epochs": 1}
+    options = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in better.items()
+        if config[name] != value and not (name == "distill_epochs" and config[name])
+    ]
+    return [("to come nearer", ", ".join(options))] if options else []

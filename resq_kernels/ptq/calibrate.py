@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -44,13 +44,26 @@ class SecondMoments:
     intermediate: torch.Tensor
 
 
+class Windows(NamedTuple):
+    """Windows of a text, int64 [windows, seqlen], none of which overlap."""
+
+    calibration: torch.Tensor
+    held_out: torch.Tensor
+
+
 def windows(
-    tokenizer: Any, texts: str | Sequence[str], samples: int, seqlen: int, seed: int = 0
-) -> torch.Tensor:
+    tokenizer: Any,
+    texts: str | Sequence[str],
+    samples: int,
+    seqlen: int,
+    seed: int = 0,
+    held_out: int = 0,
+) -> Windows:
     """Cuts texts into windows of tokens and draws some of them.
 
     The tokens of all texts (no special tokens added) are concatenated and cut into windows from a
-    random offset. `samples` windows are drawn without replacement, in random order.
+    random offset. `samples` windows are drawn without replacement, in random order, and after them
+    those that are held out.
 
     Args:
         tokenizer: a tokenizer of transformers.
@@ -58,9 +71,10 @@ def windows(
         samples: number of windows; a short text gives fewer, with a warning.
         seqlen: tokens of a window.
         seed: seed of the draw.
+        held_out: windows besides those, for a verdict; a short text gives fewer, or none.
 
     Returns:
-        int64 [at most samples, seqlen].
+        At most `samples` and at most `held_out` windows.
 
     Raises:
         ValueError: the texts do not fill one window.
@@ -83,24 +97,25 @@ def windows(
     generator = torch.Generator().manual_seed(seed)
     offset = int(torch.randint(len(ids) - available * seqlen + 1, (1,), generator=generator))
     cut = torch.tensor(ids[offset : offset + available * seqlen]).view(available, seqlen)
-    return cut[torch.randperm(available, generator=generator)[:samples]]
+    order = torch.randperm(available, generator=generator)
+    return Windows(cut[order[:samples]], cut[order[samples : samples + held_out]])
 
 
-def check_tokens(calibration: torch.Tensor, shape: ModelShape) -> None:
+def check_tokens(windows: torch.Tensor, shape: ModelShape, name: str = "calibration") -> None:
     """Refuses token windows that the model cannot read.
 
     Raises:
         ValueError: not int64 [windows, seqlen], empty, or an id outside the vocabulary.
     """
-    if calibration.dtype != torch.int64 or calibration.dim() != 2 or calibration.numel() == 0:
+    if windows.dtype != torch.int64 or windows.dim() != 2 or windows.numel() == 0:
         raise ValueError(
-            "calibration: expected token ids int64 [windows, seqlen], got "
-            f"{str(calibration.dtype).removeprefix('torch.')} {list(calibration.shape)}"
+            f"{name}: expected token ids int64 [windows, seqlen], got "
+            f"{str(windows.dtype).removeprefix('torch.')} {list(windows.shape)}"
         )
-    low, high = int(calibration.min()), int(calibration.max())
+    low, high = int(windows.min()), int(windows.max())
     if low < 0 or high >= shape.vocab:
         raise ValueError(
-            f"calibration: expected token ids from 0 to {shape.vocab - 1} (the model's "
+            f"{name}: expected token ids from 0 to {shape.vocab - 1} (the model's "
             f"vocabulary), got {low if low < 0 else high}; is this the model's tokenizer?"
         )
 

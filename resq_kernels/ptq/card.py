@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ _TEXT = """\
 Weights and activations of {name} in 4 bits, with 1/8 of every dimension in 8; {cache}; {embedding}.
 Made by [ResQ](https://arxiv.org/abs/2412.14363) with `resq_kernels`. `quantization_report.html`
 has the error of every layer.
-
+{facts}
 Needs `resq_kernels` installed in the environment:
 
     pip install resq_kernels
@@ -46,13 +47,16 @@ def source_name(folder: Path) -> str:
     return "/".join(cached.groups()) if cached else folder.resolve().name
 
 
-def write_card(folder: Path, source: Path, config: ResQConfig) -> None:
+def write_card(
+    folder: Path, source: Path, config: ResQConfig, facts: Sequence[tuple[str, str]] = ()
+) -> None:
     """Writes README.md into `folder`, with the licence and languages of the source's card.
 
     Args:
         folder: the quantized folder.
         source: the folder that it was made from.
         config: how it was quantized.
+        facts: rows of `verdict_facts`, for a list.
     """
     name = source_name(source)
     header: dict[str, Any] = {
@@ -65,6 +69,7 @@ def write_card(folder: Path, source: Path, config: ResQConfig) -> None:
         header |= {"base_model": name, "base_model_relation": "quantized"}
     text = _TEXT.format(
         name=name,
+        facts="".join(f"\n- {name}: {value}" for name, value in facts) + "\n" * bool(facts),
         cache="KV cache in 4 bits" if config.kv_bits == 4 else "KV cache in 16 bits",
         embedding=f"embedding and head in {config.embedding_bits} bits",
         options="\n".join(f"| {key} | {value} |" for key, value in config.to_dict().items()),

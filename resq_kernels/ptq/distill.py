@@ -11,15 +11,16 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from resq_kernels import reference
-from resq_kernels.architecture import FINAL_NORM, KEY_ROTATION, LINEARS, NORMS, layer_prefix
+from resq_kernels.architecture import layer_prefix
 from resq_kernels.config import ResQConfig
-from resq_kernels.formats import QuantizedWeight
 from resq_kernels.ptq.calibrate import float_states
-from resq_kernels.ptq.decoder import Layer, Rope, product_dtype
+from resq_kernels.ptq.decoder import Rope, product_dtype
 from resq_kernels.ptq.embedding import embedded
 from resq_kernels.ptq.rotate import Rotation
+from resq_kernels.ptq.rounded import stored_layer
 from resq_kernels.ptq.source import SourceModel
 from resq_kernels.ptq.student import StudentLayer
+from resq_kernels.ptq.vocabulary import FloatHead
 from resq_kernels.ptq.workspace import (
     DISTILLED,
     Workspace,
@@ -110,19 +111,8 @@ def _student(
     model: SourceModel, index: int, rope: Rope, config: ResQConfig, work: Workspace, device: str
 ) -> StudentLayer:
     """A layer as `quantize` left it."""
-    prefix = layer_prefix(index)
-    piece = {
-        name.removeprefix(prefix): tensor.to(device)
-        for name, tensor in work.load(layer_piece(index)).items()
-    }
-    layer = Layer(
-        weights={},
-        biases={n: piece[f"{n}.bias"].float() for n in LINEARS if f"{n}.bias" in piece},
-        norms={n: piece[f"{n}.weight"].float() for n in NORMS},
-        key_rotation=piece.get(KEY_ROTATION),
-        hadamard=config.rotates,
-    )
-    weights = {name: QuantizedWeight.read(piece.__getitem__, name) for name in LINEARS}
+    piece = {name: tensor.to(device) for name, tensor in work.load(layer_piece(index)).items()}
+    layer, weights = stored_layer(piece.__getitem__, index, model.shape, config)
     targets = {name: t.to(device) for name, t in work.load(target_piece(index)).items()}
     return StudentLayer(model.shape, layer, rope, config, weights, targets)
 
@@ -155,7 +145,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 class _Head:
-    """Final norm and head of the float model, on states of the float or of the rotated model.
+    """The float model's head on states of the float model and of the student.
 
     Args:
         model: the source.
@@ -167,9 +157,7 @@ class _Head:
     def __init__(
         self, model: SourceModel, rotation: Rotation | None, products: torch.dtype, device: str
     ) -> None:
-        self._eps = model.shape.norm_eps
-        self._gain = model.load(FINAL_NORM).to(device)
-        self._matrix = model.load(model.head).to(device, products)
+        self._float, self._eps = FloatHead(model, products, device), model.shape.norm_eps
         self._back = None if rotation is None else rotation.hidden.T.float().to(device)
 
     def divergence(self, states: torch.Tensor, targets: torch.Tensor) -> tuple[float, torch.Tensor]:
@@ -187,22 +175,17 @@ class _Head:
             normed = reference.rms_norm(states, None, self._eps)
             if self._back is not None:
                 normed = normed @ self._back
-            normed = normed * self._gain
-        wanted = reference.rms_norm(targets, self._gain, self._eps)
+            normed = normed * self._float.gain
+        wanted, matrix = self._float.norm(targets), self._float.matrix
         total, gradients = 0.0, []
-        for row, target in zip(
-            normed.detach().split(LOGIT_ROWS), wanted.split(LOGIT_ROWS), strict=True
-        ):
-            student, teacher = (functional.log_softmax(self._logits(x), -1) for x in (row, target))
+        for rows in zip(normed.detach().split(LOGIT_ROWS), wanted.split(LOGIT_ROWS), strict=True):
+            student, teacher = (functional.log_softmax(self._float.logits(x), -1) for x in rows)
             p = teacher.exp()
             total += float((p * (teacher - student)).sum(dtype=torch.float64))
-            gradients.append((student.exp_().sub_(p).to(self._matrix.dtype) @ self._matrix).float())
+            gradients.append((student.exp_().sub_(p).to(matrix.dtype) @ matrix).float())
         normed.backward(torch.cat(gradients) / len(states))
         assert states.grad is not None
         return total / len(states), states.grad
-
-    def _logits(self, normed: torch.Tensor) -> torch.Tensor:
-        return functional.linear(normed.to(self._matrix.dtype), self._matrix).float()
 
 
 def _order(windows: int, config: ResQConfig) -> list[int]:

@@ -20,7 +20,12 @@ _BLOCK_BYTES = 1 << 22
 
 
 def describe(
-    folder: Path, files: Iterable[Path], calibration: torch.Tensor, config: ResQConfig, device: str
+    folder: Path,
+    files: Iterable[Path],
+    calibration: torch.Tensor,
+    held_out: torch.Tensor,
+    config: ResQConfig,
+    device: str,
 ) -> dict[str, Any]:
     """Everything that the result depends on.
 
@@ -28,16 +33,18 @@ def describe(
         folder: the source model's.
         files: those of its files that are read or copied.
         calibration: token windows.
+        held_out: those of the verdict.
         config: the options.
         device: where the layers are computed; its sums have an order of their own.
 
     Returns:
-        "files" (name -> hash), "calibration" (hash of the tokens), "config", "device", "version".
+        "files" (name -> hash), "calibration" and "held_out" (hashes of the tokens), "config",
+        "device", "version".
     """
-    tokens = calibration.contiguous().numpy()
     return {
         "files": hashes(folder, files),
-        "calibration": _hex(str(tokens.shape).encode() + tokens.tobytes()),
+        "calibration": _tokens(calibration),
+        "held_out": _tokens(held_out),
         "config": config.to_dict(),
         "device": device,
         "version": f"resq_kernels {resq_kernels.__version__}, pieces {PIECES}, "
@@ -71,6 +78,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     found = file_changes(before.get("files", {}), now["files"])
     if before.get("calibration") != now["calibration"]:
         found.append("the calibration tokens (text, tokenizer, seqlen, samples or seed) differ")
+    elif before.get("held_out") != now["held_out"]:
+        found.append("the held-out tokens differ")
     found += _values(before.get("config", {}), now["config"])
     plain = ("device", "version")
     found += _values({k: before.get(k) for k in plain}, {k: now[k] for k in plain})
@@ -104,6 +113,11 @@ def _file(path: Path) -> str:
         while count := stream.readinto(block):
             digest.update(memoryview(block)[:count])
     return f"sha256:{digest.hexdigest()}"
+
+
+def _tokens(windows: torch.Tensor) -> str:
+    tokens = windows.contiguous().numpy()
+    return _hex(str(tokens.shape).encode() + tokens.tobytes())
 
 
 def _hex(data: bytes) -> str:

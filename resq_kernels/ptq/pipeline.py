@@ -12,7 +12,7 @@ from resq_kernels.config import ResQConfig
 from resq_kernels.ptq import inputs
 from resq_kernels.ptq.basis import Basis, find_basis
 from resq_kernels.ptq.calibrate import SecondMoments, calibrate, check_tokens
-from resq_kernels.ptq.card import source_name
+from resq_kernels.ptq.card import source_name, write_card
 from resq_kernels.ptq.check import check_device, check_disk, check_memory, check_shape, work_bytes
 from resq_kernels.ptq.decoder import Rope, rope_tables
 from resq_kernels.ptq.distill import distill
@@ -21,6 +21,7 @@ from resq_kernels.ptq.report import finished_report, layer_errors, spectra, writ
 from resq_kernels.ptq.rotate import Rotation, rotate
 from resq_kernels.ptq.save import companions, publish, save
 from resq_kernels.ptq.source import SourceModel
+from resq_kernels.ptq.verdict import verdict, verdict_facts
 from resq_kernels.ptq.workspace import DISTILLED, Workspace, check_out
 from resq_kernels.safetensors_io import INDEX_FILE
 
@@ -31,6 +32,7 @@ def quantize_folder(
     calibration: torch.Tensor,
     config: ResQConfig | None = None,
     *,
+    held_out: torch.Tensor | None = None,
     device: str = "cpu",
     resume: bool = False,
     progress: bool = True,
@@ -46,6 +48,8 @@ def quantize_folder(
             then everything is in `<out>.partial`.
         calibration: token windows int64 [windows, seqlen], e.g. of `calibrate.windows`.
         config: the options; default `ResQConfig()`. Its `samples` and `seqlen` are not used here.
+        held_out: other windows, int64 [windows, tokens], on which the result is measured
+            (`verdict`); by default, and with no windows, it is not.
         device: where the layers are computed.
         resume: continue an interrupted run of the same inputs, or begin; weights and configuration
             get the same bytes as without the interruption.
@@ -69,16 +73,20 @@ def quantize_folder(
     check_shape(model.shape, config)
     check_memory(model.shape, config, device)
     check_tokens(calibration, model.shape)
+    if held_out is None:
+        held_out = calibration[:0]
+    if len(held_out):
+        check_tokens(held_out, model.shape, "held_out")
     index = filter(Path.is_file, [source / INDEX_FILE])
     files = [source / "config.json", *index, *model.reader.files, *companions(source)]
 
     def describe() -> dict[str, Any]:
-        return inputs.describe(source, files, calibration, config, device)
+        return inputs.describe(source, files, calibration, held_out, config, device)
 
     if out.exists():
         return finished_report(out, describe())
     windows, seqlen = calibration.shape
-    rope = rope_tables(model.reader.config, source, seqlen)
+    rope = rope_tables(model.reader.config, source, max(seqlen, held_out.shape[1]))
     check_disk(out, work_bytes(model.shape, config, windows, seqlen, model.item_bytes))
     work = Workspace.open(out, resume)
     try:
@@ -86,6 +94,8 @@ def quantize_folder(
         work.begin(description)
         basis, rotation = _layers(model, calibration, rope, config, work, device, progress)
         folder = save(model, basis, rotation, config, work)
+        found = verdict(model, folder, held_out, rope, config, device, progress)
+        write_card(folder, source, config, verdict_facts(found) if found else ())
         if changed := inputs.file_changes(stamps, inputs.stamps(filter(Path.exists, files))):
             raise ValueError(
                 f"{', '.join(changed)} while it was being quantized; remove {work.root} and begin "
@@ -93,6 +103,7 @@ def quantize_folder(
             )
         report: dict[str, object] = {
             "model": source_name(source),
+            "verdict": found,
             "layers": layer_errors(model, work),
             "bytes_before": sum(path.stat().st_size for path in model.reader.files),
             "bytes_after": sum(path.stat().st_size for path in folder.glob("*.safetensors")),

@@ -16,6 +16,7 @@ from resq_kernels.ptq.basis import Basis
 from resq_kernels.ptq.card import CARD
 from resq_kernels.ptq.inputs import changes, file_changes, hashes
 from resq_kernels.ptq.source import SourceModel
+from resq_kernels.ptq.verdict import verdict_facts
 from resq_kernels.ptq.workspace import REPORT_FILE, Workspace, error_piece, work_folder
 from resq_kernels.safetensors_io import read_json, write_bytes, write_json
 
@@ -97,6 +98,7 @@ def render(report: Mapping[str, Any]) -> str:
     """The report as one self-contained HTML page with drawn figures."""
     before, after = report["bytes_before"], report["bytes_after"]
     facts = [
+        *((name, value.replace("+-", "±")) for name, value in verdict_facts(report["verdict"])),
         ("method", f"{report['config']['method']}, weights by {report['config']['weights']}"),
         ("size", f"{before / 1e6:.1f} MB to {after / 1e6:.1f} MB ({before / after:.2f} times)"),
         ("calibration", f"{report['windows']} windows of {report['seqlen']} tokens"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from resq_kernels import kv_pages, ops
@@ -9,14 +11,44 @@ from resq_kernels.architecture import (
     ATTENTION_NORM,
     DOWN_PROJ,
     GATE_UP,
+    KEY_ROTATION,
+    LINEARS,
     MLP_NORM,
+    NORMS,
     O_PROJ,
     QKV,
     ModelShape,
+    layer_prefix,
 )
 from resq_kernels.config import ResQConfig
 from resq_kernels.formats import MixedTensor, PackedWeight, QuantizedWeight, RowFormat, join_heads
 from resq_kernels.ptq.decoder import DecoderLayer, Layer, Rope, apply_rope
+
+GROUPS: tuple[tuple[str, ...], ...] = (QKV, (O_PROJ,), GATE_UP, (DOWN_PROJ,))
+"""The linears that read one input."""
+
+
+def stored_layer(
+    load: Callable[[str], torch.Tensor], index: int, shape: ModelShape, config: ResQConfig
+) -> tuple[Layer, dict[str, QuantizedWeight]]:
+    """A quantized layer without its weights, and those, by name.
+
+    Args:
+        load: gives a tensor by its name in a checkpoint, on the device where the layer runs.
+        index: which layer.
+        shape: sizes of the model.
+        config: how it was quantized.
+    """
+    prefix = layer_prefix(index)
+    biased = QKV if shape.qkv_bias else ()
+    layer = Layer(
+        weights={},
+        biases={name: load(f"{prefix}{name}.bias").float() for name in biased},
+        norms={name: load(f"{prefix}{name}.weight").float() for name in NORMS},
+        key_rotation=load(prefix + KEY_ROTATION) if config.rotates else None,
+        hadamard=config.rotates,
+    )
+    return layer, {name: QuantizedWeight.read(load, prefix + name) for name in LINEARS}
 
 
 class RoundedLayer:
@@ -45,6 +77,11 @@ class RoundedLayer:
     def round(self, names: tuple[str, ...], weight: QuantizedWeight) -> None:
         """Sets the weight, all rows in this order, of the linears that read one input."""
         self.packed[names] = PackedWeight.pack(weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The whole layer."""
+        hidden = self.after_attention(x, self.o_input(self.qkv(self.qkv_input(x))))
+        return self.output(hidden, self.down_input(self.gate_up(self.gate_up_input(hidden))))
 
     def qkv_input(self, x: torch.Tensor) -> MixedTensor:
         """The input of q_proj, k_proj and v_proj."""

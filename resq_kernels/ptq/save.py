@@ -13,7 +13,6 @@ from resq_kernels import architecture
 from resq_kernels.checkpoint import quantization_config, validate
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq.basis import Basis
-from resq_kernels.ptq.card import write_card
 from resq_kernels.ptq.embedding import embedding_tensors, head_tensors, tied_head
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.source import SourceModel
@@ -114,7 +113,7 @@ def save(
     """Writes the folder of docs/formats.md section 6 inside the work folder, and checks it.
 
     Returns:
-        The complete folder, still under the work folder.
+        The folder, still under the work folder, complete but for its model card.
     """
     folder = work.root / "output"
     shutil.rmtree(folder, ignore_errors=True)  # an interrupted attempt
@@ -152,7 +151,6 @@ def save(
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
     write_json(folder / "config.json", settings)
-    write_card(folder, model.reader.folder, config)
     validate(folder)
     return folder
 

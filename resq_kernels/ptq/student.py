@@ -10,10 +10,8 @@ from resq_kernels.architecture import DOWN_PROJ, GATE_UP, O_PROJ, QKV, ModelShap
 from resq_kernels.config import ResQConfig
 from resq_kernels.formats import MixedTensor, QuantizedWeight
 from resq_kernels.ptq.decoder import Layer, Rope, product_dtype
-from resq_kernels.ptq.rounded import RoundedLayer
+from resq_kernels.ptq.rounded import GROUPS, RoundedLayer
 
-GROUPS: tuple[tuple[str, ...], ...] = (QKV, (O_PROJ,), GATE_UP, (DOWN_PROJ,))
-"""The linears that read one input."""
 BETAS = (0.9, 0.95)
 """Of Adam: a run has a few dozen steps, and the second moment must settle within twenty."""
 GAIN_RATE = 0.03
@@ -62,11 +60,6 @@ class StudentLayer(RoundedLayer):
         self._products = product_dtype(torch.bfloat16, device)
         groups = [{"params": list(p.values()), "lr": 0.0} for p in (self._high, self._gains)]
         self._adam = torch.optim.Adam(groups, betas=BETAS)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer's output."""
-        hidden = self.after_attention(x, self.o_input(self.qkv(self.qkv_input(x))))
-        return self.output(hidden, self.down_input(self.gate_up(self.gate_up_input(hidden))))
 
     def backward(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Sets the gradients for `step`.

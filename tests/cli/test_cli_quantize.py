@@ -15,11 +15,12 @@ from cli_support import POSITIONS, Result, save, tiny_llama
 from transformers import GPT2Config
 
 from resq_kernels.commands import loading
+from resq_kernels.commands.quantize import _advice
 from resq_kernels.commands.sizes import part_sizes
 from resq_kernels.config import ResQConfig
 
 KEYS = {"layers", "bytes_before", "bytes_after", "seconds", "config"}
-KEYS |= {"model", "windows", "seqlen", "spectra", "inputs", "files"}
+KEYS |= {"model", "windows", "seqlen", "spectra", "inputs", "files", "verdict"}
 
 
 def test_quantize_writes_a_whole_folder_and_the_documented_keys(
@@ -49,6 +50,50 @@ def test_quantize_writes_a_whole_folder_and_the_documented_keys(
     info = resq("info", out)
     assert info.code == 0
     assert "quant_method" in info.out and "resq" in info.out
+
+
+def test_the_verdict_is_in_the_table_the_page_and_the_card(
+    llama: Path, text_file: Path, tmp_path: Path, resq: Callable[..., Result]
+) -> None:
+    windows = {}
+    for name, options in {
+        "default": (),
+        "two": ("--held-out", 2),
+        "none": ("--held-out", 0),
+    }.items():
+        out = tmp_path / name
+        options = (*options, "--samples", 4, "--seqlen", 32, "--weights", "rtn")
+        result = resq("quantize", llama, out, "--calib", text_file, *options)
+        assert result.code == 0, result.err
+        verdict = json.loads((out / "quantization_report.json").read_text())["verdict"]
+        windows[name] = verdict and verdict["windows"]
+        page = (out / "quantization_report.html").read_text()
+        for words in (result.out, page):
+            assert ("verdict" in words) and (("KL to 16-bit" in words) is (name != "none"))
+        assert ("KL to 16-bit" in (out / "README.md").read_text()) is (name != "none")
+        if verdict:
+            assert f"{verdict['grade']} the 16-bit model" in result.out
+    assert windows == {"default": 4, "two": 2, "none": None}
+    again = resq(
+        *("quantize", llama, tmp_path / "two", "--calib", text_file, "--resume", "--held-out", 3),
+        *("--samples", 4, "--seqlen", 32, "--weights", "rtn"),
+    )
+    assert again.code == 1 and "the held-out tokens differ" in again.sentence
+
+
+@pytest.mark.parametrize(
+    ("grade", "changed", "words"),
+    [
+        ("close to", {}, ""),
+        ("much worse than", {}, "--lo-bits 8, --distill-epochs 1"),
+        ("much worse than", {"lo_bits": 8, "distill_epochs": 2}, ""),
+        ("much worse than", {"method": "rtn", "lo_bits": 8}, "--method resq, --distill-epochs 1"),
+    ],
+)
+def test_a_bad_verdict_says_what_to_try(grade: str, changed: dict, words: str) -> None:
+    report = {"verdict": {"grade": grade}, "config": ResQConfig(**changed).to_dict()}
+    assert _advice(report) == ([("to come nearer", words)] if words else [])
+    assert _advice({**report, "verdict": None}) == []
 
 
 def test_methods_reach_the_folder(

@@ -219,6 +219,19 @@ def test_the_report_is_that_of_the_command(tmp_path: Path) -> None:
     assert report["model"] == "LlamaForCausalLM" and report["config"] == CONFIG.to_dict()
     assert len(report["layers"]) == 14 and all(0 < r["error"] < 0.5 for r in report["layers"])
     assert "tmp" not in json.dumps(report)
+    assert report["verdict"]["windows"] == 4  # the text has more
+    for held_out in (0, 1):
+        quantize(make_model(), report=folder, held_out=held_out)
+        verdict = json.loads((folder / "quantization_report.json").read_text())["verdict"]
+        assert (verdict and verdict["windows"]) == (held_out or None)
+    for wrong, words in ((-1, "-1"), (True, "True"), ("4", "'4'"), (2.0, "2.0")):
+        with pytest.raises(
+            ValueError, match=f"held_out: expected a number of windows, got {words}"
+        ):
+            quantize(make_model(), report=folder, held_out=wrong)
+    with pytest.raises(ValueError, match="held_out: expected None or 0 without report.* got 2"):
+        quantize(make_model(), held_out=2)
+    quantize(make_model(), held_out=0)
     (tmp_path / "file").write_text("x")
     with pytest.raises(FileExistsError, match="^quantize: report: expected a folder, got the file"):
         quantize(make_model(), report=tmp_path / "file")

@@ -109,28 +109,44 @@ def test_keys_are_measured_after_rope(llama: Path, tmp_path: Path) -> None:
 def test_windows_come_from_the_text_once() -> None:
     tokenizer = make_tokenizer()
     text = "".join(chr(ord("a") + i % 26) for i in range(1000))
-    cut = windows(tokenizer, [text[:500], text[500:]], 10, 32, seed=1)
+    cut = windows(tokenizer, [text[:500], text[500:]], 10, 32, seed=1).calibration
     assert cut.shape == (10, 32) and cut.dtype == torch.int64
-    assert torch.equal(cut, windows(tokenizer, text, 10, 32, seed=1))
-    assert not torch.equal(cut, windows(tokenizer, text, 10, 32, seed=2))
+    assert torch.equal(cut, windows(tokenizer, text, 10, 32, seed=1).calibration)
+    assert not torch.equal(cut, windows(tokenizer, text, 10, 32, seed=2).calibration)
     pieces = [tokenizer.decode(row) for row in cut]
     assert all(piece in text for piece in pieces)
-    everything = windows(tokenizer, text, 31, 32)
+    everything = windows(tokenizer, text, 31, 32).calibration
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     starts = {tuple(ids[i : i + 32]) for i in range(len(ids))}
     assert everything.shape == (31, 32) and all(tuple(r.tolist()) in starts for r in everything)
 
 
+def test_held_out_windows_are_others() -> None:
+    tokenizer, ids = make_tokenizer(), list(range(250)) * 4
+    text = tokenizer.decode(ids)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    alone = windows(tokenizer, text, 10, 32, seed=1)
+    assert alone.held_out.shape == (0, 32)
+    calibration, held_out = windows(tokenizer, text, 10, 32, seed=1, held_out=4)
+    assert torch.equal(calibration, alone.calibration) and held_out.shape == (4, 32)
+    everything = windows(tokenizer, text, len(ids) // 32, 32, seed=1).calibration
+    assert torch.equal(everything[:14], torch.cat([calibration, held_out]))
+    for wanted, got in ((len(ids) // 32 - 10, None), (len(ids) // 32 - 3, 3), (10**6, 0)):
+        samples = len(ids) // 32 - (got if got is not None else wanted)
+        found = windows(tokenizer, text, samples, 32, seed=1, held_out=wanted).held_out
+        assert len(found) == (wanted if got is None else got)
+
+
 def test_short_text() -> None:
     tokenizer = make_tokenizer()
     with pytest.warns(UserWarning, match="100 tokens give 3 windows of 32 instead of 8"):
-        assert windows(tokenizer, "x" * 100, 8, 32).shape == (3, 32)
+        assert windows(tokenizer, "x" * 100, 8, 32).calibration.shape == (3, 32)
     for text, count in (("", 0), (["ab", "c"], 3)):
         with pytest.raises(ValueError, match=rf"at least 32 tokens \(one window\), got {count}"):
             windows(tokenizer, text, 8, 32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert windows(tokenizer, "x" * 32, 1, 32).shape == (1, 32)
+        assert windows(tokenizer, "x" * 32, 1, 32).calibration.shape == (1, 32)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_it_keeps_the_licence_and_says_what_it_is(tmp_path: Path, config: ResQCo
     source.mkdir(parents=True)
     header = "license: other\nlicense_name: llama3.2\nlanguage: [en, de]\nmodel-index: [x]\n"
     (source / "README.md").write_text(f"---\n{header}---\n# Of the source\n")
-    write_card(tmp_path, source, config)
+    write_card(tmp_path, source, config, [("verdict", "close"), ("perplexity", "10 -> 11")])
     written = card(tmp_path)
     data = written.data.to_dict()
     assert data["license"] == "other" and data["license_name"] == "llama3.2"
@@ -35,6 +35,7 @@ def test_it_keeps_the_licence_and_says_what_it_is(tmp_path: Path, config: ResQCo
     assert "pip install resq_kernels" in written.text and "Of the source" not in written.text
     assert ("1/8 of every dimension" in written.text) == (config.method == "resq")
     assert f"| kv_bits | {config.kv_bits} |" in written.text
+    assert "\n\n- verdict: close\n- perplexity: 10 -> 11\n\n" in written.text
 
 
 @pytest.mark.parametrize("content", [None, "# No header\n", "---\na: [\n---\n", b"\xff\xfe\x00"])
@@ -56,5 +57,9 @@ def test_a_quantized_folder_has_one(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "in", "llama", num_hidden_layers=1)
     tokens = torch.randint(0, 256, (2, 32))
     config = ResQConfig(weights="rtn")
-    quantize_folder(tmp_path / "in", tmp_path / "out", tokens, config, progress=False)
-    assert "# in, quantized with ResQ" in card(tmp_path / "out").text
+    for name, held_out in (("without", None), ("with", tokens)):
+        out = tmp_path / name
+        quantize_folder(tmp_path / "in", out, tokens, config, held_out=held_out, progress=False)
+        text = card(out).text
+        assert "# in, quantized with ResQ" in text
+        assert ("- KL to 16-bit: " in text) is (name == "with")

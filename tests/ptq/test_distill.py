@@ -25,9 +25,9 @@ from resq_kernels.ptq.decoder import DecoderLayer, rope_tables
 from resq_kernels.ptq.fuse import fuse_layer
 from resq_kernels.ptq.pipeline import quantize_folder
 from resq_kernels.ptq.rotate import Rotation, rotate
-from resq_kernels.ptq.rounded import RoundedLayer
+from resq_kernels.ptq.rounded import GROUPS, RoundedLayer
 from resq_kernels.ptq.source import SourceModel
-from resq_kernels.ptq.student import BETAS, GAIN_RATE, GROUPS, StudentLayer
+from resq_kernels.ptq.student import BETAS, GAIN_RATE, StudentLayer
 from resq_kernels.ptq.workspace import Workspace
 from resq_kernels.safetensors_io import CheckpointReader, read_json
 from resq_kernels.weights import quantize_weight

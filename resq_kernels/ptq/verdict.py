@@ -1,0 +1,163 @@
+"""The verdict on a quantized folder: its predictions and the 16-bit model's on text that neither
+calibration nor training saw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resq_kernels.config import ResQConfig
+from resq_kernels.evaluate import Measured, WindowSums, window_sums
+from resq_kernels.formats import QuantizedWeight
+from resq_kernels.intervals import Interval, mean_interval
+from resq_kernels.ptq.calibrate import batches, layer_bar
+from resq_kernels.ptq.decoder import DecoderLayer, Rope, product_dtype
+from resq_kernels.ptq.rounded import GROUPS, RoundedLayer, stored_layer
+from resq_kernels.ptq.source import SourceModel
+from resq_kernels.ptq.vocabulary import FloatHead, RoundedVocabulary
+from resq_kernels.safetensors_io import CheckpointReader
+
+LOGIT_ROWS = 256
+"""Tokens whose logits are in memory at once, of both models."""
+GRADES = (
+    (0.03, "as good as"),
+    (0.1, "close to"),
+    (0.25, "somewhat worse than"),
+    (1.0, "much worse than"),
+)
+"""Below which KL, in nats, what is said of the model beside the 16-bit one. llama.cpp's figures for
+Llama-3-8B: 0.0014 in 8 bits, 0.011 in Q5_K_M; our SmolLM2-135M 0.15, with 8-bit inputs 0.07;
+rounded to nearest it is lost, at 5.6."""
+LOST = "useless beside"
+
+
+@torch.no_grad()
+def verdict(
+    model: SourceModel,
+    folder: Path,
+    held_out: torch.Tensor,
+    rope: Rope,
+    config: ResQConfig,
+    device: str = "cpu",
+    progress: bool = True,
+) -> dict[str, Any] | None:
+    """Measures a finished folder against its source, layer by layer.
+
+    Formula: that of `evaluate.perplexity`, mean over the targets of all windows, and the intervals
+    of `intervals.mean_interval` over windows. The quantized layers are computed by the operators
+    that run them, from the folder's tensors; between linears both models are in float32.
+
+    Memory: a layer and the embedding of both models, and the states of all windows of both.
+
+    Args:
+        model: the source.
+        folder: what was made of it.
+        held_out: windows, int64 [windows, seqlen]; without a target there is no verdict.
+        rope: tables of `rope_tables`.
+        config: how the folder was quantized.
+        device: where the layers are computed.
+        progress: a bar on stderr.
+
+    Returns:
+        The keys of docs/cli.md, or None without windows. A figure that is not finite is None.
+    """
+    if not len(held_out) or held_out.shape[1] < 2:
+        return None
+    reader, shape = CheckpointReader(folder), model.shape
+    products = product_dtype(model.dtype, device)
+
+    def load(name: str) -> torch.Tensor:
+        return reader.load(name).to(device)
+
+    vocabulary = RoundedVocabulary(load, shape, config, products)
+    exact, rounded = model.embed(held_out), vocabulary.embed(held_out.to(device)).cpu()
+    for index in layer_bar(range(shape.layers), "verdict", progress):
+        source = model.layer(index, fold_norms=True).to(device, products)
+        decoder = DecoderLayer(shape, source, rope)
+        layer, weights = stored_layer(load, index, shape, config)
+        kernels = RoundedLayer(shape, layer, rope, config)
+        for names in GROUPS:
+            kernels.round(names, QuantizedWeight.cat([weights[name] for name in names]))
+        for part in batches(*held_out.shape):
+            exact[part] = decoder.forward(exact[part].to(device)).cpu()
+            rounded[part] = kernels.forward(rounded[part].to(device)).cpu()
+    head = FloatHead(model, products, device)
+    reference, measured = (Measured([], held_out.shape[1] - 1, 0.0) for _ in range(2))
+    for window, x, y in zip(held_out, exact, rounded, strict=True):
+        parts = []
+        for start in range(0, len(window) - 1, LOGIT_ROWS):
+            stop = min(start + LOGIT_ROWS, len(window) - 1)
+            ids, wanted = window[start : stop + 1], head.logits(head.norm(x[start:stop].to(device)))
+            logits = vocabulary.logits(y[start:stop].to(device))
+            parts.append((window_sums(wanted, ids, None), window_sums(logits, ids, wanted)))
+        for found, sums in zip((reference, measured), zip(*parts, strict=True), strict=True):
+            found.sums.append(WindowSums(*map(sum, zip(*sums, strict=True))))
+    return _figures(reference, measured)
+
+
+def _figures(reference: Measured, measured: Measured) -> dict[str, Any]:
+    gaps = [a - b for a, b in zip(measured.losses, reference.losses, strict=True)]
+    gap, kl, top1 = map(_interval, (gaps, measured.divergences, measured.agreements))
+    figures = {
+        "reference_perplexity": reference.perplexity,
+        "perplexity": measured.perplexity,
+        "gap": gap.mean,
+        "gap_interval": gap.half,
+        "kl_to_reference": kl.mean,
+        "kl_interval": kl.half,
+        "top1_agreement": top1.mean,
+        "top1_interval": top1.half,
+    }
+    return {
+        "grade": grade(kl.mean),
+        "windows": len(measured.sums),
+        "seqlen": measured.targets + 1,
+        **{
+            name: value if value is not None and math.isfinite(value) else None
+            for name, value in figures.items()
+        },
+    }
+
+
+def _interval(values: Sequence[float]) -> Interval:
+    finite = all(map(math.isfinite, values))
+    return mean_interval(values) if finite else Interval(math.nan, None)
+
+
+def grade(divergence: float) -> str:
+    """What is said of a model with this KL from the 16-bit one, in nats; NaN is the worst."""
+    return next((words for limit, words in GRADES if divergence < limit), LOST)
+
+
+def is_close(found: Mapping[str, Any]) -> bool:
+    """Whether a verdict is one of the two best."""
+    return found["grade"] in [words for _, words in GRADES[:2]]
+
+
+def verdict_facts(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """A verdict as rows of a table; one that says why there is none.
+
+    Args:
+        found: what `verdict` returned.
+    """
+    if found is None:
+        return [("verdict", "none: no window of the text was held out; `resq eval` gives one")]
+
+    def number(name: str, form: str) -> str:
+        return "not finite" if found[name] is None else format(found[name], form)
+
+    spread = "" if found["kl_interval"] is None else f" +- {found['kl_interval']:.3f}"
+    same = f"same likeliest token {number('top1_agreement', '.1%')}"
+    perplexity = number("perplexity", ".2f")
+    if found["gap"] is not None:
+        perplexity += f" ({math.expm1(found['gap']):+.1%})"
+    return [
+        ("verdict", f"{found['grade']} the 16-bit model"),
+        ("KL to 16-bit", f"{number('kl_to_reference', '.3f')}{spread} nats, {same}"),
+        ("perplexity", f"{number('reference_perplexity', '.2f')} -> {perplexity}"),
+        ("measured on", f"{found['windows']} held-out windows of {found['seqlen']} tokens"),
+    ]
