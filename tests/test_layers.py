@@ -28,6 +28,7 @@ ALLOWED = {
     "checkpoint": LEAVES | {"safetensors_io"},
     "texts": set(),
     "evaluate": set(),
+    "needle": set(),
     "html_page": set(),
     "intervals": set(),
     "ops": LEAVES | {"_library"},
@@ -42,7 +43,7 @@ ALLOWED = {
     | {"integrations", "checkpoint", "safetensors_io", "nn", "ops", "reference", "fake_quant"},
     "bench": LEAVES | {"testing", "nn", "ops", "reference"},
     "commands": LEAVES
-    | {"ptq", "nn", "evaluate", "texts", "_library", "fake_quant", "bench", "checkpoint"}
+    | {"ptq", "nn", "evaluate", "needle", "texts", "_library", "fake_quant", "bench", "checkpoint"}
     | {"safetensors_io", "intervals", "html_page"},
     "cli": {"commands", "__version__"},
     "__main__": {"cli"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from resq_kernels.commands.output import CommandError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from resq_kernels.needle import Context
+
 SUMMARY = "perplexity of a 16-bit or quantized model"
 DESCRIPTION = """\
 Perplexity by the protocol of the GPTQ, QuaRot and ResQ papers: the tokens of the whole text without
@@ -27,10 +30,12 @@ to the 4-bit cache format although no cache is used.
 examples:
   resq eval out/llama-resq --dataset wikitext2
   resq eval out/llama-resq --text heldout.txt --reference meta-llama/Llama-3.2-1B --json eval.json
+  resq eval out/llama-resq --text heldout.txt --reference llama --needle 1024,8192
   resq eval out/llama-resq --tasks arc_easy,hellaswag
   resq eval out/llama-resq --tasks mmlu --num-fewshot 5 --limit 20
 """
 
+NEEDLE_CONTEXTS = 4
 TASK_OPTIONS = ("num_fewshot", "limit", "batch_size", "include_path")
 
 
@@ -43,6 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="also measure the mean KL divergence from this model, usually the 16-bit one, and how "
         "often both find the same token likeliest",
+    )
+    parser.add_argument(
+        "--needle",
+        type=_lengths,
+        metavar="L,M,...",
+        help="also hide eight sentences in contexts of these numbers of tokens, made of the text, "
+        "ask for each, and count the right answers",
+    )
+    parser.add_argument(
+        "--needle-contexts",
+        type=at_least(1),
+        metavar="N",
+        help=f"with --needle: contexts of each length (default: {NEEDLE_CONTEXTS})",
     )
     parser.add_argument(
         "--fake-quant",
@@ -113,11 +131,21 @@ def run(args: argparse.Namespace) -> None:
     if args.reference is not None and not wants_perplexity:
         raise UsageError("--reference: needs a text, add --text FILE or --dataset wikitext2")
     _check_task_options(args)
+    if args.needle_contexts is not None and not args.needle:
+        raise UsageError("--needle-contexts: needs --needle")
+    if args.needle and not wants_perplexity:
+        raise UsageError("--needle: needs a text, add --text FILE or --dataset wikitext2")
     device = loading.choose_device(args.device)
     config = loading.load_config(args.model)
     source = texts.WIKITEXT2 if args.text is None else args.text
     if wants_perplexity:
         texts.check_source(source, "--text")
+    longest, limit = max(args.needle or [0]), loading.window_limit(config)
+    if limit is not None and longest > limit:
+        raise UsageError(
+            f"--needle: expected at most {limit} (the model's max_position_embeddings), got "
+            f"{longest}"
+        )
     stored = loading.quantization(config)
     if args.fake_quant and (stored is None or stored.get("quant_method") != "resq"):
         raise UsageError(f"--fake-quant: expected a model quantized by resq, got {args.model}")
@@ -125,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
     tasks = None if harness is None else _find_tasks(harness, args)
     tokenizer = loading.load_tokenizer(args.model)
     figures: dict[str, Any] = {"model": args.model}
-    tokens, seqlen = None, 0
+    tokens, seqlen, contexts = None, 0, []
     if wants_perplexity:
         seqlen = loading.choose_seqlen(args.seqlen, config)
         tokens = texts.tokenize(tokenizer, texts.load_text(source, "test"))
@@ -133,6 +161,11 @@ def run(args: argparse.Namespace) -> None:
 
         cut_windows(tokens, seqlen)  # a short text is refused before a large model is loaded
         figures["text"] = source
+        if args.needle:
+            from resq_kernels.needle import make_contexts
+
+            count = args.needle_contexts or NEEDLE_CONTEXTS
+            contexts = [make_contexts(tokenizer, tokens, length, count) for length in args.needle]
     reference = None
     model = loading.load_model(args.model, args.dtype, device)
     if args.reference is not None:
@@ -151,6 +184,8 @@ def run(args: argparse.Namespace) -> None:
                 progress="eval",
             )
             figures |= dataclasses.asdict(evaluation)
+        if contexts:
+            figures["needle"] = _needle(contexts, model, reference)
         if harness is not None:
             figures["task_options"] = {name: getattr(args, name) for name in TASK_OPTIONS}
             figures["tasks"] = _run_tasks(harness, tasks, args, model, tokenizer)
@@ -167,6 +202,26 @@ def _path(model: PreTrainedModel, fake_quant: bool) -> contextlib.AbstractContex
     return fake_quantized(model)
 
 
+def _needle(
+    contexts: Sequence[Sequence[Context]],
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+) -> list[dict[str, Any]]:
+    """The figures of each length."""
+    from resq_kernels.needle import recall
+
+    models = {"model": model} if reference is None else {"model": model, "reference": reference}
+    rows = []
+    for same_length in contexts:
+        found = recall(models, same_length, progress="needle")
+        row = dataclasses.asdict(found["model"])
+        for name in ("found", "log_probability"):
+            exact = found.get("reference")
+            row[f"reference_{name}"] = None if exact is None else getattr(exact, name)
+        rows.append(row)
+    return rows
+
+
 def _print(figures: dict[str, Any]) -> None:
     rows = [("model", str(figures["model"]))]
     if figures["fake_quant"]:
@@ -181,6 +236,11 @@ def _print(figures: dict[str, Any]) -> None:
             ("tokens", "{tokens} ({windows} windows of {seqlen})".format_map(figures)),
             ("speed", f"{figures['tokens_per_second']:.0f} tokens/s"),
         ]
+    for row in figures.get("needle", []):
+        text = f"{row['found']} of {row['asked']} found, log p {row['log_probability']:.2f}"
+        if row["reference_found"] is not None:
+            text += "; reference {reference_found}, {reference_log_probability:.2f}".format_map(row)
+        rows.append((f"needle {row['length']}", text))
     for task, metrics in figures.get("tasks", {}).items():
         rows += [(task, f"{name} {value:.4f}") for name, value in metrics.items()]
     if figures.get("task_options", {}).get("limit"):
@@ -191,6 +251,18 @@ def _print(figures: dict[str, Any]) -> None:
             )
         )
     print(output.table(rows))
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        lengths = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected numbers of tokens separated by commas, got {text!r}"
+        ) from None
+    if min(lengths) < 1 or len(set(lengths)) < len(lengths):
+        raise argparse.ArgumentTypeError(f"expected different lengths of at least 1, got {text!r}")
+    return lengths
 
 
 def _names(text: str) -> list[str]:
