@@ -117,7 +117,7 @@ class DecoderLayer:
 
     def heads(self, qkv_input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries and keys after RoPE, and values, [windows, heads, seqlen, head_dim], exact."""
-        queries, keys, values = (self.split_heads(self._linear(qkv_input, n)) for n in QKV)
+        queries, keys, values = (self.split_heads(self.linear(qkv_input, n)) for n in QKV)
         return apply_rope(queries, self.rope), apply_rope(keys, self.rope), values
 
     def rotate(
@@ -149,7 +149,7 @@ class DecoderLayer:
 
     def after_attention(self, x: torch.Tensor, o_input: torch.Tensor) -> torch.Tensor:
         """The residual stream between attention and MLP."""
-        return x + self._linear(o_input, O_PROJ)
+        return x + self.linear(o_input, O_PROJ)
 
     def gate_up_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """The input of gate_proj and up_proj."""
@@ -157,7 +157,7 @@ class DecoderLayer:
 
     def down_input(self, gate_up_input: torch.Tensor) -> torch.Tensor:
         """The input of down_proj."""
-        return self.swiglu(*(self._linear(gate_up_input, name) for name in GATE_UP))
+        return self.swiglu(*(self.linear(gate_up_input, name) for name in GATE_UP))
 
     def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """SwiGLU of the outputs of gate_proj and up_proj and, in a rotated model, the Hadamard
@@ -167,14 +167,15 @@ class DecoderLayer:
 
     def output(self, hidden: torch.Tensor, down_input: torch.Tensor) -> torch.Tensor:
         """The residual stream after the layer."""
-        return hidden + self._linear(down_input, DOWN_PROJ)
+        return hidden + self.linear(down_input, DOWN_PROJ)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The whole layer."""
         hidden = self.after_attention(x, self.o_input(self.qkv_input(x)))
         return self.output(hidden, self.down_input(self.gate_up_input(hidden)))
 
-    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """The output of a linear."""
         weight = self.layer.weights[name]
         return functional.linear(x.to(weight.dtype), weight, self.layer.biases.get(name)).float()
 

@@ -4,7 +4,7 @@ calibration nor training saw."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +86,46 @@ def verdict(
             exact[part] = decoder.forward(exact[part].to(device)).cpu()
             rounded[part] = kernels.forward(rounded[part].to(device)).cpu()
     head = FloatHead(model, products, device)
-    reference, measured = (Measured([], held_out.shape[1] - 1, 0.0) for _ in range(2))
-    for window, x, y in zip(held_out, exact, rounded, strict=True):
-        parts = []
-        for start in range(0, len(window) - 1, LOGIT_ROWS):
-            stop = min(start + LOGIT_ROWS, len(window) - 1)
-            ids, wanted = window[start : stop + 1], head.logits(head.norm(x[start:stop].to(device)))
-            logits = vocabulary.logits(y[start:stop].to(device))
-            parts.append((window_sums(wanted, ids, None), window_sums(logits, ids, wanted)))
-        for found, sums in zip((reference, measured), zip(*parts, strict=True), strict=True):
-            found.sums.append(WindowSums(*map(sum, zip(*sums, strict=True))))
+    reference, measured = measure_states(
+        held_out,
+        exact,
+        rounded,
+        lambda states: head.logits(head.norm(states.to(device))),
+        lambda states: vocabulary.logits(states.to(device)),
+    )
     return _figures(reference, measured)
+
+
+def measure_states(
+    windows: torch.Tensor,
+    exact: torch.Tensor,
+    rounded: torch.Tensor,
+    exact_logits: Callable[[torch.Tensor], torch.Tensor],
+    rounded_logits: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[Measured, Measured]:
+    """What `evaluate.measure` finds for a model and its reference, from their last states.
+
+    Args:
+        windows: ids, int64 [windows, seqlen].
+        exact, rounded: states of the reference and of the model, [windows, seqlen, hidden].
+        exact_logits, rounded_logits: give logits of some rows of them.
+
+    Returns:
+        The reference's and the model's, without times.
+    """
+    targets = windows.shape[1] - 1
+    reference, measured = (Measured([], targets, 0.0) for _ in range(2))
+    for ids, *states in zip(windows, exact, rounded, strict=True):
+        parts = []
+        for start in range(0, targets, LOGIT_ROWS):
+            rows = slice(start, min(start + LOGIT_ROWS, targets))
+            some, (x, y) = ids[start : rows.stop + 1], (state[rows] for state in states)
+            wanted = exact_logits(x)
+            sums = window_sums(wanted, some, None), window_sums(rounded_logits(y), some, wanted)
+            parts.append(sums)
+        for found, whole in zip((reference, measured), zip(*parts, strict=True), strict=True):
+            found.sums.append(WindowSums(*map(sum, zip(*whole, strict=True))))
+    return reference, measured
 
 
 def _figures(reference: Measured, measured: Measured) -> dict[str, Any]:
