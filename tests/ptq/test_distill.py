@@ -149,7 +149,7 @@ class GraphLayer(DecoderLayer):
     def down_input(self, gate_up_input: torch.Tensor) -> torch.Tensor:
         return straight(super().down_input(gate_up_input), self.inputs[3])
 
-    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         lo, hi = self.weights[name].weight_scale.split(1, dim=1)
         high = straight(self.high[name], self.high[name].round().clamp(-128, 127))
         weight = torch.cat([lo * unpack_int4(self.weights[name].weight_lo), hi * high], dim=1)
