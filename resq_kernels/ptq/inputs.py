@@ -40,9 +40,16 @@ def describe(
         "calibration": _hex(str(tokens.shape).encode() + tokens.tobytes()),
         "config": config.to_dict(),
         "device": device,
-        "version": f"resq_kernels {resq_kernels.__version__}, pieces {PIECES}, "
-        f"torch {torch.__version__}, transformers {importlib.metadata.version('transformers')}",
+        "version": versions(),
     }
+
+
+def versions() -> str:
+    """The versions of everything that decides the bits of a result."""
+    return (
+        f"resq_kernels {resq_kernels.__version__}, pieces {PIECES}, "
+        f"torch {torch.__version__}, transformers {importlib.metadata.version('transformers')}"
+    )
 
 
 def hashes(folder: Path, files: Iterable[Path]) -> dict[str, str]:
