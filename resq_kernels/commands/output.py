@@ -89,7 +89,10 @@ def check_target(
         raise UsageError(f"{option}: expected a file, got the folder {path or target}")
     if out is not None:
         folder = Path(os.path.realpath(out))
-        written = {folder, *(folder.with_name(folder.name + end) for end in (".partial", ".source"))}
+        written = {
+            folder,
+            *(folder.with_name(folder.name + end) for end in (".partial", ".source")),
+        }
         if target in folder.parents or not {target, *target.parents}.isdisjoint(written):
             raise UsageError(f"{option}: expected a file outside of {out}, got {path}")
     for source in filter(None, reads):

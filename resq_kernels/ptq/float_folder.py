@@ -73,6 +73,9 @@ class Source:
         if found is None:
             raise CheckpointError(f"{self.path}: holds no weights that transformers loads")
         weights = [found, *indexed_files(found)] if found.suffix == ".json" else [found]
+        for path in weights:
+            if not path.is_file():
+                raise CheckpointError(f"{path}: expected a file of weights, found nothing")
         return [self.path / "config.json", *weights, *self.beside()]
 
     def beside(self) -> list[Path]:
@@ -276,8 +279,6 @@ def _pickled(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
         CheckpointError: a file is missing or damaged, or holds something else than tensors.
     """
     for path in files:
-        if not path.is_file():
-            raise CheckpointError(f"{path}: expected a file of weights, found nothing")
         check_content(path)
         try:
             mapped = zipfile.is_zipfile(path)

@@ -186,6 +186,7 @@ class GgufFile:
             "rope_parameters": self._rope(kind, found, width),
             "vocab_size": rows,
             "tie_word_embeddings": "output.weight" not in self._tensors,
+            # null where the file has none: the classes' own defaults are those of Llama-2.
             **self._token_ids(),
         }
 
@@ -253,14 +254,13 @@ class GgufFile:
             return torch.bfloat16
         return functools.reduce(torch.promote_types, (floats[kind] for kind in kinds))
 
-    def _token_ids(self) -> dict[str, int]:
+    def _token_ids(self) -> dict[str, int | None]:
         names = {"bos": "bos", "eos": "eos", "padding": "pad"}
-        found = {f"{ours}_token_id": self._token_id(theirs) for theirs, ours in names.items()}
-        return {name: index for name, index in found.items() if index is not None}
+        return {f"{ours}_token_id": self._token_id(theirs) for theirs, ours in names.items()}
 
     def _generation(self) -> dict[str, Any]:
         """The ids of special tokens; those that end a turn or a message end the text too."""
-        ids: dict[str, Any] = self._token_ids()
+        ids = {name: index for name, index in self._token_ids().items() if index is not None}
         ends = [self._token_id(name) for name in ("eos", "eot", "eom")]
         ends = list(dict.fromkeys(index for index in ends if index is not None))
         return ids | ({"eos_token_id": ends} if len(ends) > 1 else {})

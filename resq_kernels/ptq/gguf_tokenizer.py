@@ -68,7 +68,10 @@ def read_tokenizer(path: Path, facts: dict[str, Any]) -> PreTrainedTokenizerBase
     Raises:
         CheckpointError: another kind of vocabulary or rule; the message names the key.
     """
-    kind = facts.get(f"{KEY}model")
+    kind, pre = facts.get(f"{KEY}model"), facts.get(f"{KEY}pre")
+    if facts.get("general.architecture") == "qwen2" and (kind, pre) != ("gpt2", "qwen2"):
+        # Whatever tokenizer.json says, AutoTokenizer splits words as Qwen2 does.
+        raise _error(path, "pre", "'qwen2' with a Qwen2 model", pre)
     if kind == "gpt2":
         return _byte_level(path, facts)
     if kind == "llama":

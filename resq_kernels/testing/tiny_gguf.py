@@ -30,7 +30,7 @@ def write_gguf(
     model: Any,
     kind: str = "F32",
     *,
-    pre: str = "gpt-2",
+    pre: str | None = None,
     facts: dict[str, Any] | None = None,
     tensors: dict[str, torch.Tensor] | None = None,
 ) -> Path:
@@ -40,7 +40,7 @@ def write_gguf(
         path: the file.
         model: a Llama or Qwen2; its vocabulary is filled up with tokens that are not used.
         kind: how matrices are stored: "F32", "F16", "BF16", "Q8_0", "Q4_0", ...
-        pre: the rule by which the tokenizer splits words.
+        pre: the rule by which the tokenizer splits words; by default GPT-2's, or Qwen2's own.
         facts: keys that are added or, with a value, replaced.
         tensors: tensors of these names in the file are added or replaced.
     """
@@ -48,6 +48,7 @@ def write_gguf(
 
     config = model.config
     architecture = config.model_type
+    pre = pre or ("qwen2" if architecture == "qwen2" else "gpt-2")
     facts = facts or {}
     writer = gguf.GGUFWriter(path, facts.get("general.architecture", architecture))
     sizes = {
@@ -62,15 +63,18 @@ def write_gguf(
     }
     if architecture == "llama":
         sizes |= {"vocab_size": config.vocab_size, "rope.dimension_count": config.head_dim}
-        sizes |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+        sizes |= {
+            "attention.key_length": config.head_dim,
+            "attention.value_length": config.head_dim,
+        }
     values = {f"{architecture}.{key}": value for key, value in sizes.items()}
     values |= {"general.license": "apache-2.0", "tokenizer.chat_template": TEMPLATE}
     values |= {f"tokenizer.ggml.{key}_token_id": 256 for key in ("eos", "padding")}
     values |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre}
     words = sorted(make_tokenizer().get_vocab().items(), key=lambda item: item[1])
     tokens = [word for word, _ in words]
-    tokens += [f"[PAD{index}]" for index in range(len(tokens), config.vocab_size)]
-    values["tokenizer.ggml.token_type"] = [1] * 256 + [3] + [5] * (len(tokens) - 257)
+    tokens += ["12", *(f"[PAD{index}]" for index in range(len(tokens) + 1, config.vocab_size))]
+    values["tokenizer.ggml.token_type"] = [1] * 256 + [3, 1] + [5] * (len(tokens) - 258)
     values["tokenizer.ggml.tokens"] = tokens
     values["tokenizer.ggml.merges"] = ["1 2"]
     for key, value in (values | facts).items():  # None leaves a key out
