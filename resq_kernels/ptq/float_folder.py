@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import shutil
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -143,7 +144,7 @@ def float_folder(source: Source, out: Path, shape: ModelShape, resume: bool) -> 
     begun = work_folder(out) / INPUTS_FILE
     try:
         _convert_once(source, folder, work, out, shape, resume and begun.exists())
-        with named_as(folder, str(source.path)):
+        with named_as(folder, str(source.path)), _warnings_name(folder, str(source.path)):
             yield folder
         work.remove()
     except BaseException:
@@ -164,6 +165,21 @@ def named_as(folder: Path, name: str) -> Iterator[None]:
             raise
         kind = ValueError if isinstance(error, ValueError) else OSError
         raise kind(str(error).replace(str(folder), name)) from None
+
+
+@contextmanager
+def _warnings_name(folder: Path, name: str) -> Iterator[None]:
+    """The same for warnings, as long as nobody else changes how they are shown."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, *rest: Any, **more: Any) -> None:
+        shown(str(message).replace(str(folder), name), *rest, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
 
 
 def _convert_once(

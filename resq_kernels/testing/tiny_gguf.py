@@ -104,7 +104,7 @@ def write_gguf(
             rows, columns = tensor.shape
             tensor = tensor.reshape(count, 2, rows // count // 2, columns).swapaxes(1, 2)
             tensor = tensor.reshape(rows, columns)
-        found[names.get_name(name, try_suffixes=(".weight", ".bias"))] = tensor
+        found[str(names.get_name(name, try_suffixes=(".weight", ".bias")))] = tensor
     for name, tensor in (found | (tensors or {})).items():
         to = gguf.GGMLQuantizationType[kind if tensor.dim() > 1 else "F32"]
         data = gguf.quantize(tensor.float().contiguous().numpy(), to)

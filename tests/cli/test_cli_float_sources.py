@@ -11,101 +11,32 @@ from typing import Any
 
 import pytest
 import torch
-from cli_support import POSITIONS, Result, save, tiny_llama
+from cli_support import POSITIONS, Result
 from safetensors.torch import load_file, save_file
+from source_cases import (
+    CARD,
+    CONFIG,
+    SHARDS,
+    WEIGHTS,
+    edit,
+    folder,
+    fp8,
+    gguf_file,
+    legacy,
+    pickled,
+    same,
+    sharded,
+    single,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from resq_kernels.ptq import float_folder
-from resq_kernels.ptq import quantize as stage
-from resq_kernels.testing.tiny_gguf import TEMPLATE, stored_weights, write_gguf
-from resq_kernels.testing.tiny_models import make_model, make_tokenizer
-
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-SHARDS = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
-BLOCK = 64
+from resq_kernels.testing.tiny_gguf import TEMPLATE, write_gguf
+from resq_kernels.testing.tiny_models import make_model
 
 
 @pytest.fixture
 def options(text_file: Path) -> tuple[object, ...]:
     return ("--calib", text_file, "--samples", 2, "--seqlen", 32)
-
-
-def same(a: Path, b: Path, names: tuple[str, ...] = (WEIGHTS, CONFIG)) -> bool:
-    return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
-
-
-def folder(path: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """A model, in a folder of the name that sources get here too."""
-    save(tiny_llama().to(dtype), path)
-    (path / "LICENSE").write_text("a licence")
-    (path / CARD).write_text("---\nlicense: mit\n---\n")
-    return path
-
-
-def edit(path: Path, **changes: object) -> None:
-    config = json.loads((path / CONFIG).read_text()) | changes
-    (path / CONFIG).write_text(json.dumps(config))
-
-
-def single(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    torch.save(tensors, path / "pytorch_model.bin")
-
-
-def legacy(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    torch.save(tensors, path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-
-
-def sharded(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    names = list(tensors)
-    parts = {SHARDS[0]: names[:5], SHARDS[1]: names[5:]}
-    for file, part in parts.items():
-        torch.save({name: tensors[name] for name in part}, path / file)
-    index = {"metadata": {}, "weight_map": {n: f for f, part in parts.items() for n in part}}
-    (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-
-
-def pickled(
-    source: Path, path: Path, write: Callable[[Path, dict[str, torch.Tensor]], None] = single
-) -> Path:
-    shutil.copytree(source, path)
-    write(path, load_file(source / WEIGHTS))
-    (path / WEIGHTS).unlink()
-    return path
-
-
-def fp8(source: Path, path: Path) -> Path:
-    """Makes `source` the model whose linears are FP8 numbers times scales of blocks, and `path` the
-    folder that stores these."""
-    tensors = load_file(source / WEIGHTS)
-    stored, expected = dict(tensors), dict(tensors)
-    for name, weight in tensors.items():
-        if "_proj" in name:
-            rows, columns = weight.shape
-            blocks = weight.float().reshape(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
-            scales = blocks.abs().amax((1, 3)) / 448
-            each = torch.kron(scales, torch.ones(BLOCK, BLOCK))
-            stored[name] = (weight.float() / each).to(torch.float8_e4m3fn)
-            stored[f"{name}_scale_inv"] = scales
-            expected[name] = (stored[name].float() * each).to(weight.dtype)
-    shutil.copytree(source, path)
-    save_file(expected, source / WEIGHTS, metadata={"format": "pt"})
-    save_file(stored, path / WEIGHTS, metadata={"format": "pt"})
-    quantized = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
-    quantized |= {"activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head"]}
-    edit(path, quantization_config=quantized)
-    return path
-
-
-def gguf_file(source: Path, path: Path, kind: str, model_type: str = "llama") -> Path:
-    """Makes `source` the folder of what a GGUF file stores, and `path` the file."""
-    pytest.importorskip("gguf")
-    dtype = {"F32": torch.float32, "F16": torch.float16}.get(kind, torch.bfloat16)
-    model = make_model(model_type, max_position_embeddings=POSITIONS)
-    write_gguf(path, model, kind)
-    model.load_state_dict(stored_weights(model, kind))
-    model.to(dtype).save_pretrained(source)
-    make_tokenizer().save_pretrained(source)
-    return path
 
 
 @pytest.mark.parametrize("write", [single, legacy, sharded])
@@ -124,6 +55,15 @@ def test_pickles_give_the_bytes_of_safetensors(
     assert names >= {"LICENSE", "tokenizer.json", CARD} and same(a, b, tuple(names))
     assert json.loads((b / "quantization_report.json").read_text())["model"] == "model"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "b"}
+
+
+def test_a_warning_names_the_source(
+    tmp_path: Path, options: Any, resq: Callable[..., Result]
+) -> None:
+    source = pickled(folder(tmp_path / "plain"), tmp_path / "model")
+    edit(source, tie_word_embeddings=True)
+    result = resq("quantize", source, tmp_path / "out", *options)
+    assert result.code == 0 and f"resq: warning: {source}: config.json says" in result.err
 
 
 def test_a_dtype_that_only_the_pickle_says(
@@ -407,96 +347,3 @@ def test_the_package_of_gguf_files_is_named(
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     result = resq("quantize", tmp_path / "m.gguf", tmp_path / "out", *options)
     assert result.code == 1 and "pip install 'resq_kernels[gguf]'" in result.sentence
-
-
-class Interruption(Exception):
-    pass
-
-
-@pytest.fixture
-def interrupted(
-    tmp_path: Path, options: Any, resq: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
-) -> tuple[Path, Path]:
-    """A source in pickles, and an OUT that was begun: stopped in the second layer."""
-    source = pickled(folder(tmp_path / "plain" / "model"), tmp_path / "pickles" / "model")
-    calls = iter(range(100))
-    original = stage.fuse_layer
-
-    def fuse_layer(*args: object) -> object:
-        if next(calls) == 1:
-            raise Interruption
-        return original(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stage, "fuse_layer", fuse_layer)
-        result = resq("quantize", source, tmp_path / "work" / "out", *options)
-    kept = tmp_path / "work" / "out.source"
-    assert result.code == 1 and f"the converted model in {kept} (--resume)" in result.err
-    assert (kept / "model" / WEIGHTS).is_file()
-    return source, tmp_path / "work" / "out"
-
-
-def test_a_run_resumes_from_what_was_converted(
-    interrupted: tuple[Path, Path],
-    tmp_path: Path,
-    options: Any,
-    resq: Callable[..., Result],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    source, out = interrupted
-    assert resq("quantize", source, tmp_path / "whole", *options).code == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(float_folder, "convert", None)  # is not done again
-        result = resq("quantize", source, out, *options, "--resume")
-    assert result.code == 0, result.err
-    assert same(out, tmp_path / "whole", (WEIGHTS, CONFIG, CARD, "tokenizer.json"))
-    assert [path.name for path in out.parent.iterdir()] == ["out"]
-    finished = resq("quantize", source, out, *options, "--resume")
-    assert finished.code == 0 and [path.name for path in out.parent.iterdir()] == ["out"]
-
-
-def test_a_source_that_changed_is_noticed(
-    interrupted: tuple[Path, Path], options: Any, resq: Callable[..., Result]
-) -> None:
-    source, out = interrupted
-    tensors = torch.load(source / "pytorch_model.bin")
-    tensors["model.norm.weight"] += 1
-    single(source, tensors)
-    result = resq("quantize", source, out, *options, "--resume")
-    assert result.code == 1 and "pytorch_model.bin has changed" in result.sentence
-    assert str(source) in result.sentence and (out.parent / "out.source").is_dir()
-
-
-def test_two_processes_do_not_take_each_others_source(
-    tmp_path: Path, options: Any, resq: Callable[..., Result]
-) -> None:
-    source = pickled(folder(tmp_path / "plain"), tmp_path / "model")
-    (tmp_path / "out.source").mkdir()
-    (tmp_path / "out.source" / "mine").write_text("a user's file")
-    result = resq("quantize", source, tmp_path / "out", *options)
-    assert result.code == 1 and "out.source: expected the converted source" in result.sentence
-    shutil.rmtree(tmp_path / "out.source")
-    from resq_kernels.ptq.workspace import Workspace
-
-    other = Workspace(tmp_path / "out.source")
-    other.root.mkdir()
-    other.lock()
-    (other.root / "inputs.json").write_text("{}")
-    try:
-        result = resq("quantize", source, tmp_path / "out", *options)
-    finally:
-        other.close()
-    assert result.code == 1 and "another process is quantizing" in result.sentence
-    assert (other.root / "inputs.json").exists()
-    # What a process that was killed while it converted leaves is overwritten.
-    (other.root / "inputs.json").unlink()
-    (other.root / "model.1.unfinished").mkdir()
-    assert resq("quantize", source, tmp_path / "out", *options).code == 0
-    assert not other.root.exists()
-
-
-def test_the_cache_of_the_hub_keeps_its_name(tmp_path: Path) -> None:
-    path = tmp_path / "models--owner--name" / "snapshots" / "abc"
-    path.mkdir(parents=True)
-    (path / CONFIG).write_text("{}")
-    assert float_folder.Source(path).name == Path("models--owner--name/snapshots/abc")
