@@ -80,6 +80,9 @@ def model_folder(downloads: Path, out: Path) -> Path:
         ValueError: it is another one than expected.
     """
     source = download(downloads)
-    from gguf_llama import convert  # needs the package gguf, unlike the rest of the examples
+    # They need what `pip install 'resq_kernels[gguf]'` installs, unlike the rest of the examples.
+    from resq_kernels.ptq.float_folder import Source, convert
 
-    return convert(source, out)
+    shutil.rmtree(out, ignore_errors=True)
+    convert(Source(source), out)
+    return out

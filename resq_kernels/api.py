@@ -16,7 +16,7 @@ import torch
 from resq_kernels import checkpoint
 from resq_kernels.architecture import EMBEDDING, HEAD, ModelShape
 from resq_kernels.config import HELD_OUT, ResQConfig
-from resq_kernels.safetensors_io import ShardWriter, dtype_name, write_json
+from resq_kernels.safetensors_io import dtype_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,6 +65,7 @@ def quantize(
     """
     from resq_kernels.ptq.calibrate import windows
     from resq_kernels.ptq.check import check_shape
+    from resq_kernels.ptq.float_folder import named_as
     from resq_kernels.ptq.pipeline import quantize_folder
     from resq_kernels.ptq.report import write_report
 
@@ -89,17 +90,12 @@ def quantize(
         tempfile.TemporaryFile(dir=report).close()  # refuses a read-only folder before the work
     with tempfile.TemporaryDirectory(prefix="resq-") as folder:
         source, out = Path(folder) / "source", Path(folder) / "quantized"
-        try:
+        # Of no use to the caller: the names of folders that are gone.
+        with named_as(out, "TMPDIR"), named_as(source, "quantize: model"):
             _write(model, source)
             figures = quantize_folder(
                 source, out, tokens.calibration, config, held_out=tokens.held_out, progress=progress
             )
-        except (ValueError, OSError) as error:
-            # Of no use to the caller: the name of a folder that is gone.
-            if folder not in str(error):
-                raise
-            text = str(error).replace(str(source), "quantize: model").replace(str(out), "TMPDIR")
-            raise (ValueError if isinstance(error, ValueError) else OSError)(text) from None
         with _bars(progress):
             quantized = type(model).from_pretrained(out, dtype=model.dtype)
     quantized.config._name_or_path = model.config._name_or_path
@@ -197,18 +193,13 @@ def _check_held_out(held_out: int | None, report: object) -> int:
 def _write(model: PreTrainedModel, folder: Path) -> None:
     """Configuration and weights as a folder; not by `save_pretrained`, which would set values in
     the caller's configuration and refuse generation settings that nothing here uses."""
-    folder.mkdir()
+    from resq_kernels.ptq.float_folder import untied, write_folder
+
     settings = json.loads(model.config.to_json_string())
     settings["dtype"] = dtype_name(model.dtype)
-    tensors = model.state_dict()
-    # Whether they are one tensor, whatever the configuration says.
-    settings["tie_word_embeddings"] = tensors[HEAD].data_ptr() == tensors[EMBEDDING].data_ptr()
-    if settings["tie_word_embeddings"]:
-        del tensors[HEAD]
-    write_json(folder / "config.json", settings)
-    writer = ShardWriter(folder)
-    writer.add_all(tensors)
-    writer.finish()
+    tensors, settings["tie_word_embeddings"] = untied(model.state_dict())
+    folder.mkdir()
+    write_folder(folder, settings, tensors.items())
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -223,25 +222,26 @@ def weight_files(folder: Path, config: Mapping[str, Any], variant: str | None = 
         wanted = f"{SINGLE_FILE} or {INDEX_FILE}" + (f" of variant {variant!r}" if variant else "")
         raise CheckpointError(f"{folder}: expected {wanted}, found neither")
     if ".bin" in found.suffixes:
-        code = (
-            "from transformers import AutoModelForCausalLM as M; "
-            f'M.from_pretrained({json.dumps(str(folder))}, dtype="auto")'
-            f".save_pretrained({json.dumps(f'{folder.name}-new')})"
-        )
-        raise CheckpointError(
-            f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, got {found.name}, which is not "
-            f"read here; `python -c {shlex.quote(code)}` writes a folder with them (copy the "
-            "tokenizer's files into it)"
-        )
+        wanted = f"{SINGLE_FILE} or {INDEX_FILE}"
+        raise CheckpointError(f"{folder}: expected {wanted}, got {found.name}")
     if found.suffix != ".json":
         return [found]
-    names = read_json(found).get("weight_map")
+    return indexed_files(found)
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The files that an index of weights lists, in their order.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise CheckpointError(f"{found}: weight_map: expected tensor -> file, got {names!r}")
+        raise CheckpointError(f"{index}: weight_map: expected tensor -> file, got {names!r}")
     for tensor, name in names.items():
         if not isinstance(name, str):
-            raise CheckpointError(f"{found}: weight_map: {tensor}: expected a file, got {name!r}")
-    return [folder / name for name in sorted(set(names.values()))]
+            raise CheckpointError(f"{index}: weight_map: {tensor}: expected a file, got {name!r}")
+    return [index.parent / name for name in sorted(set(names.values()))]
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:

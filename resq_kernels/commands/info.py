@@ -16,8 +16,8 @@ from resq_kernels.commands import loading, output
 SUMMARY = "versions, devices, kernel variants; what a model folder holds"
 DESCRIPTION = """\
 Without MODEL: versions, devices, which kernel variants are built and which will run, and why CUDA
-is not used if it is not. With MODEL (a folder or a hub name) also how it is quantized and the bytes
-of each part.
+is not used if it is not. With MODEL (a folder, hub name or GGUF file) also how it is quantized and
+the bytes of each part.
 
 examples:
   resq info
@@ -29,7 +29,9 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `resq info`."""
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="HF folder or hub name")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="HF folder, hub name or GGUF file"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -167,7 +169,7 @@ def model_figures(model: str) -> dict[str, Any]:
 
     folder = Path(model)
     weights, parts = None, None
-    if folder.exists():
+    if folder.exists() and not loading.is_gguf(model):
         loading.check_folder(folder)
         config = read_json(folder / "config.json")
         found = find_weights(folder, config)

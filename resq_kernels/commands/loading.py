@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import logging
 import sys
@@ -15,13 +16,17 @@ from resq_kernels.commands.output import CommandError, UsageError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from resq_kernels.ptq.gguf_file import GgufFile
+
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, --dtype and --device, as `eval` and `generate` take them."""
-    parser.add_argument("model", metavar="MODEL", help="HF folder or hub name, 16-bit or quantized")
+    parser.add_argument(
+        "model", metavar="MODEL", help="HF folder, hub name or GGUF file; 16-bit or quantized"
+    )
     add_dtype_argument(parser)
     add_device_argument(parser)
 
@@ -75,6 +80,8 @@ def load_config(model: str) -> PretrainedConfig:
     if not model:  # as a path, it would be the current folder
         raise CommandError("model: expected a folder or a hub name, got ''")
     folder = Path(model)
+    if is_gguf(model):
+        return open_gguf(model).transformers_config()
     if folder.exists():
         check_folder(folder)
     elif model.count("/") > 1 or model.startswith((".", "/", "~")):
@@ -86,6 +93,31 @@ def load_config(model: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
         raise CommandError(_why(model, error)) from error
+
+
+def is_gguf(model: str) -> bool:
+    """Whether MODEL is a GGUF file, or nothing that exists under the name of one."""
+    return model.lower().endswith(".gguf") and not Path(model).is_dir()
+
+
+def open_gguf(model: str) -> GgufFile:
+    """The file, opened once however often the model is asked for: its tokenizer takes seconds.
+
+    Raises:
+        CommandError, CheckpointError, ImportError: there is none, or it cannot be read here.
+    """
+    path = Path(model)
+    if not path.exists():
+        raise CommandError(f"{model}: there is no such file")
+    status = path.stat()
+    return _open_gguf(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _open_gguf(path: Path, *stamp: int) -> GgufFile:
+    from resq_kernels.ptq.gguf_file import GgufFile
+
+    return GgufFile(path)
 
 
 def check_folder(folder: Path) -> None:
@@ -112,15 +144,23 @@ def load_model(model: str, dtype: str = "auto", device: str = "cpu") -> PreTrain
         CommandError: as `load_config`, or the checkpoint does not load; the message says why.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig
 
     config = load_config(model)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    loader = AutoModelForCausalLM
+    weights: dict[str, object] = {}
+    if is_gguf(model):
+        file = open_gguf(model)
+        kind = file.dtype if dtype == "auto" else kind
+        loader = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        weights = {"config": config, "state_dict": dict(file.tensors())}
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            model,
+        loaded, report = loader.from_pretrained(
+            None if weights else model,
             dtype=kind,
             output_loading_info=True,
+            **weights,
             # Not the folder's file: what it asks for may not even load. `generate` reads it.
             generation_config=GenerationConfig(
                 **{name: getattr(config, name, None) for name in TOKEN_IDS}
@@ -146,6 +186,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    if is_gguf(model):
+        return open_gguf(model).tokenizer()
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:

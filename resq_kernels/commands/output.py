@@ -89,8 +89,11 @@ def check_target(
         raise UsageError(f"{option}: expected a file, got the folder {path or target}")
     if out is not None:
         folder = Path(os.path.realpath(out))
-        work = folder.with_name(f"{folder.name}.partial")
-        if target in folder.parents or not {target, *target.parents}.isdisjoint({folder, work}):
+        written = {
+            folder,
+            *(folder.with_name(folder.name + end) for end in (".partial", ".source")),
+        }
+        if target in folder.parents or not {target, *target.parents}.isdisjoint(written):
             raise UsageError(f"{option}: expected a file outside of {out}, got {path}")
     for source in filter(None, reads):
         if target in map(Path, map(os.path.realpath, _files(Path(source)))):
@@ -115,7 +118,7 @@ def _files(source: Path) -> list[Path]:
         return [source]
     from resq_kernels.ptq.save import companions
 
-    names = ("config.json", "README.md", "quantization_report.*", "*.safetensors*")
+    names = ("config.json", "README.md", "quantization_report.*", "*.safetensors*", "*.bin*")
     return [*companions(source), *(path for name in names for path in source.glob(name))]
 
 

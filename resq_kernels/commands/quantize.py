@@ -19,25 +19,40 @@ from resq_kernels.config import DISTILL_LR, HELD_OUT, METHODS, WEIGHT_METHODS, R
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from resq_kernels.architecture import ModelShape
+
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SUMMARY = "turn a 16-bit model into a 4-bit one (weights, activations, KV cache)"
 DESCRIPTION = """\
 Reads a Llama or Qwen2.5 model, finds the directions that need 8 bits on a calibration text, rotates
 and quantizes layer by layer, and writes a Hugging Face folder that `resq eval`, `resq generate` and
 AutoModelForCausalLM load. Memory: one decoder layer and its activations, whatever the model's size.
 OUT appears complete or not at all. An interrupted run leaves OUT.partial; --resume continues it.
+MODEL is a folder of safetensors or of pytorch_model.bin, or a GGUF file, or a folder that is
+quantized with fp8, compressed-tensors or bitsandbytes. All but the first are written to OUT.source
+as 16-bit safetensors for the time of the run.
 
 examples:
   resq quantize meta-llama/Llama-3.2-1B out/llama-resq
   resq quantize ./model out/model-resq --calib calibration.txt --samples 64 --seqlen 1024
   resq quantize ./model out/model-rtn --method rtn --weights rtn --calib calibration.txt
+  resq quantize model.gguf out/model-resq --calib calibration.txt
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `resq quantize`; defaults are those of ResQConfig."""
     defaults = ResQConfig()
-    parser.add_argument("model", metavar="MODEL", help="HF folder or hub name of a 16-bit model")
+    parser.add_argument(
+        "model", metavar="MODEL", help="HF folder or hub name, or a GGUF file; see above"
+    )
     parser.add_argument("out", metavar="OUT", help="folder to write; must not exist")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="HF folder or hub name with the tokenizer, chat template, generation settings and "
+        "licence of MODEL, a GGUF file (default: what the file says)",
+    )
     parser.add_argument(
         "--calib",
         metavar="TEXT",
@@ -158,8 +173,10 @@ def run(args: argparse.Namespace) -> None:
             cannot be used; everything that can be known is checked before the work begins.
     """
     out = Path(args.out)
-    output.check_target(args.json, out=out, reads=[args.model, args.calib])
+    output.check_target(args.json, out=out, reads=[args.model, args.calib, args.tokenizer])
     _check_out(out, args.resume)
+    if args.tokenizer is not None and not loading.is_gguf(args.model):
+        raise UsageError(f"--tokenizer: expected a GGUF file as MODEL, got {args.model}")
     device = loading.choose_device(args.device)
     model_config = loading.load_config(args.model)
     texts.check_source(args.calib, "--calib")
@@ -168,34 +185,53 @@ def run(args: argparse.Namespace) -> None:
         config = _config(args, seqlen)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    _check_model(args.model, model_config, config, device)
+    shape = _check_model(args.model, model_config, config, device)
 
     from resq_kernels.ptq.calibrate import windows
+    from resq_kernels.ptq.float_folder import Source, float_folder
     from resq_kernels.ptq.pipeline import quantize_folder
-    from resq_kernels.ptq.workspace import INPUTS_FILE, work_folder
 
     calibration, held_out = windows(
-        loading.load_tokenizer(args.model),
+        loading.load_tokenizer(args.tokenizer or args.model),
         texts.load_text(args.calib, "train"),
         config.samples,
         config.seqlen,
         config.seed,
         args.held_out,
     )
-    source = _folder(args.model)
+    beside = None if args.tokenizer is None else _beside(args.tokenizer)
+    source = Source(_folder(args.model), beside)
+    target = Path(os.path.realpath(out))
     try:
-        report = quantize_folder(
-            source, out, calibration, config, held_out=held_out, device=device, resume=args.resume
-        )
+        with float_folder(source, target, shape, args.resume) as folder:
+            report = quantize_folder(
+                folder,
+                out,
+                calibration,
+                config,
+                held_out=held_out,
+                device=device,
+                resume=args.resume,
+            )
     except FileExistsError:  # refused before the work
         raise
     except BaseException:
-        work = work_folder(Path(os.path.realpath(out)))
-        if (work / INPUTS_FILE).exists():
-            sys.stderr.write(f"\nresq: finished layers are kept in {work} (--resume)\n")
+        _say_what_is_kept(target)
         raise
     _print(args.model, out, report)
     output.write_json(args.json, report)
+
+
+def _say_what_is_kept(out: Path) -> None:
+    from resq_kernels.ptq.float_folder import source_root
+    from resq_kernels.ptq.workspace import INPUTS_FILE, work_folder
+
+    if (work_folder(out) / INPUTS_FILE).exists():
+        converted = source_root(out)
+        also = f", the converted model in {converted}" if converted.exists() else ""
+        sys.stderr.write(
+            f"\nresq: finished layers are kept in {work_folder(out)}{also} (--resume)\n"
+        )
 
 
 def _config(args: argparse.Namespace, seqlen: int) -> ResQConfig:
@@ -236,42 +272,38 @@ def _check_out(out: Path, resume: bool) -> None:
 
 def _check_model(
     model: str, model_config: PretrainedConfig, config: ResQConfig, device: str
-) -> None:
-    """Refuses a model that is quantized already, of another architecture, or cannot be split."""
+) -> ModelShape:
+    """The model's sizes; refuses one that is quantized in a way that cannot be turned back, of
+    another architecture, or cannot be split."""
     from resq_kernels.architecture import ModelShape
     from resq_kernels.ptq.check import check_memory, check_shape
+    from resq_kernels.ptq.dequantized import check_method
     from resq_kernels.ptq.source import check_class
 
     stored = loading.quantization(model_config)
-    if stored is not None:
-        method = stored.get("quant_method", "unknown")
-        method = getattr(method, "value", method)
-        raise CommandError(
-            f"{model}: expected a 16-bit model, got one that is already quantized ({method})"
-        )
     try:
+        if stored is not None:
+            check_method(stored)
         settings = model_config.to_dict()
         check_class(settings)
         shape = ModelShape.from_config(settings)
         check_shape(shape, config)
         check_memory(shape, config, device)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise CommandError(f"{model}: {error}") from error
+    return shape
 
 
 def _folder(model: str) -> Path:
-    """The folder of a model; of a hub name, what is read and copied is downloaded into the hub's
-    cache first: many repositories hold the weights two or three times."""
+    """The folder, or GGUF file, of a model; of a hub name, what is read and copied is downloaded
+    into the hub's cache first: many repositories hold the weights two or three times."""
     if Path(model).exists():
         return Path(model)
     from huggingface_hub import snapshot_download
 
     from resq_kernels import safetensors_io as files
-    from resq_kernels.ptq.save import companion_patterns
 
-    allowed, ignored = companion_patterns()
-    allowed += ["config.json", "adapter_config.json"]
-    folder = Path(snapshot_download(model, allow_patterns=allowed, ignore_patterns=ignored))
+    folder = _beside(model, "config.json")
 
     def download(*names: str) -> None:
         # The name of the folder is the commit: all files come from the same one.
@@ -279,14 +311,31 @@ def _folder(model: str) -> Path:
         snapshot_download(model, revision=folder.name, allow_patterns=exact)
 
     config = files.read_json(folder / "config.json")
-    named = str(config.get("transformers_weights") or files.SINGLE_FILE)
-    download(named)
-    if not (folder / named).is_file():
-        download(files.INDEX_FILE)
-    shards = [path.relative_to(folder).as_posix() for path in files.weight_files(folder, config)]
-    if shards != [named]:
-        download(*shards)
+    named = config.get("transformers_weights")
+    choices = (files.SINGLE_FILE, files.INDEX_FILE, *PICKLES)
+    for name in (str(named),) if named else choices:
+        download(name)
+        if found := files.find_weights(folder, config):
+            if found.suffix == ".json" and found.is_file():
+                shards = files.indexed_files(found)
+                download(*(path.relative_to(folder).as_posix() for path in shards))
+            break
     return folder
+
+
+def _beside(model: str, *others: str) -> Path:
+    """The folder of the files beside the weights, tokenizer and licence; of a hub name, those are
+    downloaded, with others by name."""
+    if Path(model).exists():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    from resq_kernels.ptq.float_folder import ADAPTER
+    from resq_kernels.ptq.save import companion_patterns
+
+    allowed, ignored = companion_patterns()
+    allowed += [ADAPTER, *others]
+    return Path(snapshot_download(model, allow_patterns=allowed, ignore_patterns=ignored))
 
 
 def _print(model: str, out: Path, report: dict[str, Any]) -> None:

@@ -282,6 +282,8 @@ def _token_ids(model: str) -> dict[str, object]:
 
     from resq_kernels.safetensors_io import read_json
 
+    if loading.is_gguf(model):
+        return loading.open_gguf(model).generation
     path = cached_file(model, "generation_config.json", _raise_exceptions_for_missing_entries=False)
     if path is None:
         return {}

@@ -143,8 +143,13 @@ def _trained(shape: ModelShape, config: ResQConfig) -> int:
     return shape.layers * sum(n * (k_hi + 1) for n, k_hi in rows)
 
 
-def check_disk(out: Path, needed: int) -> None:
+def check_disk(out: Path, needed: int, what: str = "the work folder and the result") -> None:
     """Refuses to begin if the disk is too small; the present work folder counts as free space.
+
+    Args:
+        out: the folder that is being written.
+        needed: bytes.
+        what: what needs them.
 
     Raises:
         OSError: ENOSPC, with both sizes.
@@ -156,6 +161,6 @@ def check_disk(out: Path, needed: int) -> None:
     if free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"{out}: expected {needed / 1e9:.1f} GB of free disk for the work folder and the "
-            f"result, got {free / 1e9:.1f} GB",
+            f"{out}: expected {needed / 1e9:.1f} GB of free disk for {what}, got "
+            f"{free / 1e9:.1f} GB",
         )

@@ -47,9 +47,16 @@ def describe(
         "held_out": _tokens(held_out),
         "config": config.to_dict(),
         "device": device,
-        "version": f"resq_kernels {resq_kernels.__version__}, pieces {PIECES}, "
-        f"torch {torch.__version__}, transformers {importlib.metadata.version('transformers')}",
+        "version": versions(),
     }
+
+
+def versions() -> str:
+    """The versions of everything that decides the bits of a result."""
+    return (
+        f"resq_kernels {resq_kernels.__version__}, pieces {PIECES}, "
+        f"torch {torch.__version__}, transformers {importlib.metadata.version('transformers')}"
+    )
 
 
 def hashes(folder: Path, files: Iterable[Path]) -> dict[str, str]:

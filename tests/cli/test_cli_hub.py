@@ -11,6 +11,7 @@ from cli_support import save, tiny_llama
 from huggingface_hub.utils import filter_repo_objects
 
 from resq_kernels.commands import quantize
+from resq_kernels.ptq.float_folder import Source
 from resq_kernels.ptq.save import companions
 from resq_kernels.ptq.source import SourceModel
 
@@ -77,7 +78,20 @@ def named_index(folder: Path) -> set[str]:
     return {"w.safetensors.index.json", *names}
 
 
-@pytest.mark.parametrize("kind", [single, shards, named, named_index])
+def pickles(folder: Path) -> set[str]:
+    (folder / "model.safetensors").unlink()
+    return {"pytorch_model.bin"}
+
+
+def pickle_shards(folder: Path) -> set[str]:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").unlink()
+    names = {"a": "pytorch_model-00001-of-00002.bin"}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    return {"pytorch_model.bin.index.json", *names.values()}
+
+
+@pytest.mark.parametrize("kind", [single, shards, named, named_index, pickles, pickle_shards])
 def test_what_is_read_and_copied_is_downloaded_and_nothing_else(repository: Path, kind) -> None:
     weights = kind(repository)
     copied = {path.relative_to(repository).as_posix() for path in companions(repository)}
@@ -85,7 +99,10 @@ def test_what_is_read_and_copied_is_downloaded_and_nothing_else(repository: Path
     cache = quantize._folder("some/model")
     found = {p.relative_to(cache).as_posix() for p in cache.rglob("*") if p.is_file()}
     assert found == {"config.json", *copied, *weights}
-    assert SourceModel(cache).shape.layers == 2
+    if kind in (pickles, pickle_shards):
+        assert Source(cache).kind == "pickles"
+    else:
+        assert SourceModel(cache).shape.layers == 2
 
 
 def test_adapters_are_downloaded_to_be_refused(repository: Path) -> None:

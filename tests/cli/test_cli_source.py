@@ -45,15 +45,9 @@ def codes(folder: Path) -> None:
     save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, folder / WEIGHTS)
 
 
-def pickles(folder: Path) -> None:
-    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
-    (folder / WEIGHTS).unlink()
-
-
 SOURCES = {
     "classifier": (classifier, "score.weight: expected only the tensors of a language model"),
     "codes": (codes, "mlp.up_proj.weight: expected bfloat16 or float16 or float32 [192, 128], got"),
-    "pickles": (pickles, "got pytorch_model.bin, which is not read here; `python -c"),
     "custom code": (
         lambda f: edit(f, auto_map={"AutoConfig": "a.B"}),
         "auto_map: expected a model",
