@@ -57,7 +57,7 @@ class Source:
     @property
     def kind(self) -> str:
         """How it is read: "gguf", "quantized", "pickles", or "plain", which needs no conversion."""
-        if self.path.suffix == SUFFIX:
+        if self.path.suffix.lower() == SUFFIX and not self.path.is_dir():
             return "gguf"
         config = read_json(self.path / "config.json")
         if config.get("quantization_config") is not None:

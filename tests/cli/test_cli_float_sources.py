@@ -30,6 +30,8 @@ from source_cases import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from resq_kernels.commands import loading
+from resq_kernels.ptq.float_folder import Source
 from resq_kernels.testing.tiny_gguf import TEMPLATE, write_gguf
 from resq_kernels.testing.tiny_models import make_model
 
@@ -104,6 +106,14 @@ def test_gguf_gives_the_bytes_of_what_it_stores(
     assert "# m.Q, quantized" in (b / CARD).read_text()
     assert "license: apache-2.0" in (b / CARD).read_text()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "b"}
+
+
+def test_a_file_is_gguf_by_its_ending_and_a_folder_never(tmp_path: Path) -> None:
+    plain = folder(tmp_path / "model.gguf")
+    assert Source(plain).kind == "plain" and not loading.is_gguf(str(plain))
+    for name in ("m.gguf", "M.GGUF"):
+        (tmp_path / name).touch()
+        assert Source(tmp_path / name).kind == "gguf" and loading.is_gguf(str(tmp_path / name))
 
 
 def test_a_gguf_file_is_a_16_bit_model_of_the_other_commands(
