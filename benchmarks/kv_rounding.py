@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from resq_kernels import reference, texts
+from resq_kernels import texts
 from resq_kernels.architecture import QKV
 from resq_kernels.commands.loading import load_tokenizer
 from resq_kernels.commands.output import table
@@ -82,10 +82,7 @@ class Model:
             layer = fuse_layer(self.source, index, rotation, config.high_fraction)
             rounded = RoundedLayer(shape, layer.to("cpu", self.products), self.rope, config)
             states = torch.cat([_forward(rounded, window) for window in states.split(1)])
-        if rotation is None:
-            return self.head.norm(states)
-        normed = reference.rms_norm(states, None, shape.norm_eps)
-        return normed @ rotation.hidden.T.float() * self.head.gain
+        return self.head.norm(states, None if rotation is None else rotation.hidden.T.float())
 
 
 def _forward(rounded: RoundedLayer, x: torch.Tensor) -> torch.Tensor:

@@ -147,6 +147,10 @@ class Measured:
         """Mean of -log p(target) in each window, in nats."""
         return [window.loss / self.targets for window in self.sums]
 
+    def gaps(self, reference: Measured) -> list[float]:
+        """Mean of -log p(target) above the reference's in each window, in nats."""
+        return [a - b for a, b in zip(self.losses, reference.losses, strict=True)]
+
     @property
     def divergences(self) -> list[float]:
         """Mean of KL(reference || model) in each window, in nats."""

@@ -199,16 +199,19 @@ def find_weights(
                 f"index in the folder, got {named!r}"
             )
         return folder / str(named)
+    paths = (folder / name for name in weight_names(variant))
+    return next(filter(Path.is_file, paths), None)
+
+
+def weight_names(variant: str | None = None) -> tuple[str, ...]:
+    """The files and indices of weights that transformers looks for, in its order."""
     suffix = f".{variant}" if variant else ""
-    for name in (
+    return (
         f"model{suffix}.safetensors",
         f"model.safetensors.index{suffix}.json",
         f"pytorch_model{suffix}.bin",
         f"pytorch_model.bin.index{suffix}.json",
-    ):
-        if (folder / name).is_file():
-            return folder / name
-    return None
+    )
 
 
 def weight_files(folder: Path, config: Mapping[str, Any], variant: str | None = None) -> list[Path]:
@@ -218,15 +221,13 @@ def weight_files(folder: Path, config: Mapping[str, Any], variant: str | None = 
         CheckpointError: there are none, they are pickles, or the index is damaged.
     """
     found = find_weights(folder, config, variant)
+    wanted = f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}"
     if found is None:
-        wanted = f"{SINGLE_FILE} or {INDEX_FILE}" + (f" of variant {variant!r}" if variant else "")
-        raise CheckpointError(f"{folder}: expected {wanted}, found neither")
+        of = f" of variant {variant!r}" if variant else ""
+        raise CheckpointError(f"{wanted}{of}, found neither")
     if ".bin" in found.suffixes:
-        wanted = f"{SINGLE_FILE} or {INDEX_FILE}"
-        raise CheckpointError(f"{folder}: expected {wanted}, got {found.name}")
-    if found.suffix != ".json":
-        return [found]
-    return indexed_files(found)
+        raise CheckpointError(f"{wanted}, got {found.name}")
+    return indexed_files(found) if found.suffix == ".json" else [found]
 
 
 def indexed_files(index: Path) -> list[Path]:

@@ -272,9 +272,6 @@ def make_rows(
         lists = [of(result.measured) for result in group]
         return [fmean(each) for each in lists] if over_seeds else lists[0]
 
-    def gaps(measured: Measured) -> list[float]:
-        return [a - b for a, b in zip(measured.losses, reference.losses, strict=True)]
-
     rows = []
     first = values(groups[0], lambda measured: measured.divergences)
     seeds = [_seed(result.folder) for result in groups[0]]
@@ -288,7 +285,7 @@ def make_rows(
             Row(
                 results=group,
                 perplexity=math.exp(fmean(values(group, lambda measured: measured.losses))),
-                gap=mean_interval(values(group, gaps)),
+                gap=mean_interval(values(group, lambda measured: measured.gaps(reference))),
                 kl=mean_interval(kl),
                 kl_difference=None if group is groups[0] else difference,
                 top1=mean_interval(values(group, lambda measured: measured.agreements)),

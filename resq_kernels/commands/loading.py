@@ -96,8 +96,10 @@ def load_config(model: str) -> PretrainedConfig:
 
 
 def is_gguf(model: str) -> bool:
-    """Whether MODEL is a GGUF file, or nothing that exists under the name of one."""
-    return model.lower().endswith(".gguf") and not Path(model).is_dir()
+    """`gguf_file.is_gguf`, imported when a command runs: --help goes without torch."""
+    from resq_kernels.ptq import gguf_file
+
+    return gguf_file.is_gguf(model)
 
 
 def open_gguf(model: str) -> GgufFile:

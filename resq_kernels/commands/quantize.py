@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from resq_kernels.architecture import ModelShape
 
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SUMMARY = "turn a 16-bit model into a 4-bit one (weights, activations, KV cache)"
 DESCRIPTION = """\
 Reads a Llama or Qwen2.5 model, finds the directions that need 8 bits on a calibration text, rotates
@@ -312,8 +311,7 @@ def _folder(model: str) -> Path:
 
     config = files.read_json(folder / "config.json")
     named = config.get("transformers_weights")
-    choices = (files.SINGLE_FILE, files.INDEX_FILE, *PICKLES)
-    for name in (str(named),) if named else choices:
+    for name in (str(named),) if named else files.weight_names():
         download(name)
         if found := files.find_weights(folder, config):
             if found.suffix == ".json" and found.is_file():

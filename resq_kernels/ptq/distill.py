@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from resq_kernels import reference
 from resq_kernels.architecture import layer_prefix
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq.calibrate import float_states
@@ -20,7 +19,7 @@ from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.rounded import stored_layer
 from resq_kernels.ptq.source import SourceModel
 from resq_kernels.ptq.student import StudentLayer
-from resq_kernels.ptq.vocabulary import FloatHead
+from resq_kernels.ptq.vocabulary import LOGIT_ROWS, FloatHead
 from resq_kernels.ptq.workspace import (
     DISTILLED,
     Workspace,
@@ -35,8 +34,6 @@ STATE_SECONDS = 600.0
 """Seconds between two states from which an interrupted training continues."""
 MEAN_OF = 8
 """Windows whose mean divergence the progress bar shows."""
-LOGIT_ROWS = 256
-"""Tokens whose logits are in memory at once: 156 MB each of student and teacher for Qwen2.5."""
 
 
 @torch.no_grad()
@@ -157,7 +154,7 @@ class _Head:
     def __init__(
         self, model: SourceModel, rotation: Rotation | None, products: torch.dtype, device: str
     ) -> None:
-        self._float, self._eps = FloatHead(model, products, device), model.shape.norm_eps
+        self._float = FloatHead(model, products, device)
         self._back = None if rotation is None else rotation.hidden.T.float().to(device)
 
     def divergence(self, states: torch.Tensor, targets: torch.Tensor) -> tuple[float, torch.Tensor]:
@@ -172,10 +169,7 @@ class _Head:
         """
         states = states.detach().requires_grad_()
         with torch.enable_grad():
-            normed = reference.rms_norm(states, None, self._eps)
-            if self._back is not None:
-                normed = normed @ self._back
-            normed = normed * self._float.gain
+            normed = self._float.norm(states, self._back)
         wanted, matrix = self._float.norm(targets), self._float.matrix
         total, gradients = 0.0, []
         for rows in zip(normed.detach().split(LOGIT_ROWS), wanted.split(LOGIT_ROWS), strict=True):

@@ -24,7 +24,7 @@ from resq_kernels.architecture import EMBEDDING, HEAD, ModelShape
 from resq_kernels.ptq import dequantized, inputs
 from resq_kernels.ptq.card import CARD
 from resq_kernels.ptq.check import check_disk
-from resq_kernels.ptq.gguf_file import SUFFIX, GgufFile
+from resq_kernels.ptq.gguf_file import GgufFile, is_gguf
 from resq_kernels.ptq.save import companions
 from resq_kernels.ptq.workspace import INPUTS_FILE, LOCK_FILE, Workspace, work_folder
 from resq_kernels.safetensors_io import (
@@ -57,7 +57,7 @@ class Source:
     @property
     def kind(self) -> str:
         """How it is read: "gguf", "quantized", "pickles", or "plain", which needs no conversion."""
-        if self.path.suffix.lower() == SUFFIX and not self.path.is_dir():
+        if is_gguf(self.path):
             return "gguf"
         config = read_json(self.path / "config.json")
         if config.get("quantization_config") is not None:

@@ -26,8 +26,6 @@ from resq_kernels.safetensors_io import CheckpointError, check_content, dtype_na
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-SUFFIX = ".gguf"
-
 # Names in the file -> names in transformers, without ".weight" and ".bias".
 _TENSORS = {
     "token_embd": architecture.EMBEDDING_MODULE,
@@ -59,6 +57,11 @@ _EPSILON = "attention.layer_norm_rms_epsilon"
 _READ = {*_SIZES, *_HEAD_DIMS, *_SCALING, _EPSILON, "attention.head_count_kv", "rope.freq_base"}
 # Keys that the quantizer needs no value of, but must have this one.
 _FIXED = {"expert_count": 0, "expert_used_count": 0}
+
+
+def is_gguf(model: Path | str) -> bool:
+    """Whether a model is a GGUF file, or nothing that exists under the name of one."""
+    return str(model).lower().endswith(".gguf") and not Path(model).is_dir()
 
 
 class GgufFile:

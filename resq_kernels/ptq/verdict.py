@@ -18,11 +18,9 @@ from resq_kernels.ptq.calibrate import batches, layer_bar
 from resq_kernels.ptq.decoder import DecoderLayer, Rope, product_dtype
 from resq_kernels.ptq.rounded import GROUPS, RoundedLayer, stored_layer
 from resq_kernels.ptq.source import SourceModel
-from resq_kernels.ptq.vocabulary import FloatHead, RoundedVocabulary
+from resq_kernels.ptq.vocabulary import LOGIT_ROWS, FloatHead, RoundedVocabulary
 from resq_kernels.safetensors_io import CheckpointReader
 
-LOGIT_ROWS = 256
-"""Tokens whose logits are in memory at once, of both models."""
 GRADES = (
     (0.03, "as good as"),
     (0.1, "close to"),
@@ -129,8 +127,8 @@ def measure_states(
 
 
 def _figures(reference: Measured, measured: Measured) -> dict[str, Any]:
-    gaps = [a - b for a, b in zip(measured.losses, reference.losses, strict=True)]
-    gap, kl, top1 = map(_interval, (gaps, measured.divergences, measured.agreements))
+    values = measured.gaps(reference), measured.divergences, measured.agreements
+    gap, kl, top1 = map(_interval, values)
     figures = {
         "reference_perplexity": reference.perplexity,
         "perplexity": measured.perplexity,

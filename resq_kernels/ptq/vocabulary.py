@@ -21,6 +21,9 @@ from resq_kernels.config import ResQConfig
 from resq_kernels.formats import PackedWeight, QuantizedWeight, RowFormat
 from resq_kernels.ptq.source import SourceModel
 
+LOGIT_ROWS = 256
+"""Tokens whose logits are in memory at once: 156 MB each of two models for Qwen2.5."""
+
 
 class FloatHead:
     """Final norm and head of the source.
@@ -31,18 +34,19 @@ class FloatHead:
         device: where they are computed.
 
     Attributes:
-        gain: of the norm, float32 [hidden].
         matrix: of the head, [vocabulary, hidden].
     """
 
     def __init__(self, model: SourceModel, products: torch.dtype, device: str) -> None:
         self._eps = model.shape.norm_eps
-        self.gain = model.load(FINAL_NORM).to(device)
+        self._gain = model.load(FINAL_NORM).to(device)
         self.matrix = model.load(model.head).to(device, products)
 
-    def norm(self, states: torch.Tensor) -> torch.Tensor:
-        """Of states after the last layer, float32 [..., hidden]."""
-        return reference.rms_norm(states, self.gain, self._eps)
+    def norm(self, states: torch.Tensor, back: torch.Tensor | None = None) -> torch.Tensor:
+        """Of states after the last layer, float32 [..., hidden]; of those of a rotated model with
+        `back`, U_A^T."""
+        normed = reference.rms_norm(states, None, self._eps)
+        return (normed if back is None else normed @ back) * self._gain
 
     def logits(self, normed: torch.Tensor) -> torch.Tensor:
         """Float32 [..., vocabulary] of what `norm` returns."""
