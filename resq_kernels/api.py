@@ -42,7 +42,8 @@ def quantize(
             training mode or not, compiled or not; it is not changed.
         tokenizer: the model's tokenizer.
         calibration: a text, or texts, or {"text": ...} of each; `config.samples` windows of
-            `config.seqlen` tokens are cut from them.
+            `config.seqlen` tokens are cut from them, less those that `model` writes itself
+            (`config.dialogues`).
         config: the options; default `ResQConfig()`, with windows no longer than the model's
             positions.
         report: a folder, made if need be, that gets quantization_report.json and .html, as
@@ -65,6 +66,7 @@ def quantize(
     """
     from resq_kernels.ptq.calibrate import windows
     from resq_kernels.ptq.check import check_shape
+    from resq_kernels.ptq.dialogues import plan
     from resq_kernels.ptq.float_folder import named_as
     from resq_kernels.ptq.pipeline import quantize_folder
     from resq_kernels.ptq.report import write_report
@@ -76,7 +78,9 @@ def quantize(
     if not callable(tokenizer):
         raise ValueError(f"quantize: tokenizer: expected a tokenizer, got {tokenizer!r}")
     spare = _check_held_out(held_out, report)
-    tokens = windows(tokenizer, texts, config.samples, config.seqlen, config.seed, spare)
+    config, dialogues = plan(config, tokenizer, shape, model.dtype, "cpu", spare)
+    count = config.samples - (config.dialogues or 0)
+    tokens = windows(tokenizer, texts, count, config.seqlen, config.seed, spare)
     largest = int(torch.cat(tokens).max())
     if largest >= shape.vocab:
         raise ValueError(
@@ -91,10 +95,16 @@ def quantize(
     with tempfile.TemporaryDirectory(prefix="resq-") as folder:
         source, out = Path(folder) / "source", Path(folder) / "quantized"
         # Of no use to the caller: the names of folders that are gone.
-        with named_as(out, "TMPDIR"), named_as(source, "quantize: model"):
+        with _bars(progress), named_as(out, "TMPDIR"), named_as(source, "quantize: model"):
             _write(model, source)
             figures = quantize_folder(
-                source, out, tokens.calibration, config, held_out=tokens.held_out, progress=progress
+                source,
+                out,
+                tokens.calibration,
+                config,
+                held_out=tokens.held_out,
+                dialogues=dialogues,
+                progress=progress,
             )
         with _bars(progress):
             quantized = type(model).from_pretrained(out, dtype=model.dtype)

@@ -38,6 +38,9 @@ class ResQConfig:
         kv_bits: 4 (mixed 4/8 with method "resq", uniform 4 otherwise) or 16 (cache not quantized).
         embedding_bits: 8 (embedding and head in INT8, one scale a row) or 16 (not quantized).
         samples, seqlen: calibration windows and their length in tokens.
+        dialogues: how many of those windows the 16-bit model writes itself, in its chat template
+            (`ptq.dialogues`), fewer than `samples`. None, the default: a quarter where there is
+            a template, the whole model fits the memory, and anything depends on the windows.
         damping: GPTQ's diagonal damping as a share of the mean diagonal.
         distill_epochs: passes over the calibration windows that train the INT8 columns and the
             rows' gains of the rounded weights to give the 16-bit model's predictions
@@ -66,6 +69,7 @@ class ResQConfig:
     embedding_bits: int = 8
     samples: int = 128
     seqlen: int = 2048
+    dialogues: int | None = None
     damping: float = 0.01
     distill_epochs: int = 0
     distill_lr: float | None = None
@@ -79,7 +83,10 @@ class ResQConfig:
             self._is_a(name, str, "a name")
         if self.distill_lr is None and self.distill_epochs:
             object.__setattr__(self, "distill_lr", DISTILL_LR)
+        integers: tuple[str, ...]
         integers = ("lo_bits", "kv_bits", "embedding_bits", "samples", "seqlen", "distill_epochs")
+        if self.dialogues is not None:
+            integers += ("dialogues",)
         for name in (*integers, "seed"):
             self._is_a(name, int, "an integer")
         optional = [n for n in ("activation_clip", "distill_lr") if getattr(self, n) is not None]
@@ -106,6 +113,10 @@ class ResQConfig:
         for name in ("samples", "seqlen"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.dialogues is not None and not 0 <= self.dialogues < self.samples:
+            raise ValueError(
+                f"dialogues: expected fewer than the {self.samples} samples, got {self.dialogues}"
+            )
         if not 0.0 < self.damping < math.inf:
             raise ValueError(f"damping: expected a positive share, got {self.damping}")
         if self.distill_epochs < 0:

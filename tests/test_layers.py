@@ -26,6 +26,7 @@ ALLOWED = {
     "weights": LEAVES,
     "safetensors_io": set(),
     "checkpoint": LEAVES | {"safetensors_io"},
+    "chat_template": set(),
     "texts": set(),
     "evaluate": set(),
     "needle": set(),
@@ -36,7 +37,7 @@ ALLOWED = {
     "fake_quant": LEAVES | {"nn", "reference"},
     "ptq": LEAVES
     | {"checkpoint", "safetensors_io", "weights", "reference", "ops", "_library", "html_page"}
-    | {"evaluate", "intervals"},
+    | {"evaluate", "intervals", "chat_template"},
     "integrations": LEAVES | {"nn", "checkpoint"},
     "api": LEAVES | {"ptq", "checkpoint", "safetensors_io"},
     "testing": LEAVES
@@ -44,7 +45,7 @@ ALLOWED = {
     "bench": LEAVES | {"testing", "nn", "ops", "reference"},
     "commands": LEAVES
     | {"ptq", "nn", "evaluate", "needle", "texts", "_library", "fake_quant", "bench", "checkpoint"}
-    | {"safetensors_io", "intervals", "html_page"},
+    | {"safetensors_io", "intervals", "html_page", "chat_template"},
     "cli": {"commands", "__version__"},
     "__main__": {"cli"},
     "__init__": LEAVES | {"_library", "integrations", "ops", "nn", "api"},

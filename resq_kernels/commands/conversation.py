@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
+from resq_kernels.chat_template import TemplateError, end_of_turn, render, token_ids
 from resq_kernels.commands import loading, streaming
 from resq_kernels.commands.output import CommandError
 
@@ -164,7 +165,7 @@ def check_template(model: str, tokenizer: PreTrainedTokenizerBase, system: str |
             f"continues a text: `resq generate {model} --prompt TEXT`"
         )
     messages = [*opening(system), {"role": "user", "content": "A"}]
-    text = _render(tokenizer, messages, add_generation_prompt=True)
+    text = _render(tokenizer, messages)
     if system is not None and system.strip() not in text:
         raise CommandError(f"--system: the chat template of {model} has no system message")
 
@@ -176,33 +177,14 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> l
         CommandError: there is no chat template, or it refuses the messages.
     """
     # As text first: what apply_chat_template returns otherwise differs between versions.
-    text = _render(tokenizer, messages, add_generation_prompt=True)
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    return token_ids(tokenizer, _render(tokenizer, messages))
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the chat template puts behind an answer, None if it puts none there."""
-    answer = "An answer."
-    messages = [{"role": "user", "content": "A"}, {"role": "assistant", "content": answer}]
-    text = _render(tokenizer, messages, add_generation_prompt=False)
-    if answer not in text:
-        return None
-    tail = tokenizer(text.rsplit(answer, 1)[1], add_special_tokens=False)["input_ids"]
-    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    return next((token for token in tail if token in special), None)
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool
-) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except Exception as error:  # templates raise what they like
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise CommandError(f"the chat template refuses the messages: {text}") from error
+        return render(tokenizer, messages, add_generation_prompt=True)
+    except TemplateError as error:
+        raise CommandError(str(error)) from error
 
 
 def _keys_are_final(model: PreTrainedModel) -> bool:

@@ -20,6 +20,7 @@ from transformers.cli.serving.model_manager import ModelManager, TimedModel
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerationState, Modality
 
+from resq_kernels.chat_template import end_of_turn
 from resq_kernels.commands import conversation, loading, streaming
 from resq_kernels.commands.output import CommandError
 
@@ -108,7 +109,7 @@ class Application:
         self._name, self._tokenizer = name, tokenizer
         self._limit = loading.window_limit(model.config)
         ends = streaming.end_tokens(model)
-        turn = conversation.end_of_turn(tokenizer) if tokenizer.chat_template else None
+        turn = end_of_turn(tokenizer) if tokenizer.chat_template else None
         config = model.generation_config
         config.eos_token_id = ends if turn is None or turn in ends else [*ends, turn]
         # The server changes that for temperature 0, which `_read` asks for if a request does not.

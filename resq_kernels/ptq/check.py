@@ -18,6 +18,12 @@ from resq_kernels.ptq.workspace import work_folder
 MOST_PART_COLUMNS = 65536
 """kMostPartColumns of csrc/ops/mixed_gemm/mixed_gemm.h: beyond, sums of 32 bits can wrap."""
 
+CONTAINER_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+"""Where the kernel says how much memory a container may have, in version 2 and 1 of cgroups."""
+
 
 def check_shape(shape: ModelShape, config: ResQConfig) -> None:
     """Refuses a model whose sizes the options cannot split, transform or store.
@@ -126,15 +132,23 @@ def check_memory(shape: ModelShape, config: ResQConfig, device: str) -> None:
     high = _trained(shape, config)
     needed = (shape.layers * weights + high) // 2 + 12 * high + 8 * weights
     needed += 2 * shape.vocab * shape.hidden
-    if device.startswith("cuda"):
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = device_memory(device)
     if needed > memory:
         raise ValueError(
             f"distill_epochs: expected at least {needed / 1e9:.1f} GB of memory on {device}, got "
             f"{memory / 1e9:.1f} GB; 0 trains nothing"
         )
+
+
+def device_memory(device: str) -> int:
+    """Bytes of memory that this process may have on a device, in use or not."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in filter(Path.is_file, CONTAINER_LIMITS):
+        text = limit.read_text().strip()
+        memory = min(memory, int(text)) if text.isdigit() else memory
+    return memory
 
 
 def _trained(shape: ModelShape, config: ResQConfig) -> int:

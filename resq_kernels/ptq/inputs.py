@@ -7,12 +7,15 @@ import importlib.metadata
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import resq_kernels
 from resq_kernels.config import ResQConfig
+
+if TYPE_CHECKING:
+    from resq_kernels.ptq.dialogues import Dialogues
 
 # Version of the pieces' content: a work folder of another version cannot be continued.
 PIECES = 4
@@ -24,6 +27,7 @@ def describe(
     files: Iterable[Path],
     calibration: torch.Tensor,
     held_out: torch.Tensor,
+    dialogues: Dialogues | None,
     config: ResQConfig,
     device: str,
 ) -> dict[str, Any]:
@@ -34,17 +38,19 @@ def describe(
         files: those of its files that are read or copied.
         calibration: token windows.
         held_out: those of the verdict.
+        dialogues: windows that the model writes.
         config: the options.
         device: where the layers are computed; its sums have an order of their own.
 
     Returns:
-        "files" (name -> hash), "calibration" and "held_out" (hashes of the tokens), "config",
-        "device", "version".
+        "files" (name -> hash), "calibration" and "held_out" (hashes of the tokens), "dialogues"
+        (a hash of their template and number), "config", "device", "version".
     """
     return {
         "files": hashes(folder, files),
         "calibration": _tokens(calibration),
         "held_out": _tokens(held_out),
+        "dialogues": _hex(repr(dialogues).encode()),
         "config": config.to_dict(),
         "device": device,
         "version": versions(),
@@ -87,6 +93,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         found.append("the calibration tokens (text, tokenizer, seqlen, samples or seed) differ")
     elif before.get("held_out") != now["held_out"]:
         found.append("the held-out tokens differ")
+    if before.get("dialogues") != now["dialogues"]:
+        found.append("the dialogues (chat template or their number) differ")
     found += _values(before.get("config", {}), now["config"])
     plain = ("device", "version")
     found += _values({k: before.get(k) for k in plain}, {k: now[k] for k in plain})

@@ -15,13 +15,14 @@ from resq_kernels.ptq.calibrate import SecondMoments, calibrate, check_tokens
 from resq_kernels.ptq.card import source_name, write_card
 from resq_kernels.ptq.check import check_device, check_disk, check_memory, check_shape, work_bytes
 from resq_kernels.ptq.decoder import Rope, rope_tables
+from resq_kernels.ptq.dialogues import Dialogues, write_dialogues
 from resq_kernels.ptq.distill import distill
 from resq_kernels.ptq.quantize import quantize
 from resq_kernels.ptq.report import finished_report, layer_errors, spectra, write_report
 from resq_kernels.ptq.rotate import Rotation, rotate
 from resq_kernels.ptq.save import companions, publish, save
 from resq_kernels.ptq.source import SourceModel
-from resq_kernels.ptq.verdict import verdict, verdict_facts
+from resq_kernels.ptq.verdict import verdict_facts, verdicts
 from resq_kernels.ptq.workspace import DISTILLED, Workspace, check_out
 from resq_kernels.safetensors_io import INDEX_FILE
 
@@ -33,6 +34,7 @@ def quantize_folder(
     config: ResQConfig | None = None,
     *,
     held_out: torch.Tensor | None = None,
+    dialogues: Dialogues | None = None,
     device: str = "cpu",
     resume: bool = False,
     progress: bool = True,
@@ -47,9 +49,11 @@ def quantize_folder(
         out: folder that must not exist, or a link to one; it appears complete, by a rename. Until
             then everything is in `<out>.partial`.
         calibration: token windows int64 [windows, seqlen], e.g. of `calibrate.windows`.
-        config: the options; default `ResQConfig()`. Its `samples` and `seqlen` are not used here.
+        config: the options; default `ResQConfig()`. Its `samples`, `seqlen` and `dialogues` are not
+            used here.
         held_out: other windows, int64 [windows, tokens], on which the result is measured
             (`verdict`); by default, and with no windows, it is not.
+        dialogues: windows besides those that the model writes, in the first stage; by default none.
         device: where the layers are computed.
         resume: continue an interrupted run of the same inputs, or begin; weights and configuration
             get the same bytes as without the interruption.
@@ -81,21 +85,31 @@ def quantize_folder(
     files = [source / "config.json", *index, *model.reader.files, *companions(source)]
 
     def describe() -> dict[str, Any]:
-        return inputs.describe(source, files, calibration, held_out, config, device)
+        return inputs.describe(source, files, calibration, held_out, dialogues, config, device)
 
     if out.exists():
         return finished_report(out, describe())
     windows, seqlen = calibration.shape
+    if dialogues is not None:
+        windows += dialogues.calibration
     rope = rope_tables(model.reader.config, source, max(seqlen, held_out.shape[1]))
     check_disk(out, work_bytes(model.shape, config, windows, seqlen, model.item_bytes))
     work = Workspace.open(out, resume)
     try:
         stamps, description = inputs.stamps(files), describe()
         work.begin(description)
-        basis, rotation = _layers(model, calibration, rope, config, work, device, progress)
+        written, held_out_dialogues = calibration[:0], calibration[:0]
+        if dialogues is not None:
+            written, held_out_dialogues = write_dialogues(
+                model, dialogues, config.seed, work, device, progress
+            )
+        tokens = torch.cat([written, calibration])
+        basis, rotation = _layers(model, tokens, rope, config, work, device, progress)
         folder = save(model, basis, rotation, config, work)
-        found = verdict(model, folder, held_out, rope, config, device, progress)
-        write_card(folder, source, config, verdict_facts(found) if found else ())
+        sets = (held_out, held_out_dialogues)
+        found = verdicts(model, folder, sets, rope, config, device, progress)
+        judged = dict(zip(("verdict", "verdict_in_dialogues"), found, strict=True))
+        write_card(folder, source, config, verdict_facts(judged) if any(found) else ())
         if changed := inputs.file_changes(stamps, inputs.stamps(filter(Path.exists, files))):
             raise ValueError(
                 f"{', '.join(changed)} while it was being quantized; remove {work.root} and begin "
@@ -103,12 +117,13 @@ def quantize_folder(
             )
         report: dict[str, object] = {
             "model": source_name(source),
-            "verdict": found,
+            **judged,
             "layers": layer_errors(model, work),
             "bytes_before": sum(path.stat().st_size for path in model.reader.files),
             "bytes_after": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
             "seconds": round(time.perf_counter() - began, 3),
             "windows": windows,
+            "dialogues": len(written),
             "seqlen": seqlen,
             "config": config.to_dict(),
             "inputs": description,

@@ -98,10 +98,10 @@ def render(report: Mapping[str, Any]) -> str:
     """The report as one self-contained HTML page with drawn figures."""
     before, after = report["bytes_before"], report["bytes_after"]
     facts = [
-        *((name, value.replace("+-", "±")) for name, value in verdict_facts(report["verdict"])),
+        *((name, value.replace("+-", "±")) for name, value in verdict_facts(report)),
         ("method", f"{report['config']['method']}, weights by {report['config']['weights']}"),
         ("size", f"{before / 1e6:.1f} MB to {after / 1e6:.1f} MB ({before / after:.2f} times)"),
-        ("calibration", f"{report['windows']} windows of {report['seqlen']} tokens"),
+        ("calibration", _calibration(report)),
         *distillation_fact(report),
         ("time", f"{report['seconds']:.1f} s"),
     ]
@@ -127,6 +127,13 @@ def render(report: Mapping[str, Any]) -> str:
     parts.append("<h2>All linears</h2>")
     parts.append(html_page.table(rows, ("linear", "rows", "columns", "error")))
     return html_page.page("Quantization report", parts)
+
+
+def _calibration(report: Mapping[str, Any]) -> str:
+    windows = f"{report['windows']} windows of {report['seqlen']} tokens"
+    if not report["dialogues"]:
+        return windows
+    return f"{windows}, of which the 16-bit model wrote {report['dialogues']}: dialogues"
 
 
 def _error_figure(layers: Sequence[Mapping[str, Any]]) -> str:

@@ -34,15 +34,15 @@ LOST = "useless beside"
 
 
 @torch.no_grad()
-def verdict(
+def verdicts(
     model: SourceModel,
     folder: Path,
-    held_out: torch.Tensor,
+    held_out: Sequence[torch.Tensor],
     rope: Rope,
     config: ResQConfig,
     device: str = "cpu",
     progress: bool = True,
-) -> dict[str, Any] | None:
+) -> list[dict[str, Any] | None]:
     """Measures a finished folder against its source, layer by layer.
 
     Formula: that of `evaluate.perplexity`, mean over the targets of all windows, and the intervals
@@ -54,17 +54,19 @@ def verdict(
     Args:
         model: the source.
         folder: what was made of it.
-        held_out: windows, int64 [windows, seqlen]; without a target there is no verdict.
+        held_out: sets of windows, int64 [windows, seqlen] each.
         rope: tables of `rope_tables`.
         config: how the folder was quantized.
         device: where the layers are computed.
         progress: a bar on stderr.
 
     Returns:
-        The keys of docs/cli.md, or None without windows. A figure that is not finite is None.
+        For every set the keys of docs/cli.md, or None without a target. A figure that is not finite
+        is None.
     """
-    if not len(held_out) or held_out.shape[1] < 2:
-        return None
+    sets = [windows for windows in held_out if len(windows) and windows.shape[1] > 1]
+    if not sets:
+        return [None] * len(held_out)
     reader, shape = CheckpointReader(folder), model.shape
     products = product_dtype(model.dtype, device)
 
@@ -72,7 +74,8 @@ def verdict(
         return reader.load(name).to(device)
 
     vocabulary = RoundedVocabulary(load, shape, config, products)
-    exact, rounded = model.embed(held_out), vocabulary.embed(held_out.to(device)).cpu()
+    exact = [model.embed(windows) for windows in sets]
+    rounded = [vocabulary.embed(windows.to(device)).cpu() for windows in sets]
     for index in layer_bar(range(shape.layers), "verdict", progress):
         source = model.layer(index, fold_norms=True).to(device, products)
         decoder = DecoderLayer(shape, source, rope)
@@ -80,18 +83,23 @@ def verdict(
         kernels = RoundedLayer(shape, layer, rope, config)
         for names in GROUPS:
             kernels.round(names, QuantizedWeight.cat([weights[name] for name in names]))
-        for part in batches(*held_out.shape):
-            exact[part] = decoder.forward(exact[part].to(device)).cpu()
-            rounded[part] = kernels.forward(rounded[part].to(device)).cpu()
+        for states, forward in ((exact, decoder.forward), (rounded, kernels.forward)):
+            for some in states:
+                for part in batches(*some.shape[:2]):
+                    some[part] = forward(some[part].to(device)).cpu()
     head = FloatHead(model, products, device)
-    reference, measured = measure_states(
-        held_out,
-        exact,
-        rounded,
-        lambda states: head.logits(head.norm(states.to(device))),
-        lambda states: vocabulary.logits(states.to(device)),
+
+    def exact_logits(states: torch.Tensor) -> torch.Tensor:
+        return head.logits(head.norm(states.to(device)))
+
+    def rounded_logits(states: torch.Tensor) -> torch.Tensor:
+        return vocabulary.logits(states.to(device))
+
+    found = (
+        _figures(*measure_states(*states, exact_logits, rounded_logits))
+        for states in zip(sets, exact, rounded, strict=True)
     )
-    return _figures(reference, measured)
+    return [next(found) if len(windows) and windows.shape[1] > 1 else None for windows in held_out]
 
 
 def measure_states(
@@ -160,31 +168,42 @@ def grade(divergence: float) -> str:
     return next((words for limit, words in GRADES if divergence < limit), LOST)
 
 
-def is_close(found: Mapping[str, Any]) -> bool:
-    """Whether a verdict is one of the two best."""
-    return found["grade"] in [words for _, words in GRADES[:2]]
+def is_close(report: Mapping[str, Any]) -> bool:
+    """Whether every verdict of a report is one of the two best."""
+    best = [words for _, words in GRADES[:2]]
+    found = (report["verdict"], report["verdict_in_dialogues"])
+    return all(verdict["grade"] in best for verdict in found if verdict is not None)
 
 
-def verdict_facts(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """A verdict as rows of a table; one that says why there is none.
+def verdict_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The verdicts of a report as rows of a table; one that says why there is none."""
+    text, dialogues = report["verdict"], report["verdict_in_dialogues"]
+    rows = []
+    if text is not None:
+        perplexity = _number(text, "perplexity", ".2f")
+        if text["gap"] is not None:
+            perplexity += f" ({math.expm1(text['gap']):+.1%})"
+        rows += [
+            ("verdict", f"{text['grade']} the 16-bit model"),
+            ("KL to 16-bit", _divergence(text)),
+            ("perplexity", f"{_number(text, 'reference_perplexity', '.2f')} -> {perplexity}"),
+            ("measured on", f"{text['windows']} held-out windows of {text['seqlen']} tokens"),
+        ]
+    if dialogues is not None:
+        rows += [
+            ("in dialogues", f"{dialogues['grade']} the 16-bit model, which wrote them"),
+            ("KL in dialogues", _divergence(dialogues)),
+        ]
+    if not rows:
+        rows.append(("verdict", "none: no window of the text was held out; `resq eval` gives one"))
+    return rows
 
-    Args:
-        found: what `verdict` returned.
-    """
-    if found is None:
-        return [("verdict", "none: no window of the text was held out; `resq eval` gives one")]
 
-    def number(name: str, form: str) -> str:
-        return "not finite" if found[name] is None else format(found[name], form)
-
+def _divergence(found: Mapping[str, Any]) -> str:
     spread = "" if found["kl_interval"] is None else f" +- {found['kl_interval']:.3f}"
-    same = f"same likeliest token {number('top1_agreement', '.1%')}"
-    perplexity = number("perplexity", ".2f")
-    if found["gap"] is not None:
-        perplexity += f" ({math.expm1(found['gap']):+.1%})"
-    return [
-        ("verdict", f"{found['grade']} the 16-bit model"),
-        ("KL to 16-bit", f"{number('kl_to_reference', '.3f')}{spread} nats, {same}"),
-        ("perplexity", f"{number('reference_perplexity', '.2f')} -> {perplexity}"),
-        ("measured on", f"{found['windows']} held-out windows of {found['seqlen']} tokens"),
-    ]
+    same = f"same likeliest token {_number(found, 'top1_agreement', '.1%')}"
+    return f"{_number(found, 'kl_to_reference', '.3f')}{spread} nats, {same}"
+
+
+def _number(found: Mapping[str, Any], name: str, form: str) -> str:
+    return "not finite" if found[name] is None else format(found[name], form)

@@ -17,7 +17,8 @@ from cli_support import Result
 from transformers import PreTrainedTokenizerFast
 
 from resq_kernels import ResQConfig, graph_decoding
-from resq_kernels.commands import chat, conversation, streaming
+from resq_kernels.chat_template import end_of_turn
+from resq_kernels.commands import chat, streaming
 from resq_kernels.commands.conversation import Conversation
 from resq_kernels.testing.quantized_models import random_quantized
 from resq_kernels.testing.tiny_models import make_model, make_tokenizer
@@ -165,7 +166,7 @@ def test_end_token_that_is_not_special_is_not_shown() -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<|end|>"])
     tokenizer.chat_template = TEMPLATE
-    assert conversation.end_of_turn(tokenizer) == END
+    assert end_of_turn(tokenizer) == END
     model, out = float_model(), io.StringIO()
     ends_after(model, [{"role": "user", "content": "hi"}], 5, END)
     turn = Conversation(model, tokenizer).reply("hi", 20, out=out)
@@ -182,7 +183,7 @@ def test_end_token_that_is_not_special_is_not_shown() -> None:
     ],
 )
 def test_end_of_turn_is_the_special_token_behind_an_answer(template: str, end: int | None) -> None:
-    assert conversation.end_of_turn(chat_tokenizer(template)) == end
+    assert end_of_turn(chat_tokenizer(template)) == end
 
 
 def test_lines_of_a_pipe_are_turns(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from resq_kernels.config import ResQConfig
 
 KEYS = {"layers", "bytes_before", "bytes_after", "seconds", "config"}
 KEYS |= {"model", "windows", "seqlen", "spectra", "inputs", "files", "verdict"}
+KEYS |= {"dialogues", "verdict_in_dialogues"}
 
 
 def test_quantize_writes_a_whole_folder_and_the_documented_keys(
@@ -37,7 +39,7 @@ def test_quantize_writes_a_whole_folder_and_the_documented_keys(
     for layer in figures["layers"]:
         assert set(layer) >= {"name", "rows", "columns", "error"}
         assert 0 < layer["error"] < 0.5
-    expected = ResQConfig(samples=4, seqlen=48, seed=3)
+    expected = ResQConfig(samples=4, seqlen=48, dialogues=0, seed=3)
     assert figures["config"] == expected.to_dict()
     sizes = part_sizes(out)
     # Bytes of a row: q, k, v, gate, up 112 | 16 columns, o 224 | 32, down 192 in 4 bits.
@@ -91,9 +93,49 @@ def test_the_verdict_is_in_the_table_the_page_and_the_card(
     ],
 )
 def test_a_bad_verdict_says_what_to_try(grade: str, changed: dict, words: str) -> None:
-    report = {"verdict": {"grade": grade}, "config": ResQConfig(**changed).to_dict()}
-    assert _advice(report) == ([("to come nearer", words)] if words else [])
-    assert _advice({**report, "verdict": None}) == []
+    bad, good = {"grade": grade}, {"grade": "as good as"}
+    for verdicts in ((bad, None), (bad, good), (good, bad), (None, bad)):
+        report = dict(zip(("verdict", "verdict_in_dialogues"), verdicts, strict=True))
+        report["config"] = ResQConfig(**changed).to_dict()
+        assert _advice(report) == ([("to come nearer", words)] if words else [])
+        report |= {"verdict": None, "verdict_in_dialogues": good}
+        assert _advice(report) == []
+
+
+def test_dialogues_of_a_chat_model(
+    llama: Path, text_file: Path, tmp_path: Path, resq: Callable[..., Result]
+) -> None:
+    """A quarter of the windows by default, others by number; the same ones in every run."""
+    source = shutil.copytree(llama, tmp_path / "chat")
+    (source / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] + m['content'] + '<|endoftext|>' }}{% endfor %}"
+    )
+    options = ("--calib", text_file, "--samples", 4, "--seqlen", 32, "--held-out", 2)
+    weights = []
+    for name, more, count in (
+        ("default", (), 1),
+        ("one", ("--dialogues", 1), 1),
+        ("three", ("--dialogues", 3), 3),
+        ("none", ("--dialogues", 0), 0),
+    ):
+        out = tmp_path / name
+        result = resq("quantize", source, out, *options, *more)
+        assert result.code == 0, result.err
+        report = json.loads((out / "quantization_report.json").read_text())
+        assert (report["windows"], report["dialogues"]) == (4, count)
+        assert report["config"]["dialogues"] == count
+        verdict = report["verdict_in_dialogues"]
+        assert (verdict and verdict["windows"]) == (2 if count else None)
+        assert ("KL in dialogues" in result.out) is (count > 0)
+        weights.append((out / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] and len(set(weights)) == 3
+    for model, number, words in (
+        (source, 4, "dialogues: expected fewer than the 4 samples, got 4"),
+        (llama, 1, "dialogues: expected 0, got 1: the tokenizer has no chat template"),
+    ):
+        result = resq("quantize", model, tmp_path / "refused", *options, "--dialogues", number)
+        assert result.code != 0 and words in result.sentence
+        assert not list(tmp_path.glob("refused*"))
 
 
 def test_methods_reach_the_folder(

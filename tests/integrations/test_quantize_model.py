@@ -216,7 +216,8 @@ def test_the_report_is_that_of_the_command(tmp_path: Path) -> None:
         "quantization_report.html",
     }
     report = json.loads((folder / "quantization_report.json").read_text())
-    assert report["model"] == "LlamaForCausalLM" and report["config"] == CONFIG.to_dict()
+    assert report["model"] == "LlamaForCausalLM"
+    assert report["config"] == {**CONFIG.to_dict(), "dialogues": 0}
     assert len(report["layers"]) == 14 and all(0 < r["error"] < 0.5 for r in report["layers"])
     assert "tmp" not in json.dumps(report)
     assert report["verdict"]["windows"] == 4  # the text has more
@@ -235,6 +236,28 @@ def test_the_report_is_that_of_the_command(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(FileExistsError, match="^quantize: report: expected a folder, got the file"):
         quantize(make_model(), report=tmp_path / "file")
+
+
+def test_a_chat_model_writes_some_of_the_windows(tmp_path: Path) -> None:
+    """In the template of the tokenizer that is passed, without a bar or a line on stderr."""
+    tokenizer, model = make_tokenizer(), make_model()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + m['content'] + '<|endoftext|>' }}{% endfor %}"
+    )
+    options = {"report": tmp_path, "progress": False}
+    for config, count in (
+        (ResQConfig(samples=5, seqlen=32), 1),
+        (ResQConfig(samples=5, seqlen=32, dialogues=4), 4),
+        (ResQConfig(samples=5, seqlen=32, dialogues=0), 0),
+    ):
+        resq_kernels.quantize(model, tokenizer, TEXT, config, **options)
+        report = json.loads((tmp_path / "quantization_report.json").read_text())
+        assert (report["windows"], report["dialogues"]) == (5, count)
+        assert report["config"]["dialogues"] == count
+        verdict = report["verdict_in_dialogues"]
+        assert (verdict and verdict["windows"]) == (4 if count else None)
+    with pytest.raises(ValueError, match="^dialogues: expected 0, got 3: the tokenizer has no cha"):
+        quantize(make_model(), config=ResQConfig(samples=5, seqlen=32, dialogues=3))
 
 
 def test_calibration_that_is_no_text_is_refused(tmp_path: Path) -> None:

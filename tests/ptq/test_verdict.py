@@ -102,7 +102,7 @@ def test_without_windows_there_is_none(llama: Path, tokens: torch.Tensor, tmp_pa
         out = tmp_path / str(number)
         report = quantize_folder(llama, out, tokens, config, held_out=held_out, progress=False)
         assert report["verdict"] is None
-    assert [name for name, _ in verdict_facts(None)] == ["verdict"]
+        assert [name for name, _ in verdict_facts(report)] == ["verdict"]
 
 
 def test_held_out_tokens_are_checked(llama: Path, tokens: torch.Tensor, tmp_path: Path) -> None:
@@ -146,15 +146,15 @@ def test_a_ruined_model_gets_a_verdict_too(
         save_tensors(folder / "model.safetensors", tensors)
         return real(*arguments)
 
-    real = module.verdict
-    monkeypatch.setattr("resq_kernels.ptq.pipeline.verdict", ruined)
+    real = module.verdicts
+    monkeypatch.setattr("resq_kernels.ptq.pipeline.verdicts", ruined)
     out = tmp_path / "out"
     report = quantize_folder(llama, out, tokens, held_out=tokens, progress=False)
     found = report["verdict"]
     assert found["grade"] == LOST and found["kl_to_reference"] is None
     assert found["perplexity"] is None and found["reference_perplexity"] > 1
     assert "NaN" not in (out / "quantization_report.json").read_text()
-    facts = dict(verdict_facts(found))
+    facts = dict(verdict_facts(report))
     assert facts["verdict"] == "useless beside the 16-bit model"
     assert facts["perplexity"].endswith("-> not finite")
 
@@ -186,11 +186,21 @@ def test_facts() -> None:
         "top1_agreement": 0.891,
         "top1_interval": 0.01,
     }
-    assert verdict_facts(found) == [
+    text = [
         ("verdict", "close to the 16-bit model"),
         ("KL to 16-bit", "0.051 +- 0.005 nats, same likeliest token 89.1%"),
         ("perplexity", "10.00 -> 10.50 (+5.0%)"),
         ("measured on", "4 held-out windows of 512 tokens"),
     ]
-    one = {**found, "windows": 1, "kl_interval": None}
-    assert verdict_facts(one)[1][1] == "0.051 nats, same likeliest token 89.1%"
+    one = {**found, "grade": "much worse than", "windows": 1, "kl_interval": None}
+    dialogues = [
+        ("in dialogues", "much worse than the 16-bit model, which wrote them"),
+        ("KL in dialogues", "0.051 nats, same likeliest token 89.1%"),
+    ]
+    for verdicts, expected in (
+        ((found, None), text),
+        ((found, one), text + dialogues),
+        ((None, one), dialogues),
+    ):
+        keys = ("verdict", "verdict_in_dialogues")
+        assert verdict_facts(dict(zip(keys, verdicts, strict=True))) == expected
