@@ -37,23 +37,34 @@ struct TensorFactor {
   int position_at;  // uint16 [q] PaleySigns::position
 };
 
+// a / b without a division, which takes 40 instructions of a number that is not constant. Right for
+// 0 <= a < 2^16 and b from 2 to 2^16 - 1 or a power of two: a * inverse(b) exceeds 2^32 a / b by
+// less than a < 2^32 / b, which is the distance to the next quotient.
+constexpr uint32_t inverse(int b) { return static_cast<uint32_t>(ceil_div(int64_t{1} << 32, b)); }
+RESQ_HOST_DEVICE constexpr int quotient_by(int a, uint32_t inverse) {
+  return static_cast<int>(uint64_t{static_cast<uint32_t>(a)} * inverse >> 32);
+}
+
 struct HadamardLayout {
   int n;       // floats in shared memory: the row, or half of it
   bool split;  // stage 1 in registers makes two rows of n: of sums, then of differences of pairs
   int power;   // of two, without the split
   // Float e is at e + e / block * pad: threads that walk along an axis hit different banks.
   int block, pad;
+  uint32_t block_inverse;
   int factors, tensor_factors;
-  int order[kMostPaleyFactors];            // inside first
-  int stride[kMostPaleyFactors];           // of the factor's axis
+  int order[kMostPaleyFactors];   // inside first
+  int stride[kMostPaleyFactors];  // of the factor's axis
+  uint32_t stride_inverse[kMostPaleyFactors];
   TensorFactor tensor[kMostPaleyFactors];  // of the orders that are not in_thread
   int row_bytes, shared_bytes;
 
-  RESQ_HOST_DEVICE int place(int e) const { return e + e / block * pad; }
-  // Distance of neighbours along an axis of this stride, which is inside a block or a multiple of
-  // blocks.
-  RESQ_HOST_DEVICE int place_stride(int stride) const {
-    return stride % block == 0 ? stride / block * (block + pad) : stride;
+  RESQ_HOST_DEVICE int place(int e) const { return e + quotient_by(e, block_inverse) * pad; }
+  // Where column `q` of an axis starts: `order` floats that are `stride` apart, and in memory
+  // place(stride), because a stride is inside a block or a multiple of blocks.
+  RESQ_HOST_DEVICE int column(int q, int order, int stride, uint32_t stride_inverse) const {
+    const int before = stride == 1 ? q : quotient_by(q, stride_inverse);
+    return place(q + before * ((order - 1) * stride));
   }
 };
 
@@ -85,6 +96,7 @@ inline HadamardLayout hadamard_layout(const HadamardPlan& plan, bool split) {
   } else {
     h.block = 1 << 30;
   }
+  h.block_inverse = inverse(h.block);
   const int padded = static_cast<int>(align_up(h.n, 8));
   h.row_bytes = static_cast<int>(align_up(4 * int64_t{h.place(padded) + 8}, 16));
   h.shared_bytes = h.row_bytes;
@@ -92,6 +104,7 @@ inline HadamardLayout hadamard_layout(const HadamardPlan& plan, bool split) {
     const auto& factor = plan.paley[h.factors - 1 - i];
     h.order[i] = static_cast<int>(factor->order);
     h.stride[i] = i == 0 ? h.power : h.stride[i - 1] * h.order[i - 1];
+    h.stride_inverse[i] = inverse(h.stride[i]);
     if (paley_in_thread(factor->order)) continue;
     ++h.tensor_factors;
     TensorFactor& tensor = h.tensor[i];

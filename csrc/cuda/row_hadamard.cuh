@@ -44,12 +44,6 @@ __device__ inline void start_run(const HadamardLayout& h, float (&x)[kCount]) {
   }
 }
 
-// The start of column `q` along an axis: `order` floats that are `stride` apart.
-__device__ inline float* column_start(float* row, const HadamardLayout& h, int q, int order,
-                                      int stride) {
-  return row + h.place(q / stride * (order * stride) + q % stride);
-}
-
 template <int kCount>
 __device__ inline void store_column(float* column, int step, const float (&y)[kCount]) {
   step = forgotten(step);
@@ -60,13 +54,15 @@ __device__ inline void store_column(float* column, int step, const float (&y)[kC
   }
 }
 
-// Stages stride, 2 stride, ... of blocks of kRadix * stride floats.
+// Stages stride, 2 stride, ... of blocks of kRadix * stride floats, of a stride that is a power of
+// two.
 template <int kRadix>
-__device__ inline void sylvester_pass(float* row, const HadamardLayout& h, int stride) {
-  const int step = h.place_stride(stride);
+__device__ inline void sylvester_pass(float* row, const HadamardLayout& h, int stride_bits) {
+  const int stride = 1 << stride_bits;
+  const int step = h.place(stride);
 #pragma unroll 1
   for (int q = threadIdx.x; q < h.n / kRadix; q += kHadamardThreads) {
-    float* column = column_start(row, h, q, kRadix, stride);
+    float* column = row + h.column(q, kRadix, stride, 1u << (32 - stride_bits));
     float x[kRadix];
 #pragma unroll
     for (int i = 0; i < kRadix; ++i) x[i] = column[i * step];
@@ -76,11 +72,12 @@ __device__ inline void sylvester_pass(float* row, const HadamardLayout& h, int s
   __syncthreads();
 }
 
-__device__ inline void sylvester_pass(float* row, const HadamardLayout& h, int stride, int bits) {
+__device__ inline void sylvester_pass(float* row, const HadamardLayout& h, int stride_bits,
+                                      int bits) {
   switch (bits) {
-    case 3: return sylvester_pass<8>(row, h, stride);
-    case 4: return sylvester_pass<16>(row, h, stride);
-    default: return sylvester_pass<32>(row, h, stride);
+    case 3: return sylvester_pass<8>(row, h, stride_bits);
+    case 4: return sylvester_pass<16>(row, h, stride_bits);
+    default: return sylvester_pass<32>(row, h, stride_bits);
   }
 }
 
@@ -88,13 +85,13 @@ __device__ inline void sylvester_pass(float* row, const HadamardLayout& h, int s
 // computes eight sums, of which every row adds or subtracts one: 12 additions per group instead of
 // 4 per row.
 template <int kOrder>
-__device__ inline void paley_pass(float* row, const HadamardLayout& h, int stride) {
+__device__ inline void paley_pass(float* row, const HadamardLayout& h, int factor) {
   constexpr PaleyGroups<kOrder> kSigns = paley_groups<kOrder>();
   static_assert(kSigns.kStreams == 1);
-  const int step = h.place_stride(stride);
+  const int stride = h.stride[factor], step = h.place(stride);
 #pragma unroll 1
   for (int q = threadIdx.x; q < h.n / kOrder; q += kHadamardThreads) {
-    float* column = column_start(row, h, q, kOrder, stride);
+    float* column = row + h.column(q, kOrder, stride, h.stride_inverse[factor]);
     float y[kOrder], x[4];
     const float* from = column;
     const auto load_group = [&] {
@@ -149,21 +146,21 @@ __device__ inline void finish_transform(unsigned char* shared, const HadamardLay
   __syncthreads();
   const int run_bits = h.split ? 2 : 3;
   int left = __ffs(h.power) - 1 - run_bits;
-  for (int stride = 1 << run_bits; pass_bits(left) > 0;) {
+  for (int stride_bits = run_bits; pass_bits(left) > 0;) {
     const int bits = pass_bits(left);
-    sylvester_pass(row, h, stride, bits);
-    stride <<= bits;
+    sylvester_pass(row, h, stride_bits, bits);
+    stride_bits += bits;
     left -= bits;
   }
   for (int i = 0; i < h.factors; ++i) {
     switch (h.order[i]) {
-      case 12: paley_pass<12>(row, h, h.stride[i]); break;
-      case 20: paley_pass<20>(row, h, h.stride[i]); break;
-      case 28: paley_pass<28>(row, h, h.stride[i]); break;
-      case 44: paley_pass<44>(row, h, h.stride[i]); break;
+      case 12: paley_pass<12>(row, h, i); break;
+      case 20: paley_pass<20>(row, h, i); break;
+      case 28: paley_pass<28>(row, h, i); break;
+      case 44: paley_pass<44>(row, h, i); break;
       default:
         if constexpr (kTensor) {
-          paley_mma_pass(row, shared + h.row_bytes, h, h.tensor[i], h.stride[i]);
+          paley_mma_pass(row, shared + h.row_bytes, h, i);
         }
         break;
     }

@@ -81,10 +81,11 @@ __device__ inline void split_pair(float even, float odd, uint32_t (&b)[3]) {
 // one stream. The block works on as many column tiles at once as its warps cover, and overwrites
 // them when all of them have been read. Ends with a barrier.
 __device__ inline void paley_mma_pass(float* row, const unsigned char* tables,
-                                      const HadamardLayout& h, const TensorFactor& factor,
-                                      int stride) {
+                                      const HadamardLayout& h, int index) {
+  const TensorFactor& factor = h.tensor[index];
   const int streams = factor.signs.streams, rows = factor.signs.rows, tiles = factor.tiles;
-  const int step = h.place_stride(stride), columns = h.n / factor.signs.order;
+  const int stride = h.stride[index], step = h.place(stride);
+  const int columns = h.n / factor.signs.order;
   int groups = 1;  // of row tiles
   while (groups * kMmaTiles < tiles) groups *= 2;
   const int group_tiles = (tiles + groups - 1) / groups, together = groups * streams;
@@ -93,7 +94,7 @@ __device__ inline void paley_mma_pass(float* row, const unsigned char* tables,
   const int held = min(group_tiles, tiles - first_tile);
 
   const auto start = [&](int q) {
-    return h.place(q / stride * (factor.signs.order * stride) + q % stride);
+    return h.column(q, factor.signs.order, stride, h.stride_inverse[index]);
   };
   // Input k of a column: x_k, or x_2k + x_2k+1 and x_2k - x_2k+1 for the two streams.
   const auto input = [&](int column, int k) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/chunk.cuh"
+#include "cuda/quotient.h"
 
 namespace resq::cuda {
 
@@ -25,8 +26,27 @@ __device__ inline float exp_rounded(float x) {
   return __fmul_rn(__fadd_rn(p, p), __int_as_float(exponent << 23));
 }
 
-__device__ inline float silu(float x) {
-  return __fdiv_rn(x, __fadd_rn(1.0f, exp_rounded(__fsub_rn(0.0f, x))));
+// The reciprocal within a unit in the last place.
+__device__ inline float approximate_reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// silu of eight gates together. Divided by __fdiv_rn they would be computed one after the other,
+// 190 cycles each: every division is a branch.
+__device__ inline void silu(const float (&x)[8], float (&y)[8]) {
+  float divisor[8];
+  bool plain = true;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    divisor[i] = __fadd_rn(1.0f, exp_rounded(__fsub_rn(0.0f, x[i])));
+    y[i] = quotient(x[i], divisor[i], approximate_reciprocal(divisor[i]));
+    plain &= has_plain_quotient(x[i]);
+  }
+  if (plain) return;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) y[i] = __fdiv_rn(x[i], divisor[i]);
 }
 
 }  // namespace resq::cuda

@@ -12,6 +12,7 @@
 #include "core/packed_weight_cuda.h"
 #include "core/quantize.h"
 #include "core_cuda_choice.h"
+#include "core_cuda_hadamard.h"
 #include "core_mixed_gemm.h"
 #include "core_simd.h"
 
@@ -76,6 +77,7 @@ PYBIND11_MODULE(resq_core, m) {
   });
   define_packed_weight_cuda(m);
   define_cuda_choice(m);
+  define_cuda_hadamard(m);
   define_mixed_gemm(m);
   m.def("paley_kind", resq::paley_kind);
   m.def("paley_matrix", [](int64_t order) {

@@ -83,13 +83,22 @@ def test_silu_mul_hadamard_quantize_without_hadamard_takes_any_size(
 
 
 def test_silu_mul_hadamard_quantize_silu_has_the_cpus_bits(sm90: emulation.Emulated) -> None:
-    """One column a row: its scale shows every bit of silu(gate) * up, over the range of gates."""
+    """The scale of a row with one product shows every bit of silu(gate) * up, over the range of
+    gates. Eight silus share a test of their gates: alone, a gate is beside seven zeros, which are
+    divided by other instructions than the gates of most rows."""
     gates = torch.cat([torch.randn(3000) * 30, torch.linspace(-90, 90, 1000)])
-    special = [-3e38, -1e4, -89.0, -87.5, -87.0, -1e-30, 0.0, -0.0, 1e-30, 88.8, 1e4, 3e38]
-    gates = torch.cat([gates, torch.tensor([*special, torch.inf, -torch.inf, torch.nan])])
+    limits = torch.tensor([2.0**-96, 83.0])
+    limits = torch.cat([limits, torch.nextafter(limits, limits * 2), limits.nextafter(limits / 2)])
+    special = [-3e38, -1e4, -89.0, -87.5, -87.0, -1e-30, 0.0, -0.0, 1e-30, 88.8, 1e4, 3e38, 1e-42]
+    gates = torch.cat([gates, limits, -limits, torch.tensor(special)])
+    gates = torch.cat([gates, torch.tensor([torch.inf, -torch.inf, torch.nan])])
     gate_up = torch.stack([gates, torch.ones_like(gates)], dim=-1)
     run(sm90, gate_up, False, 0, symmetric=True)
     run(sm90, gate_up, True, 0)
+    beside = torch.stack([torch.ones(len(gates), 8), torch.zeros(len(gates), 8)], dim=1)
+    row = torch.arange(len(gates))
+    beside[row, 0, row % 8], beside[row, 1, row % 8] = gates, 1.0
+    run(sm90, beside.flatten(1), False, 0, symmetric=True)
 
 
 def test_silu_mul_hadamard_quantize_outliers_do_not_overflow(sm90: emulation.Emulated) -> None:

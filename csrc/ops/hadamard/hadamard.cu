@@ -17,6 +17,30 @@ __device__ inline void store_eight(T* to, const float (&y)[8], int count, bool a
   }
 }
 
+// A row in runs of eight columns, 0 beyond the row.
+struct Row {
+  struct Fetched {
+    float x[8];
+  };
+  static constexpr int kAhead = 1;
+
+  const HadamardParams& p;
+  int64_t row;
+  int n;
+
+  __device__ Fetched fetch(int run) const {
+    const bool inside = 8 * run < n;
+    Fetched fetched;
+    load_eight(p.x, p.type, inside ? row * n + 8 * run : 0, inside ? n - 8 * run : 0,
+               inside && n % 8 == 0, fetched.x);
+    return fetched;
+  }
+  __device__ void values(const Fetched& fetched, float (&x)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = fetched.x[i];
+  }
+};
+
 template <bool kSplit>
 __global__ void __launch_bounds__(kHadamardThreads, kSplit ? 1 : 2)
     hadamard_kernel(const __grid_constant__ HadamardParams p,
@@ -28,11 +52,9 @@ __global__ void __launch_bounds__(kHadamardThreads, kSplit ? 1 : 2)
   pdl_wait();
   pdl_trigger();
   for (unsigned row = blockIdx.x; row < p.rows; row += gridDim.x) {
-    const TransformedRow<kSplit, true> result(shared, h, [&](int run, float (&x)[8]) {
-      const bool inside = 8 * run < n;
-      load_eight(p.x, p.type, inside ? static_cast<int64_t>(row) * n + 8 * run : 0,
-                 inside ? n - 8 * run : 0, inside && aligned, x);
-    });
+    TransformedRow<kSplit, true> result(shared, h);
+    result.load(Row{p, row, n});
+    result.transform();
     result.for_each([&](int run, const float (&y)[8]) {
       float scaled[8];
 #pragma unroll

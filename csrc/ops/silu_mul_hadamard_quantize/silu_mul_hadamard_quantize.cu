@@ -8,19 +8,40 @@
 namespace resq::cuda {
 namespace {
 
-// Eight products of a row from column `column` on, 0 beyond the row.
-__device__ inline void load_products(const SiluMulHadamardQuantizeParams& p, int64_t row,
-                                     int column, bool aligned, float (&x)[8]) {
-  const int n = static_cast<int>(p.n);
-  const bool inside = column < n;
-  const int64_t gate_at = inside ? row * 2 * n + column : 0;
-  const int count = inside ? n - column : 0;
-  float gate[8], up[8];
-  load_eight(p.gate_up, p.type, gate_at, count, inside && aligned, gate);
-  load_eight(p.gate_up, p.type, gate_at + (inside ? n : 0), count, inside && aligned, up);
+// The products of a row in runs of eight columns, 0 beyond the row. kAligned: n % 8 is 0.
+template <class T, bool kAligned>
+struct Products {
+  struct Fetched {
+    Chunk<T> gate, up;
+  };
+  // 32 registers. Rows that are not aligned, which no model has, are not worth the code.
+  static constexpr int kAhead = !kAligned ? 1 : sizeof(T) == 2 ? 4 : 2;
+
+  const T* gate;  // `up` follows
+  int n;
+  float scale;
+
+  __device__ Products(const SiluMulHadamardQuantizeParams& p, int64_t row)
+      : gate(static_cast<const T*>(p.gate_up) + row * 2 * p.n),
+        n(static_cast<int>(p.n)),
+        scale(p.scale) {}
+
+  __device__ Fetched fetch(int run) const {
+    const int column = 8 * run;
+    if (column >= n) return {};
+    return {load_chunk<kAligned>(gate + column, n - column),
+            load_chunk<kAligned>(gate + n + column, n - column)};
+  }
+
+  __device__ void values(const Fetched& fetched, float (&x)[8]) const {
+    float gates[8], activated[8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = __fmul_rn(__fmul_rn(silu(gate[i]), up[i]), p.scale);
-}
+    for (int i = 0; i < 8; ++i) gates[i] = fetched.gate[i];
+    silu(gates, activated);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = __fmul_rn(__fmul_rn(activated[i], fetched.up[i]), scale);
+  }
+};
 
 // Quantizes the row whose runs for_each(use) passes to use(run, values). kAlways: both parts
 // consist of whole runs.
@@ -48,16 +69,20 @@ __device__ inline void quantize_runs(const MixedRows& out, int64_t row, ForEach 
   });
 }
 
-template <bool kSplit, bool kTensor>
+template <class T, bool kSplit, bool kTensor>
 __global__ void __launch_bounds__(kHadamardThreads, kSplit || kTensor ? 1 : 2)
     silu_mul_hadamard_quantize_kernel(const __grid_constant__ SiluMulHadamardQuantizeParams p,
                                       const __grid_constant__ HadamardLayout h) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ RangeExchange<kHadamardWarps> exchange;
   const auto quantize = [&](unsigned row) {
-    const TransformedRow<kSplit, kTensor> result(shared, h, [&](int run, float (&x)[8]) {
-      load_products(p, row, 8 * run, p.n % 8 == 0, x);
-    });
+    TransformedRow<kSplit, kTensor> result(shared, h);
+    if (kSplit || p.n % 8 == 0) {
+      result.load(Products<T, true>(p, row));
+    } else {
+      result.load(Products<T, false>(p, row));
+    }
+    result.transform();
     quantize_runs<kSplit>(p.out, row, [&](auto use) { result.for_each(use); }, exchange);
   };
   if constexpr (kTensor) prepare_transform(shared, h);
@@ -71,40 +96,60 @@ __global__ void __launch_bounds__(kHadamardThreads, kSplit || kTensor ? 1 : 2)
 }
 
 // Without a transform the products are computed twice rather than kept.
+template <class T, bool kAligned>
 __global__ void __launch_bounds__(kHadamardThreads)
-    silu_mul_quantize_kernel(const __grid_constant__ SiluMulHadamardQuantizeParams p,
-                             bool aligned) {
+    silu_mul_quantize_kernel(const __grid_constant__ SiluMulHadamardQuantizeParams p) {
   __shared__ RangeExchange<kHadamardWarps> exchange;
   pdl_wait();
   pdl_trigger();
+  const Products<T, kAligned> products(p, blockIdx.x);
   quantize_runs<false>(
       p.out, blockIdx.x,
       [&](auto use) {
         for (int run = threadIdx.x; 8 * run < p.n; run += kHadamardThreads) {
           float x[8];
-          load_products(p, blockIdx.x, 8 * run, aligned, x);
+          products.values(products.fetch(run), x);
           use(run, x);
         }
       },
       exchange);
 }
 
+// f(T{}) for the type of the numbers.
+template <class F>
+void with_type(FloatType type, F f) {
+  switch (type) {
+    case FloatType::kFloat32: return f(0.0f);
+    case FloatType::kFloat16: return f(Half{});
+    case FloatType::kBFloat16: return f(BFloat16{});
+  }
+}
+
 }  // namespace
 
 void silu_mul_hadamard_quantize(const SiluMulHadamardQuantizeParams& p,
                                 const HadamardLayout& layout, const Device& device, Stream stream) {
-  const bool tensor = layout.tensor_factors > 0;
-  const auto kernel = layout.split ? (tensor ? silu_mul_hadamard_quantize_kernel<true, true>
-                                             : silu_mul_hadamard_quantize_kernel<true, false>)
-                                   : (tensor ? silu_mul_hadamard_quantize_kernel<false, true>
-                                             : silu_mul_hadamard_quantize_kernel<false, false>);
-  launch_hadamard("silu_mul_hadamard_quantize", kernel, layout, p.rows, device, stream, p, layout);
+  with_type(p.type, [&](auto number) {
+    using T = decltype(number);
+    const bool tensor = layout.tensor_factors > 0;
+    const auto kernel = layout.split
+                            ? (tensor ? silu_mul_hadamard_quantize_kernel<T, true, true>
+                                      : silu_mul_hadamard_quantize_kernel<T, true, false>)
+                            : (tensor ? silu_mul_hadamard_quantize_kernel<T, false, true>
+                                      : silu_mul_hadamard_quantize_kernel<T, false, false>);
+    launch_hadamard("silu_mul_hadamard_quantize", kernel, layout, p.rows, device, stream, p,
+                    layout);
+  });
 }
 
 void silu_mul_quantize(const SiluMulHadamardQuantizeParams& p, Stream stream) {
-  launch_pdl("silu_mul_hadamard_quantize", silu_mul_quantize_kernel,
-             {.x = static_cast<unsigned>(p.rows), .threads = kHadamardThreads}, stream, p,
-             p.n % 8 == 0);
+  with_type(p.type, [&](auto number) {
+    using T = decltype(number);
+    launch_pdl(
+        "silu_mul_hadamard_quantize",
+        p.n % 8 == 0 ? silu_mul_quantize_kernel<T, true> : silu_mul_quantize_kernel<T, false>,
+        {.x = static_cast<unsigned>(p.rows), .threads = kHadamardThreads}, stream, p);
+  });
 }
 
 }  // namespace resq::cuda
