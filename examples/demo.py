@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -29,8 +30,12 @@ from demo_common import BASELINE, HERE, RESQ_GPTQ, ROTATION, RTN, Check, Row, Se
 from stdlib_corpus import calibration_text, heldout_text
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from resq_kernels import ResQConfig
 from resq_kernels.commands.conversation import Conversation
 from resq_kernels.ptq.calibrate import windows
+from resq_kernels.ptq.dialogues import plan, write_dialogues
+from resq_kernels.ptq.source import SourceModel
+from resq_kernels.ptq.workspace import Workspace
 from resq_kernels.texts import tokenize
 
 QUESTIONS = (
@@ -41,7 +46,8 @@ QUESTIONS = (
 ANSWER_TOKENS = 64
 NOTE = (
     "Text: Python's own documentation and sources (WikiText-2 cannot be shipped), {windows} "
-    "windows of {seqlen} held-out tokens; calibration on {samples} windows from other files. "
+    "windows of {seqlen} held-out tokens; calibration on {samples} windows from other files and of "
+    "dialogues that the model wrote. "
     "Single greedy answers of so small a model change with any rounding: the divergence tells "
     "more. `resq eval` measures on your text."
 )
@@ -102,12 +108,32 @@ def answers(models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenize
     return "\n\n".join(parts)
 
 
+def calibration_windows(
+    source: Path, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> torch.Tensor:
+    """Windows of text, and those that the model writes itself, as in `resq quantize`."""
+    model = SourceModel(source)
+    config = ResQConfig(samples=settings.samples, seqlen=settings.seqlen)
+    config, dialogues = plan(config, tokenizer, model.shape, model.dtype, "cpu")
+    count = settings.samples - (config.dialogues or 0)
+    found = [
+        windows(
+            tokenizer, calibration_text(12 * count * settings.seqlen), count, settings.seqlen
+        ).calibration
+    ]
+    if dialogues is not None:
+        say(f"the model writes {dialogues.calibration} of {settings.samples} calibration windows")
+        with tempfile.TemporaryDirectory(prefix="resq-") as folder:
+            written, _ = write_dialogues(model, dialogues, config.seed, Workspace(Path(folder)))
+        found.append(written)
+    return torch.cat(found)
+
+
 def run(label: str, source: Path, out: Path, settings: Settings) -> int:
     """Quantizes the model of a folder, measures, checks, reports; returns the exit code."""
     say("read the calibration text (documentation and sources that come with Python)")
     tokenizer = AutoTokenizer.from_pretrained(source)
-    text = calibration_text(12 * settings.samples * settings.seqlen)
-    calibration = windows(tokenizer, text, settings.samples, settings.seqlen).calibration
+    calibration = calibration_windows(source, tokenizer, settings)
     heldout = tokenize(tokenizer, heldout_text(12 * settings.windows * settings.seqlen))
     folders, reports = common.quantize_all(
         label, source, out / "models", calibration, settings, (RTN, ROTATION, RESQ_GPTQ)

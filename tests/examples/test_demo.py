@@ -69,10 +69,10 @@ def test_a_run_measures_asks_and_reports(
     out = tmp_path / "out"
     folder = save_tiny_model(tmp_path / "tiny", dtype=torch.bfloat16)
     (folder / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m['content'] + '\\n' }}{% endfor %}"
+        "{% for m in messages %}{{ m['role'] + m['content'] + '<|endoftext|>' }}{% endfor %}"
     )
     small = common.Settings(
-        samples=2, seqlen=64, windows=2, check_windows=1, check_seqlen=32, new_tokens=2, rounds=1
+        samples=4, seqlen=64, windows=2, check_windows=1, check_seqlen=32, new_tokens=2, rounds=1
     )
     monkeypatch.setattr(demo, "FULL", small)
     monkeypatch.setattr(demo, "ANSWER_TOKENS", 6)
@@ -81,6 +81,7 @@ def test_a_run_measures_asks_and_reports(
     shown = capsys.readouterr()
     results = json.loads((out / "results.json").read_text())
     failed = [check for check in results["checks"] if not check["ok"]]
+    assert "the model writes 1 of 4 calibration windows" in shown.out
     assert code == bool(failed) and len(results["checks"]) == 5
     assert all(check["promise"] in shown.err for check in failed)
     (model,) = results["models"]
