@@ -115,12 +115,9 @@ def calibration_windows(
     model = SourceModel(source)
     config = ResQConfig(samples=settings.samples, seqlen=settings.seqlen)
     config, dialogues = plan(config, tokenizer, model.shape, model.dtype, "cpu")
-    count = settings.samples - (config.dialogues or 0)
-    found = [
-        windows(
-            tokenizer, calibration_text(12 * count * settings.seqlen), count, settings.seqlen
-        ).calibration
-    ]
+    count, seqlen = config.text_samples, config.seqlen
+    text = calibration_text(12 * count * seqlen)
+    found = [windows(tokenizer, text, count, seqlen).calibration]
     if dialogues is not None:
         say(f"the model writes {dialogues.calibration} of {settings.samples} calibration windows")
         with tempfile.TemporaryDirectory(prefix="resq-") as folder:

@@ -79,8 +79,7 @@ def quantize(
         raise ValueError(f"quantize: tokenizer: expected a tokenizer, got {tokenizer!r}")
     spare = _check_held_out(held_out, report)
     config, dialogues = plan(config, tokenizer, shape, model.dtype, "cpu", spare)
-    count = config.samples - (config.dialogues or 0)
-    tokens = windows(tokenizer, texts, count, config.seqlen, config.seed, spare)
+    tokens = windows(tokenizer, texts, config.text_samples, config.seqlen, config.seed, spare)
     largest = int(torch.cat(tokens).max())
     if largest >= shape.vocab:
         raise ValueError(

@@ -19,7 +19,7 @@ class TemplateError(ValueError):
 
 
 @dataclass(frozen=True)
-class Turn:
+class Between:
     """What a template puts between the end of a message and the next one.
 
     Attributes:
@@ -32,17 +32,17 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """A template as tokens.
+class Template:
+    """The tokens around the messages of a conversation.
 
     Attributes:
         start: what stands before the first question.
-        turns: after a question and after an answer, by turns. A template that ends a question by
+        between: after a question and after an answer, by turns. A template that ends a question by
             no token of its own, as Llama-2's by "[/INST]", has one, after an answer.
     """
 
     start: tuple[int, ...]
-    turns: tuple[Turn, ...]
+    between: tuple[Between, ...]
 
 
 def render(
@@ -88,8 +88,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return None if at is None else tail[at]
 
 
-def conversation(tokenizer: PreTrainedTokenizerBase) -> Conversation:
-    """The template's tokens around the messages of a conversation.
+def read_template(tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The tokens of a tokenizer's template.
 
     Raises:
         TemplateError: there is no template, or it does not write a question, an answer and a
@@ -108,13 +108,13 @@ def conversation(tokenizer: PreTrainedTokenizerBase) -> Conversation:
         raise TemplateError("the chat template does not write every message once")
     start, after_question = asked.split(words[0])
     after_answer = whole.split(words[1])[1].split(words[2])[0]
-    question, answer = (_turn(tokenizer, text) for text in (after_question, after_answer))
+    question, answer = (_between(tokenizer, text) for text in (after_question, after_answer))
     if not start or answer is None:
         raise TemplateError(
             "the chat template has nothing before a question, or no special token behind an answer"
         )
-    turns = (answer,) if question is None else (question, answer)
-    return Conversation(tuple(token_ids(tokenizer, start)), turns)
+    between = (answer,) if question is None else (question, answer)
+    return Template(tuple(token_ids(tokenizer, start)), between)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -123,14 +123,14 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def _turn(tokenizer: PreTrainedTokenizerBase, text: str) -> Turn | None:
+def _between(tokenizer: PreTrainedTokenizerBase, text: str) -> Between | None:
     """What stands between two messages, None if no special token ends the first."""
     ids = token_ids(tokenizer, text)
     at = _first_mark(tokenizer, ids)
     if at is None:
         return None
     ends = {ids[at], tokenizer.eos_token_id} - {None}
-    return Turn(tuple(sorted(ends)), tuple(ids[at + 1 :]))
+    return Between(tuple(sorted(ends)), tuple(ids[at + 1 :]))
 
 
 def _first_mark(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int | None:

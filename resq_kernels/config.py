@@ -83,11 +83,9 @@ class ResQConfig:
             self._is_a(name, str, "a name")
         if self.distill_lr is None and self.distill_epochs:
             object.__setattr__(self, "distill_lr", DISTILL_LR)
-        integers: tuple[str, ...]
         integers = ("lo_bits", "kv_bits", "embedding_bits", "samples", "seqlen", "distill_epochs")
-        if self.dialogues is not None:
-            integers += ("dialogues",)
-        for name in (*integers, "seed"):
+        counted = ("dialogues",) if self.dialogues is not None else ()
+        for name in (*integers, *counted, "seed"):
             self._is_a(name, int, "an integer")
         optional = [n for n in ("activation_clip", "distill_lr") if getattr(self, n) is not None]
         for name in ("high_fraction", *optional, "damping"):
@@ -136,6 +134,11 @@ class ResQConfig:
         value = getattr(self, name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise TypeError(f"{name}: expected {word}, got {value!r}")
+
+    @property
+    def text_samples(self) -> int:
+        """Calibration windows that come from the text."""
+        return self.samples - (self.dialogues or 0)
 
     @property
     def rotates(self) -> bool:

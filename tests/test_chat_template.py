@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from resq_kernels.chat_template import Conversation, TemplateError, Turn, conversation
+from resq_kernels.chat_template import Between, Template, TemplateError, read_template
 from resq_kernels.testing.tiny_models import make_tokenizer
 
 MARKS = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|header|>", "<s>", "</s>"]
@@ -47,9 +47,9 @@ def tokenizer(template: str | None) -> Any:
 
 def test_chatml() -> None:
     t = tokenizer(CHATML)
-    found = conversation(t)
+    found = read_template(t)
     assert t.decode(found.start) == ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n")
-    question, answer = found.turns
+    question, answer = found.between
     assert question.ends == answer.ends == (TEXT_END, IM_END)
     assert t.decode(question.following) == "\n<|im_start|>assistant\n"
     assert t.decode(answer.following) == "\n<|im_start|>user\n"
@@ -57,11 +57,11 @@ def test_chatml() -> None:
 
 def test_a_template_with_a_date_gives_the_same_tokens_tomorrow() -> None:
     t = tokenizer(LLAMA_3)
-    found = conversation(t)
+    found = read_template(t)
     assert t.decode(found.start) == ("<s><|header|>system\n26 Jul 2024<|eot_id|><|header|>user\n")
-    assert found.turns == (
-        Turn((TEXT_END, EOT), (HEADER, *t("assistant\n").input_ids)),
-        Turn((TEXT_END, EOT), (HEADER, *t("user\n").input_ids)),
+    assert found.between == (
+        Between((TEXT_END, EOT), (HEADER, *t("assistant\n").input_ids)),
+        Between((TEXT_END, EOT), (HEADER, *t("user\n").input_ids)),
     )
 
 
@@ -69,7 +69,7 @@ def test_a_question_that_ends_by_no_token_of_its_own() -> None:
     """The model writes "[/INST]" and its answer itself."""
     t = tokenizer(LLAMA_2)
     begin = (BOS, *t("[INST] ").input_ids)
-    assert conversation(t) == Conversation(begin, (Turn((TEXT_END, EOS), begin),))
+    assert read_template(t) == Template(begin, (Between((TEXT_END, EOS), begin),))
 
 
 @pytest.mark.parametrize(
@@ -85,4 +85,4 @@ def test_a_question_that_ends_by_no_token_of_its_own() -> None:
 )
 def test_templates_in_which_none_is_written(template: str | None, words: str) -> None:
     with pytest.raises(TemplateError, match=words):
-        conversation(tokenizer(template))
+        read_template(tokenizer(template))

@@ -209,7 +209,7 @@ def run(args: argparse.Namespace) -> None:
     calibration, held_out = windows(
         tokenizer,
         texts.load_text(args.calib, "train"),
-        config.samples - (config.dialogues or 0),
+        config.text_samples,
         config.seqlen,
         config.seed,
         args.held_out,

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 
 from resq_kernels.architecture import ModelShape
-from resq_kernels.chat_template import Conversation, conversation
+from resq_kernels.chat_template import Template, read_template
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq.check import device_memory
 from resq_kernels.ptq.decoder import product_dtype
@@ -43,7 +43,7 @@ class Dialogues:
         seqlen: tokens of a window.
     """
 
-    template: Conversation
+    template: Template
     calibration: int
     held_out: int
     seqlen: int
@@ -89,7 +89,7 @@ def plan(
     template = None
     try:
         if count:
-            template = conversation(tokenizer)
+            template = read_template(tokenizer)
             _check(template, config.seqlen, shape, dtype, device)
     except ValueError as error:
         if wanted is not None:
@@ -104,7 +104,7 @@ def plan(
 
 
 def _check(
-    template: Conversation, seqlen: int, shape: ModelShape, dtype: torch.dtype, device: str
+    template: Template, seqlen: int, shape: ModelShape, dtype: torch.dtype, device: str
 ) -> None:
     """Refuses windows that end where the first question does, and a model that does not fit."""
     if seqlen < 2 * len(template.start):
@@ -206,8 +206,8 @@ def _write(writer: Any, dialogues: Dialogues, count: int, bar: tqdm[Any]) -> tor
 class _Messages(LogitsProcessor):
     """Puts the template's tokens behind each message that the model ends."""
 
-    def __init__(self, template: Conversation, count: int, bar: tqdm[Any]) -> None:
-        self._turns, self._bar = template.turns, bar
+    def __init__(self, template: Template, count: int, bar: tqdm[Any]) -> None:
+        self._between, self._bar = template.between, bar
         self._ended = [0] * count
         self._waiting: list[list[int]] = [[] for _ in range(count)]
         self._drawn = [False] * count  # whether the model chose the last token
@@ -215,9 +215,9 @@ class _Messages(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self._bar.update()
         for row, last in enumerate(input_ids[:, -1].tolist()):
-            turn = self._turns[self._ended[row] % len(self._turns)]
-            if self._drawn[row] and last in turn.ends:
-                self._waiting[row] = list(turn.following)
+            between = self._between[self._ended[row] % len(self._between)]
+            if self._drawn[row] and last in between.ends:
+                self._waiting[row] = list(between.following)
                 self._ended[row] += 1
             self._drawn[row] = not self._waiting[row]
             if not self._drawn[row]:

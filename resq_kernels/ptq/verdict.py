@@ -64,7 +64,11 @@ def verdicts(
         For every set the keys of docs/cli.md, or None without a target. A figure that is not finite
         is None.
     """
-    sets = [windows for windows in held_out if len(windows) and windows.shape[1] > 1]
+
+    def has_targets(windows: torch.Tensor) -> bool:
+        return len(windows) > 0 and windows.shape[1] > 1
+
+    sets = list(filter(has_targets, held_out))
     if not sets:
         return [None] * len(held_out)
     reader, shape = CheckpointReader(folder), model.shape
@@ -99,7 +103,7 @@ def verdicts(
         _figures(*measure_states(*states, exact_logits, rounded_logits))
         for states in zip(sets, exact, rounded, strict=True)
     )
-    return [next(found) if len(windows) and windows.shape[1] > 1 else None for windows in held_out]
+    return [next(found) if has_targets(windows) else None for windows in held_out]
 
 
 def measure_states(

@@ -12,7 +12,7 @@ from ptq_models import MODELS
 from transformers import AutoModelForCausalLM
 
 from resq_kernels.architecture import ModelShape
-from resq_kernels.chat_template import Conversation, Turn, conversation
+from resq_kernels.chat_template import Between, Template, read_template
 from resq_kernels.config import ResQConfig
 from resq_kernels.evaluate import measure
 from resq_kernels.ptq import check
@@ -30,7 +30,7 @@ CHATML = (
 )
 # Ids above the tokenizer's 256 bytes and its end of text.
 START, END = 257, 258
-TWO_TURNS = Conversation((3, 1, 4), (Turn((5, 6), (20, 21, 5)), Turn((7,), (22,))))
+TWO_TURNS = Template((3, 1, 4), (Between((5, 6), (20, 21, 5)), Between((7,), (22,))))
 
 
 def chat_tokenizer(template: str | None = CHATML) -> Any:
@@ -53,7 +53,7 @@ def written(folder: Path, work: Path, planned: Dialogues, seed: int = 0) -> torc
     return torch.cat([some, held_out])
 
 
-def follow(tokens: list[int], template: Conversation) -> list[bool]:
+def follow(tokens: list[int], template: Template) -> list[bool]:
     """Which tokens of a dialogue the model chose, if the template's are where they must be."""
     begin = len(template.start)
     assert tuple(tokens[:begin]) == template.start
@@ -63,9 +63,9 @@ def follow(tokens: list[int], template: Conversation) -> list[bool]:
         if waiting:
             assert token == waiting.pop(0)
             continue
-        turn = template.turns[ended % len(template.turns)]
-        if token in turn.ends:
-            waiting, ended = list(turn.following), ended + 1
+        between = template.between[ended % len(template.between)]
+        if token in between.ends:
+            waiting, ended = list(between.following), ended + 1
     return chosen
 
 
@@ -74,10 +74,10 @@ def test_the_template_stands_between_the_messages(
     llama: Path, tmp_path: Path, one_turn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ends that are likely, so that there are many messages; one of them is in what follows."""
-    template = Conversation((3, 1, 4), (Turn(tuple(range(40)), (20, 21, 5)),))
+    template = Template((3, 1, 4), (Between(tuple(range(40)), (20, 21, 5)),))
     if not one_turn:
-        template = Conversation(
-            (3, 1, 4), (*template.turns, Turn(tuple(range(100, 140)), (22, 101)))
+        template = Template(
+            (3, 1, 4), (*template.between, Between(tuple(range(100, 140)), (22, 101)))
         )
     monkeypatch.setattr(module, "TOKENS", 60)
     monkeypatch.setattr(module, "BATCH", 4)
@@ -99,7 +99,7 @@ def test_tokens_are_drawn_as_the_model_says(llama: Path, tmp_path: Path) -> None
     The sum of log p - E[log p] over its standard deviation is normal: below 4.5 but for one seed
     of 150,000. Under the probabilities of temperature 1.2 the same tokens are beyond it.
     """
-    template = Conversation((3, 1, 4), (Turn((319,), (20,)),))
+    template = Template((3, 1, 4), (Between((319,), (20,)),))
     windows = written(llama, tmp_path / "work", Dialogues(template, 30, 0, 200))
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_a_quarter_of_the_windows_is_the_default(chosen: dict[str, str]) -> None
         tokenizer = chat_tokenizer()
         planned, dialogues = plan(config, tokenizer, shape, torch.float32, "cpu", 3)
         assert planned.dialogues == count
-        expected = Dialogues(conversation(tokenizer), count, 3, 64)
+        expected = Dialogues(read_template(tokenizer), count, 3, 64)
         assert dialogues == (expected if count else None)
     for without in (None, "", "{{ raise_exception('no') }}"):
         config = ResQConfig(seqlen=64, **chosen)
@@ -163,7 +163,7 @@ def test_where_none_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     assert planned(dialogues=0) is None
     assert planned(method="rtn", weights="rtn") is None
     assert planned(method="rtn", weights="rtn", dialogues=1).calibration == 1
-    start = len(conversation(tokenizer).start)
+    start = len(read_template(tokenizer).start)
     assert planned(seqlen=2 * start) is not None
     words = f"the chat template begins with {start} tokens, windows have {2 * start - 1}$"
     with pytest.warns(UserWarning, match=f"^dialogues: none are written: {words}"):
@@ -185,7 +185,7 @@ def test_where_none_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_memory_that_is_asked_for() -> None:
     """Llama-3-8B in bfloat16 or float32: weights, 48 x 544 tokens of cache, logits in float32."""
     shape = ModelShape("llama", 4096, 14336, 128256, 32, 32, 8, 128, 1e-5, False, False)
-    template = Conversation((0,) * 32, TWO_TURNS.turns)
+    template = Template((0,) * 32, TWO_TURNS.between)
     sizes = []
     for dtype in (torch.float32, torch.bfloat16):
         with pytest.MonkeyPatch.context() as patch:
@@ -257,7 +257,7 @@ def test_a_killed_run_does_not_write_them_again(
         words = r"the dialogues \(chat template or their number\) differ"
         for other in (
             Dialogues(TWO_TURNS, 4, 1, 48),
-            Dialogues(Conversation((3, 1, 5), TWO_TURNS.turns), 5, 1, 48),
+            Dialogues(Template((3, 1, 5), TWO_TURNS.between), 5, 1, 48),
         ):
             with pytest.raises(FileExistsError, match=words):
                 run("killed", other)
