@@ -117,6 +117,8 @@ def pack(model: nn.Module, read: Callable[[str], torch.Tensor] | None = None) ->
             tasks.append(partial(_pack_fused, module, name, read))
         elif isinstance(module, ResQLinear) and name not in parts:
             tasks.append(partial(_pack_linear, module, name, read))
+        elif isinstance(module, ResQRMSNorm):
+            module.pack()
     _run(tasks, min(WORKERS, torch.get_num_threads()) if on_cpu else 1)
     model.requires_grad_(False)
     _return_freed_memory()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -20,6 +22,9 @@ class ResQRMSNorm(nn.Module):
 
     Attributes:
         weight: [K] gain; ones after a rotation, which folds the gain into the next linears.
+        gain_is_one: whether `pack` found ones. The kernel then reads no weight, which saves a pass
+            over the row and gives the same bits. Loading a state looks again; what changes the
+            weight in another way calls `pack`.
 
     Source: arXiv 2412.14363, section 4; folding of the gain as in SliceGPT and QuaRot.
     """
@@ -37,6 +42,16 @@ class ResQRMSNorm(nn.Module):
         self.eps, self.row_format = eps, row_format
         weight = torch.ones(hidden_size, dtype=dtype, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)
+        self.gain_is_one = False
+
+    def pack(self) -> None:
+        """Looks at the weight, which waits for its device."""
+        self.gain_is_one = not self.weight.is_meta and bool((self.weight == 1).all())
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if self.gain_is_one:
+            self.pack()
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
@@ -47,7 +62,7 @@ class ResQRMSNorm(nn.Module):
         x's dtype.
         """
         quantized, new_residual = ops.rms_norm_quantize(
-            x, residual, self.weight, self.eps, *self.row_format
+            x, residual, None if self.gain_is_one else self.weight, self.eps, *self.row_format
         )
         return quantized if residual is None else (quantized, new_residual)
 
