@@ -1,4 +1,5 @@
-// Numbers of any of the three float types: loaded from memory as float32, and stored back.
+// Numbers of any of the three float types: loaded from memory as float32, and stored back; their
+// bits in the order of integers, and their reciprocals.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,6 +12,13 @@ namespace resq::cuda {
 __device__ inline float number(float x) { return x; }
 __device__ inline float number(Half x) { return __half2float(__ushort_as_half(x.bits)); }
 __device__ inline float number(BFloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
+
+// The reciprocal within a unit in the last place.
+__device__ inline float approximate_reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 
 // Maps the bits of floats to integers of the same order, with a positive NaN above infinity. Its
 // own inverse. With it redux.sync, which takes integers only, replaces five shuffles and five

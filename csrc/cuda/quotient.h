@@ -1,5 +1,4 @@
-// The quotient of silu without the branches of __fdiv_rn. Host code without CUDA headers; tested on
-// the CPU.
+// Quotients without the branches of __fdiv_rn. Host code without CUDA headers; tested on the CPU.
 #pragma once
 
 #include <cmath>

@@ -18,27 +18,52 @@ inline constexpr int kRowWarps = kRowThreads / 32;
 template <class T>
 inline constexpr int kMostHeldChunks = 64 * 4 / (kChunkColumns * sizeof(T));
 
-// f(slot, chunk) for the chunks of this thread, `slot` a constant below kHeld.
-template <int kHeld, class F>
+// The instances of a row kernel, by the chunks that a thread holds at most (cuda/row_launch.cuh).
+inline constexpr int kHeldCounts[] = {1, 2, 3, 4, 6, 8, 12, 16};
+
+// The first chunks of a thread, which every thread of the block has: with fewer, a smaller instance
+// would run.
+constexpr int full_chunks(int held) {
+  int full = 0;
+  for (int count : kHeldCounts) {
+    if (count < held) full = count;
+  }
+  return full;
+}
+
+// f(slot, chunk) for the chunks of this thread, `slot` a constant below kHeld. The first kAlways
+// are not asked for: without branches the compiler mixes the instructions of several chunks.
+template <int kHeld, int kAlways = full_chunks(kHeld), class F>
 __device__ inline void for_each_chunk(int chunks, F f) {
   if constexpr (kHeld > 0) {
 #pragma unroll
     for (int slot = 0; slot < kHeld; ++slot) {
       const int chunk = static_cast<int>(threadIdx.x) + slot * kRowThreads;
-      if (chunk < chunks) f(slot, chunk);
+      if (slot < kAlways || chunk < chunks) f(slot, chunk);
     }
   } else {
     for (int chunk = threadIdx.x; chunk < chunks; chunk += kRowThreads) f(0, chunk);
   }
 }
 
+// for_each_chunk for an `f` to which chunks of zeros make no difference: it gets those too that
+// this thread does not have, which HeldChunks::load has made 0. The first pass over a row must be
+// one of these, or the compiler moves a load to its use behind the branch and waits for it alone.
+template <int kHeld, class F>
+__device__ inline void for_each_chunk_or_zeros(int chunks, F f) {
+  for_each_chunk<kHeld, kHeld>(chunks, f);
+}
+
 // The chunks of this thread: in registers once set, or read again at every use.
 template <class T, int kHeld>
 class HeldChunks {
  public:
+  // All of them; 0 where the row has no chunk.
   template <class Read>
-  __device__ void load(int slot, int chunk, Read read) {
-    chunks_[slot] = read(chunk);
+  __device__ void load(int chunks, Read read) {
+#pragma unroll
+    for (int slot = 0; slot < kHeld; ++slot) chunks_[slot] = {};
+    for_each_chunk<kHeld>(chunks, [&](int slot, int chunk) { chunks_[slot] = read(chunk); });
   }
   __device__ void set(int slot, const Chunk<T>& chunk) { chunks_[slot] = chunk; }
   template <class Read>
@@ -53,7 +78,7 @@ template <class T>
 class HeldChunks<T, 0> {
  public:
   template <class Read>
-  __device__ void load(int, int, Read) {}
+  __device__ void load(int, Read) {}
   __device__ void set(int, const Chunk<T>&) {}
   template <class Read>
   __device__ Chunk<T> get(int, int chunk, Read read) const {
@@ -86,6 +111,49 @@ struct Range {
     max = max_nan(max, other.max);
   }
   __device__ bool finite() const { return min > -INFINITY && max < INFINITY; }
+};
+
+// The two numbers of either word.
+__device__ inline uint32_t min_nan(BFloat16, uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+__device__ inline uint32_t max_nan(BFloat16, uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+__device__ inline uint32_t min_nan(Half, uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+__device__ inline uint32_t max_nan(Half, uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+// Range of 16-bit numbers, two of them in a word: an instruction replaces two comparisons and
+// two conversions.
+template <class T>
+struct PairRange {
+  uint32_t min = 0, max = 0;
+
+  // Of eight numbers alone: 0 comes in where the range is merged.
+  __device__ static PairRange of(const uint32_t (&words)[4]) {
+    return {min_nan(T{}, min_nan(T{}, words[0], words[1]), min_nan(T{}, words[2], words[3])),
+            max_nan(T{}, max_nan(T{}, words[0], words[1]), max_nan(T{}, words[2], words[3]))};
+  }
+  __device__ void merge(const PairRange& other) {
+    min = min_nan(T{}, min, other.min);
+    max = max_nan(T{}, max, other.max);
+  }
+  __device__ Range range() const {
+    const Chunk<T> both{min, max};
+    return {min_nan(both[0], both[1]), max_nan(both[2], both[3])};
+  }
 };
 
 template <int kWarps>

@@ -3,11 +3,14 @@
 #pragma once
 
 #include <initializer_list>
+#include <iterator>
 #include <type_traits>
+#include <utility>
 
 #include "core/quantize.h"
 #include "cuda/launch.h"
 #include "cuda/row_block.cuh"
+#include "cuda/with_type.h"
 
 namespace resq::cuda {
 
@@ -17,6 +20,19 @@ inline bool chunks_aligned(const MixedRows& out, std::initializer_list<const voi
   bool aligned = out.k_lo % kChunkColumns == 0 && out.k_hi % kChunkColumns == 0;
   for (const void* pointer : rows) aligned &= reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
   return aligned;
+}
+
+// Whether the instance that holds kHeld chunks is the one for rows of `held` chunks a thread, which
+// it then launches.
+template <int kHeld, class T, class Launch>
+inline bool launch_if_held(T t, int64_t held, Launch launch) {
+  if constexpr (kHeld <= kMostHeldChunks<T>) {
+    if (held <= kHeld) {
+      launch(t, std::integral_constant<int, kHeld>(), std::true_type());
+      return true;
+    }
+  }
+  return false;
 }
 
 // launch(T{}, held, aligned) with std::integral_constants; null `rows` count as aligned.
@@ -30,25 +46,14 @@ inline void launch_row_kernel(FloatType type, const MixedRows& out,
     constexpr std::true_type kAligned;
     if (!chunks_aligned(out, rows)) {
       launch(t, integral_constant<int, 0>(), std::false_type());
-    } else if (held <= 1) {
-      launch(t, integral_constant<int, 1>(), kAligned);
-    } else if (held <= 2) {
-      launch(t, integral_constant<int, 2>(), kAligned);
-    } else if (held <= 4) {
-      launch(t, integral_constant<int, 4>(), kAligned);
-    } else if (held <= 8) {
-      launch(t, integral_constant<int, 8>(), kAligned);
-    } else if (held <= kMostHeldChunks<decltype(t)>) {
-      launch(t, integral_constant<int, kMostHeldChunks<decltype(t)>>(), kAligned);
-    } else {
-      launch(t, integral_constant<int, 0>(), kAligned);
+      return;
     }
+    const bool launched = [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
+      return (launch_if_held<kHeldCounts[kIndex]>(t, held, launch) || ...);
+    }(std::make_index_sequence<std::size(kHeldCounts)>());
+    if (!launched) launch(t, integral_constant<int, 0>(), kAligned);
   };
-  switch (type) {
-    case FloatType::kFloat32: launch_type(0.0f); break;
-    case FloatType::kFloat16: launch_type(Half{}); break;
-    case FloatType::kBFloat16: launch_type(BFloat16{}); break;
-  }
+  with_type(type, launch_type);
 }
 
 }  // namespace resq::cuda

@@ -3,6 +3,7 @@
 
 #include "core/quantize.h"
 #include "cuda/row_block.cuh"
+#include "cuda/scale.h"
 
 namespace resq::cuda {
 
@@ -42,19 +43,22 @@ struct PartCoding {
   Coder coder;
 };
 
-// `columns` is the part's width: 0 gives scale 0.
+// `columns` is the part's width: 0 gives scale 0. Without branches, so that the sequences of both
+// parts overlap.
 __device__ inline PartCoding part_coding(const Range& range, int columns, int bits, bool symmetric,
                                          float clip) {
-  if (columns == 0) return {0.0f, 0.0f, {}};
-  if (!range.finite()) return {__int_as_float(0x7fc00000), 0.0f, {0.0f, 0.0f, 0.0f, 0}};
-  const float min = __fmul_rn(range.min, clip), max = __fmul_rn(range.max, clip);
-  const ScaleZero q =
-      symmetric ? symmetric_scale(min, max, bits) : asymmetric_scale(min, max, bits);
-  const float half = static_cast<float>(1 << (bits - 1));
-  return {
-      q.scale,
-      q.zero,
-      {__fdiv_rn(1.0f, q.scale), -half - q.zero, half - 1.0f - q.zero, static_cast<int>(q.zero)}};
+  const ScaleZeroInverse q =
+      row_scale(__fmul_rn(range.min, clip), __fmul_rn(range.max, clip), bits, symmetric,
+                [](float scale) { return approximate_reciprocal(scale); });
+  const bool finite = range.finite();
+  const float zero = columns > 0 && finite ? q.zero : 0.0f;
+  const float scale = finite ? q.scale : __int_as_float(0x7fc00000);
+  const float half = bits == 4 ? 8.0f : 128.0f;
+  // Codes of rows that are not finite are 0.
+  const float lowest = finite ? -half - zero : 0.0f, highest = finite ? half - 1.0f - zero : 0.0f;
+  return {columns > 0 ? scale : 0.0f,
+          zero,
+          {finite ? q.inverse : 0.0f, lowest, highest, static_cast<int>(zero)}};
 }
 
 // Where the codes of one row go.
@@ -78,18 +82,28 @@ struct RowCodes {
     }
   }
 
+  // store<true> where kPacked is `packed`.
+  template <bool kPacked, class Values>
+  __device__ void store_aligned(int column, const Values& x) const {
+    const bool low = column < k_lo;
+    if (kPacked && low) {
+      *reinterpret_cast<uint32_t*>(q_lo + column / 2) = lo.coder.word<4>(x, 0);
+      return;
+    }
+    const Coder coder = low ? lo.coder : hi.coder;
+    uint8_t* to = (low ? q_lo : reinterpret_cast<uint8_t*>(q_hi) - k_lo) + column;
+    *reinterpret_cast<uint2*>(to) = make_uint2(coder.word<8>(x, 0), coder.word<8>(x, 4));
+  }
+
   // The codes of columns [column, column + 8). kAligned: all in one part, words at aligned places.
   template <bool kAligned, class Values>
   __device__ void store(int column, const Values& x) const {
     if constexpr (kAligned) {
-      if (column < k_lo && packed) {
-        *reinterpret_cast<uint32_t*>(q_lo + column / 2) = lo.coder.word<4>(x, 0);
-        return;
+      if (packed && column < k_lo) {
+        store_aligned<true>(column, x);
+      } else {
+        store_aligned<false>(column, x);
       }
-      const bool low = column < k_lo;
-      const Coder coder = low ? lo.coder : hi.coder;
-      void* to = low ? static_cast<void*>(q_lo + column) : q_hi + (column - k_lo);
-      *static_cast<uint2*>(to) = make_uint2(coder.word<8>(x, 0), coder.word<8>(x, 4));
     } else {
       const uint32_t nibbles = lo.coder.word<4>(x, 0);
 #pragma unroll
@@ -109,6 +123,22 @@ struct RowCodes {
     }
   }
 };
+
+// Stores the codes of this thread's chunks of columns, which are values(slot, chunk).
+template <int kHeld, bool kAligned, class Values>
+__device__ inline void store_chunks(const RowCodes& codes, int chunks, Values values) {
+  const auto store_all = [&](auto store) {
+    for_each_chunk<kHeld>(
+        chunks, [&](int slot, int chunk) { store(chunk * kChunkColumns, values(slot, chunk)); });
+  };
+  if constexpr (!kAligned) {
+    store_all([&](int column, const auto& x) { codes.store<false>(column, x); });
+  } else if (codes.packed) {  // asked for once: between branches nothing overlaps
+    store_all([&](int column, const auto& x) { codes.store_aligned<true>(column, x); });
+  } else {
+    store_all([&](int column, const auto& x) { codes.store_aligned<false>(column, x); });
+  }
+}
 
 // Adds columns [column, column + 8) of a row to the ranges of its parts; `columns` is the row's
 // width, and what lies beyond it is 0. kAligned: all in one part.
@@ -134,5 +164,41 @@ __device__ inline void add_to_ranges(Range (&ranges)[2], int k_lo, int column, c
     }
   }
 }
+
+// The ranges of a row's parts, of chunks as they lie in memory: 16-bit numbers two at a time.
+template <class T, bool kAligned>
+class ChunkRanges {
+ public:
+  __device__ void add(int k_lo, int column, const Chunk<T>& x) {
+    add_to_ranges<kAligned>(ranges_, k_lo, column, x);
+  }
+  __device__ void get(Range (&ranges)[2]) const {
+    ranges[0] = ranges_[0];
+    ranges[1] = ranges_[1];
+  }
+
+ private:
+  Range ranges_[2];
+};
+template <class T>
+  requires(sizeof(T) == 2)
+class ChunkRanges<T, true> {
+ public:
+  __device__ void add(int k_lo, int column, const Chunk<T>& x) {
+    const auto range = PairRange<T>::of(x.words);
+    if (column < k_lo) {
+      lo_.merge(range);
+    } else {
+      hi_.merge(range);
+    }
+  }
+  __device__ void get(Range (&ranges)[2]) const {
+    ranges[0] = lo_.range();
+    ranges[1] = hi_.range();
+  }
+
+ private:
+  PairRange<T> lo_, hi_;
+};
 
 }  // namespace resq::cuda

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/chunk.cuh"
+#include "cuda/numbers.cuh"
 #include "cuda/quotient.h"
 
 namespace resq::cuda {
@@ -24,13 +25,6 @@ __device__ inline float exp_rounded(float x) {
   // 2 * 2^(n - 1), because 2^128 is not a float but e^88.7 is.
   const int exponent = __float_as_int(shifted) - __float_as_int(kMagic) + 126;
   return __fmul_rn(__fadd_rn(p, p), __int_as_float(exponent << 23));
-}
-
-// The reciprocal within a unit in the last place.
-__device__ inline float approximate_reciprocal(float x) {
-  float result;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
 }
 
 // silu of eight gates together. Divided by __fdiv_rn they would be computed one after the other,

@@ -13,6 +13,7 @@ from resq_kernels.formats import MixedTensor
 # Odd widths; one to sixteen chunks a thread; rows longer than registers.
 SIZES = [(256, 32), (64, 8), (37, 5), (10, 0), (9, 9), (1, 0), (1, 1), (0, 0), (1000, 125)]
 SIZES += [(896, 112), (2048, 256), (3584, 448), (5120, 640), (8200, 8), (16400, 16), (2050, 250)]
+SIZES += [(2568, 320), (7176, 8), (12296, 1536)]
 
 
 def assert_exact(device: emulation.Emulated, x: torch.Tensor, n_hi: int, **options) -> MixedTensor:

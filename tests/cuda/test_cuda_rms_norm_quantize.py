@@ -12,6 +12,7 @@ from resq_kernels.formats import MixedTensor
 
 SIZES = [(256, 32), (64, 8), (37, 5), (10, 0), (7, 7), (1, 0), (0, 0), (130, 1), (896, 112)]
 SIZES += [(1032, 8), (2048, 256), (3584, 448), (5120, 640), (8200, 8), (16400, 16), (2050, 250)]
+SIZES += [(2568, 320), (7176, 8), (12296, 1536)]  # three, eight and sixteen chunks a thread
 
 
 def assert_same_as_the_cpu(

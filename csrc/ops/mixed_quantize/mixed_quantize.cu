@@ -21,18 +21,19 @@ __global__ void __launch_bounds__(kRowThreads) mixed_quantize_kernel(MixedQuanti
   const auto read = [&](int chunk) {
     return load_chunk<kAligned>(x + chunk * kChunkColumns, k - chunk * kChunkColumns);
   };
-  for_each_chunk<kHeld>(chunks, [&](int slot, int chunk) { row.load(slot, chunk, read); });
+  row.load(chunks, read);
 
-  Range ranges[2];
-  for_each_chunk<kHeld>(chunks, [&](int slot, int chunk) {
-    add_to_ranges<kAligned>(ranges, k_lo, chunk * kChunkColumns, row.get(slot, chunk, read));
+  ChunkRanges<T, kAligned> of_thread;
+  for_each_chunk_or_zeros<kHeld>(chunks, [&](int slot, int chunk) {
+    of_thread.add(k_lo, chunk * kChunkColumns, row.get(slot, chunk, read));
   });
+  Range ranges[2];
+  of_thread.get(ranges);
   reduce_ranges(ranges, exchange);
 
   const RowCodes codes(ranges, p.out, blockIdx.x);
-  for_each_chunk<kHeld>(chunks, [&](int slot, int chunk) {
-    codes.store<kAligned>(chunk * kChunkColumns, row.get(slot, chunk, read));
-  });
+  store_chunks<kHeld, kAligned>(codes, chunks,
+                                [&](int slot, int chunk) { return row.get(slot, chunk, read); });
 }
 
 }  // namespace

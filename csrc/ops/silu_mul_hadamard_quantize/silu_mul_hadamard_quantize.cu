@@ -3,6 +3,7 @@
 #include "cuda/hadamard_block.cuh"
 #include "cuda/row_quantize.cuh"
 #include "cuda/silu.cuh"
+#include "cuda/with_type.h"
 #include "ops/silu_mul_hadamard_quantize/silu_mul_hadamard_quantize.h"
 
 namespace resq::cuda {
@@ -113,16 +114,6 @@ __global__ void __launch_bounds__(kHadamardThreads)
         }
       },
       exchange);
-}
-
-// f(T{}) for the type of the numbers.
-template <class F>
-void with_type(FloatType type, F f) {
-  switch (type) {
-    case FloatType::kFloat32: return f(0.0f);
-    case FloatType::kFloat16: return f(Half{});
-    case FloatType::kBFloat16: return f(BFloat16{});
-  }
 }
 
 }  // namespace

@@ -1,0 +1,19 @@
+// From a float type known at run time to a type of C++, for the launchers of kernels with a
+// template parameter for it.
+#pragma once
+
+#include "core/float16.h"
+
+namespace resq::cuda {
+
+// f(T{}) for the type of the numbers.
+template <class F>
+void with_type(FloatType type, F f) {
+  switch (type) {
+    case FloatType::kFloat32: return f(0.0f);
+    case FloatType::kFloat16: return f(Half{});
+    case FloatType::kBFloat16: return f(BFloat16{});
+  }
+}
+
+}  // namespace resq::cuda
