@@ -116,17 +116,27 @@ RESQ_HOST_DEVICE constexpr KvPlace kv_v_place(int token, int dim) {
   return kv_nibble(6, row_lane, 2 * half + dim % 8 / 4 + 4 * odd);
 }
 
+// What kv_range computes with. A device has instructions of its own (cuda/kv_arithmetic.cuh).
+struct KvArithmetic {
+  static Half half(float value) { return to_half(value); }
+  static float value(Half half) { return to_float(half); }
+  static float share(float width, int levels) { return width / static_cast<float>(levels); }
+  static float inverse(float scale) { return 1.0f / scale; }
+};
+
 // Largest float16 <= value and smallest float16 >= value, for finite |value| <= 65504.
+template <class Arithmetic = KvArithmetic>
 RESQ_HOST_DEVICE inline Half half_below(float value) {
-  Half half = to_half(value);
-  if (to_float(half) > value) {
+  Half half = Arithmetic::half(value);
+  if (Arithmetic::value(half) > value) {
     // One step down: away from zero for a negative number, towards it for a positive one.
     half.bits = static_cast<uint16_t>(half.bits & 0x8000 ? half.bits + 1 : half.bits - 1);
   }
   return half;
 }
+template <class Arithmetic = KvArithmetic>
 RESQ_HOST_DEVICE inline Half half_above(float value) {
-  Half half = half_below(-value);
+  Half half = half_below<Arithmetic>(-value);
   half.bits ^= 0x8000;
   return half;
 }
@@ -145,26 +155,28 @@ inline constexpr KvRange kKvNanRange = {{0x7e00}, {0x7e00}, 0.0f, 0.0f};
 // up, so that the codes cover every value of the part: 2 |x - (scale * code + offset)| <= scale for
 // every |x| <= 65504, however large the part's mean is relative to its range. Values beyond 65504
 // saturate.
+template <class Arithmetic = KvArithmetic>
 RESQ_HOST_DEVICE inline KvRange kv_range(float min, float max, int levels) {
   min = min < -kKvLargest ? -kKvLargest : min > kKvLargest ? kKvLargest : min;
   max = max < -kKvLargest ? -kKvLargest : max > kKvLargest ? kKvLargest : max;
   KvRange range;
   // Adding 0 turns -0 into 0: which of the two is the extreme of a row of zeros depends on the
   // order of the reduction.
-  range.stored_offset = half_below(min + 0.0f);
-  range.offset = to_float(range.stored_offset);
+  range.stored_offset = half_below<Arithmetic>(min + 0.0f);
+  range.offset = Arithmetic::value(range.stored_offset);
   range.stored_scale =
-      half_above((max + 0.0f - range.offset) / static_cast<float>(levels) * kKvScaleFactor);
-  const float scale = to_float(range.stored_scale) / kKvScaleFactor;
-  range.inv_scale = scale > 0.0f ? 1.0f / scale : 0.0f;
+      half_above<Arithmetic>(Arithmetic::share(max + 0.0f - range.offset, levels) * kKvScaleFactor);
+  const float scale = Arithmetic::value(range.stored_scale) / kKvScaleFactor;
+  range.inv_scale = scale > 0.0f ? Arithmetic::inverse(scale) : 0.0f;
   return range;
 }
 
-// round((x - offset) / scale), half to even, clamped to [0, levels].
+// round((x - offset) / scale), half to even, clamped to [0, levels]; 0 for NaN.
 RESQ_HOST_DEVICE inline uint8_t kv_code(float x, const KvRange& range, int levels) {
-  const float code = rintf((x - range.offset) * range.inv_scale);
-  const float top = static_cast<float>(levels);
-  return static_cast<uint8_t>(code > 0.0f ? (code < top ? code : top) : 0.0f);
+  const float code = std::fmax((x - range.offset) * range.inv_scale, 0.0f);
+  // The sum with 1.5 x 2^23 is rounded to an integer, which its low mantissa bits then hold.
+  const float rounded = std::fmin(code, static_cast<float>(levels)) + 0x1.8p23f;
+  return static_cast<uint8_t>(std::bit_cast<uint32_t>(rounded));
 }
 
 }  // namespace resq

@@ -40,10 +40,46 @@ __device__ inline auto with_number_type(FloatType type, F f) {
   }
 }
 
-__device__ inline float load_number(FloatArray numbers, int64_t index) {
-  return with_number_type(numbers.type, [&]<class T>(NumberType<T>) {
-    return number(static_cast<const T*>(numbers.data)[index]);
-  });
+// kCount numbers as they lie in memory. Loading and converting are apart, so that a thread can have
+// loads of several types in flight: with_number_type waits for each one inside its branch.
+template <int kCount>
+struct NumberBits {
+  FloatType type;
+  uint32_t words[kCount];  // 16-bit numbers: two in each word
+
+  // A selection, not a branch for each number.
+  __device__ float operator[](int i) const {
+    const uint32_t pair = words[i / 2] >> (i % 2 * 16);
+    const uint32_t bits = type == FloatType::kFloat32 ? words[i] : pair << 16;
+    return type == FloatType::kFloat16 ? number(Half{static_cast<uint16_t>(pair)})
+                                       : __uint_as_float(bits);
+  }
+};
+
+// Numbers from `index` on in one access; the address is a multiple of their size.
+template <int kCount>
+__device__ inline NumberBits<kCount> load_bits(FloatArray numbers, int64_t index) {
+  NumberBits<kCount> result = {numbers.type, {}};
+  if (numbers.type == FloatType::kFloat32) {
+    struct alignas(4 * kCount) Words {
+      uint32_t of[kCount];
+    };
+    const Words words =
+        *reinterpret_cast<const Words*>(static_cast<const uint32_t*>(numbers.data) + index);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) result.words[i] = words.of[i];
+  } else if constexpr (kCount == 1) {
+    result.words[0] = static_cast<const uint16_t*>(numbers.data)[index];
+  } else {
+    struct alignas(2 * kCount) Words {
+      uint32_t of[kCount / 2];
+    };
+    const Words words =
+        *reinterpret_cast<const Words*>(static_cast<const uint16_t*>(numbers.data) + index);
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) result.words[i] = words.of[i];
+  }
+  return result;
 }
 
 // Stores one number, rounded to nearest even.

@@ -1,4 +1,4 @@
-// Quotients without the branches of __fdiv_rn. Host code without CUDA headers; tested on the CPU.
+// Quotients without the branches of a division. Host code without CUDA headers; tested on the CPU.
 #pragma once
 
 #include <cmath>
@@ -20,5 +20,9 @@ RESQ_HOST_DEVICE inline float quotient(float x, float d, float reciprocal) {
 RESQ_HOST_DEVICE inline bool has_plain_quotient(float x) {
   return std::fabs(x) > 0x1p-96f && std::fabs(x) < 83.0f;
 }
+
+// 2^64 / b, rounded up. For a and b below 2^32 the high half of a * inverse64(b) is a / b: the
+// product exceeds 2^64 a / b by at most a < 2^64 / b, which is the distance to the next quotient.
+constexpr uint64_t inverse64(uint32_t b) { return ~uint64_t{0} / b + 1; }
 
 }  // namespace resq::cuda

@@ -14,6 +14,7 @@
 #include "core_cuda_choice.h"
 #include "core_cuda_hadamard.h"
 #include "core_cuda_scale.h"
+#include "core_kv_page.h"
 #include "core_mixed_gemm.h"
 #include "core_simd.h"
 
@@ -80,6 +81,7 @@ PYBIND11_MODULE(resq_core, m) {
   define_cuda_choice(m);
   define_cuda_hadamard(m);
   define_cuda_scale(m);
+  define_kv_page(m);
   define_mixed_gemm(m);
   m.def("paley_kind", resq::paley_kind);
   m.def("paley_matrix", [](int64_t order) {

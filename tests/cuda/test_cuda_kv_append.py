@@ -116,6 +116,10 @@ def test_kv_append_of_rows_that_are_hard_to_quantize(
         v[5] *= 1e-7  # subnormal scales
         k[6], k[7], v[8] = 0.0, -0.0, torch.randn(head_dim).sign() * 0.0
         k[9] = torch.arange(head_dim) % 31 / 2  # ties
+        k[10].view(torch.int32)[0, 2] = -1  # a NaN below -infinity
+        k[11] *= 1e-42  # subnormal float32 numbers
+        v[12] = 3.0
+        v[12, 0, 5] += 2.0**-22  # the smallest range
         slots = torch.randperm(2 * page_size)[:page_size]
         check(sm80, k, v, None, None, None, new_cache(2, 1, page_size, head_dim), slots, hi_bits)
 

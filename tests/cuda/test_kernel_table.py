@@ -14,7 +14,7 @@ REQUIRED = {
     "mixed_gemm_small_m": {"sm_80": ["IMMA.16832.S8.S8", "LDG.128"]},
     "mixed_quantize": {"sm_80": ["LDG.128"]},
     "rms_norm_quantize": {"sm_80": ["LDG.128"]},
-    "kv_append_kernel": {"sm_80": ["STG.128"]},
+    "kv_append_kernel": {"sm_80": ["LDS.128"]},
     "kv_dequantize_kernel": {"sm_80": ["LDGSTS.128", "STG.128"]},
     "kv_attention_kernel": {
         arch: ["HMMA.16816.F32", "LDGSTS.128", "LDS.128"] for arch in ("sm_80", "sm_90")

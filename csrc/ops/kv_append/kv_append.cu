@@ -5,10 +5,11 @@
 //                                    d in the CPU's order and rounds each product and sum on its
 //                                    own: the CPU's bits, which tensor cores would not give. q, of
 //                                    which no bytes are stored, uses fused multiply-adds
-//   warp = one row                   ranges, codes, bytes
+//   warp = one row of k or of v      ranges, codes, bytes
 #include <cuda_runtime.h>
 
-#include "cuda/numbers.cuh"
+#include "cuda/copy_sm80.cuh"
+#include "cuda/kv_arithmetic.cuh"
 #include "cuda/pdl.cuh"
 #include "ops/kv_append/kv_append.h"
 
@@ -60,113 +61,174 @@ constexpr bool byte_dims_agree() {
 static_assert(byte_dims_agree<128, true>() && byte_dims_agree<128, false>());
 static_assert(byte_dims_agree<64, true>() && byte_dims_agree<64, false>());
 
-struct Extremes {
-  int min, max;        // order as the floats do
-  unsigned magnitude;  // bits of the largest |x|; NaN is above infinity
+// A row of which each lane holds dims lane * kHeadDim / 32 + i, quantized: the range of the lane's
+// part, and its codes.
+template <int kHeadDim>
+struct QuantizedRow {
+  static constexpr int kDims = kHeadDim / 32;
+  static constexpr int kLowLanes = KvLayout<kHeadDim>::kLowDims / kDims;
+  struct alignas(kDims) Codes {
+    uint8_t of[kDims];
+  };
+
+  KvRange range;
+  Codes codes;
+
+  // The lanes of both parts compute their ranges at the same time.
+  __device__ QuantizedRow(const float (&x)[kDims], bool uniform) {
+    const bool is_low = threadIdx.x % 32 < kLowLanes;
+    // Order as the floats do. A NaN lies above infinity or, if it is negative, below -infinity.
+    int min = ordered_bits(__float_as_int(x[0])), max = min;
+#pragma unroll
+    for (int i = 1; i < kDims; ++i) {
+      const int bits = ordered_bits(__float_as_int(x[i]));
+      min = ::min(min, bits);
+      max = ::max(max, bits);
+    }
+    constexpr unsigned kAll = 0xffffffff;
+    constexpr int kLeast = static_cast<int>(0x80000000), kMost = 0x7fffffff;
+    const bool in_low = is_low || uniform;
+    const int low_min = __reduce_min_sync(kAll, in_low ? min : kMost);
+    const int low_max = __reduce_max_sync(kAll, in_low ? max : kLeast);
+    const int high_min = __reduce_min_sync(kAll, in_low ? kMost : min);
+    const int high_max = __reduce_max_sync(kAll, in_low ? kLeast : max);
+    min = in_low ? low_min : high_min;
+    max = in_low ? low_max : high_max;
+    const int levels = in_low ? kKvLowLevels : kKvHighLevels;
+    range = kv_range<DeviceKvArithmetic>(__int_as_float(ordered_bits(min)),
+                                         __int_as_float(ordered_bits(max)), levels);
+    constexpr int kInfinity = 0x7f800000;
+    if (max >= kInfinity || min <= ~kInfinity) {
+      range = {{0x7e00}, {0x7e00}, 0.0f, 0.0f};  // kKvNanRange
+    }
+#pragma unroll
+    for (int i = 0; i < kDims; ++i) codes.of[i] = kv_code(x[i], range, levels);
+  }
+
+  // Of the lane's part.
+  __device__ uint32_t stored_range() const {
+    return range.stored_scale.bits | uint32_t{range.stored_offset.bits} << 16;
+  }
 };
 
-// kv_range of the extremes of the numbers in all lanes that are `inside` the part.
-template <int kCount>
-__device__ KvRange part_range(const float (&x)[kCount], bool inside, int levels) {
-  Extremes e{0x7fffffff, static_cast<int>(0x80000000), 0};
-  if (inside) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int bits = ordered_bits(__float_as_int(x[i]));
-      e.min = min(e.min, bits);
-      e.max = max(e.max, bits);
-      e.magnitude = max(e.magnitude, __float_as_uint(x[i]) & 0x7fffffff);
-    }
-  }
-  constexpr unsigned kAll = 0xffffffff;
-  e.min = __reduce_min_sync(kAll, e.min);
-  e.max = __reduce_max_sync(kAll, e.max);
-  e.magnitude = __reduce_max_sync(kAll, e.magnitude);
-  if (e.magnitude >= 0x7f800000) return {{0x7e00}, {0x7e00}, 0.0f, 0.0f};  // kKvNanRange
-  return kv_range(__int_as_float(ordered_bits(e.min)), __int_as_float(ordered_bits(e.max)), levels);
-}
-
-__device__ uint32_t stored_pair(const KvRange& range) {
-  return range.stored_scale.bits | uint32_t{range.stored_offset.bits} << 16;
-}
-
-// Quantizes a row of which each lane holds dims lane * kHeadDim / 32 + i, and writes the bytes of
-// token `token` of `tile`. Returns the two stored ranges.
+// Writes the bytes of token `token` of `tile`, whose codes are `codes`: first those of two codes,
+// then those of one, which lie elsewhere.
 template <int kHeadDim, bool kKey>
-__device__ uint2 store_row(const float (&x)[kHeadDim / 32], bool uniform, int token, uint8_t* codes,
-                           uint8_t* tile) {
-  using Layout = KvLayout<kHeadDim>;
-  constexpr int kDims = kHeadDim / 32;
-  const int lane = threadIdx.x % 32;
-  const bool is_low = lane < Layout::kLowDims / kDims;
-  const KvRange low = part_range(x, is_low || uniform, kKvLowLevels);
-  const KvRange high = uniform ? low : part_range(x, !is_low, kKvHighLevels);
-  // kv_code needs these two; a reference to one of the ranges would put both into memory.
-  KvRange mine = {};
-  mine.offset = is_low ? low.offset : high.offset;
-  mine.inv_scale = is_low ? low.inv_scale : high.inv_scale;
-  const int levels = is_low || uniform ? kKvLowLevels : kKvHighLevels;
-#pragma unroll
-  for (int i = 0; i < kDims; ++i) codes[lane * kDims + i] = kv_code(x[i], mine, levels);
-  __syncwarp();
-  for (int index = lane; index < Layout::kRowBytes; index += 32) {
+__device__ void write_bytes(const uint8_t* codes, int token, uint8_t* tile) {
+  constexpr int kBytes = KvLayout<kHeadDim>::kRowBytes, kPairs = KvLayout<kHeadDim>::kLowDims / 2;
+  const auto write = [&](int first, int end) {
+    const int index = first + threadIdx.x % 32;
+    if (index >= end) return;
     const ByteDims dims = byte_dims<kHeadDim, kKey>(index);
     const int nibble = dims.high < 0 ? 0 : codes[dims.high] << 4;
     tile[place<kHeadDim, kKey>(token, dims.low).byte] =
         static_cast<uint8_t>(codes[dims.low] | nibble);
-  }
-  __syncwarp();
-  return {stored_pair(low), stored_pair(high)};
+  };
+#pragma unroll
+  for (int first = 0; first < kPairs; first += 32) write(first, kPairs);
+#pragma unroll
+  for (int first = kPairs; first < kBytes; first += 32) write(first, kBytes);
 }
 
-// x cos + rotate_half(x) sin at dim `dim` of the row at `row`; each operation rounds on its own.
+// What x cos + rotate_half(x) sin takes at one dim of a row.
+struct RopeNumbers {
+  NumberBits<1> here, there, cos, sin;
+};
+
+// Of dim `dim` of the row at `row`.
 template <int kHeadDim>
-__device__ float load_rope(FloatArray x, int64_t row, FloatArray cos, FloatArray sin,
-                           int64_t angles, int dim) {
-  const float here = load_number(x, row + dim);
-  if (!cos.data) return here;
-  const float there = load_number(x, row + (dim ^ kHeadDim / 2));
-  const float across = __fmul_rn(there, load_number(sin, angles + dim));
-  const float along = __fmul_rn(here, load_number(cos, angles + dim));
+__device__ RopeNumbers load_rope(const KvAppendParams& p, FloatArray x, int64_t row, int64_t angles,
+                                 int dim) {
+  RopeNumbers numbers = {};
+  numbers.here = load_bits<1>(x, row + dim);
+  if (p.cos.data) {
+    numbers.there = load_bits<1>(x, row + (dim ^ kHeadDim / 2));
+    numbers.cos = load_bits<1>(p.cos, angles + dim);
+    numbers.sin = load_bits<1>(p.sin, angles + dim);
+  }
+  return numbers;
+}
+
+// Each operation rounds on its own.
+template <int kHeadDim>
+__device__ float rope(const KvAppendParams& p, const RopeNumbers& numbers, int dim) {
+  if (!p.cos.data) return numbers.here[0];
+  const float across = __fmul_rn(numbers.there[0], numbers.sin[0]);
+  const float along = __fmul_rn(numbers.here[0], numbers.cos[0]);
   return dim < kHeadDim / 2 ? __fsub_rn(along, across) : __fadd_rn(along, across);
 }
 
-// sums[r] = sum over d of loaded[d][first_row + r] * U[d][dim], in the order of d; the row itself
-// without a rotation. U is matrix `matrix` of `rotation`, whose numbers are of type Rotation;
-// add_product(a, b, sum) returns a b + sum, rounded as the caller needs it.
-template <class Rotation, int kHeadDim, int kBlockRows, int kRows, class AddProduct>
-__device__ void rotate_rows(FloatArray rotation, int matrix,
-                            const float (&loaded)[kHeadDim][kBlockRows], int first_row, int dim,
-                            AddProduct add_product, float (&sums)[kRows]) {
-  if (!rotation.data) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) sums[r] = loaded[dim][first_row + r];
-    return;
+// Column `dim` of matrix `matrix` of the rotation, kAhead numbers at a time. If that is all of
+// them, the caller loads them, long before it rotates.
+template <int kHeadDim, class Rotation, int kAhead>
+struct RotationColumn {
+  const Rotation* u;  // its first number; null without a rotation
+  int dim;
+  Rotation ahead[kAhead];
+
+  __device__ RotationColumn(const FloatArray& rotation, int matrix, int dim)
+      : u(static_cast<const Rotation*>(rotation.data)), dim(dim) {
+    if (u) u += matrix * kHeadDim * kHeadDim + dim;
   }
+
+  // Thread `thread` prefetches its part of the matrix into the second-level cache. Not into
+  // registers: before pdl_wait a load could return bytes that the previous kernel has yet to write.
+  __device__ void prefetch(int thread) const {
+    if (!u) return;
+    constexpr int kLine = 128 / sizeof(Rotation);
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) sums[r] = 0.0f;
-  const auto* u = static_cast<const Rotation*>(rotation.data) + dim + matrix * kHeadDim * kHeadDim;
-#pragma unroll 16
-  for (int d = 0; d < kHeadDim; ++d) {
-    const float weight = number(u[d * kHeadDim]);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      sums[r] = add_product(weight, loaded[d][first_row + r], sums[r]);
+    for (int i = 0; i < kHeadDim * kHeadDim; i += kThreads * kLine) {
+      const int first = i + thread * kLine;
+      if (first < kHeadDim * kHeadDim) prefetch_line(u - dim + first);
     }
   }
-}
+
+  __device__ void load(int first) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) ahead[i] = u[(first + i) * kHeadDim];
+  }
+
+  // sums[r] = sum over d of loaded[d][first_row + r] * U[d][dim], in the order of d; the row itself
+  // without a rotation. add_product(a, b, sum) returns a b + sum, rounded as the caller needs it.
+  template <int kBlockRows, int kRows, class AddProduct>
+  __device__ void rotate_rows(const float (&loaded)[kHeadDim][kBlockRows], int first_row,
+                              AddProduct add_product, float (&sums)[kRows]) {
+    if (!u) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) sums[r] = loaded[dim][first_row + r];
+      return;
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) sums[r] = 0.0f;
+#pragma unroll 1
+    for (int first = 0; first < kHeadDim; first += kAhead) {
+      if constexpr (kAhead < kHeadDim) load(first);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const float weight = number(ahead[i]);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          sums[r] = add_product(weight, loaded[first + i][first_row + r], sums[r]);
+        }
+      }
+    }
+  }
+};
 
 template <int kHeadDim, int kRows, class Rotation>
 __global__ void __launch_bounds__(kThreads)
-    kv_append_kernel(const __grid_constant__ KvAppendParams p) {
+    kv_append_kernel(const __grid_constant__ KvAppendParams p, uint64_t page_inverse) {
   using Layout = KvLayout<kHeadDim>;
-  constexpr int kTokens = kBlockRows<kHeadDim, kRows>, kDims = kHeadDim / 32;
+  using Row = QuantizedRow<kHeadDim>;
+  constexpr int kTokens = kBlockRows<kHeadDim, kRows>, kDims = Row::kDims;
+  // Where each thread has one row, latency decides: all loads are in flight at once.
+  constexpr bool kEarly = kRows == 1;
   __shared__ alignas(16) float loaded[kHeadDim][kTokens];
   __shared__ alignas(16) float rotated[kTokens][kHeadDim];
-  __shared__ uint8_t codes[kWarps][kHeadDim];
+  __shared__ alignas(16) uint8_t codes[kWarps][kHeadDim];
 
   const int64_t first_token = static_cast<int64_t>(blockIdx.x) * kTokens;
-  const int thread = threadIdx.x;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int dim = thread % kHeadDim, first_row = thread / kHeadDim * kRows;
   const int heads_kv = static_cast<int>(p.n_kv), heads_q = static_cast<int>(p.n_q);
   const bool is_query = blockIdx.y >= heads_kv;
@@ -174,30 +236,43 @@ __global__ void __launch_bounds__(kThreads)
   const int kv_head = is_query ? head / (heads_q / heads_kv) : head;
   const FloatArray rows = {is_query ? p.q : p.k, p.type};
   const int64_t stride = is_query ? p.q_stride : p.k_stride;
-  const auto row_start = [&](int64_t token) { return token * stride + head * kHeadDim; };
+  const int matrix = p.shared_rotation ? 0 : kv_head;
+  RotationColumn<kHeadDim, Rotation, kEarly ? kHeadDim : 16> column(p.rotation, matrix, dim);
 
+  // Rows beyond the last token are computed as the last one is, and not stored.
+  const auto last_or = [&](int row) { return min(first_token + row, p.tokens - 1); };
+
+  // Item i of a block is row i / 2 of k, or of v if i is odd; each one is quantized by one warp.
+  struct Item {
+    int64_t slot;
+    NumberBits<kDims> v;
+  };
+  const auto load_item = [&](int item) {
+    const int64_t token = last_or(item / 2), from = token * p.v_stride + head * kHeadDim;
+    return Item{p.slot_mapping[token], load_bits<kDims>({p.v, p.type}, from + lane * kDims)};
+  };
+
+  if constexpr (kEarly) column.prefetch(thread);
   pdl_wait();
   pdl_trigger();
+  Item item_ahead;
 #pragma unroll 4  // eight rows of addresses at once spill registers
   for (int r = 0; r < kRows; ++r) {
-    const int64_t token = first_token + first_row + r;
-    const bool there = token < p.tokens;
-    loaded[dim][first_row + r] =
-        there ? load_rope<kHeadDim>(rows, row_start(token), p.cos, p.sin, token * kHeadDim, dim)
-              : 0.0f;
+    const int64_t token = last_or(first_row + r);
+    const RopeNumbers numbers =
+        load_rope<kHeadDim>(p, rows, token * stride + head * kHeadDim, token * kHeadDim, dim);
+    if constexpr (kEarly) {
+      if (!is_query) item_ahead = load_item(warp);
+      if (column.u) column.load(0);
+    }
+    loaded[dim][first_row + r] = rope<kHeadDim>(p, numbers, dim);
   }
   __syncthreads();
 
   float sums[kRows];
-  const int matrix = p.shared_rotation ? 0 : kv_head;
   if (is_query) {
     const auto fused = [](float a, float b, float sum) { return fmaf(a, b, sum); };
-    rotate_rows<Rotation>(p.rotation, matrix, loaded, first_row, dim, fused, sums);
-  } else {
-    const auto apart = [](float a, float b, float sum) { return __fadd_rn(sum, __fmul_rn(a, b)); };
-    rotate_rows<Rotation>(p.rotation, matrix, loaded, first_row, dim, apart, sums);
-  }
-  if (is_query) {
+    column.rotate_rows(loaded, first_row, fused, sums);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t token = first_token + first_row + r;
@@ -205,33 +280,49 @@ __global__ void __launch_bounds__(kThreads)
     }
     return;
   }
+  const auto apart = [](float a, float b, float sum) { return __fadd_rn(sum, __fmul_rn(a, b)); };
+  column.rotate_rows(loaded, first_row, apart, sums);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) rotated[first_row + r][dim] = sums[r];
   __syncthreads();
 
-  const int warp = thread / 32, lane = thread % 32;
-  for (int row = warp; row < kTokens; row += kWarps) {
-    const int64_t token = first_token + row;
-    if (token >= p.tokens) return;
-    const int64_t slot = p.slot_mapping[token];
-    if (slot < 0) continue;
-    if (slot >= p.slots) __trap();
-    const int64_t page = slot / p.page_size, position = slot - page * p.page_size;
-    const int in_tile = static_cast<int>(position % Layout::kTileTokens);
+  const auto append = [&](int index, const Item& item) {
+    if (first_token + index / 2 >= p.tokens || item.slot < 0) return;
+    if (item.slot >= p.slots) __trap();
+    const auto page = static_cast<int64_t>(__umul64hi(item.slot, page_inverse));
+    const auto position = static_cast<uint32_t>(item.slot - page * p.page_size);
     uint8_t* chunk = p.cache + (page * p.n_kv + head) * p.page_size * Layout::kTokenBytes;
-
-    float k[kDims], v[kDims];
-    load_numbers({p.v, p.type}, token * p.v_stride + head * kHeadDim + lane * kDims, v);
+    const bool is_value = index % 2 != 0;
+    float x[kDims];
+    if (is_value) {
 #pragma unroll
-    for (int i = 0; i < kDims; ++i) k[i] = rotated[row][lane * kDims + i];
-    const uint2 k_ranges = store_row<kHeadDim, true>(k, p.uniform, in_tile, codes[warp],
-                                                     chunk + kv_k_tile_byte<kHeadDim>(position));
-    const uint2 v_ranges =
-        store_row<kHeadDim, false>(v, p.uniform, in_tile, codes[warp],
+      for (int i = 0; i < kDims; ++i) x[i] = item.v[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kDims; ++i) x[i] = rotated[index / 2][lane * kDims + i];
+    }
+    const Row row(x, p.uniform);
+    reinterpret_cast<typename Row::Codes*>(codes[warp])[lane] = row.codes;
+    __syncwarp();
+    const auto in_tile = static_cast<int>(position % Layout::kTileTokens);
+    if (is_value) {
+      write_bytes<kHeadDim, false>(codes[warp], in_tile,
                                    chunk + kv_v_tile_byte<kHeadDim>(p.page_size, position));
-    if (lane == 0) {
-      *reinterpret_cast<uint4*>(chunk + kv_metadata_byte<kHeadDim>(p.page_size, position)) =
-          make_uint4(k_ranges.x, k_ranges.y, v_ranges.x, v_ranges.y);
+    } else {
+      write_bytes<kHeadDim, true>(codes[warp], in_tile, chunk + kv_k_tile_byte<kHeadDim>(position));
+    }
+    if (lane == 0 || lane == 31) {  // one of the low part, one of the high
+      uint8_t* metadata = chunk + kv_metadata_byte<kHeadDim>(p.page_size, position);
+      reinterpret_cast<uint32_t*>(metadata)[2 * is_value + (lane != 0)] = row.stored_range();
+    }
+  };
+  if constexpr (kEarly) {
+    static_assert(2 * kTokens <= kWarps);
+    if (warp < 2 * kTokens) append(warp, item_ahead);
+  } else {
+    for (int index = warp; index < 2 * kTokens; index += kWarps) {
+      append(index, load_item(index));
+      __syncwarp();
     }
   }
 }
@@ -240,7 +331,9 @@ template <int kHeadDim, int kRows, class Rotation>
 void launch(const KvAppendParams& p, Stream stream) {
   const auto blocks = static_cast<unsigned>(ceil_div(p.tokens, kBlockRows<kHeadDim, kRows>));
   const Grid grid{.x = blocks, .y = static_cast<unsigned>(p.n_kv + p.n_q), .threads = kThreads};
-  launch_pdl("kv_append", kv_append_kernel<kHeadDim, kRows, Rotation>, grid, stream, p);
+  // A cache of 2^32 slots, from which on the inverse would be too coarse, would be 378 GB.
+  launch_pdl("kv_append", kv_append_kernel<kHeadDim, kRows, Rotation>, grid, stream, p,
+             inverse64(static_cast<uint32_t>(p.page_size)));
 }
 
 template <int kHeadDim, int kRows>
