@@ -7,6 +7,7 @@
 #include "cuda/launch.h"
 #include "cuda/pdl.cuh"
 #include "cuda/row_hadamard.cuh"
+#include "cuda/with_type.h"
 
 namespace resq::cuda {
 
@@ -141,14 +142,9 @@ __device__ inline void load_eight(const T* from, int count, bool aligned, float 
 }
 __device__ inline void load_eight(const void* base, FloatType type, int64_t index, int count,
                                   bool aligned, float (&x)[8]) {
-  switch (type) {
-    case FloatType::kFloat32:
-      return load_eight(static_cast<const float*>(base) + index, count, aligned, x);
-    case FloatType::kFloat16:
-      return load_eight(static_cast<const Half*>(base) + index, count, aligned, x);
-    case FloatType::kBFloat16:
-      return load_eight(static_cast<const BFloat16*>(base) + index, count, aligned, x);
-  }
+  with_type(type, [&](auto t) {
+    load_eight(static_cast<const decltype(t)*>(base) + index, count, aligned, x);
+  });
 }
 
 // Launches kernel<split>(params, layout, ...) with one block per row; where a block prepares

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "core/hadamard.h"
+#include "cuda/inverse.h"
 
 namespace resq::cuda {
 
@@ -36,14 +37,6 @@ struct TensorFactor {
   int bits_at;      // bytes from the end of the row: [tiles, tiles, 32 lanes] signs of a fragment
   int position_at;  // uint16 [q] PaleySigns::position
 };
-
-// a / b without a division, which takes 40 instructions of a number that is not constant. Right for
-// 0 <= a < 2^16 and b from 2 to 2^16 - 1 or a power of two: a * inverse(b) exceeds 2^32 a / b by
-// less than a < 2^32 / b, which is the distance to the next quotient.
-constexpr uint32_t inverse(int b) { return static_cast<uint32_t>(ceil_div(int64_t{1} << 32, b)); }
-RESQ_HOST_DEVICE constexpr int quotient_by(int a, uint32_t inverse) {
-  return static_cast<int>(uint64_t{static_cast<uint32_t>(a)} * inverse >> 32);
-}
 
 struct HadamardLayout {
   int n;       // floats in shared memory: the row, or half of it

@@ -5,7 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "core/float16.h"
+#include "cuda/with_type.h"
 
 namespace resq::cuda {
 
@@ -25,23 +25,8 @@ __device__ inline float approximate_reciprocal(float x) {
 // comparisons.
 __device__ inline int ordered_bits(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 
-template <class T>
-struct NumberType {
-  using Type = T;
-};
-
-// f(NumberType<T>()) for the type T that `type` names.
-template <class F>
-__device__ inline auto with_number_type(FloatType type, F f) {
-  switch (type) {
-    case FloatType::kFloat32: return f(NumberType<float>());
-    case FloatType::kFloat16: return f(NumberType<Half>());
-    default: return f(NumberType<BFloat16>());
-  }
-}
-
 // kCount numbers as they lie in memory. Loading and converting are apart, so that a thread can have
-// loads of several types in flight: with_number_type waits for each one inside its branch.
+// loads of several types in flight: with_type waits for each one inside its branch.
 template <int kCount>
 struct NumberBits {
   FloatType type;
@@ -94,7 +79,8 @@ __device__ inline void store_number(void* numbers, FloatType type, int64_t index
 // Loads kCount numbers from `index` on in one access; the address is a multiple of their size.
 template <int kCount>
 __device__ inline void load_numbers(FloatArray numbers, int64_t index, float (&out)[kCount]) {
-  with_number_type(numbers.type, [&]<class T>(NumberType<T>) {
+  with_type(numbers.type, [&](auto t) {
+    using T = decltype(t);
     struct alignas(kCount * sizeof(T)) Several {
       T values[kCount];
     };

@@ -1,9 +1,10 @@
-// Quotients without the branches of a division. Host code without CUDA headers; tested on the CPU.
+// Float quotients without the branches of a division. Host code without CUDA headers; tested on the
+// CPU.
 #pragma once
 
 #include <cmath>
 
-#include "core/float16.h"
+#include "core/host_device.h"
 
 namespace resq::cuda {
 
@@ -20,9 +21,5 @@ RESQ_HOST_DEVICE inline float quotient(float x, float d, float reciprocal) {
 RESQ_HOST_DEVICE inline bool has_plain_quotient(float x) {
   return std::fabs(x) > 0x1p-96f && std::fabs(x) < 83.0f;
 }
-
-// 2^64 / b, rounded up. For a and b below 2^32 the high half of a * inverse64(b) is a / b: the
-// product exceeds 2^64 a / b by at most a < 2^64 / b, which is the distance to the next quotient.
-constexpr uint64_t inverse64(uint32_t b) { return ~uint64_t{0} / b + 1; }
 
 }  // namespace resq::cuda

@@ -1,5 +1,5 @@
-// From a float type known at run time to a type of C++, for the launchers of kernels with a
-// template parameter for it.
+// From a float type known at run time to a type of C++: in a launcher for a kernel with a template
+// parameter for it, in a kernel for one access.
 #pragma once
 
 #include "core/float16.h"
@@ -8,7 +8,7 @@ namespace resq::cuda {
 
 // f(T{}) for the type of the numbers.
 template <class F>
-void with_type(FloatType type, F f) {
+RESQ_HOST_DEVICE void with_type(FloatType type, F f) {
   switch (type) {
     case FloatType::kFloat32: return f(0.0f);
     case FloatType::kFloat16: return f(Half{});

@@ -5,7 +5,7 @@
 #include <pybind11/numpy.h>
 
 #include "core/kv_page.h"
-#include "cuda/quotient.h"
+#include "cuda/inverse.h"
 
 namespace py = pybind11;
 

@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/copy_sm80.cuh"
+#include "cuda/inverse.h"
 #include "cuda/kv_arithmetic.cuh"
 #include "cuda/pdl.cuh"
 #include "ops/kv_append/kv_append.h"
