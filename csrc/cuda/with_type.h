@@ -6,13 +6,14 @@
 
 namespace resq::cuda {
 
-// f(T{}) for the type of the numbers.
+// f(T{}) for the type of the numbers. A default, as a fourth path for no type costs registers: 152
+// instead of 146 in kv_attention on sm_90.
 template <class F>
 RESQ_HOST_DEVICE void with_type(FloatType type, F f) {
   switch (type) {
     case FloatType::kFloat32: return f(0.0f);
     case FloatType::kFloat16: return f(Half{});
-    case FloatType::kBFloat16: return f(BFloat16{});
+    default: return f(BFloat16{});
   }
 }
 

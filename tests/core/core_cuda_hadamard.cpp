@@ -6,12 +6,12 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 #include <vector>
 
 #include "cuda/hadamard_layout.h"
 #include "cuda/quotient.h"
+#include "near_reciprocal.h"
 
 namespace py = pybind11;
 
@@ -66,10 +66,7 @@ std::vector<int> wrong_divisors(int end) {
 
 // x / d of a reciprocal that is `units` in the last place off.
 float quotient(float x, float d, int units) {
-  float reciprocal = 1.0f / d;
-  for (; units > 0; --units) reciprocal = std::nextafter(reciprocal, 2.0f);
-  for (; units < 0; ++units) reciprocal = std::nextafter(reciprocal, 0.0f);
-  return resq::cuda::quotient(x, d, reciprocal);
+  return resq::cuda::quotient(x, d, near_reciprocal(d, units));
 }
 
 }  // namespace

@@ -4,9 +4,9 @@
 #include <pybind11/numpy.h>
 
 #include <bit>
-#include <cmath>
 
 #include "cuda/scale.h"
+#include "near_reciprocal.h"
 
 namespace py = pybind11;
 
@@ -14,14 +14,6 @@ namespace {
 
 bool same_bits(float a, float b) {
   return std::bit_cast<uint32_t>(a) == std::bit_cast<uint32_t>(b);
-}
-
-// 1 / x, `units` in the last place off.
-float near_reciprocal(float x, int units) {
-  float result = 1.0f / x;
-  for (; units > 0; --units) result = std::nextafter(result, INFINITY);
-  for (; units < 0; ++units) result = std::nextafter(result, 0.0f);
-  return result;
 }
 
 // Whether row_scale gives the bits of core/quantize.h for reciprocals that are `units` off.
