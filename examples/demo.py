@@ -2,8 +2,8 @@
 
 SmolLM2-135M-Instruct comes out of a Python package (smollm2.py), so that only the package index is
 needed; where that cannot be reached, demo_small.py runs instead. Compared are the 16-bit model,
-plain 4-bit rounding, rotation only, and ResQ, on text that comes with Python. Then the 16-bit model
-and ResQ answer the same questions.
+plain 4-bit rounding, rotation only, and ResQ with activations in 4 and in 8 bits, on text that
+comes with Python. Then the 16-bit model and ResQ answer the same questions.
 
     python examples/demo.py                  # results under out/demo/
     python examples/demo.py --model FOLDER   # another instruct model
@@ -26,11 +26,23 @@ import demo_common as common
 import demo_small
 import smollm2
 import torch
-from demo_common import BASELINE, HERE, RESQ_GPTQ, ROTATION, RTN, Check, Row, Settings, load, say
+from demo_common import (
+    BASELINE,
+    HERE,
+    RESQ_GPTQ,
+    RESQ_WIDE,
+    ROTATION,
+    RTN,
+    Check,
+    Row,
+    Settings,
+    load,
+    say,
+)
 from stdlib_corpus import calibration_text, heldout_text
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from resq_kernels import ResQConfig
+from resq_kernels import ResQConfig, from_pretrained
 from resq_kernels.commands.conversation import Conversation
 from resq_kernels.ptq.calibrate import windows
 from resq_kernels.ptq.dialogues import plan, write_dialogues
@@ -66,6 +78,7 @@ def baseline_dtype() -> torch.dtype:
 def promises(label: str, rows: Mapping[str, Row]) -> list[Check]:
     """What the demo's text and README say of the rows."""
     baseline, rtn, rotation, best = (rows[n] for n in (BASELINE, RTN, ROTATION, RESQ_GPTQ))
+    wide = rows[RESQ_WIDE]
     kl = [row.kl_to_baseline for row in (best, rotation, rtn)]
     whole = best.bytes_total / baseline.bytes_total
     linears = best.bytes_linears / baseline.bytes_linears
@@ -79,6 +92,11 @@ def promises(label: str, rows: Mapping[str, Row]) -> list[Check]:
             "agreement with 16-bit: ResQ above rotation only above plain rounding",
             " > ".join(f"{row.top1_agreement:.1%}" for row in (best, rotation, rtn)),
             best.top1_agreement > rotation.top1_agreement > rtn.top1_agreement,
+        ),
+        (
+            "activations in 8 bits take at least a third of the divergence of ResQ",
+            f"{best.kl_to_baseline:.4f} to {wide.kl_to_baseline:.4f}",
+            wide.kl_to_baseline < 2 / 3 * best.kl_to_baseline,
         ),
         (
             "plain rounding ruins the model (more than twice the perplexity)",
@@ -97,14 +115,15 @@ def promises(label: str, rows: Mapping[str, Row]) -> list[Check]:
 def answers(models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> str:
     """Every question with the answers of the 16-bit model and of ResQ, in columns; greedy."""
     parts = []
-    talks = {name: Conversation(models[name], tokenizer) for name in (BASELINE, RESQ_GPTQ)}
+    names = (BASELINE, RESQ_WIDE, RESQ_GPTQ)
+    talks = {name: Conversation(models[name], tokenizer) for name in names}
     for question in QUESTIONS:
         texts = {}
         for name, talk in talks.items():
             talk.reset()
             turn = talk.reply(question, ANSWER_TOKENS)
             texts[name] = turn.assistant + (" [...]" if turn.end == "limit" else "")
-        parts.append(f"> {question}\n\n{textwrap.indent(common.columns(texts, width=44), '  ')}")
+        parts.append(f"> {question}\n\n{textwrap.indent(common.columns(texts), '  ')}")
     return "\n\n".join(parts)
 
 
@@ -137,6 +156,9 @@ def run(label: str, source: Path, out: Path, settings: Settings) -> int:
     )
     models = {name: load(folder) for name, folder in folders.items() if name != BASELINE}
     models = {BASELINE: load(source, baseline_dtype()), **models}
+    models[RESQ_WIDE] = from_pretrained(folders[RESQ_GPTQ], lo_bits=8).eval()
+    folders[RESQ_WIDE] = folders[RESQ_GPTQ]
+    reports[RESQ_WIDE] = {**reports[RESQ_GPTQ], "layers": []}  # those of the row above
     rows = common.measure(label, models, folders, reports, heldout, settings)
     say(f"{label}: kernels against the reference path")
     agreement = common.reference_check(label, folders[RESQ_GPTQ], heldout, settings)
@@ -148,7 +170,8 @@ def run(label: str, source: Path, out: Path, settings: Settings) -> int:
     note = NOTE.format(**asdict(settings))
     facts = {"questions": QUESTIONS}
     code = common.finish(out, f"ResQ on {label}", note, settings, [model], checks, facts)
-    print(f"talk to it: {Path(sys.executable).parent / 'resq'} chat {folders[RESQ_GPTQ]}")
+    program = Path(sys.executable).parent / "resq"
+    print(f"talk to it: {program} chat {folders[RESQ_GPTQ]} --lo-bits 8")
     return code
 
 

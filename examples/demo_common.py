@@ -42,6 +42,7 @@ HERE = Path(__file__).resolve().parent
 
 BASELINE = "16-bit"
 RTN, ROTATION, RESQ_RTN, RESQ_GPTQ = "RTN", "rotation only", "ResQ, RTN", "ResQ, GPTQ"
+RESQ_WIDE = "ResQ, 8-bit activations"
 VARIANTS: dict[str, dict[str, str]] = {
     RTN: {"method": "rtn", "weights": "rtn"},
     ROTATION: {"method": "quarot", "weights": "gptq"},
@@ -51,7 +52,8 @@ VARIANTS: dict[str, dict[str, str]] = {
 LEGEND = """\
 All quantized rows: weights, activations and KV cache in 4 bits (ResQ keeps 1/8 of every dimension
 in 8). RTN: round to nearest. Rotation only: random Hadamard rotation, GPTQ weights (as QuaRot).
-ResQ: PCA bases and rotations, weights by RTN or GPTQ. KL: mean divergence from the 16-bit model,
+ResQ: PCA bases and rotations, weights by RTN or GPTQ. 8-bit activations: the folder of ResQ, GPTQ,
+loaded with lo_bits=8, which costs nothing on a CPU. KL: mean divergence from the 16-bit model,
 which tells more than the perplexity of one text. Top-1: how often both find the same token
 likeliest. Linears: bytes of the decoder's linear layers, scales included."""
 
@@ -82,7 +84,7 @@ class Row:
     """One row of a model's table; times are medians.
 
     Attributes:
-        name: "16-bit" or a key of VARIANTS.
+        name: "16-bit", a key of VARIANTS, or RESQ_WIDE.
         folder: where the model lies.
         dtype: of what is not quantized.
         perplexity, increase: on the held-out text; share above the 16-bit row's.

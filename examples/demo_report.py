@@ -22,6 +22,7 @@ COLOURS = {
     "rotation only": "#e69f00",
     "ResQ, RTN": "#56b4e9",
     "ResQ, GPTQ": "#0072b2",
+    "ResQ, 8-bit activations": "#009e73",
 }
 HIGH_SHARE = 0.125
 

@@ -248,15 +248,21 @@ def _texts(calibration: object) -> list[str]:
     return found
 
 
-def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+def from_pretrained(
+    path: str | Path, *, lo_bits: int | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained` of a quantized folder, refusing any other.
 
     Args:
         path: a folder that `resq quantize` or `save_pretrained` wrote, or a name on the hub.
+        lo_bits: bits of the low part of the activations, 4 or 8, by default what the model was
+            quantized for. 8 halves the divergence from the 16-bit model; what it costs, by device:
+            docs/cli.md. `save_pretrained` keeps it.
         kwargs: for transformers, such as `dtype` or `device_map`.
 
     Raises:
-        ValueError: the model is not quantized with ResQ.
+        TypeError, ValueError: the model is not quantized with ResQ; or `lo_bits` is not 4 or 8, or
+            is given together with `config`, which has a value of its own.
         CheckpointError: the folder is damaged, incomplete or of a newer format.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -273,4 +279,15 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     if folder.is_dir():
         # transformers has errors of its own for some of these faults. Values are checked later.
         checkpoint.open_folder(folder, variant=kwargs.get("variant"))
+    if lo_bits is not None:
+        if kwargs.get("config") is not None:
+            raise ValueError(
+                f"from_pretrained: lo_bits: expected None together with config, got {lo_bits}; set "
+                'config.quantization_config["lo_bits"]'
+            )
+        changed = checkpoint.with_lo_bits(entry, lo_bits)
+        # Keywords that name a field of the configuration change it, as without one.
+        config, kwargs = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+        config.quantization_config = changed
+        kwargs["config"] = config
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)

@@ -142,6 +142,22 @@ def parse_quantization_config(entry: Mapping[str, Any]) -> StoredFormat:
     return StoredFormat(config, tied, version)
 
 
+def with_lo_bits(entry: Mapping[str, Any], lo_bits: int) -> dict[str, Any]:
+    """The `quantization_config` of the same tensors with activations in other bits.
+
+    Args:
+        entry: a `quantization_config`.
+        lo_bits: as in `ResQConfig`.
+
+    Raises:
+        CheckpointError: as `parse_quantization_config`.
+        TypeError, ValueError: `lo_bits` is not 4 or 8.
+    """
+    config = parse_quantization_config(entry).config.with_lo_bits(lo_bits)
+    changed = {"lo_bits": config.lo_bits, "activation_clip": config.activation_clip}
+    return {**entry, **changed}
+
+
 def quantized_tensors(
     shape: ModelShape, stored: StoredFormat
 ) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:

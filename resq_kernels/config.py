@@ -31,7 +31,8 @@ class ResQConfig:
         weights: "gptq" or "rtn" (round to nearest); both search the clipping range by MSE.
         high_fraction: share of every input dimension kept in INT8. By default (None) 0.125 with
             method "resq", and 0 with the uniform methods, which take no other.
-        lo_bits: bits of the low part of the activations, 4 or 8 (weights stay INT4).
+        lo_bits: bits of the low part of the activations, 4 or 8 (weights stay INT4); a finished
+            model can be loaded with either (`from_pretrained`).
         symmetric: symmetric instead of asymmetric activations.
         activation_clip: factor on the range of the low part of the activations, in (0, 1], or None
             (the default): what fits each width (`clip`).
@@ -144,6 +145,20 @@ class ResQConfig:
     def rotates(self) -> bool:
         """Whether the model is rotated offline and down_proj's input goes through a Hadamard."""
         return self.method != "rtn"
+
+    def with_lo_bits(self, lo_bits: int) -> ResQConfig:
+        """The options of the same weights with activations in other bits.
+
+        No weight depends on them but through GPTQ, and weights rounded for 4-bit activations serve
+        8-bit ones as well as their own (docs/notes/0044-activation-bits-at-run-time.md). A clip
+        that was chosen for 4 bits is dropped: 8 bits need none.
+
+        Raises:
+            TypeError, ValueError: as for the field.
+        """
+        drops = lo_bits == 8 and self.lo_bits == 4 and self.activation_clip is not None
+        clip = 1.0 if drops else self.activation_clip
+        return dataclasses.replace(self, lo_bits=lo_bits, activation_clip=clip)
 
     def clip(self, k_lo: int) -> float:
         """The factor on the range of rows of `k_lo` low columns.

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     if args.system is not None:
         streaming.check_text(args.system, "--system")
     device = loading.choose_device(args.device)
-    loading.load_config(args.model)
+    loading.load_config(args.model, args.lo_bits)
     tokenizer = loading.load_tokenizer(args.model)
     check_template(args.model, tokenizer, args.system)
     model = streaming.load(args, device)

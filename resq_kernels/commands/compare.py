@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="also write the table and plots to FILE, a page of its own (whole or not at all)",
     )
+    loading.add_lo_bits_argument(parser)
     loading.add_dtype_argument(parser)
     loading.add_device_argument(parser)
 
@@ -78,8 +79,10 @@ def run(args: argparse.Namespace) -> None:
     device = loading.choose_device(args.device)
     source = texts.WIKITEXT2 if args.text is None else args.text
     texts.check_source(source, "--text")
-    names = [args.reference, *args.folders]
-    reference, *folders = map(read_folder, names, labels(names))
+    names, count = [args.reference, *args.folders], len(args.folders)
+    reference, *folders = map(read_folder, names, labels(names), [None, *[args.lo_bits] * count])
+    if args.lo_bits is not None and all(folder.options is None for folder in folders):
+        raise UsageError("--lo-bits: expected a FOLDER quantized by resq, got none")
     groups = seed_groups(folders) if args.seeds else None
     windows = _windows(args, source, reference, folders)
     base, results = _measure(reference, folders, windows, args.dtype, device)
@@ -178,7 +181,7 @@ def _measure_batch(
     from resq_kernels.evaluate import measure
 
     models = {folders[0].name: model}
-    models |= {f.name: loading.load_model(f.name, dtype, device) for f in folders[1:]}
+    models |= {f.name: loading.load_model(f.name, dtype, device, f.lo_bits) for f in folders[1:]}
     found = measure(models, windows, progress=progress)
     dtypes = {name: str(model.dtype).removeprefix("torch.") for name, model in models.items()}
     return [Result(f, found[f.name], dtypes[f.name]) for f in folders]

@@ -84,6 +84,11 @@ class Folder:
         }
 
     @property
+    def lo_bits(self) -> int | None:
+        """For `loading.load_model`."""
+        return None if self.options is None else self.options.lo_bits
+
+    @property
     def family(self) -> str | None:
         """Equal for folders that differ in their seed alone, as far as their files tell; None if
         resq did not quantize it."""
@@ -102,12 +107,13 @@ def labels(names: Sequence[str]) -> list[str]:
     return last if all(last) and len(set(last)) == len(last) else list(names)
 
 
-def read_folder(name: str, label: str) -> Folder:
+def read_folder(name: str, label: str, lo_bits: int | None = None) -> Folder:
     """Reads what a folder says, and checks what can be checked without loading it.
 
     Args:
         name: a folder or hub name.
         label: what tables call it.
+        lo_bits: bits of its activations' low part instead of its own, if resq quantized it.
 
     Raises:
         CommandError, CheckpointError: there is no such model, or its files are damaged.
@@ -132,6 +138,8 @@ def read_folder(name: str, label: str) -> Folder:
         if ours and path.exists():
             report = read_json(path)
             layers = _layers(path, report)
+    if lo_bits is not None and entry is not None and options is not None:
+        entry, options = checkpoint.with_lo_bits(entry, lo_bits), options.with_lo_bits(lo_bits)
     return Folder(
         name=name,
         label=label,

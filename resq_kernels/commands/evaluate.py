@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
     if args.needle and not wants_perplexity:
         raise UsageError("--needle: needs a text, add --text FILE or --dataset wikitext2")
     device = loading.choose_device(args.device)
-    config = loading.load_config(args.model)
+    config = loading.load_config(args.model, args.lo_bits)
     source = texts.WIKITEXT2 if args.text is None else args.text
     if wants_perplexity:
         texts.check_source(source, "--text")
@@ -152,7 +152,8 @@ def run(args: argparse.Namespace) -> None:
     harness = _harness() if args.tasks else None
     tasks = None if harness is None else _find_tasks(harness, args)
     tokenizer = loading.load_tokenizer(args.model)
-    figures: dict[str, Any] = {"model": args.model}
+    bits = None if stored is None else stored.get("lo_bits")
+    figures: dict[str, Any] = {"model": args.model, "lo_bits": bits}
     tokens, seqlen, contexts = None, 0, []
     if wants_perplexity:
         seqlen = loading.choose_seqlen(args.seqlen, config)
@@ -167,7 +168,7 @@ def run(args: argparse.Namespace) -> None:
             count = args.needle_contexts or NEEDLE_CONTEXTS
             contexts = [make_contexts(tokenizer, tokens, length, count) for length in args.needle]
     reference = None
-    model = loading.load_model(args.model, args.dtype, device)
+    model = loading.load_model(args.model, args.dtype, device, args.lo_bits)
     if args.reference is not None:
         reference = loading.load_model(args.reference, args.dtype, device)
     figures["fake_quant"] = args.fake_quant
@@ -224,6 +225,8 @@ def _needle(
 
 def _print(figures: dict[str, Any]) -> None:
     rows = [("model", str(figures["model"]))]
+    if figures["lo_bits"] is not None:
+        rows.append(("activations", f"low part in {figures['lo_bits']} bits"))
     if figures["fake_quant"]:
         rows.append(("path", "reference (fake quantization in plain torch)"))
     if "perplexity" in figures:

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("--system: needs --chat")
     prompt = _prompt(args.prompt)
     device = loading.choose_device(args.device)
-    config = loading.load_config(args.model)
+    config = loading.load_config(args.model, args.lo_bits)
     tokenizer = loading.load_tokenizer(args.model)
     ids = _tokens(args, tokenizer, prompt)
     room = streaming.room(

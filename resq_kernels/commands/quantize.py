@@ -383,7 +383,7 @@ def _advice(report: dict[str, Any]) -> list[tuple[str, str]]:
     config = report["config"]
     if is_close(report):
         return []
-    better = {"method": "resq", "weights": "gptq", "lo_bits": 8, "distill_epochs": 1}
+    better = {"method": "resq", "weights": "gptq", "distill_epochs": 1}
     options = [
         f"--{name.replace('_', '-')} {value}"
         for name, value in better.items()

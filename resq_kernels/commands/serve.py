@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
             f"serve: needs {', '.join(missing)}; run `pip install 'resq_kernels[serve]'`"
         )
     device = loading.choose_device(args.device)
-    loading.load_config(args.model)
+    loading.load_config(args.model, args.lo_bits)
     tokenizer = loading.load_tokenizer(args.model)
     with _listen(args.host, args.port) as listener:
         model = streaming.load(args, device)

@@ -160,7 +160,7 @@ def load(args: argparse.Namespace, device: str) -> PreTrainedModel:
         CheckpointError: the file is not a JSON object.
     """
     ids = _token_ids(args.model)
-    model = loading.load_model(args.model, args.dtype, device)
+    model = loading.load_model(args.model, args.dtype, device, args.lo_bits)
     for name, value in ids.items():
         setattr(model.generation_config, name, value)
     return model

@@ -31,6 +31,9 @@ GRADES = (
 Llama-3-8B: 0.0014 in 8 bits, 0.011 in Q5_K_M; our SmolLM2-135M 0.15, with 8-bit inputs 0.07;
 rounded to nearest it is lost, at 5.6."""
 LOST = "useless beside"
+WIDE = 8
+"""Bits of activations with which every folder is measured: who has them at no cost should know what
+they give."""
 
 
 @torch.no_grad()
@@ -47,9 +50,10 @@ def verdicts(
 
     Formula: that of `evaluate.perplexity`, mean over the targets of all windows, and the intervals
     of `intervals.mean_interval` over windows. The quantized layers are computed by the operators
-    that run them, from the folder's tensors; between linears both models are in float32.
+    that run them, from the folder's tensors; between linears both models are in float32. A folder
+    for 4-bit activations is measured with 8-bit ones as well, as `lo_bits=8` loads it.
 
-    Memory: a layer and the embedding of both models, and the states of all windows of both.
+    Memory: a layer and the embedding of both models, and the states of all windows of all.
 
     Args:
         model: the source.
@@ -62,7 +66,8 @@ def verdicts(
 
     Returns:
         For every set the keys of docs/cli.md, or None without a target. A figure that is not finite
-        is None.
+        is None. `with_lo_bits_8` has the figures of 8-bit activations, None where they are the
+        folder's own.
     """
 
     def has_targets(windows: torch.Tensor) -> bool:
@@ -78,16 +83,21 @@ def verdicts(
         return reader.load(name).to(device)
 
     vocabulary = RoundedVocabulary(load, shape, config, products)
+    # The head's input has no low part: embedding and head are the same in all of them.
+    configs = [config] if config.lo_bits == WIDE else [config, config.with_lo_bits(WIDE)]
     exact = [model.embed(windows) for windows in sets]
-    rounded = [vocabulary.embed(windows.to(device)).cpu() for windows in sets]
+    rounded = [[vocabulary.embed(windows.to(device)).cpu() for windows in sets] for _ in configs]
     for index in layer_bar(range(shape.layers), "verdict", progress):
         source = model.layer(index, fold_norms=True).to(device, products)
-        decoder = DecoderLayer(shape, source, rope)
-        layer, weights = stored_layer(load, index, shape, config)
-        kernels = RoundedLayer(shape, layer, rope, config)
+        stored, weights = stored_layer(load, index, shape, config)
+        kernels = [RoundedLayer(shape, stored, rope, config) for config in configs]
         for names in GROUPS:
-            kernels.round(names, QuantizedWeight.cat([weights[name] for name in names]))
-        for states, forward in ((exact, decoder.forward), (rounded, kernels.forward)):
+            kernels[0].round(names, QuantizedWeight.cat([weights[name] for name in names]))
+        for other in kernels[1:]:
+            other.packed = kernels[0].packed
+        decoder = DecoderLayer(shape, source, rope)
+        forwards = (decoder.forward, *(layer.forward for layer in kernels))
+        for states, forward in zip((exact, *rounded), forwards, strict=True):
             for some in states:
                 for part in batches(*some.shape[:2]):
                     some[part] = forward(some[part].to(device)).cpu()
@@ -99,11 +109,15 @@ def verdicts(
     def rounded_logits(states: torch.Tensor) -> torch.Tensor:
         return vocabulary.logits(states.to(device))
 
-    found = (
-        _figures(*measure_states(*states, exact_logits, rounded_logits))
-        for states in zip(sets, exact, rounded, strict=True)
-    )
-    return [next(found) if has_targets(windows) else None for windows in held_out]
+    found = []
+    for windows, states, *others in zip(sets, exact, *rounded, strict=True):
+        figures = [
+            _figures(*measure_states(windows, states, other, exact_logits, rounded_logits))
+            for other in others
+        ]
+        found.append({**figures[0], "with_lo_bits_8": figures[1] if len(figures) > 1 else None})
+    verdict = iter(found)
+    return [next(verdict) if has_targets(windows) else None for windows in held_out]
 
 
 def measure_states(
@@ -184,23 +198,39 @@ def verdict_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     text, dialogues = report["verdict"], report["verdict_in_dialogues"]
     rows = []
     if text is not None:
-        perplexity = _number(text, "perplexity", ".2f")
-        if text["gap"] is not None:
-            perplexity += f" ({math.expm1(text['gap']):+.1%})"
         rows += [
             ("verdict", f"{text['grade']} the 16-bit model"),
             ("KL to 16-bit", _divergence(text)),
-            ("perplexity", f"{_number(text, 'reference_perplexity', '.2f')} -> {perplexity}"),
+            (
+                "perplexity",
+                f"{_number(text, 'reference_perplexity', '.2f')} -> {_perplexity(text)}",
+            ),
+            *_wide("with --lo-bits 8", text),
             ("measured on", f"{text['windows']} held-out windows of {text['seqlen']} tokens"),
         ]
     if dialogues is not None:
         rows += [
             ("in dialogues", f"{dialogues['grade']} the 16-bit model, which wrote them"),
             ("KL in dialogues", _divergence(dialogues)),
+            *_wide("and --lo-bits 8", dialogues),
         ]
     if not rows:
         rows.append(("verdict", "none: no window of the text was held out; `resq eval` gives one"))
     return rows
+
+
+def _wide(name: str, found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What 8-bit activations make of a verdict, as a row; none where they are the folder's own,
+    and in a report from before they were measured."""
+    wide = found.get("with_lo_bits_8")
+    if wide is None:
+        return []
+    return [(name, f"KL {_divergence(wide)}, perplexity {_perplexity(wide)}")]
+
+
+def _perplexity(found: Mapping[str, Any]) -> str:
+    share = "" if found["gap"] is None else f" ({math.expm1(found['gap']):+.1%})"
+    return _number(found, "perplexity", ".2f") + share
 
 
 def _divergence(found: Mapping[str, Any]) -> str:

@@ -87,7 +87,7 @@ def test_the_verdict_is_in_the_table_the_page_and_the_card(
     ("grade", "changed", "words"),
     [
         ("close to", {}, ""),
-        ("much worse than", {}, "--lo-bits 8, --distill-epochs 1"),
+        ("much worse than", {}, "--distill-epochs 1"),
         ("much worse than", {"lo_bits": 8, "distill_epochs": 2}, ""),
         ("much worse than", {"method": "rtn", "lo_bits": 8}, "--method resq, --distill-epochs 1"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from cli_support import POSITIONS, Result, byte_tokenizer, save
 from transformers import AutoModelForCausalLM
 
-from resq_kernels import graph_decoding
+from resq_kernels import from_pretrained, graph_decoding
 from resq_kernels.commands import streaming
 from resq_kernels.testing.tiny_models import make_model
 
@@ -122,6 +123,60 @@ def test_commands_follow_each_other(
     again = resq("quantize", out, tmp_path / "twice", "--calib", text)
     assert again.code == 1
     assert "already quantized (resq)" in again.sentence
+
+
+def test_activations_in_eight_bits(
+    folders: tuple[Path, Path], text: Path, tmp_path: Path, resq: Callable[..., Result]
+) -> None:
+    """Nearer to the 16-bit model, and the same in every command."""
+    source, out = folders
+    if not out.exists():
+        options = ("--calib", text, "--samples", 4, "--seqlen", 48)
+        assert resq("quantize", source, out, *options).code == 0
+    found: dict[object, Any] = {}
+    for bits in (None, 4, 8):
+        target, extra = tmp_path / f"{bits}.json", () if bits is None else ("--lo-bits", bits)
+        options = ("--text", text, "--reference", source, "--json", target, *extra)
+        result = resq("eval", out, *options)
+        assert result.code == 0, result.err
+        assert f"low part in {bits or 4} bits" in result.out
+        found[bits] = json.loads(target.read_text())
+        assert found[bits]["lo_bits"] == (bits or 4)
+        assert resq("compare", out, *options).code == 0
+        compared = json.loads(target.read_text())["folders"][0]
+        assert compared["kl_to_reference"] == pytest.approx(found[bits]["kl_to_reference"], 1e-9)
+        assert compared["bits"]["activations"] == ([4, 8] if bits != 8 else [8])
+        assert compared["quantization"]["lo_bits"] == (bits or 4)
+    assert found[None]["kl_to_reference"] == found[4]["kl_to_reference"]
+    assert found[8]["kl_to_reference"] < 0.7 * found[4]["kl_to_reference"]
+    fake = tmp_path / "fake.json"
+    result = resq("eval", out, *options[:4], "--json", fake, "--lo-bits", 8, "--fake-quant")
+    assert result.code == 0, result.err
+    expected = found[8]["kl_to_reference"]
+    assert json.loads(fake.read_text())["kl_to_reference"] == pytest.approx(expected, rel=0.1)
+
+    generated = resq("generate", out, "--prompt", PROMPT, "--max-new-tokens", 12, "--lo-bits", 8)
+    ids = byte_tokenizer()(PROMPT, return_tensors="pt")
+    model = from_pretrained(out, lo_bits=8)
+    tokens = model.generate(**ids, max_new_tokens=12, do_sample=False)
+    assert generated.out == byte_tokenizer().decode(tokens[0], skip_special_tokens=True) + "\n"
+
+
+def test_lo_bits_needs_a_quantized_model(
+    folders: tuple[Path, Path], text: Path, tmp_path: Path, resq: Callable[..., Result]
+) -> None:
+    source, other = folders[0], shutil.copytree(folders[0], tmp_path / "other")
+    for command, options in (
+        ("eval", (source, "--text", text)),
+        ("generate", (source, "--prompt", PROMPT)),
+        ("chat", (source,)),
+        ("serve", (source,)),
+        ("compare", (source, "--text", text, "--reference", other)),
+    ):
+        result = resq(command, *options, "--lo-bits", 8)
+        assert result.code == 2, (command, result.err)
+        assert result.sentence.startswith("--lo-bits: expected a"), result.sentence
+        assert "quantized by resq" in result.sentence
 
 
 def test_fake_quant_needs_a_quantized_model(

@@ -23,6 +23,7 @@ def row(name: str, **values: float) -> common.Row:
         common.RTN: (2000.0, 4.5, 0.1, 330, 270),
         common.ROTATION: (40.0, 0.6, 0.6, 330, 270),
         common.RESQ_GPTQ: (25.0, 0.2, 0.75, 350, 290),
+        common.RESQ_WIDE: (22.0, 0.1, 0.85, 350, 290),
     }
     names = ("perplexity", "kl_to_baseline", "top1_agreement", "bytes_total", "bytes_linears")
     found = dict(zip(names, usual[name], strict=True)) | values
@@ -47,6 +48,7 @@ def row(name: str, **values: float) -> common.Row:
         (common.RTN, {"kl_to_baseline": 0.5}, "divergence"),
         (common.ROTATION, {"top1_agreement": 0.8}, "agreement"),
         (common.RTN, {"perplexity": 39.0}, "plain rounding ruins"),
+        (common.RESQ_WIDE, {"kl_to_baseline": 0.14}, "activations in 8 bits"),
         (common.RESQ_GPTQ, {"bytes_total": 401}, "at most 40 %"),
         (common.RESQ_GPTQ, {"bytes_linears": 301}, "at most 40 %"),
     ],
@@ -54,7 +56,7 @@ def row(name: str, **values: float) -> common.Row:
 def test_promises_break_when_a_figure_does(
     name: str, values: dict[str, float], broken: str | None
 ) -> None:
-    names = (common.BASELINE, common.RTN, common.ROTATION, common.RESQ_GPTQ)
+    names = (common.BASELINE, common.RTN, common.ROTATION, common.RESQ_GPTQ, common.RESQ_WIDE)
     rows = {other: row(other, **(values if other == name else {})) for other in names}
     failed = [check.promise for check in demo.promises("a model", rows) if not check.ok]
     assert len(failed) == (broken is not None)
@@ -82,12 +84,12 @@ def test_a_run_measures_asks_and_reports(
     results = json.loads((out / "results.json").read_text())
     failed = [check for check in results["checks"] if not check["ok"]]
     assert "the model writes 1 of 4 calibration windows" in shown.out
-    assert code == bool(failed) and len(results["checks"]) == 5
+    assert code == bool(failed) and len(results["checks"]) == 6
     assert all(check["promise"] in shown.err for check in failed)
     (model,) = results["models"]
-    names = [common.BASELINE, common.RTN, common.ROTATION, common.RESQ_GPTQ]
+    names = [common.BASELINE, common.RTN, common.ROTATION, common.RESQ_GPTQ, common.RESQ_WIDE]
     assert [found["name"] for found in model["rows"]] == names
-    assert [found["dtype"] for found in model["rows"]] == ["float32", *["bfloat16"] * 3]
+    assert [found["dtype"] for found in model["rows"]] == ["float32", *["bfloat16"] * 4]
     baseline, *quantized = model["rows"]
     assert baseline["top1_agreement"] == 1.0
     for found in quantized:

@@ -11,6 +11,7 @@ import torch
 from ptq_models import MODELS
 from transformers import AutoModelForCausalLM
 
+from resq_kernels.api import from_pretrained
 from resq_kernels.config import ResQConfig
 from resq_kernels.evaluate import Measured, WindowSums, measure
 from resq_kernels.ptq import verdict as module
@@ -28,11 +29,13 @@ CONFIGS = {
 }
 
 
-def measured(source: Path, out: Path, windows: torch.Tensor) -> tuple[Measured, Measured]:
+def measured(
+    source: Path, out: Path, windows: torch.Tensor, lo_bits: int | None = None
+) -> tuple[Measured, Measured]:
     """Both folders by transformers in float32, our module inside."""
     models = {
-        name: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        for name, folder in (("reference", source), ("model", out))
+        "reference": AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
+        "model": from_pretrained(out, lo_bits=lo_bits, dtype=torch.float32),
     }
     found = measure(models, windows)
     return found["reference"], found["model"]
@@ -74,6 +77,23 @@ def test_it_is_what_transformers_measures(
     assert found["kl_to_reference"] == pytest.approx(rounded.kl, rel=tail * same)
     assert found["top1_agreement"] == pytest.approx(rounded.top1, abs=same)
     assert found["windows"] == 12 and found["seqlen"] == 70
+
+
+def test_eight_bits_are_measured_too(llama: Path, tokens: torch.Tensor, tmp_path: Path) -> None:
+    """They are what transformers finds of the folder loaded so, and the folder's own if it is for
+    8 bits."""
+    held_out, config = torch.randint(0, 256, (12, 70)), ResQConfig(activation_clip=0.8)
+    arguments = {"held_out": held_out, "progress": False}
+    report = quantize_folder(llama, tmp_path / "out", tokens, config, **arguments)
+    found, wide = report["verdict"], report["verdict"]["with_lo_bits_8"]
+    assert wide.keys() == found.keys() - {"with_lo_bits_8"}
+    _, rounded = measured(llama, tmp_path / "out", held_out, lo_bits=8)
+    assert wide["kl_to_reference"] == pytest.approx(rounded.kl, rel=0.03)
+    assert wide["kl_to_reference"] < 0.8 * found["kl_to_reference"]
+    assert wide["reference_perplexity"] == found["reference_perplexity"]
+    config = ResQConfig(lo_bits=8)
+    report = quantize_folder(llama, tmp_path / "wide", tokens, config, **arguments)
+    assert report["verdict"]["with_lo_bits_8"] is None
 
 
 def test_figures_and_their_intervals() -> None:
@@ -192,6 +212,9 @@ def test_facts() -> None:
         ("perplexity", "10.00 -> 10.50 (+5.0%)"),
         ("measured on", "4 held-out windows of 512 tokens"),
     ]
+    wide = {**found, "kl_to_reference": 0.01, "perplexity": 10.1, "gap": math.log(1.01)}
+    both = {**found, "with_lo_bits_8": wide}
+    row = "KL 0.010 +- 0.005 nats, same likeliest token 89.1%, perplexity 10.10 (+1.0%)"
     one = {**found, "grade": "much worse than", "windows": 1, "kl_interval": None}
     dialogues = [
         ("in dialogues", "much worse than the 16-bit model, which wrote them"),
@@ -201,6 +224,12 @@ def test_facts() -> None:
         ((found, None), text),
         ((found, one), text + dialogues),
         ((None, one), dialogues),
+        ((both, None), [*text[:3], ("with --lo-bits 8", row), text[3]]),
+        ((None, {**one, "with_lo_bits_8": None}), dialogues),
+        (
+            (None, {**both, "grade": "much worse than", "kl_interval": None}),
+            [*dialogues, ("and --lo-bits 8", row)],
+        ),
     ):
         keys = ("verdict", "verdict_in_dialogues")
         assert verdict_facts(dict(zip(keys, verdicts, strict=True))) == expected
