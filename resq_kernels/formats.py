@@ -252,14 +252,15 @@ def packed_weight_sums(data: torch.Tensor, n: int, k_lo: int, k_hi: int) -> torc
         data: what `pack_weight` returned for a weight of these sizes.
         n, k_lo, k_hi: N, K_lo, K_hi.
     """
-    device = data.device  # a caller may have set another by default
+    # A caller may have set another device or dtype by default.
+    device, f32 = data.device, torch.float32
     low = torch.zeros(2, k_lo // 2, dtype=torch.uint8, device=device)
     high = torch.zeros(2, k_hi, dtype=torch.int8, device=device)
     low[0], high[1] = 0x11, 1  # two codes a byte, one code a byte
-    rows = (low, high, torch.tensor([[1.0, 0, 1, 0]] * 2, device=device))  # scales 1, zeros 0
-    scale = torch.ones(n, 2, device=device)
+    params = torch.tensor([[1, 0, 1, 0]] * 2, dtype=f32, device=device)  # scales 1, zeros 0
+    scale = torch.ones(n, 2, dtype=f32, device=device)
     weight = (data, scale, torch.zeros_like(scale, dtype=torch.int32))
-    products: torch.Tensor = torch.ops.resq.mixed_gemm(*rows, *weight, None, torch.float32)
+    products: torch.Tensor = torch.ops.resq.mixed_gemm(low, high, params, *weight, None, f32)
     return products.t().int().contiguous()
 
 

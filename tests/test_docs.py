@@ -16,6 +16,7 @@ from resq_kernels import ops
 from resq_kernels.cli import build_parser
 from resq_kernels.commands import COMMANDS
 from resq_kernels.testing.quantized_models import random_quantized
+from resq_kernels.testing.tiny_models import make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTES = ROOT / "docs/notes"
@@ -26,6 +27,8 @@ SNIPPETS = [
     for page, text in PAGES.items()
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.S))
 ]
+# Those about vLLM are run where it is installed (tests/integrations/test_vllm.py).
+SNIPPETS = [snippet for snippet in SNIPPETS if not re.search("from (vllm|openai) ", snippet[2])]
 # What a snippet is run with instead, to take seconds.
 SMALLER = [
     ("samples=64, seqlen=512", "samples=2, seqlen=32"),
@@ -34,7 +37,8 @@ SMALLER = [
 
 
 def test_the_snippets_are_found() -> None:
-    assert {page for page, _, _ in SNIPPETS} == {"README.md", "docs/cuda.md"}
+    pages = {"README.md", "docs/cuda.md", "docs/integrations.md"}
+    assert {page for page, _, _ in SNIPPETS} == pages
 
 
 @pytest.mark.parametrize(
@@ -54,6 +58,10 @@ def test_snippets_run(
             code = code.replace(whole, small)
         exec(code, {})
         assert (tmp_path / "out/model-resq/model.safetensors").exists()
+    elif page == "docs/integrations.md":
+        random_quantized("llama").save_pretrained(tmp_path / "out/model-resq")
+        make_tokenizer().save_pretrained(tmp_path / "out/model-resq")
+        exec(code, {})
     else:
         ids = torch.tensor([[5, 6, 7]])
         exec(code, {"model": random_quantized("llama"), "ids": ids, "resq_kernels": resq_kernels})

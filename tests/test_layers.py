@@ -38,7 +38,7 @@ ALLOWED = {
     "ptq": LEAVES
     | {"checkpoint", "safetensors_io", "weights", "reference", "ops", "_library", "html_page"}
     | {"evaluate", "intervals", "chat_template"},
-    "integrations": LEAVES | {"nn", "checkpoint"},
+    "integrations": LEAVES | {"nn", "ops", "checkpoint"},
     "api": LEAVES | {"ptq", "checkpoint", "safetensors_io"},
     "testing": LEAVES
     | {"integrations", "checkpoint", "safetensors_io", "nn", "ops", "reference", "fake_quant"},

@@ -170,8 +170,12 @@ def test_sums_of_packed_codes_are_exact() -> None:
     scale = torch.rand(3, 2)
     lo[2, 5] = 0x67  # 6 and 7 in the place of -7 and 7
     hi[2, 7] = -126
-    with torch.device("meta"):  # what a caller makes its default is not where weights are
-        packed = PackedWeight.pack(QuantizedWeight(lo, hi, scale))
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it loads a model
+    try:
+        with torch.device("meta"):  # what a caller makes its default is not where weights are
+            packed = PackedWeight.pack(QuantizedWeight(lo, hi, scale))
+    finally:
+        torch.set_default_dtype(torch.float32)
     expected = [[-8 << 16, -128 << 16], [7 << 16, 127 << 16], [13, (-127 << 16) + 1]]
     assert packed.sums.tolist() == expected
     assert packed.sums.dtype == torch.int32 and packed.sums.is_contiguous()

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import resq_kernels
-from resq_kernels.checkpoint import validate
+from resq_kernels.architecture import GUARD, ModelShape
+from resq_kernels.checkpoint import checked, validate
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq.pipeline import quantize_folder
 from resq_kernels.safetensors_io import (
@@ -64,8 +65,29 @@ def refusal(folder: Path) -> str:
     return message
 
 
+def read_by_another_loader(folder: Path) -> dict[str, torch.Tensor]:
+    """What `checked` passes on of all tensors of the folder."""
+    content = json.loads((folder / "config.json").read_text())
+    shape, entry = ModelShape.from_config(content), content["quantization_config"]
+    return dict(checked(load_file(folder / WEIGHTS).items(), shape, entry, folder))
+
+
+def tensor_refusal(folder: Path) -> str:
+    """Of a folder with a wrong tensor: `checked` says the same."""
+    message = refusal(folder)
+    with pytest.raises(CheckpointError) as error:
+        read_by_another_loader(folder)
+    assert str(error.value) == message
+    return message
+
+
 def test_a_good_folder_passes(quantized: Path) -> None:
     assert validate(quantized) == ResQConfig(weights="rtn")
+    stored = load_file(quantized / WEIGHTS)
+    del stored[GUARD]
+    passed = read_by_another_loader(quantized)
+    assert passed.keys() == stored.keys()
+    assert all(torch.equal(passed[name], tensor) for name, tensor in stored.items())
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, 5000, -1])
@@ -93,12 +115,12 @@ def test_header_that_is_not_json(copy: Path) -> None:
 
 def test_missing_tensor(copy: Path) -> None:
     edit_tensors(copy, lambda tensors: tensors.pop(SCALE))
-    assert refusal(copy).endswith(f"{SCALE}: expected a tensor, found nothing")
+    assert tensor_refusal(copy).endswith(f"{SCALE}: expected a tensor, found nothing")
 
 
 def test_unexpected_tensor(copy: Path) -> None:
     edit_tensors(copy, lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(1)}))
-    assert "model.layers.0.mlp.up_proj.weight: expected no such tensor" in refusal(copy)
+    assert "model.layers.0.mlp.up_proj.weight: expected no such tensor" in tensor_refusal(copy)
 
 
 @pytest.mark.parametrize(
@@ -113,13 +135,13 @@ def test_wrong_shape_or_dtype(
     copy: Path, change: Callable[[torch.Tensor], torch.Tensor], got: str
 ) -> None:
     edit_tensors(copy, lambda tensors: tensors.update({SCALE: change(tensors[SCALE])}))
-    assert refusal(copy).endswith(f"{SCALE}: expected float32 [192, 2], {got}")
+    assert tensor_refusal(copy).endswith(f"{SCALE}: expected float32 [192, 2], {got}")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_scale_that_is_not_one(copy: Path, value: float) -> None:
     edit_tensors(copy, lambda tensors: tensors[SCALE].__setitem__((3, 0), value))
-    message = refusal(copy)
+    message = tensor_refusal(copy)
     assert f"{SCALE}: expected finite scales" in message and message.endswith(str(value))
 
 
@@ -131,7 +153,7 @@ def test_rotation_of_another_model(copy: Path, name: str) -> None:
         tensors[name].view(-1)[0] += 0.25
 
     edit_tensors(copy, turn)
-    assert "rotation: expected the hash sha256:" in refusal(copy)
+    assert "rotation: expected the hash sha256:" in tensor_refusal(copy)
 
 
 @pytest.mark.parametrize(
