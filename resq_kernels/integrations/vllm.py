@@ -106,9 +106,11 @@ class ResQVllmConfig(QuantizationConfig):
         """Refuses: a layer of vLLM's own would hold no weights of ours.
 
         Raises:
-            ValueError: always; another implementation of the model was asked for.
+            ValueError: always; the folder was asked for as another model than the one that is
+                served, such as a draft of speculative decoding.
         """
         raise ValueError(
             f"ResQ: {prefix}: expected our own model ({ARCHITECTURE}), got a "
-            f"{type(layer).__name__} of another implementation: leave model_impl at 'auto'"
+            f"{type(layer).__name__} of vLLM's: a quantized folder can only be the model that is "
+            "served, not a draft"
         )

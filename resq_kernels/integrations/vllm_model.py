@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import maybe_prefix
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, MultipleOf
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
@@ -62,11 +63,17 @@ class ResQForCausalLM(nn.Module):
         convert(inner, options, tied_head, stored.has_basis)
         # Its table is computed, not loaded: on the device that vLLM has made the default.
         inner.model.rotary_emb = type(inner.model.rotary_emb)(config)
+        if inner.model.rotary_emb.rope_type in ("dynamic", "longrope"):
+            raise ValueError(
+                "ResQ: rope_type: expected one whose angles depend on the position alone, got "
+                f"{inner.model.rotary_emb.rope_type!r}: they would depend on the requests beside it"
+            )
         self.inner = inner
         self.shape = ModelShape.from_config(config.to_dict())
         kind = PagedAttention if options.kv_bits == 4 else FloatAttention
+        layers = maybe_prefix(prefix, "model.layers")
         self.attention = nn.ModuleList(
-            kind(layer.self_attn, f"{prefix}model.layers.{index}.self_attn.attn", vllm_config)
+            kind(layer.self_attn, f"{layers}.{index}.self_attn.attn", vllm_config)
             for index, layer in enumerate(inner.model.layers)
         )
 
@@ -119,8 +126,7 @@ class ResQForCausalLM(nn.Module):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [T, vocabulary] of what `forward` returned."""
         # Not by a call: its hook would rotate, as for a caller of transformers' model.
-        head = self.inner.lm_head
-        logits: torch.Tensor = head.forward(hidden_states)
+        logits: torch.Tensor = self.inner.lm_head.forward(hidden_states)
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -250,9 +256,9 @@ class PagesBackend(AttentionBackend):
         raise NotImplementedError
 
     @staticmethod
-    def get_builder_cls() -> type[PagesMetadata]:
+    def get_builder_cls() -> type[PagesMetadataBuilder]:
         """Makes what `PagedAttention` finds in vLLM's forward context."""
-        return PagesMetadata
+        return PagesMetadataBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(
@@ -267,11 +273,11 @@ class PagesBackend(AttentionBackend):
         return (KVCacheLayout.LBHNC,)
 
 
-class PagesMetadata(AttentionMetadataBuilder[Any]):
+class PagesMetadataBuilder(AttentionMetadataBuilder[Any]):
     """Passes lengths, slots and block table on as vLLM has them: our operators take the same."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
+        super().__init__(*arguments, **named)  # abstract in the base class
 
     def build(
         self,

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from resq_kernels import ResQConfig
 from resq_kernels.checkpoint import CheckpointError
 from resq_kernels.testing.quantized_models import make_older, random_quantized
-from resq_kernels.testing.tiny_models import make_tokenizer
+from resq_kernels.testing.tiny_models import LLAMA3_ROPE, make_tokenizer
 
 # Before vLLM is imported. The engine runs in this process, so that errors are those of our model.
 os.environ |= {
@@ -42,7 +42,7 @@ TEMPLATE = (
 )
 PROMPTS = [
     torch.randint(3, 250, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-    for length in (5, 130, 1, 70)
+    for length in (25, 130, 1, 70)
 ]
 NEW = 24
 GREEDY = SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True, logprobs=0)
@@ -90,48 +90,74 @@ def by_transformers(folder: Path, dtype: torch.dtype) -> tuple[list[list[int]], 
     return tokens, logprobs
 
 
-def by_vllm(llm: Any) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """The same."""
+def by_vllm(llm: Any) -> tuple[list[list[int]], list[torch.Tensor], int]:
+    """The same, and how many tokens of the prompts were found in vLLM's prefix cache."""
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    outputs = [out.outputs[0] for out in llm.generate(prompts, GREEDY, use_tqdm=False)]
+    requests = llm.generate(prompts, GREEDY, use_tqdm=False)
+    outputs = [request.outputs[0] for request in requests]
     tokens = [list(output.token_ids) for output in outputs]
     logprobs = [
         torch.tensor([step[token].logprob for token, step in zip(new, out.logprobs, strict=True)])
         for new, out in zip(tokens, outputs, strict=True)
     ]
-    return tokens, logprobs
+    return tokens, logprobs, sum(request.num_cached_tokens for request in requests)
 
 
-CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], torch.dtype, dict[str, Any]]] = {
-    # So few pages that vLLM takes some from a request and computes its tokens again.
-    "few-pages": ("llama", {}, {}, torch.float32, {"num_gpu_blocks_override": 9, "block_size": 32}),
-    "llama-128": ("llama", {"embedding_bits": 16}, {"head_dim": 128}, torch.bfloat16, {}),
-    "qwen2-tied": ("qwen2", {}, {"tie_word_embeddings": True}, torch.bfloat16, {}),
-    "qwen2-rtn": ("qwen2", {"method": "rtn"}, {}, torch.float16, {}),
-    "format-2": ("llama", {"activation_clip": 1.0}, {}, torch.float32, {}),
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], torch.dtype]] = {
+    "llama": ("llama", {}, {"rope_parameters": LLAMA3_ROPE}, torch.float32),
+    "llama-128": ("llama", {"embedding_bits": 16}, {"head_dim": 128}, torch.bfloat16),
+    "qwen2-tied": ("qwen2", {}, {"tie_word_embeddings": True}, torch.bfloat16),
+    "qwen2-rtn": ("qwen2", {"method": "rtn"}, {}, torch.float16),
+    "format-2": ("llama", {"activation_clip": 1.0}, {}, torch.float32),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_bits_are_those_of_transformers(tmp_path: Path, case: str) -> None:
-    """Twice: the second time the pages of the prompts are found in vLLM's prefix cache."""
-    model_type, options, sizes, dtype, more = CASES[case]
+    """Twice: the second time pages of the long prompts are found in vLLM's prefix cache."""
+    model_type, options, sizes, dtype = CASES[case]
     save(tmp_path, model_type, options, **sizes)
     if case == "format-2":
         make_older(tmp_path, 2)
     tokens, logprobs = by_transformers(tmp_path, dtype)
-    llm = LLM(str(tmp_path), dtype=dtype, **SMALL, **more)
-    for _ in range(2):
-        found, found_logprobs = by_vllm(llm)
+    llm = LLM(str(tmp_path), dtype=dtype, **SMALL)
+    for known in (0, 128):
+        found, found_logprobs, cached = by_vllm(llm)
         assert found == tokens
         assert all(map(torch.equal, found_logprobs, logprobs))
+        assert cached == known
+
+
+def test_bits_after_a_preemption(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """6 pages of 32 tokens: vLLM takes those of a request away and computes its tokens again."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted = []
+    preempt = Scheduler._preempt_request
+
+    def counted(self: Any, request: Any, *arguments: Any, **named: Any) -> None:
+        preempted.append(request.request_id)
+        preempt(self, request, *arguments, **named)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", counted)
+    tokens, logprobs = by_transformers(folder, torch.bfloat16)
+    few: dict[str, Any] = {
+        **SMALL,
+        "max_model_len": 160,
+        "block_size": 32,
+        "num_gpu_blocks_override": 7,
+    }
+    found, found_logprobs, _ = by_vllm(LLM(str(folder), **few))
+    assert found == tokens
+    assert all(map(torch.equal, found_logprobs, logprobs))
+    assert preempted
 
 
 def test_a_float_cache_is_vllms(tmp_path: Path) -> None:
     """Whose attention sums in another order, so that bits differ; in float32 tokens do not."""
     save(tmp_path, "llama", {"kv_bits": 16})
     tokens, logprobs = by_transformers(tmp_path, torch.float32)
-    found, found_logprobs = by_vllm(LLM(str(tmp_path), dtype="float32", **SMALL))
+    found, found_logprobs, _ = by_vllm(LLM(str(tmp_path), dtype="float32", **SMALL))
     assert found == tokens
     for a, b in zip(found_logprobs, logprobs, strict=True):
         torch.testing.assert_close(a, b, atol=0.02, rtol=0)
@@ -192,6 +218,13 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     tensors["model.layers.1.self_attn.key_rotation"][0, 0, 0] += 1
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="key_rotation.*: expected the hash sha256:"):
+        LLM(str(tmp_path), **SMALL)
+
+
+def test_angles_that_depend_on_the_longest_request_are_refused(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    save(tmp_path, "llama", {}, rope_parameters=rope)
+    with pytest.raises(ValueError, match="rope_type: expected .*, got 'dynamic'"):
         LLM(str(tmp_path), **SMALL)
 
 
