@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+import vllm
 from vllm import ModelRegistry
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -19,6 +20,8 @@ from resq_kernels.architecture import ModelShape
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+OLDEST = (0, 32)
+"""The oldest of vLLM's versions that was tried."""
 ARCHITECTURE = "ResQForCausalLM"
 """The name of our model in vLLM's registry; no config.json holds it."""
 SOURCES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
@@ -48,8 +51,8 @@ class ResQVllmConfig(QuantizationConfig):
 
     Raises:
         CheckpointError: a newer format, or a missing or impossible value.
-        ValueError: the folder holds another architecture than `SOURCES`, or an option of
-            config.json changes the model in a way that is not supported.
+        ValueError: from `maybe_update_config`: an older vLLM, another architecture than `SOURCES`,
+            or an option of config.json that changes the model in a way that is not supported.
     """
 
     def __init__(self, entry: dict[str, Any]) -> None:
@@ -91,6 +94,10 @@ class ResQVllmConfig(QuantizationConfig):
         vLLM calls it once, before it starts the processes that build the model, and passes the
         changed configuration to them. It looks the class up by that configuration.
         """
+        version: tuple[Any, ...] = vllm.__version_tuple__[:2]
+        if (0, 0) < version < OLDEST:  # a checkout without tags is 0.0
+            oldest = ".".join(map(str, OLDEST))
+            raise ValueError(f"ResQ: vLLM: expected {oldest} or newer, got {vllm.__version__}")
         if hf_config is None:
             raise ValueError("ResQ: hf_config: expected the model's configuration, got None")
         architectures = list(hf_config.architectures or ())

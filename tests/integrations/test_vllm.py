@@ -212,6 +212,12 @@ def test_tensor_parallel_is_refused(folder: Path) -> None:
         ResQForCausalLM(vllm_config=config)
 
 
+def test_an_older_vllm_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.__version_tuple__", (0, 31, 2))
+    with pytest.raises(ValueError, match=r"vLLM: expected 0\.32 or newer, got "):
+        LLM(str(folder), **SMALL)
+
+
 def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     save(tmp_path, "llama", {})
     tensors = load_file(tmp_path / "model.safetensors")
