@@ -19,7 +19,7 @@ template <class T>
 inline constexpr int kMostHeldChunks = 64 * 4 / (kChunkColumns * sizeof(T));
 
 // The instances of a row kernel, by the chunks that a thread holds at most (cuda/row_launch.cuh).
-inline constexpr int kHeldCounts[] = {1, 2, 3, 4, 6, 8, 12, 16};
+inline constexpr int kHeldCounts[] = {1, 2, 3, 4, 6, 8, 16};
 
 // The first chunks of a thread, which every thread of the block has: with fewer, a smaller instance
 // would run.

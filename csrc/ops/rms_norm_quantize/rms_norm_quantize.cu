@@ -19,9 +19,11 @@ struct Exchange {
 struct Ones {};
 struct AnyType {};
 
-// The weights of this thread's chunks, loaded with the row: where each waited for its own, a row of
-// 4096 took 6,500 cycles instead of 2,500. More than eight chunks leave no registers for them.
+// Chunks of a row with a weight: more leave no registers for the weights.
 inline constexpr int kMostHeldWeights = 8;
+
+// The weights of this thread's chunks, loaded with the row: where each waited for its own, a row of
+// 4096 took 6,500 cycles instead of 2,500.
 
 template <class W, int kHeld, bool kAligned>
 class Weights {
@@ -44,7 +46,7 @@ class Weights {
 
   const W* from_;
   int k_;
-  HeldChunks<W, (kHeld > kMostHeldWeights ? 0 : kHeld)> chunks_;
+  HeldChunks<W, kHeld> chunks_;
 };
 
 template <int kHeld, bool kAligned>
@@ -153,10 +155,8 @@ __global__ void __launch_bounds__(kRowThreads) rms_norm_quantize_kernel(RmsNormQ
     return result;
   };
   if constexpr (kWeighted) {
-    // With chunks of zeros, unless a weight would be read where there is none. 0 times an infinite
-    // inverse_rms is NaN, but so are, or infinite, the row's own numbers.
-    constexpr int kAlways = kHeld > kMostHeldWeights ? full_chunks(kHeld) : kHeld;
-    for_each_chunk<kHeld, kAlways>(chunks, [&](int slot, int chunk) {
+    // 0 times an infinite inverse_rms is NaN, but so are, or infinite, the row's own numbers.
+    for_each_chunk_or_zeros<kHeld>(chunks, [&](int slot, int chunk) {
       add_to_ranges<kAligned>(ranges, k_lo, chunk * kChunkColumns, y(slot, chunk));
     });
     reduce_ranges(ranges, exchange.ranges);
@@ -177,7 +177,8 @@ void rms_norm_quantize(const RmsNormQuantizeParams& p, Stream stream) {
     launch_pdl("rms_norm_quantize", rms_norm_quantize_kernel<T, W, kHeld, kAligned>,
                {.x = static_cast<unsigned>(p.rows), .threads = kRowThreads}, stream, p);
   };
-  // A weight of another type than x, which no model has, is read from memory like a long row.
+  // Read from memory in every pass, since no model has them: a weight of another type than x, and
+  // rows with a weight that are longer than 8192 columns.
   launch_row_kernel(p.x_type, p.out, {p.x, p.residual, p.new_residual, p.weight},
                     [&](auto t, auto held, auto aligned) {
                       using T = decltype(t);
@@ -186,7 +187,8 @@ void rms_norm_quantize(const RmsNormQuantizeParams& p, Stream stream) {
                       if (p.weight == nullptr) {
                         launch.template operator()<T, Ones, kHeld, kAligned>();
                       } else if (p.weight_type == p.x_type) {
-                        launch.template operator()<T, T, kHeld, kAligned>();
+                        constexpr int kFits = kHeld <= kMostHeldWeights ? kHeld : 0;
+                        launch.template operator()<T, T, kFits, kAligned>();
                       } else {
                         launch.template operator()<T, AnyType, 0, kAligned>();
                       }
