@@ -68,7 +68,7 @@ double field_next(int index, double value) {
 
 // The name of the device's own row, "" if it has none.
 const char* chip_name(int major, int minor, int sms, int memory_bits) {
-  const MixedGemmChip* chip = mixed_gemm_chip({major, minor, sms, 0, memory_bits});
+  const MixedGemmChip* chip = mixed_gemm_chip({major, minor, sms, 0, memory_bits, 0});
   return chip ? chip->name : "";
 }
 

@@ -26,12 +26,13 @@ TABLE = ROOT / "tests/cuda/kernel_table.json"
 # Instructions whose presence or absence says whether a kernel is what it is meant to be: tensor
 # cores, 16-byte and asynchronous copies, programmatic dependent launch (ACQBULK is pdl_wait,
 # PREEXIT is pdl_trigger), and local memory, which no kernel may touch. Loads before ACQBULK that
-# the first-level cache may answer are counted as EARLY_LOAD.
+# the first-level cache may answer are counted as EARLY_LOAD, prefetches of spans into the second
+# level as EARLY_PREFETCH.
 KEY_INSTRUCTIONS = re.compile(
-    r"^(IMMA\.\d+\.\w+\.\w+|IGMMA\.64x\d+x32\.\w+\.\w+|HMMA\.\d+\.\w+|UBLKCP|UTMALDG\.\dD|LDSM|ACQBULK|PREEXIT"
+    r"^(IMMA\.\d+\.\w+\.\w+|IGMMA\.64x\d+x32\.\w+\.\w+|HMMA\.\d+\.\w+|UBLKCP|UBLKPF|UTMALDG\.\dD|LDSM|ACQBULK|PREEXIT"
     r"|LDGSTS\.E(?:\.\w+)*\.128|(?:LDG|STG|LDS|STS)\b.*\.128|LDL|STL|CALL)"
 )
-EARLY_LOAD = "LDG before ACQBULK"
+EARLY_LOAD, EARLY_PREFETCH = "LDG before ACQBULK", "UBLKPF before ACQBULK"
 ACCESS = re.compile(r"^(LDG|STG|LDS|STS|LDGSTS)\b")
 
 Kernel = dict[str, int | dict[str, int]]
@@ -79,15 +80,18 @@ def kernels(library: Path = LIBRARY) -> dict[str, dict[str, Kernel]]:
         elif line.startswith("Function : "):
             current = line.removeprefix("Function : ")
             found[current][arch] |= {"instructions": 0, "key": Counter()}
-            loads = 0
+            loads = prefetches = 0
         elif instruction := re.match(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*);", line):
             kernel = found[current][arch]
             kernel["instructions"] += 1
             loads += instruction[1].startswith("LDG.") and ".STRONG" not in instruction[1]
             if key := key_instruction(instruction[1]):
                 kernel["key"][key] += 1
+            prefetches += key == "UBLKPF"
             if key == "ACQBULK" and loads:
                 kernel["key"][EARLY_LOAD] = loads
+            if key == "ACQBULK" and prefetches:
+                kernel["key"][EARLY_PREFETCH] = prefetches
     return {_readable(name): per_arch for name, per_arch in found.items()}
 
 

@@ -103,7 +103,8 @@ const Device& device(int index) {
                   attribute(index, cudaDevAttrComputeCapabilityMinor),
                   attribute(index, cudaDevAttrMultiProcessorCount),
                   attribute(index, cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                  attribute(index, cudaDevAttrGlobalMemoryBusWidth)};
+                  attribute(index, cudaDevAttrGlobalMemoryBusWidth),
+                  attribute(index, cudaDevAttrL2CacheSize)};
   });
 }
 

@@ -14,6 +14,7 @@ struct Device {
   int sms;           // multiprocessors
   int shared_bytes;  // that a block may opt in to
   int memory_bits;   // width of the memory bus
+  int l2_bytes;      // of the second-level cache
 };
 
 // Properties of a device, asked for once; throws if the driver is older than the CUDA runtime in
@@ -37,11 +38,21 @@ const char* family_name(Family family);
 Family select_family(const std::string& forced, int major, int minor);
 Family current_family(const Device& device);
 
+// The integer from 0 to 100 that `text` is, the value of the environment variable `name`;
+// `otherwise` where that is empty.
+int select_percent(const std::string& name, const std::string& text, int otherwise);
+
 // The share of a multiprocessor's L1 that every kernel asks to have as shared memory, in percent:
 // the environment variable RESQ_CUDA_CARVEOUT, or what the driver chooses for each kernel.
 inline constexpr int kDriversCarveout = -1;
-int select_carveout(const std::string& text);
 int current_carveout();
+
+// The share of L2 that the blocks of a product may fill with weights while they wait for the
+// previous kernel, in percent: the environment variable RESQ_CUDA_PREFETCH, or half. L2 has two
+// halves, and a line that the other half's multiprocessors read may take a place in both [not
+// measured].
+inline constexpr int kPrefetchPercent = 50;
+int current_prefetch();
 
 struct Stream {
   void* handle;      // a cudaStream_t

@@ -41,6 +41,11 @@ struct NumberBits {
   }
 };
 
+__device__ inline const void* number_address(FloatArray numbers, int64_t index) {
+  const int bytes = numbers.type == FloatType::kFloat32 ? 4 : 2;
+  return static_cast<const char*>(numbers.data) + index * bytes;
+}
+
 // Numbers from `index` on in one access; the address is a multiple of their size.
 template <int kCount>
 __device__ inline NumberBits<kCount> load_bits(FloatArray numbers, int64_t index) {

@@ -36,7 +36,7 @@ def ninja_file(module: Path) -> str:
         "rule link",
         "  command = $cxx -shared $in -o $out",
     ]
-    sources = [*sorted(HERE.glob("*.cpp")), CSRC / "cpu/isa.cpp", CSRC / "cuda/carveout.cpp"]
+    sources = [*sorted(HERE.glob("*.cpp")), CSRC / "cpu/isa.cpp", CSRC / "cuda/percent.cpp"]
     objects = [f"{source.stem}.o" for source in sources]
     lines += [
         f"build {name}: compile {source}" for name, source in zip(objects, sources, strict=True)

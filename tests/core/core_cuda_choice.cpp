@@ -7,6 +7,7 @@
 #include <exception>
 #include <functional>
 #include <iterator>
+#include <utility>
 #include <vector>
 
 #include "cuda/arch.h"
@@ -14,6 +15,7 @@
 #include "cuda/once.h"
 #include "ops/mixed_gemm/mixed_gemm_choice.h"
 #include "ops/mixed_gemm/mixed_gemm_legal.h"
+#include "ops/mixed_gemm/weight_prefetch.h"
 
 namespace py = pybind11;
 
@@ -33,6 +35,20 @@ int dispatched_m(int m) {
   int ran = 0;
   resq::cuda::with_tile<resq::cuda::kSm90Tiles>({m, 128, 1}, [&]<int kTileM>() { ran += kTileM; });
   return ran;
+}
+
+// First byte and bytes that each split of small_m prefetches of 64 rows of the weight.
+std::vector<std::pair<int64_t, int64_t>> prefetched_spans(int64_t k_lo, int64_t k_hi, int splits,
+                                                          int most_steps) {
+  using namespace resq::cuda;
+  const SplitK split_k =
+      resq::cuda::split_k({1, 64, k_lo, k_hi, false}, MixedGemmKernel::kSmallM, splits);
+  std::vector<std::pair<int64_t, int64_t>> spans;
+  for (int split = 0; split < splits; ++split) {
+    const ByteSpan span = prefetched_span(split_k, split, most_steps);
+    spans.emplace_back(span.first, span.bytes);
+  }
+  return spans;
 }
 
 // What OncePer gives for the keys 0, 0, 1, 0 one after the other; -1 where `compute` throws.
@@ -82,14 +98,18 @@ void define_cuda_choice(py::module_& m) {
       .def_readwrite("sm80_large_tiles", &MixedGemmTuning::sm80_large_tiles)
       .def_readwrite("sm90_l2_bytes", &MixedGemmTuning::sm90_l2_bytes);
   m.def("mixed_gemm_chip", [](int major, int minor, int sms, int memory_bits) {
-    const MixedGemmChip* chip = mixed_gemm_chip({major, minor, sms, 0, memory_bits});
+    const MixedGemmChip* chip = mixed_gemm_chip({major, minor, sms, 0, memory_bits, 0});
     return chip ? chip->name : "";
   });
   m.def("mixed_gemm_tiles", tiles);
   m.def("sm90_tenths", sm90_tenths);
   m.def("dispatched_m", dispatched_m);
   m.def("cuda_family", family);
-  m.def("select_carveout", select_carveout);
+  m.def("select_percent", select_percent);
+  m.attr("DRIVERS_CARVEOUT") = kDriversCarveout;
+  m.attr("PREFETCH_PERCENT") = kPrefetchPercent;
+  m.def("prefetched_steps", prefetched_steps);
+  m.def("prefetched_spans", prefetched_spans);
   m.def("asked_once", asked_once);
   m.def("weight_layout", weight_layout);
   m.def("packs_activations", packs_activations);

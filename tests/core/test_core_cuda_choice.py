@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import re
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -176,12 +178,77 @@ def test_sm90_workspace_holds_the_rows_that_it_rewrites(core: ModuleType) -> Non
     assert workspace(0, 32, True) == workspace(0, 0, False) == 0
 
 
-def test_carveout_is_a_percentage_or_the_driver_s_choice(core: ModuleType) -> None:
-    assert [core.select_carveout(text) for text in ("", "0", "50", "100")] == [-1, 0, 50, 100]
+def test_a_percentage_is_an_integer_or_what_holds_without_one(core: ModuleType) -> None:
+    for otherwise in (core.DRIVERS_CARVEOUT, core.PREFETCH_PERCENT):
+        for text, percent in (("", otherwise), ("0", 0), ("50", 50), ("100", 100)):
+            assert core.select_percent("NAME", text, otherwise) == percent
     for text in ("-1", "101", "max", "50%", " 50", "5.0", "+5", "99999999999999999999"):
-        sentence = f"RESQ_CUDA_CARVEOUT: expected an integer from 0 to 100, got {re.escape(text)}$"
+        sentence = f"^NAME: expected an integer from 0 to 100, got {re.escape(text)}$"
         with pytest.raises(RuntimeError, match=sentence):
-            core.select_carveout(text)
+            core.select_percent("NAME", text, -1)
+
+
+STEP_BYTES, L2_BYTES = 2048, 50 << 20  # 64 rows of a weight, 64 or 32 of K; an H200
+
+
+@pytest.mark.parametrize(
+    ("k_lo", "k_hi"), [(3584, 512), (14336, 0), (0, 2048), (784, 112), (66, 33), (1, 0), (0, 0)]
+)
+def test_the_blocks_of_small_m_ask_for_every_byte_once(
+    k_lo: int, k_hi: int, core: ModuleType
+) -> None:
+    steps = -(-k_lo // 64) + 2 * -(-k_hi // 64)  # both parts are padded to 64 columns
+    for splits in range(1, max(2, min(16, steps) + 1)):
+        whole = core.prefetched_spans(k_lo, k_hi, splits, steps)
+        assert [first for first, _ in whole] == [
+            STEP_BYTES * (steps * split // splits) for split in range(splits)
+        ]
+        ends = [first + count for first, count in whole]
+        assert ends == [*(first for first, _ in whole[1:]), STEP_BYTES * steps]
+        for most in (0, 1, 5, 40):  # of a block's steps the first ones, which it reads first
+            assert core.prefetched_spans(k_lo, k_hi, splits, most) == [
+                (first, min(count, STEP_BYTES * most)) for first, count in whole
+            ]
+
+
+@pytest.mark.parametrize("percent", [0, 1, 25, 50, 100])
+@pytest.mark.parametrize("slots", [132, 264, 396])
+def test_blocks_that_wait_together_ask_for_a_share_of_l2(
+    slots: int, percent: int, core: ModuleType
+) -> None:
+    for blocks in (1, 16, 96, 132, 256, 396, 397, 1344, 100_000):
+        steps = core.prefetched_steps(blocks, slots, L2_BYTES, percent)
+        waiting = min(blocks, slots)
+        assert 0 <= steps * STEP_BYTES * waiting <= L2_BYTES * percent / 100
+        # No less than that share, but for what one instruction takes.
+        share = (steps + 1) * STEP_BYTES * waiting > L2_BYTES * percent / 100
+        assert share or steps * STEP_BYTES == (1 << 20) - STEP_BYTES
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [("llama-3-8b", [14.2, 9.4, 19.5, 26.2]), ("llama-3.2-1b", [3.5, 2.4, 18.9, 8.4])],
+)
+def test_what_may_wait_in_l2_for_a_step_on_an_h200(
+    model: str, expected: list[float], core: ModuleType
+) -> None:
+    """qkv, o, gate_up, down: MB that the blocks ask for that start at once, as predicted."""
+    path = Path(__file__).resolve().parents[2] / "benchmarks/weights_in_l2.py"
+    spec = importlib.util.spec_from_file_location("weights_in_l2", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    asked = []
+    for product in script.LAYERS[model]:
+        weight = (product.n, product.k_lo, product.k_hi)
+        choice = core.mixed_gemm_choice(1, *weight, False, core.CudaFamily.SM90, 132)
+        assert (choice.tile.m, choice.splits) == (8, product.splits), product
+        blocks, slots = product.n // 64 * choice.splits, 132 * choice.tile.min_blocks
+        steps = core.prefetched_steps(blocks, slots, L2_BYTES, core.PREFETCH_PERCENT)
+        spans = core.prefetched_spans(product.k_lo, product.k_hi, choice.splits, steps)
+        per_block = sum(count for _, count in spans) / choice.splits
+        asked.append(min(blocks, slots) * per_block / 1e6)
+        assert product.asked(None) == pytest.approx(asked[-1])
+    assert [round(megabytes, 1) for megabytes in asked] == expected
 
 
 def test_what_is_asked_once_is_kept_but_for_failures(core: ModuleType) -> None:

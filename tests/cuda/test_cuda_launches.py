@@ -135,8 +135,8 @@ def test_a_device_is_asked_once(new: Emulated) -> None:
     for _ in range(3):
         new.mixed_quantize(torch.randn(2, K), 0)
         new.hadamard(torch.randn(2, 64))
-    # major, minor, multiprocessors, shared memory, bus
-    assert len(events("cudaDeviceGetAttribute")) == 5
+    # major, minor, multiprocessors, shared memory, bus, second-level cache
+    assert len(events("cudaDeviceGetAttribute")) == 6
 
 
 def test_kernels_overlap_only_where_they_wait_for_each_other(sm80: Emulated, new: Emulated) -> None:
@@ -164,9 +164,12 @@ PROGRAM = f"""
 import sys
 sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent / "ops")!r}]
 import conftest, emulation, torch
+from gemm_cases import make_case
 from test_cuda_opcheck import dequantize_arguments
 conftest.library()
 gpu = emulation.Emulated(90)
+make_case(1, (64, 64, 32)).run(gpu)
+emulation.events()
 for _ in range(2):
     gpu.hadamard(torch.randn(2, 64))
     gpu.kv_dequantize(*dequantize_arguments(gpu))
@@ -174,15 +177,15 @@ print(*emulation.events("cudaFuncSetAttribute"), sep="\\n")
 """
 
 
-def run_with_carveout(text: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"RESQ_CUDA_CARVEOUT": text, "RESQ_LOG_KERNELS": "1"}
+def run_with(variable: str, text: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {variable: text, "RESQ_LOG_KERNELS": "1"}
     command = [sys.executable, "-c", PROGRAM]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def test_every_kernel_asks_for_the_carveout(sm90: Emulated) -> None:
     """The library reads RESQ_CUDA_CARVEOUT once, so another process has it."""
-    run = run_with_carveout("75")
+    run = run_with("RESQ_CUDA_CARVEOUT", "75")
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == [
         f"cudaFuncSetAttribute {SHARED_LIMIT} {SHARED_BYTES[90]}",
@@ -192,9 +195,10 @@ def test_every_kernel_asks_for_the_carveout(sm90: Emulated) -> None:
     assert "resq_kernels: hadamard: cuda sm90, carveout 75 %\n" in run.stderr
 
 
-def test_a_carveout_that_is_none_is_refused(sm90: Emulated) -> None:
-    run = run_with_carveout("101")
-    assert "RESQ_CUDA_CARVEOUT: expected an integer from 0 to 100, got 101" in run.stderr
+@pytest.mark.parametrize("variable", ["RESQ_CUDA_CARVEOUT", "RESQ_CUDA_PREFETCH"])
+def test_a_percentage_that_is_none_is_refused(sm90: Emulated, variable: str) -> None:
+    run = run_with(variable, "101")
+    assert f"{variable}: expected an integer from 0 to 100, got 101" in run.stderr
 
 
 def test_without_the_variable_the_driver_chooses(new: Emulated) -> None:

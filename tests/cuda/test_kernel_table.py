@@ -90,6 +90,15 @@ def test_what_is_read_before_the_wait_does_not_come_from_the_first_level_cache(b
             assert tool.EARLY_LOAD not in kernel["key"], (name, arch)
 
 
+def test_small_m_asks_for_its_weights_before_the_wait(built: dict) -> None:
+    """In sm_90's layout of the weights (1), whose family has dependent launches."""
+    for name, per_arch in built.items():
+        for arch, kernel in per_arch.items():
+            asks = arch == "sm_90" and name.startswith("mixed_gemm_small_m_kernel<1,")
+            assert kernel["key"].get("UBLKPF", 0) == asks, (name, arch)
+            assert kernel["key"].get(tool.EARLY_PREFETCH, 0) == asks, (name, arch)
+
+
 @pytest.mark.parametrize("word", sorted(REQUIRED))
 def test_kernels_hold_the_instructions_they_are_made_for(word: str, built: dict) -> None:
     ours = {name: k for name, k in built.items() if name.split("<")[0].startswith(word)}

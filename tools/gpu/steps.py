@@ -10,6 +10,7 @@ import dataclasses
 
 ORDINARY = {"RESQ_DEPENDENT_LAUNCHES": "0"}
 CARVEOUT = {"RESQ_CUDA_CARVEOUT": "100"}
+NO_PREFETCH = {"RESQ_CUDA_PREFETCH": "0"}
 # The caching allocator would hide overruns inside its blocks.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "99", "--target-processes", "all")
@@ -173,6 +174,13 @@ def models() -> list[Step]:
             "what dependent launches are worth in a layer",
             layer,
             environment=ORDINARY,
+        ),
+        bench(
+            "layer-prefetch",
+            60,
+            "what weights are worth that wait in L2 (note 0042)",
+            layer,
+            environment=NO_PREFETCH,
         ),
         bench(
             "model-1b",

@@ -253,7 +253,16 @@ __global__ void __launch_bounds__(kThreads)
     return Item{p.slot_mapping[token], load_bits<kDims>({p.v, p.type}, from + lane * kDims)};
   };
 
-  if constexpr (kEarly) column.prefetch(thread);
+  // cos and sin too: the weights of a layer have passed through the second-level cache since they
+  // were read last.
+  if constexpr (kEarly) {
+    column.prefetch(thread);
+    if (lane == 0 && p.cos.data) {
+      const int64_t angle = last_or(first_row) * kHeadDim + dim;
+      prefetch_early(number_address(p.cos, angle));
+      prefetch_early(number_address(p.sin, angle));
+    }
+  }
   pdl_wait();
   pdl_trigger();
   Item item_ahead;

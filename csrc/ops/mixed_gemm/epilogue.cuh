@@ -8,6 +8,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "cuda/pdl.cuh"
 #include "ops/mixed_gemm/mixed_gemm.h"
 
 namespace resq::cuda {
@@ -56,6 +57,17 @@ __device__ __forceinline__ TermsOfN load_terms_of_n(const MixedGemmParams& p, in
   const int2 sum = __ldg(reinterpret_cast<const int2*>(p.weight_sum) + n);
   return {scale.x, scale.y, load_bias(p, n), static_cast<uint32_t>(sum.x),
           static_cast<uint32_t>(sum.y)};
+}
+
+// Asks for the terms of n .. n + 7 before pdl_wait. The weights of a layer have passed through the
+// second-level cache since they were read last.
+__device__ __forceinline__ void prefetch_terms_of_n(const MixedGemmParams& p, int64_t n) {
+  if (n >= p.n) return;
+  prefetch_early(reinterpret_cast<const float2*>(p.weight_scale) + n);
+  prefetch_early(reinterpret_cast<const int2*>(p.weight_sum) + n);
+  if (p.bias == nullptr) return;
+  const int bytes = p.bias_type == FloatType::kFloat32 ? 4 : 2;
+  prefetch_early(static_cast<const uint8_t*>(p.bias) + n * bytes);
 }
 
 // (float(sum - zero wsum) s) t of one part; s is of m, t of n.

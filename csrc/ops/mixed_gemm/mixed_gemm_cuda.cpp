@@ -56,7 +56,7 @@ void run(const Cuda& on, const MixedGemmParams& p) {
   void* scratch = choice.workspace_bytes ? workspace.mutable_data_ptr() : nullptr;
   switch (choice.kernel) {
     case cuda::MixedGemmKernel::kSmallM:
-      cuda::mixed_gemm_small_m(p, choice, on.weight_layout(), scratch, stream);
+      cuda::mixed_gemm_small_m(p, choice, on.weight_layout(), scratch, on.device(), stream);
       break;
     case cuda::MixedGemmKernel::kSm80: cuda::mixed_gemm_sm80(p, choice, scratch, stream); break;
     case cuda::MixedGemmKernel::kSm90:

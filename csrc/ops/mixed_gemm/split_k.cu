@@ -20,10 +20,11 @@ __global__ void __launch_bounds__(kThreads)
     mixed_gemm_reduce_split_k_kernel(const __grid_constant__ MixedGemmParams p,
                                      const SplitK split_k, const Partials partials,
                                      unsigned blocks_per_row) {
-  pdl_wait();
-  pdl_trigger();
   const int64_t m = blockIdx.x / blocks_per_row;
   const int64_t n = (int64_t{blockIdx.x % blocks_per_row} * kThreads + threadIdx.x) * kGroupN;
+  prefetch_terms_of_n(p, n);
+  pdl_wait();
+  pdl_trigger();
   if (n >= p.n) return;
   SumGroup sum_lo = {}, sum_hi = {};
   for (int split = 0; split < split_k.splits; ++split) {

@@ -15,8 +15,8 @@ __global__ void __launch_bounds__(kRowThreads) mixed_quantize_kernel(MixedQuanti
   const T* x = static_cast<const T*>(p.x) + static_cast<int64_t>(blockIdx.x) * k;
   const int chunks = (k + kChunkColumns - 1) / kChunkColumns;
   HeldChunks<T, kHeld> row;
-  pdl_wait();
   pdl_trigger();
+  pdl_wait();
 
   const auto read = [&](int chunk) {
     return load_chunk<kAligned>(x + chunk * kChunkColumns, k - chunk * kChunkColumns);

@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(kRowThreads) rms_norm_quantize_kernel(RmsNormQ
   const T* residual = static_cast<const T*>(p.residual) + first;
   T* new_residual = static_cast<T*>(p.new_residual) + first;
   const int chunks = (k + kChunkColumns - 1) / kChunkColumns;
-  pdl_wait();
   pdl_trigger();
+  pdl_wait();
 
   const auto read_from = [&](const T* from) {
     return [=](int chunk) {

@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kHadamardThreads, kSplit || kTensor ? 1 : 2)
     quantize_runs<kSplit>(p.out, row, [&](auto use) { result.for_each(use); }, exchange);
   };
   if constexpr (kTensor) prepare_transform(shared, h);
-  pdl_wait();
   pdl_trigger();
+  pdl_wait();
   if constexpr (kTensor) {
     for (unsigned row = blockIdx.x; row < p.rows; row += gridDim.x) quantize(row);
   } else {
@@ -101,8 +101,8 @@ template <class T, bool kAligned>
 __global__ void __launch_bounds__(kHadamardThreads)
     silu_mul_quantize_kernel(const __grid_constant__ SiluMulHadamardQuantizeParams p) {
   __shared__ RangeExchange<kHadamardWarps> exchange;
-  pdl_wait();
   pdl_trigger();
+  pdl_wait();
   const Products<T, kAligned> products(p, blockIdx.x);
   quantize_runs<false>(
       p.out, blockIdx.x,

@@ -7,6 +7,7 @@
 #include "ops/mixed_gemm/mixed_gemm_cuda.h"
 #include "ops/mixed_gemm/small_m/mainloop.cuh"
 #include "ops/mixed_gemm/split_k.cuh"
+#include "ops/mixed_gemm/weight_prefetch.h"
 
 namespace resq::cuda::small_m {
 namespace {
@@ -45,7 +46,7 @@ __device__ __forceinline__ void write_tile(const MixedGemmParams& p, const Split
 template <CudaLayout kLayout, int kTileM, bool kPacked>
 __global__ void __launch_bounds__(kThreads, Config<kLayout, kTileM, kPacked>::kMinBlocks)
     mixed_gemm_small_m_kernel(const __grid_constant__ MixedGemmParams p, const SplitK split_k,
-                              const Partials partials, unsigned m_tiles) {
+                              const Partials partials, unsigned m_tiles, int prefetched_steps) {
   using C = Config<kLayout, kTileM, kPacked>;
   extern __shared__ __align__(16) uint8_t shared[];
   uint8_t* buffers = shared;
@@ -65,23 +66,24 @@ __global__ void __launch_bounds__(kThreads, Config<kLayout, kTileM, kPacked>::kM
   const uint8_t* weight =
       p.packed_weight + int64_t{weight_block} * cuda_block_bytes(p.k_lo, p.k_hi);
 
-  const uint8_t* weight_hi = weight + cuda_block_lo_bytes(p.k_lo);
-  const auto prefetch = [&](const uint8_t* from, int steps) {
-    const int ahead = min(steps, C::kDepth * C::kStageSteps) * static_cast<int>(kCudaStepBytes);
-    for (int i = threadIdx.x * 128; i < ahead; i += kThreads * 128) prefetch_line(from + i);
-  };
-  // Weights may be prefetched while the previous kernel still computes the activations, but only
-  // into the second-level cache: a load into a register could return stale bytes that that kernel
-  // has yet to overwrite.
+  // Only the family of this layout has launches that overlap.
   if constexpr (kLayout == CudaLayout::kWgmma) {
-    prefetch(weight + int64_t{begin} * kCudaStepBytes, end - begin);
+    const ByteSpan ahead = prefetched_span(split_k, split, prefetched_steps);
+    if (threadIdx.x == 0 && ahead.bytes > 0) prefetch_early(weight + ahead.first, ahead.bytes);
+    if (split_k.splits == 1 && threadIdx.x < kTileN / kGroupN) {
+      prefetch_terms_of_n(p, int64_t{weight_block} * kTileN + threadIdx.x * kGroupN);
+    }
   }
   pdl_wait();
   pdl_trigger();
   // The high part starts with empty registers, so its first weights are prefetched into the
   // second-level cache.
+  const uint8_t* weight_hi = weight + cuda_block_lo_bytes(p.k_lo);
   if (split_k.has_lo(split) && split_k.has_hi(split)) {
-    prefetch(weight_hi, end - split_k.lo_tiles);
+    const int first = min(end - split_k.lo_tiles, C::kDepth * C::kStageSteps);
+    for (int i = threadIdx.x * 128; i < first * kCudaStepBytes; i += kThreads * 128) {
+      prefetch_line(weight_hi + i);
+    }
   }
 
   for (int i = threadIdx.x; i < 2 * C::kSumWords; i += kThreads) sums_lo[i] = 0;
@@ -99,7 +101,8 @@ __global__ void __launch_bounds__(kThreads, Config<kLayout, kTileM, kPacked>::kM
 }
 
 template <CudaLayout kLayout, int kTileM, bool kPacked>
-void launch(const MixedGemmParams& p, const SplitK& split_k, void* workspace, Stream stream) {
+void launch(const MixedGemmParams& p, const SplitK& split_k, void* workspace, const Device& device,
+            Stream stream) {
   using C = Config<kLayout, kTileM, kPacked>;
   const auto kernel = mixed_gemm_small_m_kernel<kLayout, kTileM, kPacked>;
   const Partials partials = partials_in(workspace, p);
@@ -108,15 +111,18 @@ void launch(const MixedGemmParams& p, const SplitK& split_k, void* workspace, St
                   .y = static_cast<unsigned>(split_k.splits),
                   .threads = kThreads,
                   .shared_bytes = C::kSharedBytes};
+  const int steps = prefetched_steps(int64_t{grid.x} * grid.y, int64_t{device.sms} * C::kMinBlocks,
+                                     device.l2_bytes, current_prefetch());
   launch_pdl("mixed_gemm", kernel, grid, stream, p, split_k, partials,
-             static_cast<unsigned>(m_tiles));
+             static_cast<unsigned>(m_tiles), steps);
   if (split_k.splits > 1) reduce_split_k(p, split_k, partials, stream);
 }
 
 template <CudaLayout kLayout, int kTileM>
-void launch(const MixedGemmParams& p, const SplitK& split_k, void* workspace, Stream stream) {
+void launch(const MixedGemmParams& p, const SplitK& split_k, void* workspace, const Device& device,
+            Stream stream) {
   const auto run = p.q_lo_packed ? launch<kLayout, kTileM, true> : launch<kLayout, kTileM, false>;
-  run(p, split_k, workspace, stream);
+  run(p, split_k, workspace, device, stream);
 }
 
 }  // namespace
@@ -125,12 +131,12 @@ void launch(const MixedGemmParams& p, const SplitK& split_k, void* workspace, St
 namespace resq::cuda {
 
 void mixed_gemm_small_m(const MixedGemmParams& params, const MixedGemmChoice& choice,
-                        CudaLayout layout, void* workspace, Stream stream) {
+                        CudaLayout layout, void* workspace, const Device& device, Stream stream) {
   const MixedGemmParams p = readable_rows(params, choice.rows, workspace, stream);
   with_tile<kSmallMTiles>(choice.tile, [&]<int kTileM>() {
     const auto run = layout == CudaLayout::kMma ? small_m::launch<CudaLayout::kMma, kTileM>
                                                 : small_m::launch<CudaLayout::kWgmma, kTileM>;
-    run(p, choice.split_k, workspace, stream);
+    run(p, choice.split_k, workspace, device, stream);
   });
 }
 
