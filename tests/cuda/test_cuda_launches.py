@@ -154,6 +154,27 @@ def test_kernels_overlap_only_where_they_wait_for_each_other(sm80: Emulated, new
     assert sm80.cuda_pdl(sm80.index) == "off: only the family sm90 has them"
 
 
+def test_a_chain_of_quantizers_and_products_waits_for_all_before(sm90: Emulated) -> None:
+    """Nothing completes the stream in between: a product may start with the one before it."""
+    case = make_case(2, (96, 64, 32), packed=False, out_dtype=torch.bfloat16)
+    weight = case.arguments(sm90)[3:]
+    x = torch.randn(2, 96).bfloat16()
+
+    def chain(operators: object) -> torch.Tensor:
+        y = x
+        for _ in range(3):
+            y = operators.mixed_gemm(*operators.mixed_quantize(y, 32), *weight)
+        return y
+
+    expected = chain(sm90)  # each call is completed and checked
+    events()
+    with sm90.current(x, *weight[:-1]):
+        got = chain(getattr(torch.ops, NAMESPACE))
+        emulator().check()
+    assert events("cudaLaunch") == ["cudaLaunchKernelExC pdl"] * 6
+    assert torch.equal(got, expected)
+
+
 def test_kernels_that_do_not_wait_are_launched_as_usual(new: Emulated) -> None:
     for name in ("pack_weight", "unpack_weight", "embedding", "kv_dequantize"):
         getattr(new, name)(*OPERATORS[name](new))
