@@ -286,8 +286,9 @@ def from_pretrained(
                 'config.quantization_config["lo_bits"]'
             )
         changed = checkpoint.with_lo_bits(entry, lo_bits)
-        # Keywords that name a field of the configuration change it, as without one.
-        config, kwargs = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+        # Keywords that name a field of the configuration change it, as they do without one.
+        config, unused = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+        kwargs = {k: v for k, v in kwargs.items() if k in unused or not hasattr(config, k)}
         config.quantization_config = changed
         kwargs["config"] = config
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)

@@ -85,6 +85,11 @@ def test_other_arguments_stay_what_they_are(folder: Path) -> None:
     model = from_pretrained(folder, lo_bits=8, dtype=torch.bfloat16, use_cache=False)
     assert model.dtype == torch.bfloat16 and model.config.use_cache is False
     assert model(IDS).past_key_values is None
+    # What says where the folder is, the configuration's loader keeps to itself.
+    inside = from_pretrained(folder.parent, subfolder=folder.name, lo_bits=8, device_map="cpu")
+    assert torch.equal(logits(inside), logits(from_pretrained(folder, lo_bits=8)))
+    with pytest.raises(ValueError, match="attn_implementation: expected 'resq'"):
+        from_pretrained(folder, lo_bits=8, attn_implementation="eager")
 
 
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
