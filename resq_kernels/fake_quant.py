@@ -83,10 +83,9 @@ def _attention(
         return ResQAttention.forward(
             attention, hidden_states, position_embeddings, attention_mask, cache, **kwargs
         )
-    qkv = attention.project(hidden_states)
-    dtype, new = qkv.dtype, qkv.shape[1]
-    heads = qkv.float().unflatten(-1, (-1, attention.head_dim))
-    q, k, v = heads.split([attention.heads, attention.kv_heads, attention.kv_heads], dim=2)
+    q, k, v = attention.project_heads(hidden_states)
+    dtype, new = q.dtype, q.shape[1]
+    q, k, v = q.float(), k.float(), v.float()
     cos, sin = (t.float().unsqueeze(2) for t in position_embeddings)
     q, k = (reference.apply_rope(x, cos, sin) for x in (q, k))
     if attention.key_rotation is not None:

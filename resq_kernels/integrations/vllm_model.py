@@ -25,6 +25,7 @@ from resq_kernels.formats import join_heads
 from resq_kernels.kv_pages import tile_tokens, token_bytes
 from resq_kernels.nn.attention import ResQAttention, apply_rope
 from resq_kernels.nn.convert import convert, pack
+from resq_kernels.nn.hidden_basis import embedded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -95,7 +96,7 @@ class ResQForCausalLM(nn.Module):
         that reads it; the bits are the same.
         """
         decoder = self.inner.model
-        residual, x = self._embedded(input_ids, inputs_embeds), None
+        residual, x = embedded(decoder, input_ids, inputs_embeds), None
         cos, sin = (table[0] for table in decoder.rotary_emb(residual, positions[None]))
         for layer, attend in zip(decoder.layers, self.attention, strict=True):
             if x is None:
@@ -103,25 +104,11 @@ class ResQForCausalLM(nn.Module):
             else:
                 normed, residual = layer.input_layernorm(x, residual)
             attention = layer.self_attn
-            heads = attention.project(normed).unflatten(-1, (-1, attention.head_dim))
-            q, k, v = heads.split([attention.heads, attention.kv_heads, attention.kv_heads], dim=1)
-            x = attention.o_proj(attend(q, k, v, cos, sin))
+            x = attention.o_proj(attend(*attention.project_heads(normed), cos, sin))
             normed, residual = layer.post_attention_layernorm(x, residual)
             x = layer.mlp(normed)
         states: torch.Tensor = decoder.norm(residual if x is None else residual + x)
         return states
-
-    def _embedded(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The first hidden states [T, hidden], in the basis of the weights."""
-        decoder = self.inner.model
-        embed, basis = decoder.embed_tokens, decoder.hidden_basis
-        if inputs_embeds is None:
-            rotated = {"rotated": True} if getattr(embed, "takes_rotated", False) else {}
-            rows: torch.Tensor = embed(input_ids, **rotated)
-            return rows
-        return inputs_embeds if basis is None else basis.rotate(inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [T, vocabulary] of what `forward` returned."""
@@ -252,8 +239,12 @@ class PagesBackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> NoReturn:
-        """There is none: vLLM's attention layer, which would call it, is not used."""
-        raise NotImplementedError
+        """There is none: vLLM's attention layer, which would call it, is not used.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("ResQ: attention over 4-bit pages is computed by PagedAttention")
 
     @staticmethod
     def get_builder_cls() -> type[PagesMetadataBuilder]:

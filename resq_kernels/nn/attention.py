@@ -106,14 +106,21 @@ class ResQAttention(FusesLinears):
             TypeError: a cache is passed under an unknown name.
         """
         cache = named_cache(cache, kwargs)
-        heads = self.project(hidden_states).unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        q, k, v = self.project_heads(hidden_states)
         given = (q, k, v, *position_embeddings, attention_mask, cache)
         if self.kv_bits == 4:
             out = self._attend_pages(*given, forward_pass or ForwardPass())
         else:
             out = self._attend_float(*given)
         return self.o_proj(out), None
+
+    def project_heads(
+        self, hidden_states: torch.Tensor | MixedTensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[..., K] -> q [..., n_q, D], k and v [..., n_kv, D], before RoPE."""
+        heads = self.project(hidden_states).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
+        return q, k, v
 
     def _attend_pages(
         self,

@@ -213,15 +213,27 @@ def _rotate_inputs(
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         return args, kwargs  # the decoder refuses it
-    if embeds is None and getattr(decoder.embed_tokens, "takes_rotated", False):
-        embeds = decoder.embed_tokens(ids, rotated=True)
-    else:
-        embeds = decoder.embed_tokens(ids) if embeds is None else embeds
-        embeds = decoder.hidden_basis.rotate(embeds)
+    embeds = embedded(decoder, ids, embeds)
     inputs = {"input_ids": None, "inputs_embeds": embeds}
     placed = [inputs.get(*pair) for pair in zip(POSITIONAL, args, strict=False)]
     named = {name: x for name, x in inputs.items() if name not in POSITIONAL[: len(args)]}
     return (*placed, *args[len(placed) :]), {**kwargs, **named}
+
+
+def embedded(decoder: Any, ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
+    """The first hidden states, in the basis of the weights.
+
+    Args:
+        decoder: a decoder that `nn.convert` has converted, rotated or not.
+        ids: of the tokens; not used with `embeds`.
+        embeds: the float model's embeddings [..., hidden], or None.
+    """
+    if embeds is None and getattr(decoder.embed_tokens, "takes_rotated", False):
+        rotated: torch.Tensor = decoder.embed_tokens(ids, rotated=True)
+        return rotated
+    states: torch.Tensor = decoder.embed_tokens(ids) if embeds is None else embeds
+    basis = decoder.hidden_basis
+    return states if basis is None else basis.rotate(states)
 
 
 def _restore_outputs(
