@@ -40,6 +40,11 @@ RESQ_LIBRARY_EXPANDED(RESQ_NAMESPACE, m) {
   m.def(
       "kv_dequantize(Tensor cache, Tensor block_table, Tensor seq_lens, SymInt max_tokens, "
       "int head_dim, ScalarType dtype) -> (Tensor k, Tensor v)");
+  m.def(
+      "decoder_layers(Tensor x, Tensor cos, Tensor sin, Tensor(a!)[] caches, Tensor slot_mapping, "
+      "Tensor block_table, Tensor seq_lens, Tensor query_starts, Tensor?[] weights, float eps, "
+      "float scale, int[] n_hi, float[] clip, int lo_bits=4, bool symmetric=False, int hi_bits=8, "
+      "bool hadamard=True) -> (Tensor out, Tensor residual)");
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_missing() -> str");
   m.def("cuda_family(int device) -> str");

@@ -103,15 +103,24 @@ def _without_backward(name: str) -> Callable[..., Any]:
 
     def check_and_compute(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         for argument, value in (*zip(names, args, strict=False), *kwargs.items()):
-            if isinstance(value, torch.Tensor) and _needs_gradient(value):
-                raise RuntimeError(
-                    f"{name}: {argument}: expected a tensor that needs no gradient, got one that "
-                    "requires it: quantized operators have no backward and train nothing before "
-                    "them; call under torch.no_grad() or with a detached tensor"
-                )
+            for place, tensor in _tensors(argument, value):
+                if _needs_gradient(tensor):
+                    raise RuntimeError(
+                        f"{name}: {place}: expected a tensor that needs no gradient, got one that "
+                        "requires it: quantized operators have no backward and train nothing "
+                        "before them; call under torch.no_grad() or with a detached tensor"
+                    )
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
     return check_and_compute
+
+
+def _tensors(argument: str, value: Any) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of an argument by their names: itself, or those of a list."""
+    named = [(argument, value)]
+    if isinstance(value, list | tuple):
+        named = [(f"{argument}[{i}]", item) for i, item in enumerate(value)]
+    return [(name, item) for name, item in named if isinstance(item, torch.Tensor)]
 
 
 def _needs_gradient(tensor: torch.Tensor) -> bool:
@@ -157,7 +166,7 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
         @wraps(fake)
         def checked(*args: Any, **kwargs: Any) -> Any:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
-            _check_devices(name, {k: v for k, v in given.items() if isinstance(v, torch.Tensor)})
+            _check_devices(name, [pair for k, v in given.items() for pair in _tensors(k, v)])
             return fake(*args, **kwargs)
 
         torch.library.register_fake(f"resq::{name}", checked)
@@ -166,9 +175,9 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     return decorate
 
 
-def _check_devices(name: str, tensors: dict[str, torch.Tensor]) -> None:
-    first, device = next((argument, tensor.device) for argument, tensor in tensors.items())
-    for argument, tensor in tensors.items():
+def _check_devices(name: str, tensors: list[tuple[str, torch.Tensor]]) -> None:
+    first, device = next((argument, tensor.device) for argument, tensor in tensors)
+    for argument, tensor in tensors:
         if tensor.device != device:
             raise RuntimeError(
                 f"{name}: {argument}: expected a tensor on {device} as {first}, got one on "

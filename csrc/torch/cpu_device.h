@@ -23,6 +23,7 @@ class Cpu {
 
   // For arguments that the CPU kernels read as float32 only.
   Tensor as_float32(const Tensor& tensor) const {
+    if (tensor.scalar_type() == ScalarType::Float) return tensor;
     return torch::stable::to(tensor, ScalarType::Float);
   }
 

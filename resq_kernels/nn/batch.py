@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from resq_kernels.nn.decoder_layers import DecoderLayers
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +69,10 @@ class BatchState:
         counts = fresh.sum(1)
         starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
         lens = (before[:, 0] + counts).int()
-        rows = fresh.flatten().nonzero()[:, 0]
+        found = fresh.flatten().nonzero()[:, 0]
+        # A compiled graph cannot look whether any of the new columns is padding.
+        full = not torch.compiler.is_compiling() and len(found) == fresh.numel()
+        rows = None if full else found
         after = BatchState(length, torch.cat([past, fresh], dim=1))
         return AttentionMetadata(positions, rows, lens, starts, self.length, after)
 
@@ -162,7 +169,7 @@ class AttentionMetadata:
     @cached_property
     def lengths(self) -> list[tuple[int, int]]:
         """(new tokens, all tokens) of every sequence; read from the device if there is padding."""
-        if self.rows is None and self.after is not None:
+        if self.after is not None and self.after.valid is None:
             return [(self.new, self.after.length)] * self.batch
         new = self.cu_seqlens_q.diff().tolist()
         return list(zip(new, self.seq_lens.tolist(), strict=True))
@@ -273,10 +280,14 @@ class ForwardPass:
 
     Args:
         prepared: metadata that was made before the pass; the state of the cache is then not used.
+
+    Attributes:
+        layers: what computes all layers by one call, or None.
     """
 
     # No method `to`: accelerate would call it between devices.
     def __init__(self, prepared: AttentionMetadata | None = None) -> None:
+        self.layers: DecoderLayers | None = None
         self._prepared = prepared
         self._made: dict[torch.device, AttentionMetadata] = {}
 

@@ -16,6 +16,7 @@ from resq_kernels.config import ResQConfig
 from resq_kernels.formats import QuantizedWeight, RowFormat
 from resq_kernels.nn.attention import ResQAttention
 from resq_kernels.nn.batch import ForwardPass
+from resq_kernels.nn.decoder_layers import DecoderLayers
 from resq_kernels.nn.embedding import ResQEmbedding, TiedHead
 from resq_kernels.nn.fused import FusesLinears
 from resq_kernels.nn.hidden_basis import HiddenBasis, RotatedEmbedding, attach
@@ -79,7 +80,9 @@ def _share_metadata(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Gives all layers of a pass one `ForwardPass`; the decoder passes it on to its layers."""
-    return args, {"forward_pass": ForwardPass(), **kwargs}
+    forward_pass = kwargs.get("forward_pass") or ForwardPass()
+    forward_pass.layers = DecoderLayers.of(decoder, kwargs)
+    return args, {**kwargs, "forward_pass": forward_pass}
 
 
 def pack(model: nn.Module, read: Callable[[str], torch.Tensor] | None = None) -> None:

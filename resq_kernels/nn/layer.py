@@ -9,6 +9,8 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
+from resq_kernels.nn.batch import ForwardPass
+
 
 class _ResidualInNorm:
     """Computes x + attention(norm(x)) and its norm in one pass instead of two.
@@ -32,6 +34,13 @@ class _ResidualInNorm:
         **kwargs: Any,
     ) -> torch.Tensor:
         """[B, L, K] -> [B, L, K]; called like the transformers layer that it replaces."""
+        forward_pass: ForwardPass | None = kwargs.get("forward_pass")
+        if forward_pass is not None and forward_pass.layers is not None:
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))
+            given = (position_embeddings, attention_mask, cache, forward_pass)
+            states = forward_pass.layers.hidden_states(self, hidden_states, *given)
+            if states is not None:
+                return states
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states), position_embeddings, attention_mask, **kwargs
         )

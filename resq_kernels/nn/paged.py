@@ -54,14 +54,17 @@ class PagedKeysValues:
         Raises:
             ValueError: the pages hold other columns or sequences than the batch before the pass.
         """
-        if metadata.after is not None:
-            self._make_room(metadata, metadata.after.length, k)
+        self.make_room(metadata, k.shape[1], k.shape[2], k.device)
         slots = metadata.slots(self.pages_per_sequence * self.page_size)
         rope = (metadata.cos, metadata.sin)
         rotated = ops.kv_append(k, v, *rope, key_rotation, self.held(), slots, hi_bits, q)
+        self.advance(metadata)
+        return rotated
+
+    def advance(self, metadata: AttentionMetadata) -> None:
+        """Counts the columns of a pass, whose tokens are in the pages."""
         if metadata.after is not None:
             self.length = metadata.after.length
-        return rotated
 
     def attend(
         self,
@@ -91,8 +94,17 @@ class PagedKeysValues:
             )
         return out if rows is None else out.new_zeros(padded.shape).index_copy(0, rows, out)
 
-    def _make_room(self, metadata: AttentionMetadata, length: int, k: torch.Tensor) -> None:
-        """Makes room for `length` columns of the batch, at least doubling."""
+    def make_room(
+        self, metadata: AttentionMetadata, kv_heads: int, head_dim: int, device: torch.device
+    ) -> None:
+        """Makes room for the columns of a pass, at least doubling. A pass that is prepared for any
+        length has reserved it.
+
+        Raises:
+            ValueError: the pages hold other columns or sequences than the batch before the pass.
+        """
+        if metadata.after is None:
+            return
         if self.length != metadata.start:
             raise ValueError(out_of_step(self.length, metadata.start))
         if self.pages is not None and self.pages_per_sequence * metadata.batch != len(self.pages):
@@ -102,11 +114,11 @@ class PagedKeysValues:
                     f"{len(self.pages) // self.pages_per_sequence}, got {metadata.batch}"
                 )
             self.reset()
-        needed = self._pages_of(length)
+        needed = self._pages_of(metadata.after.length)
         if needed > self.pages_per_sequence:
-            chunk = self.page_size * token_bytes(k.shape[-1])
+            chunk = self.page_size * token_bytes(head_dim)
             per_sequence = max(needed, 2 * self.pages_per_sequence)
-            self._grow((metadata.batch, per_sequence, k.shape[1], chunk), k.device)
+            self._grow((metadata.batch, per_sequence, kv_heads, chunk), device)
 
     def reserve(self, length: int) -> None:
         """Makes room for `length` columns and no more; the batch must have tokens."""

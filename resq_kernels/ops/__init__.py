@@ -1,5 +1,6 @@
 """Typed wrappers of torch.ops.resq.*: one module per operator, named after it."""
 
+from resq_kernels.ops.decoder_layers import decoder_layers
 from resq_kernels.ops.embedding import embedding
 from resq_kernels.ops.hadamard import hadamard
 from resq_kernels.ops.kv_append import kv_append
@@ -13,6 +14,7 @@ from resq_kernels.ops.silu_mul_hadamard_quantize import silu_mul_hadamard_quanti
 from resq_kernels.ops.unpack_weight import unpack_weight
 
 __all__ = [
+    "decoder_layers",
     "embedding",
     "hadamard",
     "kv_append",

@@ -312,15 +312,19 @@ def test_a_model_that_is_wrong_is_not_timed(
     queries: int,
     sentence: str,
 ) -> None:
-    right = ops.kv_attention
+    attention, layers = ops.kv_attention, ops.decoder_layers
+
+    def moved(x: torch.Tensor) -> torch.Tensor:
+        return x * 1.05 if len(x) == queries else x
 
     def wrong(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return right(q * 1.05 if len(q) == queries else q, *args, **kwargs)
+        return attention(moved(q), *args, **kwargs)
 
     def untouched(*_: Any, **__: Any) -> Any:
         raise AssertionError("timed")
 
     monkeypatch.setattr(ops, "kv_attention", wrong)
+    monkeypatch.setattr(ops, "decoder_layers", lambda x, *args: layers(moved(x), *args))
     monkeypatch.setattr(device.BenchDevice, "alternate", untouched)
     result = resq("bench", name, *BENCHES[name], "--shapes", "llama-3-8b")
     assert result.code == 1

@@ -152,7 +152,8 @@ class Emulated:
     @contextlib.contextmanager
     def current(self, *args: Any) -> Iterator[None]:
         """Lets operators run on this device and touch these tensors."""
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        flat = [item for a in args for item in (a if isinstance(a, list) else [a])]
+        tensors = [a for a in flat if isinstance(a, torch.Tensor)]
         runtime().emulated_set_device(self.index)
         with registered(tensors), emulator().options(arch=self.arch, **self.options):
             yield

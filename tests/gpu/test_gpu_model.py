@@ -114,3 +114,20 @@ def test_generate_by_captured_steps_returns_the_same_tokens() -> None:
     options = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = model.generate(ids, **options)
     assert torch.equal(model.generate(ids, custom_generate=graph_decoding, **options), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_all_layers_by_one_call_have_the_bits_of_layers_one_by_one(family: str) -> None:
+    model = random_quantized(family).to("cuda", torch.bfloat16)
+    ids = torch.randint(3, 250, (3, 40), device="cuda")
+    found = []
+    for singly in (False, True):
+        if singly:
+            model.model.layers[0].register_forward_hook(lambda module, args, output: None)
+        cache, logits = ResQCache(model.config), []
+        for start, end in ((0, 20), (20, 21), (21, 39), (39, 40)):
+            with torch.no_grad():
+                out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+            logits.append(out.logits)
+        found.append(torch.cat(logits, 1))
+    assert torch.equal(*found)

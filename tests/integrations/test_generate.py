@@ -43,22 +43,22 @@ def greedy(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def test_greedy_uses_pages_only(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     appended = []
-    append = ops.kv_append
+    layers = ops.decoder_layers
 
-    def count(k: torch.Tensor, *args: Any) -> torch.Tensor | None:
-        appended.append(k.shape[0])
-        return append(k, *args)
+    def count(x: torch.Tensor, cos: Any, sin: Any, caches: Any, *args: Any) -> Any:
+        appended.append((len(caches), len(x)))
+        return layers(x, cos, sin, caches, *args)
 
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a float cache was filled")
 
     ids = tokens(2, 11)
     expected = greedy(model, ids)
-    monkeypatch.setattr(ops, "kv_append", count)
+    monkeypatch.setattr(ops, "decoder_layers", count)
     monkeypatch.setattr(DynamicLayer, "update", never)
     assert torch.equal(generate(model, ids), expected)
-    layers = model.config.num_hidden_layers
-    assert appended == layers * [22] + (NEW - 1) * layers * [2]
+    count_of_layers = model.config.num_hidden_layers
+    assert appended == [(count_of_layers, 22)] + (NEW - 1) * [(count_of_layers, 2)]
 
 
 @pytest.mark.parametrize("cache", [None, DynamicCache, ResQCache])

@@ -85,7 +85,12 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     count(BatchState, "append")
     count(AttentionMetadata, "with_rope")
-    append = ops.kv_append
+    append, layers = ops.kv_append, ops.decoder_layers
+
+    def together(x: Any, cos: torch.Tensor, sin: Any, caches: Any, *args: Any) -> Any:
+        assert cos.is_contiguous() and len(cos) == len(x)
+        counts[f"cos at {cos.data_ptr()}"] += len(caches)
+        return layers(x, cos, sin, caches, *args)
 
     def seen(k: Any, v: Any, cos: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         assert cos.is_contiguous() and len(cos) == len(k)
@@ -93,6 +98,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return append(k, v, cos, *args, **kwargs)
 
     monkeypatch.setattr(ops, "kv_append", seen)
+    monkeypatch.setattr(ops, "decoder_layers", together)
     return counts
 
 
@@ -315,6 +321,7 @@ def test_a_pass_that_was_interrupted(
 ) -> None:
     """In its first layer, before anything is stored: as if it had not been. Later: noticed."""
     ids, cache = tokens(2, 10), ResQCache(model.config)
+    singly = model.model.layers[0].register_forward_hook(lambda module, args, output: None)
     hidden(model, ids[:, :7], cache)
 
     def fails(*_: Any, **__: Any) -> Any:
@@ -324,6 +331,7 @@ def test_a_pass_that_was_interrupted(
         patch.setattr(cache.layers[layer].paged, "append", fails)
         with pytest.raises(torch.OutOfMemoryError):
             hidden(model, ids[:, 7:9], cache)
+    singly.remove()
     if layer == 0:
         assert cache.get_seq_length() == 7 and cache.batch.state.length == 7
     else:
@@ -334,6 +342,25 @@ def test_a_pass_that_was_interrupted(
         cache.reset()
     start = cache.get_seq_length()
     assert torch.equal(hidden(model, ids[:, start:], cache), hidden(model, ids)[:, start:])
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_pass_of_all_layers_that_was_interrupted(
+    model: Any, layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room is made for all layers before the first of them stores anything."""
+    ids, cache = tokens(2, 70), ResQCache(model.config, 32)
+    hidden(model, ids[:, :7], cache)
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.layers[layer].paged, "_grow", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            hidden(model, ids[:, 7:], cache)
+    assert cache.get_seq_length() == 7 and cache.batch.state.length == 7
+    assert torch.equal(hidden(model, ids[:, 7:], cache), hidden(model, ids)[:, 7:])
 
 
 def test_another_batch_than_the_cache_s_is_refused(model: Any) -> None:

@@ -179,11 +179,16 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_launches_of_a_layer(batch: int) -> None:
-    """The figures of docs/notes/0020-decode-graph.md."""
-    ids, steps, calls = tokens(batch, 20), [], []
+    """The figures of docs/notes/0020-decode-graph.md, of layers that are called one by one: by one
+    call there is no operator of torch in between."""
+    ids, steps, calls, one_call = tokens(batch, 20), [], [], []
     for depth in (1, 2):
         model = random_quantized("llama", num_hidden_layers=depth)
         cache = filled(model, ids)
+        with Launches() as together:
+            ordinary(model, cache, ids[:, :1])
+        one_call.append(together.count)
+        model.model.layers[0].register_forward_hook(lambda module, args, output: None)
         with Launches() as call:
             ordinary(model, cache, ids[:, :1])
         graph = DecodeGraph(model, filled(model, ids), 4)
@@ -193,6 +198,7 @@ def test_launches_of_a_layer(batch: int) -> None:
         steps.append(step.count)
     assert steps[1] - steps[0] == 11
     assert calls[1] - calls[0] == 11
+    assert one_call[1] == one_call[0]
 
 
 def fake_inputs(graph: DecodeGraph, mode: FakeTensorMode) -> None:

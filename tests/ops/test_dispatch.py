@@ -10,18 +10,21 @@ from resq_kernels import ops
 from resq_kernels.testing.quantized_models import random_quantized
 
 FILL = {"int": 1, "SymInt": 1, "float": 1.0, "ScalarType": torch.half}
+FILL |= {"List[int]": [1], "List[float]": [1.0]}
 
 
 def arguments(op: str, special: str, tensor: torch.Tensor) -> dict[str, Any]:
     """Any arguments of the right types, and `tensor` as the one named `special`."""
     filled: dict[str, Any] = {}
     for argument in getattr(torch.ops.resq, op).default._schema.arguments:
-        if "Tensor" in str(argument.type):
-            filled[argument.name] = tensor if argument.name == special else torch.zeros(1)
+        kind = str(argument.real_type)
+        if "Tensor" in kind:
+            value = tensor if argument.name == special else torch.zeros(1)
+            filled[argument.name] = [value] if kind.startswith("List") else value
         elif argument.has_default_value():
             filled[argument.name] = argument.default_value
         else:
-            filled[argument.name] = FILL[str(argument.real_type)]
+            filled[argument.name] = FILL[kind]
     return filled
 
 
@@ -38,11 +41,19 @@ def tensor_arguments() -> list[tuple[str, str]]:
 CASES = tensor_arguments()
 
 
+def place(op: str, argument: str) -> str:
+    """How an error names the tensor of an argument, which may be in a list."""
+    schema = getattr(torch.ops.resq, op).default._schema.arguments
+    (found,) = (other for other in schema if other.name == argument)
+    return f"{argument}[0]" if str(found.real_type).startswith("List") else argument
+
+
 @pytest.mark.parametrize(("op", "argument"), CASES)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_gradient_is_refused(op: str, argument: str, device: str) -> None:
     needy = torch.zeros(1, device=device, requires_grad=True)
-    words = f"^{op}: {argument}: expected a tensor that needs no gradient, got one that requires it"
+    words = f"{op}: {place(op, argument)}: expected a tensor that needs no gradient, got one that "
+    words = "^" + re.escape(words) + "requires it"
     given = arguments(op, argument, needy)
     with pytest.raises(RuntimeError, match=words):
         getattr(torch.ops.resq, op)(**given)
@@ -58,7 +69,8 @@ def test_one_tensor_on_another_device_is_refused(op: str, argument: str) -> None
     given = arguments(op, argument, torch.zeros(1, device="meta"))
     odd = names[1] if argument == names[0] else argument
     devices = ("meta", "cpu") if argument == names[0] else ("cpu", "meta")
-    words = f"{op}: {odd}: expected a tensor on {devices[0]} as {names[0]}, got one on {devices[1]}"
+    words = f"{op}: {place(op, odd)}: expected a tensor on {devices[0]} as {names[0]}, got one on "
+    words += devices[1]
     with torch.no_grad(), pytest.raises(RuntimeError, match="^" + re.escape(words)):
         getattr(torch.ops.resq, op)(**given)
 

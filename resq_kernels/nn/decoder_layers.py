@@ -1,0 +1,288 @@
+"""DecoderLayers: all layers of a pass by one call of `ops.decoder_layers`.
+
+transformers calls the layers of a decoder one by one, and each calls ten operators. On a CPU that
+takes longer than a small model's kernels in a step of one token (docs/notes/0046). A decoder over
+4-bit pages therefore offers its layers a `DecoderLayers` in every pass: the first layer computes
+all of them, the others return what they get. Where anything could tell the difference, such as a
+hook, an adapter or collected hidden states, there is none, and the layers compute one by one, to
+the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from resq_kernels import ops
+from resq_kernels.nn import prefill
+from resq_kernels.nn.attention import ResQAttention
+from resq_kernels.nn.fused import FusedLinear
+from resq_kernels.nn.layer import CLASSES
+from resq_kernels.nn.linear import ResQLinear
+from resq_kernels.nn.mlp import ResQMLP
+from resq_kernels.nn.norm import ResQRMSNorm
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+    from resq_kernels.nn.batch import ForwardPass
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# Modules whose hooks only collect what the caller asked for, which `DecoderLayers.of` looks at.
+COLLECTORS = "transformers.utils.output_capturing"
+# What one call takes as alike in all layers, or as fixed between two passes.
+ATTRIBUTES: dict[type, tuple[str, ...]] = {
+    ResQRMSNorm: ("eps", "row_format", "gain_is_one"),
+    ResQAttention: ("heads", "kv_heads", "head_dim", "scaling", "kv_bits", "hi_bits")
+    + ("layer_idx", "batch_invariant"),
+    ResQMLP: ("hadamard",),
+    ResQLinear: ("row_format", "dtype", "_packed_for"),
+    FusedLinear: ("row_format", "dtype", "_packed_for"),
+}
+
+# The entry `name` of a dictionary of a module.
+Place = tuple[dict[str, Any], str]
+
+
+class DecoderLayers:
+    """The layers of one pass, which the first of them computes.
+
+    Args:
+        plan: of the decoder.
+        weights: of all layers, as `ops.decoder_layers` takes them.
+    """
+
+    def __init__(self, plan: _Plan, weights: list[torch.Tensor | None]) -> None:
+        self._plan, self._weights = plan, weights
+        self._computed: bool | None = None  # None before the first layer
+
+    @classmethod
+    def of(cls, decoder: nn.Module, kwargs: dict[str, Any]) -> DecoderLayers | None:
+        """The layers of a decoder that `nn.convert` has converted, or None where they must be
+        called one by one.
+
+        Args:
+            decoder: with `layers`.
+            kwargs: what the decoder is called with.
+        """
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return None
+        if torch_module._has_any_global_hook() or _collects(decoder, kwargs):
+            return None
+        plan = _plan(decoder)
+        return None if plan is None or plan.is_watched() else cls(plan, plan.weights())
+
+    def hidden_states(
+        self,
+        layer: object,
+        x: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        mask: torch.Tensor | None,
+        cache: Cache | None,
+        forward_pass: ForwardPass,
+    ) -> torch.Tensor | None:
+        """What `layer` returns for x [B, L, hidden]: after the first, x, which is then the output
+        of all of them. None where it must compute for itself.
+
+        Args:
+            layer: that is being called.
+            position_embeddings, mask, cache, forward_pass: as in `ResQAttention.forward`, which
+                lists the errors.
+        """
+        if layer is not self._plan.layers[0]:
+            return x if self._computed else None
+        out = None
+        if cache is not None and position_embeddings is not None:
+            out = self._compute(x, *position_embeddings, mask, cache, forward_pass)
+        self._computed = out is not None
+        return out
+
+    def _compute(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: Cache,
+        forward_pass: ForwardPass,
+    ) -> torch.Tensor | None:
+        from resq_kernels.nn.kv_cache import paged_layer
+
+        plan, first = self._plan, self._plan.layers[0]
+        attention: ResQAttention = first.self_attn
+        needs_gradient = torch.is_grad_enabled() and x.requires_grad
+        if x.dtype != attention.o_proj.dtype or needs_gradient:
+            return None
+        held = [paged_layer(cache, layer.self_attn.layer_idx) for layer in plan.layers]
+        batch, paged = held[0].batch, [layer.paged for layer in held]
+        shape = (x.shape[0], x.shape[1])
+        metadata = forward_pass.metadata(batch, paged[0].length, shape, mask, cos, sin)
+        invariant = attention.batch_invariant
+        if metadata.rows is not None or prefill.is_faster(x.device.type, metadata.new, invariant):
+            return None
+        for one in paged:
+            one.make_room(metadata, attention.kv_heads, attention.head_dim, x.device)
+        pages = paged[0].pages_per_sequence
+        if any(one.pages_per_sequence != pages for one in paged):
+            return None
+        norm, output, down = first.input_layernorm, attention.o_proj, first.mlp.down_proj
+        formats = [part.row_format for part in (norm, output, down)]
+        assert metadata.cos is not None and metadata.sin is not None
+        out, residual = ops.decoder_layers(
+            x.flatten(0, 1),
+            metadata.cos,
+            metadata.sin,
+            [one.held() for one in paged],
+            metadata.slots(pages * paged[0].page_size),
+            metadata.block_table(pages),
+            metadata.seq_lens,
+            metadata.cu_seqlens_q,
+            self._weights,
+            norm.eps,
+            attention.scaling,
+            [part.k_hi for part in formats],
+            [part.clip for part in formats],
+            formats[0].lo_bits,
+            formats[0].symmetric,
+            attention.hi_bits,
+            first.mlp.hadamard,
+        )
+        for one in paged:
+            one.advance(metadata)
+        batch.advance(metadata)
+        return (residual + out).view(x.shape)
+
+
+class _Plan:
+    """Where the weights of a decoder's layers are, and what must be as it was when they are read.
+
+    To look at all modules takes 1.1 ms for 30 layers, a tenth of a step. A plan looks at the
+    dictionaries of their attributes instead: 0.1 ms.
+
+    Args:
+        layers: which are alike (`_kind`).
+    """
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        modules = [module for layer in layers for module in layer.modules()]
+        self._own, self._modules = [vars(module) for module in modules], modules
+        self._watched = [place for module in modules for place in _watched(module)]
+        self._tensors = [place for layer in layers for place in _weights(layer)]
+        self._seen = self._now()
+
+    def holds(self) -> bool:
+        """Whether the layers have the modules and attributes that they had."""
+        return self._now() == self._seen
+
+    def is_watched(self) -> bool:
+        """Whether something sees, or replaces, what single modules compute."""
+        return any(
+            "forward" in own or any(own[kind] and _sees(own[kind]) for kind in HOOKS)
+            for own in self._own
+        )
+
+    def weights(self) -> list[torch.Tensor | None]:
+        """Of all layers, in the order of `ops.decoder_layers`."""
+        return [None if place is None else place[0][place[1]] for place in self._tensors]
+
+    def _now(self) -> tuple[list[Any], list[type]]:
+        return [own.get(name) for own, name in self._watched], list(map(type, self._modules))
+
+
+# Not an attribute of the decoder, which a copy of it would share.
+_PLANS: WeakKeyDictionary[nn.Module, _Plan] = WeakKeyDictionary()
+
+
+def _plan(decoder: Any) -> _Plan | None:
+    """The plan of a decoder as it is now; None if no call computes its layers."""
+    layers = list(decoder.layers._modules.values())[: decoder.config.num_hidden_layers]
+    plan = _PLANS.get(decoder)
+    if plan is not None and plan.layers == layers and plan.holds():
+        return plan
+    first = _kind(layers[0]) if layers else None
+    if first is None or any(_kind(layer) != first for layer in layers):
+        return None
+    plan = _PLANS[decoder] = _Plan(layers)
+    return plan
+
+
+def _collects(decoder: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the caller asks for what single layers return."""
+    options = ("output_hidden_states", "output_attentions")
+    given = (kwargs.get(name, getattr(decoder.config, name, False)) for name in options)
+    return any(value is not None and value is not False for value in given)
+
+
+def _sees(hooks: dict[int, Any]) -> bool:
+    return any(getattr(hook, "__module__", None) != COLLECTORS for hook in hooks.values())
+
+
+def _watched(module: Any) -> list[Place]:
+    """Children, and attributes that a pass depends on."""
+    children = [(module._modules, name) for name in module._modules]
+    return children + [(vars(module), name) for name in ATTRIBUTES.get(type(module), ())]
+
+
+def _kind(layer: Any) -> tuple[Any, ...] | None:
+    """What all layers of a call have in common; None for a layer that it does not compute."""
+    if type(layer) not in CLASSES.values():
+        return None
+    first, attention, second, mlp = (
+        layer._modules.get(name)
+        for name in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+    )
+    types = [type(module) for module in (first, attention, second, mlp)]
+    if types != [ResQRMSNorm, ResQAttention, ResQRMSNorm, ResQMLP] or attention.kv_bits != 4:
+        return None
+    linears = _linears(layer)
+    if [type(linear) for linear in linears] != [FusedLinear, ResQLinear, FusedLinear, ResQLinear]:
+        return None
+    if any(linear._buffers["packed_weight"] is None for linear in linears):
+        return None
+    places = [place for place in _weights(layer) if place is not None]
+    devices = {own[name].device for own, name in places}
+    if len(devices) != 1 or next(iter(devices)).type != linears[0]._packed_for:
+        return None
+    formats = (first.row_format, linears[1].row_format, linears[3].row_format)
+    same = (
+        {part[1:4] for part in formats} == {(formats[0].lo_bits, None, formats[0].symmetric)}
+        and (first.eps, first.row_format) == (second.eps, second.row_format)
+        and len({(linear.dtype, linear._packed_for) for linear in linears}) == 1
+    )
+    if not same:
+        return None
+    heads = (attention.heads, attention.kv_heads, attention.head_dim, attention.scaling)
+    modes = (attention.hi_bits, attention.batch_invariant, mlp.hadamard, *devices)
+    return (first.eps, formats, linears[0].dtype, heads, modes)
+
+
+def _linears(layer: Any) -> list[Any]:
+    places = [(layer.self_attn, "qkv_proj"), (layer.self_attn, "o_proj")]
+    places += [(layer.mlp, "gate_up_proj"), (layer.mlp, "down_proj")]
+    return [owner._modules.get(name) for owner, name in places]
+
+
+def _weights(layer: Any) -> list[Place | None]:
+    """Of a layer that has a `_kind`, in the order of `ops.decoder_layers`."""
+    qkv, output, gate_up, down = map(_linear_weights, _linears(layer))
+    rotation = layer.self_attn._parameters.get("key_rotation")
+    rotation_place = None if rotation is None else (layer.self_attn._parameters, "key_rotation")
+    first, second = _gain(layer.input_layernorm), _gain(layer.post_attention_layernorm)
+    return [first, *qkv, rotation_place, *output, second, *gate_up, *down]
+
+
+def _linear_weights(linear: Any) -> list[Place | None]:
+    names = ("packed_weight", "weight_scale", "weight_sum", "bias")
+    owns = [linear._buffers if name in linear._buffers else linear._parameters for name in names]
+    return [
+        None if own[name] is None else (own, name) for own, name in zip(owns, names, strict=True)
+    ]
+
+
+def _gain(norm: Any) -> Place | None:
+    return None if norm.gain_is_one else (norm._parameters, "weight")
