@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from resq_kernels.nn.batch import ForwardPass
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # Modules whose hooks only collect what the caller asked for, which `DecoderLayers.of` looks at.
 COLLECTORS = "transformers.utils.output_capturing"
 # What one call takes as alike in all layers, or as fixed between two passes.
@@ -173,25 +172,31 @@ class _Plan:
         self._own, self._modules = [vars(module) for module in modules], modules
         self._watched = [place for module in modules for place in _watched(module)]
         self._tensors = [place for layer in layers for place in _weights(layer)]
+        self._parameters = [module._parameters for module in modules]
         self._seen = self._now()
 
     def holds(self) -> bool:
-        """Whether the layers have the modules and attributes that they had."""
+        """Whether the layers have the modules, attributes and names of tensors that they had."""
         return self._now() == self._seen
 
     def is_watched(self) -> bool:
         """Whether something sees, or replaces, what single modules compute."""
-        return any(
-            "forward" in own or any(own[kind] and _sees(own[kind]) for kind in HOOKS)
-            for own in self._own
-        )
+        for own in self._own:
+            if "forward" in own:
+                return True
+            before, after = own["_forward_pre_hooks"], own["_forward_hooks"]
+            if (before or after) and _see([*before.values(), *after.values()]):
+                return True
+        return False
 
     def weights(self) -> list[torch.Tensor | None]:
         """Of all layers, in the order of `ops.decoder_layers`."""
-        return [None if place is None else place[0][place[1]] for place in self._tensors]
+        return [None if place is None else place[0].get(place[1]) for place in self._tensors]
 
-    def _now(self) -> tuple[list[Any], list[type]]:
-        return [own.get(name) for own, name in self._watched], list(map(type, self._modules))
+    def _now(self) -> tuple[list[Any], ...]:
+        values = [own.get(name) for own, name in self._watched]
+        # A bias that is given later moves from the parameters to the buffers.
+        return values, list(map(type, self._modules)), list(map(len, self._parameters))
 
 
 # Not an attribute of the decoder, which a copy of it would share.
@@ -218,8 +223,8 @@ def _collects(decoder: Any, kwargs: dict[str, Any]) -> bool:
     return any(value is not None and value is not False for value in given)
 
 
-def _sees(hooks: dict[int, Any]) -> bool:
-    return any(getattr(hook, "__module__", None) != COLLECTORS for hook in hooks.values())
+def _see(hooks: list[Any]) -> bool:
+    return any(getattr(hook, "__module__", None) != COLLECTORS for hook in hooks)
 
 
 def _watched(module: Any) -> list[Place]:
@@ -244,8 +249,8 @@ def _kind(layer: Any) -> tuple[Any, ...] | None:
         return None
     if any(linear._buffers["packed_weight"] is None for linear in linears):
         return None
-    places = [place for place in _weights(layer) if place is not None]
-    devices = {own[name].device for own, name in places}
+    tensors = [place[0].get(place[1]) for place in _weights(layer) if place is not None]
+    devices = {tensor.device for tensor in tensors if tensor is not None}
     if len(devices) != 1 or next(iter(devices)).type != linears[0]._packed_for:
         return None
     formats = (first.row_format, linears[1].row_format, linears[3].row_format)
@@ -270,17 +275,15 @@ def _linears(layer: Any) -> list[Any]:
 def _weights(layer: Any) -> list[Place | None]:
     """Of a layer that has a `_kind`, in the order of `ops.decoder_layers`."""
     qkv, output, gate_up, down = map(_linear_weights, _linears(layer))
-    rotation = layer.self_attn._parameters.get("key_rotation")
-    rotation_place = None if rotation is None else (layer.self_attn._parameters, "key_rotation")
+    rotation = (layer.self_attn._parameters, "key_rotation")
     first, second = _gain(layer.input_layernorm), _gain(layer.post_attention_layernorm)
-    return [first, *qkv, rotation_place, *output, second, *gate_up, *down]
+    return [first, *qkv, rotation, *output, second, *gate_up, *down]
 
 
-def _linear_weights(linear: Any) -> list[Place | None]:
+def _linear_weights(linear: Any) -> list[Place]:
     names = ("packed_weight", "weight_scale", "weight_sum", "bias")
-    owns = [linear._buffers if name in linear._buffers else linear._parameters for name in names]
     return [
-        None if own[name] is None else (own, name) for own, name in zip(owns, names, strict=True)
+        (linear._buffers if name in linear._buffers else linear._parameters, name) for name in names
     ]
 
 

@@ -243,6 +243,20 @@ def other_clip(model: Any) -> None:
     linear.row_format = linear.row_format._replace(clip=0.5)
 
 
+def new_bias(model: Any) -> None:
+    linear = model.model.layers[1].mlp.down_proj
+    linear.bias = nn.Parameter(torch.linspace(-1, 1, linear.out_features), False)
+
+
+def new_bias_of_fused(model: Any) -> None:
+    linear = model.model.layers[1].self_attn.qkv_proj
+    linear.hold(linear.packed(), torch.linspace(-1, 1, linear.out_features))
+
+
+def no_rotation(model: Any) -> None:
+    model.model.layers[1].self_attn.key_rotation = None
+
+
 def unfused(model: Any) -> None:
     model.model.layers[1].self_attn.unfuse()
 
@@ -263,6 +277,9 @@ CHANGES: dict[Callable[[Any], None], bool] = {
     other_gain: True,
     other_weight: True,
     loaded: True,
+    new_bias: True,
+    new_bias_of_fused: True,
+    no_rotation: True,
 }
 
 
