@@ -13,19 +13,21 @@ namespace resq::cuda {
 inline constexpr int kRowThreads = 128;
 inline constexpr int kRowWarps = kRowThreads / 32;
 
-// Chunks a thread can hold in 64 registers: rows up to 16384 columns of 16-bit numbers. Longer
-// rows, and rows whose chunks are not aligned, are read from memory in every pass (kHeld = 0).
+// The instances of a row kernel, by the chunks that a thread holds at most (cuda/row_launch.cuh):
+// in 64 registers, rows up to 16384 columns of 16-bit numbers. Longer rows, and rows whose chunks
+// are not aligned, are read from memory in every pass (kHeld = 0).
 template <class T>
-inline constexpr int kMostHeldChunks = 64 * 4 / (kChunkColumns * sizeof(T));
-
-// The instances of a row kernel, by the chunks that a thread holds at most (cuda/row_launch.cuh).
 inline constexpr int kHeldCounts[] = {1, 2, 3, 4, 6, 8, 16};
+// Models run in 16 bits unless one is compared with another in float32.
+template <>
+inline constexpr int kHeldCounts<float>[] = {4, 8};
 
 // The first chunks of a thread, which every thread of the block has: with fewer, a smaller instance
 // would run.
+template <class T>
 constexpr int full_chunks(int held) {
   int full = 0;
-  for (int count : kHeldCounts) {
+  for (int count : kHeldCounts<T>) {
     if (count < held) full = count;
   }
   return full;
@@ -33,7 +35,7 @@ constexpr int full_chunks(int held) {
 
 // f(slot, chunk) for the chunks of this thread, `slot` a constant below kHeld. The first kAlways
 // are not asked for: without branches the compiler mixes the instructions of several chunks.
-template <int kHeld, int kAlways = full_chunks(kHeld), class F>
+template <int kHeld, int kAlways, class F>
 __device__ inline void for_each_chunk(int chunks, F f) {
   if constexpr (kHeld > 0) {
 #pragma unroll
@@ -63,7 +65,8 @@ class HeldChunks {
   __device__ void load(int chunks, Read read) {
 #pragma unroll
     for (int slot = 0; slot < kHeld; ++slot) chunks_[slot] = {};
-    for_each_chunk<kHeld>(chunks, [&](int slot, int chunk) { chunks_[slot] = read(chunk); });
+    for_each_chunk<kHeld, full_chunks<T>(kHeld)>(
+        chunks, [&](int slot, int chunk) { chunks_[slot] = read(chunk); });
   }
   __device__ void set(int slot, const Chunk<T>& chunk) { chunks_[slot] = chunk; }
   template <class Read>

@@ -26,13 +26,9 @@ inline bool chunks_aligned(const MixedRows& out, std::initializer_list<const voi
 // it then launches.
 template <int kHeld, class T, class Launch>
 inline bool launch_if_held(T t, int64_t held, Launch launch) {
-  if constexpr (kHeld <= kMostHeldChunks<T>) {
-    if (held <= kHeld) {
-      launch(t, std::integral_constant<int, kHeld>(), std::true_type());
-      return true;
-    }
-  }
-  return false;
+  if (held > kHeld) return false;
+  launch(t, std::integral_constant<int, kHeld>(), std::true_type());
+  return true;
 }
 
 // launch(T{}, held, aligned) with std::integral_constants; null `rows` count as aligned.
@@ -49,8 +45,8 @@ inline void launch_row_kernel(FloatType type, const MixedRows& out,
       return;
     }
     const bool launched = [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
-      return (launch_if_held<kHeldCounts[kIndex]>(t, held, launch) || ...);
-    }(std::make_index_sequence<std::size(kHeldCounts)>());
+      return (launch_if_held<kHeldCounts<decltype(t)>[kIndex]>(t, held, launch) || ...);
+    }(std::make_index_sequence<std::size(kHeldCounts<decltype(t)>)>());
     if (!launched) launch(t, integral_constant<int, 0>(), kAligned);
   };
   with_type(type, launch_type);

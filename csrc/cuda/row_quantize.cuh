@@ -124,11 +124,11 @@ struct RowCodes {
   }
 };
 
-// Stores the codes of this thread's chunks of columns, which are values(slot, chunk).
-template <int kHeld, bool kAligned, class Values>
+// Stores the codes of this thread's chunks of columns of T, which are values(slot, chunk).
+template <class T, int kHeld, bool kAligned, class Values>
 __device__ inline void store_chunks(const RowCodes& codes, int chunks, Values values) {
   const auto store_all = [&](auto store) {
-    for_each_chunk<kHeld>(
+    for_each_chunk<kHeld, full_chunks<T>(kHeld)>(
         chunks, [&](int slot, int chunk) { store(chunk * kChunkColumns, values(slot, chunk)); });
   };
   if constexpr (!kAligned) {

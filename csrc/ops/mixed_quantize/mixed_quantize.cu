@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(kRowThreads) mixed_quantize_kernel(MixedQuanti
   reduce_ranges(ranges, exchange);
 
   const RowCodes codes(ranges, p.out, blockIdx.x);
-  store_chunks<kHeld, kAligned>(codes, chunks,
-                                [&](int slot, int chunk) { return row.get(slot, chunk, read); });
+  store_chunks<T, kHeld, kAligned>(codes, chunks,
+                                   [&](int slot, int chunk) { return row.get(slot, chunk, read); });
 }
 
 }  // namespace

@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kRowThreads) rms_norm_quantize_kernel(RmsNormQ
   }
 
   const RowCodes codes(ranges, p.out, blockIdx.x);
-  store_chunks<kHeld, kAligned>(codes, chunks, y);
+  store_chunks<T, kHeld, kAligned>(codes, chunks, y);
 }
 
 }  // namespace
@@ -176,8 +176,8 @@ void rms_norm_quantize(const RmsNormQuantizeParams& p, Stream stream) {
     launch_pdl("rms_norm_quantize", rms_norm_quantize_kernel<T, W, kHeld, kAligned>,
                {.x = static_cast<unsigned>(p.rows), .threads = kRowThreads}, stream, p);
   };
-  // Read from memory in every pass, since no model has them: a weight of another type than x, and
-  // rows with a weight that are longer than 8192 columns.
+  // Read from memory in every pass, since no model is served with them: a weight in float32 or of
+  // another type than x, and rows with a weight that are longer than 8192 columns.
   launch_row_kernel(p.x_type, p.out, {p.x, p.residual, p.new_residual, p.weight},
                     [&](auto t, auto held, auto aligned) {
                       using T = decltype(t);
@@ -185,12 +185,16 @@ void rms_norm_quantize(const RmsNormQuantizeParams& p, Stream stream) {
                       constexpr bool kAligned = aligned.value;
                       if (p.weight == nullptr) {
                         launch.template operator()<T, Ones, kHeld, kAligned>();
-                      } else if (p.weight_type == p.x_type) {
-                        constexpr int kFits = kHeld <= kMostHeldWeights ? kHeld : 0;
-                        launch.template operator()<T, T, kFits, kAligned>();
-                      } else {
-                        launch.template operator()<T, AnyType, 0, kAligned>();
+                        return;
                       }
+                      if constexpr (sizeof(T) == 2) {
+                        if (p.weight_type == p.x_type) {
+                          constexpr int kFits = kHeld <= kMostHeldWeights ? kHeld : 0;
+                          launch.template operator()<T, T, kFits, kAligned>();
+                          return;
+                        }
+                      }
+                      launch.template operator()<T, AnyType, 0, kAligned>();
                     });
 }
 

@@ -122,12 +122,15 @@ void silu_mul_hadamard_quantize(const SiluMulHadamardQuantizeParams& p,
                                 const HadamardLayout& layout, const Device& device, Stream stream) {
   with_type(p.type, [&](auto number) {
     using T = decltype(number);
+    // The instances with tensor cores take any row, but lose the second block per multiprocessor.
+    // float32, in which models are only compared, has no others.
+    constexpr bool kTensor = sizeof(T) == 4;
     const bool tensor = layout.tensor_factors > 0;
     const auto kernel = layout.split
                             ? (tensor ? silu_mul_hadamard_quantize_kernel<T, true, true>
-                                      : silu_mul_hadamard_quantize_kernel<T, true, false>)
+                                      : silu_mul_hadamard_quantize_kernel<T, true, kTensor>)
                             : (tensor ? silu_mul_hadamard_quantize_kernel<T, false, true>
-                                      : silu_mul_hadamard_quantize_kernel<T, false, false>);
+                                      : silu_mul_hadamard_quantize_kernel<T, false, kTensor>);
     launch_hadamard("silu_mul_hadamard_quantize", kernel, layout, p.rows, device, stream, p,
                     layout);
   });
