@@ -57,9 +57,11 @@ demo: $(VENV)/.built
 demo-small: $(VENV)/.built
 	$(BIN)/python examples/demo_small.py
 
-# A process for each core, up to four: one thread each, since most models are tiny.
+# A process for each core, up to four: one thread each, since most models are tiny. Files in the order
+# of tests/conftest.py, not those with the most tests first.
 test: $(VENV)/.built
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+	  --no-loadscope-reorder tests
 
 test-quick: $(VENV)/.built
 	$(BIN)/python -m pytest -m "not slow" $(QUICK)

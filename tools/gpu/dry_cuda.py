@@ -228,7 +228,13 @@ def refuse_pointers(library: object) -> None:
 
 def install() -> None:
     """Makes torch.cuda the dry device, and resq_kernels take it for a supported one."""
-    load_inline("resq_dry_cuda_guard", GUARD, is_python_module=False, extra_cflags=["-O0"])
+    load_inline(  # all of torch's headers would be 20 s more
+        "resq_dry_cuda_guard",
+        GUARD,
+        is_python_module=False,
+        extra_cflags=["-O0"],
+        no_implicit_headers=True,
+    )
     properties = SimpleNamespace(
         name=NAME, major=9, minor=0, multi_processor_count=132, total_memory=80 << 30
     )
