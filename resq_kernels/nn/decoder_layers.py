@@ -211,6 +211,7 @@ def _plan(decoder: Any) -> _Plan | None:
         return plan
     first = _kind(layers[0]) if layers else None
     if first is None or any(_kind(layer) != first for layer in layers):
+        _PLANS.pop(decoder, None)  # it holds modules that the decoder may have given up
         return None
     plan = _PLANS[decoder] = _Plan(layers)
     return plan

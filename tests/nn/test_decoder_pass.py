@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -297,6 +299,15 @@ def test_a_change_between_two_passes_is_seen(change: Any, model: Any, calls: lis
     assert torch.equal(found, expected)
     if change is not unfused:
         assert not torch.equal(found, before)
+
+
+def test_no_plan_keeps_a_module_that_was_replaced(model: Any) -> None:
+    passes(model, ResQCache(model.config, PAGE), tokens(1, 4), 4)
+    replaced = weakref.ref(model.model.layers[1].mlp)
+    model.model.layers[1].mlp = Doubled(copy.deepcopy(model.model.layers[1].mlp))
+    passes(model, ResQCache(model.config, PAGE), tokens(1, 4), 4)
+    gc.collect()
+    assert replaced() is None
 
 
 def test_a_copy_has_weights_of_its_own(model: Any, calls: list[int]) -> None:
