@@ -114,9 +114,12 @@ def _recorded() -> Iterator[deque[MixedTensor | torch.Tensor]]:
     for name in _QUANTIZERS:
         setattr(ops, name, functools.partial(quantize, name))
     ops.kv_append = append
+    # A hook of all modules, for which no call computes all layers (nn/decoder_layers.py).
+    single = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
     try:
         yield codes
     finally:
+        single.remove()
         for name, function in right.items():
             setattr(ops, name, function)
 
