@@ -22,8 +22,9 @@ class DecoderLayer {
 
   const std::optional<Tensor>& optional(int64_t at) const { return weights_[at]; }
   const Tensor& operator[](int64_t at) const {
-    if (!weights_[at]) fail("decoder_layers", name(at).c_str(), "a tensor", "None");
-    return *weights_[at];
+    const std::optional<Tensor>& found = weights_[at];
+    if (!found) fail("decoder_layers", name(at).c_str(), "a tensor", "None");
+    return *found;
   }
   // Rows of a linear.
   int64_t rows(int64_t linear) const {
@@ -210,7 +211,7 @@ std::tuple<Tensor, Tensor> decoder_layers(
                               gate_up, hadamard, n_hi[kIntermediateRows], lo_bits, std::nullopt,
                               symmetric, clip[kIntermediateRows]));
   }
-  return {out, *residual};
+  return {out, residual.value_or(x)};  // there is a layer, so there is one
 }
 
 }  // namespace resq
