@@ -25,6 +25,21 @@ inline void check_token_heads(const char* op, const char* argument, const Tensor
   check_tensor(op, argument, x, dtypes, sizes, apart, "with contiguous heads");
 }
 
+// Where the tokens and queries of each sequence are; returns the number of sequences.
+inline int64_t check_sequences(const char* op, const Tensor& block_table, const Tensor& seq_lens,
+                               const Tensor& query_starts) {
+  check_tensor(op, "block_table", block_table, {ScalarType::Int}, {kAnySize, kAnySize});
+  const int64_t sequences = block_table.size(0);
+  check_count(op, "block_table", "sequences", sequences);
+  check_tensor(op, "seq_lens", seq_lens, {ScalarType::Int}, {sequences});
+  check_tensor(op, "query_starts", query_starts, {ScalarType::Int}, {sequences + 1});
+  return sequences;
+}
+
+inline void check_hi_bits(const char* op, int64_t hi_bits) {
+  if (hi_bits != 4 && hi_bits != 8) fail(op, "hi_bits", "4 or 8", std::to_string(hi_bits));
+}
+
 // Kernels number the heads of all tokens in 32 bits.
 inline void check_heads(const char* op, const char* argument, const Tensor& x) {
   check_count(op, argument, "tokens x heads", x.size(0) * x.size(1));

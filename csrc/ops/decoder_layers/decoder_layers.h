@@ -1,9 +1,11 @@
 // decoder_layers: all decoder layers of a pass, by the operators of one layer after another.
 //
-// For every layer, with x and its residual h (first x alone):
-//   h = x + h;  a = kv_attention(kv_append(mixed_gemm(rms_norm_quantize(h)))), over the layer's
-//   cache h = h + mixed_gemm(mixed_quantize(a));  x = mixed_gemm(silu_mul_hadamard_quantize(
-//                                               mixed_gemm(rms_norm_quantize(h))))
+// For every layer, with x and its residual h, first 0:
+//   h = h + x
+//   a = kv_attention(kv_append(mixed_gemm(rms_norm_quantize(h))))  over the layer's cache
+//   h = h + mixed_gemm(mixed_quantize(a))
+//   g = mixed_gemm(rms_norm_quantize(h))
+//   x = mixed_gemm(silu_mul_hadamard_quantize(g))
 // The bits are those of the operators called one by one. What is gained is the time between them:
 // on a CPU a step of one token spends more of it in Python than in the kernels.
 //

@@ -70,10 +70,7 @@ inline void check_decoder_batch(const Tensor& x, const Tensor& cos, const Tensor
   const char* op = "decoder_layers";
   check_tensor(op, "sin", sin, float_dtypes(), sizes_of(cos));
   check_tensor(op, "slot_mapping", slot_mapping, {ScalarType::Long}, {x.size(0)});
-  check_tensor(op, "block_table", block_table, {ScalarType::Int}, {kAnySize, kAnySize});
-  const int64_t sequences = block_table.size(0);
-  check_tensor(op, "seq_lens", seq_lens, {ScalarType::Int}, {sequences});
-  check_tensor(op, "query_starts", query_starts, {ScalarType::Int}, {sequences + 1});
+  check_sequences(op, block_table, seq_lens, query_starts);
   const struct {
     const char* name;
     const Tensor& tensor;
@@ -162,7 +159,7 @@ std::tuple<Tensor, Tensor> decoder_layers(
   }
   const DecoderShape shape = decoder_shape(x, cos, caches[0], DecoderLayer(weights, 0));
   check_decoder_batch(x, cos, sin, slot_mapping, block_table, seq_lens, query_starts);
-  if (hi_bits != 4 && hi_bits != 8) fail(op, "hi_bits", "4 or 8", std::to_string(hi_bits));
+  check_hi_bits(op, hi_bits);
   const int64_t columns[] = {shape.hidden, shape.n_q * shape.head_dim, shape.intermediate};
   for (int64_t rows = 0; rows < kDecoderRows; ++rows) {
     check_mixed_options(op, columns[rows], {n_hi[rows], lo_bits, {}, symmetric, clip[rows]});

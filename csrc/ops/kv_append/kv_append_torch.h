@@ -62,7 +62,7 @@ Tensor kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& 
   const RopeRotation rope(device, op, k, cos, sin, key_rotation);
   const int64_t page_size = check_cache(op, cache, n_kv, head_dim);
   check_tensor(op, "slot_mapping", slot_mapping, {ScalarType::Long}, {tokens});
-  if (hi_bits != 4 && hi_bits != 8) fail(op, "hi_bits", "4 or 8", std::to_string(hi_bits));
+  check_hi_bits(op, hi_bits);
   if (q) {
     check_token_heads(op, "q", *q, {k.scalar_type()}, {tokens, kAnySize, head_dim});
     if (n_kv == 0 ? q->size(1) != 0 : q->size(1) % n_kv != 0) {

@@ -24,11 +24,7 @@ Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_ta
     fail(op, "q", "heads that are a multiple of the cache's " + std::to_string(n_kv), describe(q));
   }
   const int64_t page_size = check_cache(op, cache, n_kv, head_dim);
-  check_tensor(op, "block_table", block_table, {ScalarType::Int}, {kAnySize, kAnySize});
-  const int64_t sequences = block_table.size(0);
-  check_count(op, "block_table", "sequences", sequences);
-  check_tensor(op, "seq_lens", seq_lens, {ScalarType::Int}, {sequences});
-  check_tensor(op, "query_starts", query_starts, {ScalarType::Int}, {sequences + 1});
+  const int64_t sequences = check_sequences(op, block_table, seq_lens, query_starts);
   check_device(op, "cache", cache, q);
   check_device(op, "block_table", block_table, q);
   check_device(op, "seq_lens", seq_lens, q);
