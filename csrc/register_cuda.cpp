@@ -31,7 +31,7 @@ void run(const Cuda& on, const HadamardParams& p) {
 
 void run(const Cuda& on, const SiluMulHadamardQuantizeParams& p) {
   if (!p.plan) {
-    if (p.rows > 0) cuda::silu_mul_quantize(p, on.stream());
+    if (p.rows > 0) cuda::silu_mul_blocks_quantize(p, on.device(), on.stream());
     return;
   }
   const char* op = "silu_mul_hadamard_quantize";

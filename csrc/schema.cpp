@@ -17,8 +17,8 @@ RESQ_LIBRARY_EXPANDED(RESQ_NAMESPACE, m) {
       "-> (Tensor q_lo, Tensor q_hi, Tensor params, Tensor new_residual)");
   m.def(
       "silu_mul_hadamard_quantize(Tensor gate_up, bool hadamard=True, SymInt n_hi=0, "
-      "int lo_bits=4, bool? packed=None, bool symmetric=False, float clip=1.0) "
-      "-> (Tensor q_lo, Tensor q_hi, Tensor params)");
+      "int lo_bits=4, bool? packed=None, bool symmetric=False, float clip=1.0, "
+      "SymInt hadamard_block=0) -> (Tensor q_lo, Tensor q_hi, Tensor params)");
   m.def("hadamard(Tensor x, float scale=1.0) -> Tensor");
   m.def("pack_weight(Tensor codes_lo, Tensor codes_hi) -> Tensor");
   m.def(
@@ -44,7 +44,7 @@ RESQ_LIBRARY_EXPANDED(RESQ_NAMESPACE, m) {
       "decoder_layers(Tensor x, Tensor cos, Tensor sin, Tensor(a!)[] caches, Tensor slot_mapping, "
       "Tensor block_table, Tensor seq_lens, Tensor query_starts, Tensor?[] weights, float eps, "
       "float scale, int[] n_hi, float[] clip, int lo_bits=4, bool symmetric=False, int hi_bits=8, "
-      "bool hadamard=True) -> (Tensor out, Tensor residual)");
+      "bool hadamard=True, int hadamard_block=0) -> (Tensor out, Tensor residual)");
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_missing() -> str");
   m.def("cuda_family(int device) -> str");

@@ -158,3 +158,15 @@ def transform(x: torch.Tensor) -> torch.Tensor:
             y = torch.tensordot(y, dense.to(y), dims=([axis], [1])).movedim(-1, axis)
     scale: float = x.shape[-1] ** -0.5
     return (y * scale).reshape(x.shape)
+
+
+def transform_low(x: torch.Tensor, k_hi: int, block: int) -> torch.Tensor:
+    """The transform of rows whose last `k_hi` columns are kept in INT8: of every `block` columns
+    before those, which stay as they are; with block 0, of the whole row."""
+    if block == 0:
+        return transform(x)
+    low, high = x.split([x.shape[-1] - k_hi, k_hi], dim=-1)
+    if low.numel() == 0:
+        return x
+    blocks = transform(low.unflatten(-1, (-1, block)))
+    return torch.cat([blocks.flatten(-2), high], dim=-1)

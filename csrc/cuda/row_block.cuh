@@ -159,35 +159,41 @@ struct PairRange {
   }
 };
 
+// Min and max of the low part, of the high part, as ordered bits. Zeros are the ranges of nothing.
+__device__ inline int4 ordered_ranges(const Range (&ranges)[2]) {
+  const auto ordered = [](float x) { return ordered_bits(__float_as_int(x)); };
+  return make_int4(ordered(ranges[0].min), ordered(ranges[0].max), ordered(ranges[1].min),
+                   ordered(ranges[1].max));
+}
+__device__ inline void set_ranges(Range (&ranges)[2], int4 bits) {
+  const auto number = [](int ordered) { return __int_as_float(ordered_bits(ordered)); };
+  ranges[0] = {number(bits.x), number(bits.y)};
+  ranges[1] = {number(bits.z), number(bits.w)};
+}
+__device__ inline int4 merged_ranges(int4 a, int4 b) {
+  return make_int4(min(a.x, b.x), max(a.y, b.y), min(a.z, b.z), max(a.w, b.w));
+}
+__device__ inline int4 reduce_warp(int4 bits) {
+  return make_int4(__reduce_min_sync(~0u, bits.x), __reduce_max_sync(~0u, bits.y),
+                   __reduce_min_sync(~0u, bits.z), __reduce_max_sync(~0u, bits.w));
+}
+
 template <int kWarps>
 struct RangeExchange {
-  int4 warps[kWarps];  // min and max of the low part, of the high part, as ordered bits
+  int4 warps[kWarps];
 };
 
 // Gives every thread the block's ranges of both parts. `shared` may be overwritten after the next
 // barrier.
 template <int kWarps>
 __device__ inline void reduce_ranges(Range (&ranges)[2], RangeExchange<kWarps>& shared) {
-  int bits[4] = {__float_as_int(ranges[0].min), __float_as_int(ranges[0].max),
-                 __float_as_int(ranges[1].min), __float_as_int(ranges[1].max)};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int ordered = ordered_bits(bits[i]);
-    bits[i] = i % 2 == 0 ? __reduce_min_sync(~0u, ordered) : __reduce_max_sync(~0u, ordered);
-  }
-  if (threadIdx.x % 32 == 0) {
-    shared.warps[threadIdx.x / 32] = make_int4(bits[0], bits[1], bits[2], bits[3]);
-  }
+  const int4 mine = reduce_warp(ordered_ranges(ranges));
+  if (threadIdx.x % 32 == 0) shared.warps[threadIdx.x / 32] = mine;
   __syncthreads();
   int4 all = shared.warps[0];
 #pragma unroll
-  for (int warp = 1; warp < kWarps; ++warp) {
-    const int4 other = shared.warps[warp];
-    all = make_int4(min(all.x, other.x), max(all.y, other.y), min(all.z, other.z),
-                    max(all.w, other.w));
-  }
-  ranges[0] = {__int_as_float(ordered_bits(all.x)), __int_as_float(ordered_bits(all.y))};
-  ranges[1] = {__int_as_float(ordered_bits(all.z)), __int_as_float(ordered_bits(all.w))};
+  for (int warp = 1; warp < kWarps; ++warp) all = merged_ranges(all, shared.warps[warp]);
+  set_ranges(ranges, all);
 }
 
 // Sum of squares in the order of csrc/cpu (rms_norm_quantize_body.h), so that both devices give the

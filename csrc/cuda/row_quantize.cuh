@@ -69,14 +69,15 @@ struct RowCodes {
   int8_t* q_hi;
   PartCoding lo, hi;
 
-  // Codes both parts of row `row` and writes its parameters.
-  __device__ RowCodes(const Range (&ranges)[2], const MixedRows& out, int64_t row)
+  // Codes both parts of row `row`. One thread of those that code it writes its parameters.
+  __device__ RowCodes(const Range (&ranges)[2], const MixedRows& out, int64_t row,
+                      bool writes_params = threadIdx.x == 0)
       : k_lo(static_cast<int>(out.k_lo)), k_hi(static_cast<int>(out.k_hi)), packed(out.packed) {
     lo = part_coding(ranges[0], k_lo, out.lo_bits, out.symmetric, out.clip);
     hi = part_coding(ranges[1], k_hi, 8, out.symmetric, 1.0f);
     q_lo = static_cast<uint8_t*>(out.q_lo) + row * (packed ? k_lo / 2 : k_lo);
     q_hi = out.q_hi + row * k_hi;
-    if (threadIdx.x == 0) {
+    if (writes_params) {
       reinterpret_cast<float4*>(out.params)[row] =
           make_float4(lo.scale, lo.zero, hi.scale, hi.zero);
     }

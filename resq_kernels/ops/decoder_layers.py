@@ -30,6 +30,7 @@ def decoder_layers(
     symmetric: bool = False,
     hi_bits: int = 8,
     hadamard: bool = True,
+    hadamard_block: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All decoder layers of Llama or Qwen2 one after another: what a pass computes between the
     embedding and the last norm.
@@ -58,7 +59,7 @@ def decoder_layers(
         clip: factors on the range of the INT4 part of the same rows.
         lo_bits, symmetric: of all quantized rows, as in `mixed_quantize`.
         hi_bits: as in `kv_append`.
-        hadamard: as in `silu_mul_hadamard_quantize`.
+        hadamard, hadamard_block: as in `silu_mul_hadamard_quantize`.
 
     Returns:
         (out, residual), x's shape and dtype; the hidden state is their sum.
@@ -89,6 +90,7 @@ def decoder_layers(
         symmetric,
         hi_bits,
         hadamard,
+        hadamard_block,
     )
     return out, residual
 

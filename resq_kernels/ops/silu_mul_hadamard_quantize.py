@@ -17,25 +17,30 @@ def silu_mul_hadamard_quantize(
     packed: bool | None = None,
     symmetric: bool = False,
     clip: float = 1.0,
+    hadamard_block: int = 0,
 ) -> MixedTensor:
-    """SwiGLU, the Hadamard transform of the whole row and its quantization, in one pass.
+    """SwiGLU, a Hadamard transform of its rows and their quantization, in one pass.
 
     Formula: mixed_quantize(H(silu(gate) * up)) with silu(g) = g / (1 + exp(-g)) and H as in
-    `hadamard`, all of it in float32.
+    `hadamard`, all of it in float32. H is that of the whole row, or in blocks: of every
+    `hadamard_block` columns of the low part alone; then the high columns stay as they are.
 
     Args:
         gate_up: float32, float16 or bfloat16 [..., 2 K], gate first, any strides.
-        hadamard: False leaves H out; True needs a size K that `hadamard` takes.
+        hadamard: False leaves H out; True needs a size K that `hadamard` takes, or blocks.
         n_hi, lo_bits, packed, symmetric, clip: as in `mixed_quantize`.
+        hadamard_block: columns of a block, a power of two from 8 to 256 that divides K - n_hi; 0:
+            the whole row.
 
     Returns:
         MixedTensor of rows of K columns.
 
     Raises:
-        RuntimeError: dtype of gate_up, an odd last dimension, a size K without a Hadamard matrix,
-            or an option of `mixed_quantize`.
+        RuntimeError: dtype of gate_up, an odd last dimension, a size K without a Hadamard matrix, a
+            block that does not divide the low columns, or an option of `mixed_quantize`.
 
-    Source: ResQ (arXiv 2412.14363) section 4.2, the online rotation U_D before down_proj.
+    Source: ResQ (arXiv 2412.14363) section 4.2, the online rotation U_D before down_proj. Blocks:
+    docs/notes/0047.
     """
     return MixedTensor(
         *_library.call(
@@ -47,6 +52,7 @@ def silu_mul_hadamard_quantize(
             packed,
             symmetric,
             clip,
+            hadamard_block,
         )
     )
 
@@ -60,5 +66,6 @@ def _(
     packed: bool | None = None,
     symmetric: bool = False,
     clip: float = 1.0,
+    hadamard_block: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return mixed_outputs(gate_up, gate_up.shape[-1] // 2, n_hi, lo_bits, packed)

@@ -95,12 +95,13 @@ def silu_mul_hadamard_quantize(
     packed: bool | None = None,
     symmetric: bool = False,
     clip: float = 1.0,
+    hadamard_block: int = 0,
 ) -> MixedTensor:
     """mixed_quantize(H(silu(gate) * up)); gate is the first half of the last dimension."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     product = torch.nn.functional.silu(gate) * up
     if hadamard:
-        product = _hadamard.transform(product)
+        product = _hadamard.transform_low(product, n_hi, hadamard_block)
     return mixed_quantize(product, n_hi, lo_bits, packed, symmetric, clip)
 
 

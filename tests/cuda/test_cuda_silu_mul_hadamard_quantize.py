@@ -47,7 +47,7 @@ def run(device: emulation.Emulated, gate_up: torch.Tensor, *options, **named) ->
     expected = torch.ops.resq.silu_mul_hadamard_quantize(gate_up, *options, **named)
     expected = MixedTensor(*expected)
     n = gate_up.shape[-1] // 2
-    if (options and not options[0]) or adds_like_the_cpu(n):
+    if (options and not options[0]) or "hadamard_block" in named or adds_like_the_cpu(n):
         assert_same_mixed(actual, expected)
     return actual
 
@@ -80,6 +80,119 @@ def test_silu_mul_hadamard_quantize_without_hadamard_takes_any_size(
     for n in (0, 1, 7, 14, 1000, 4100):
         for n_hi in (0, n // 3):
             run(sm90, inputs(n, torch.bfloat16), False, n_hi)
+
+
+# Low columns, high columns, block. Eight columns are a lane's, 256 a warp's.
+BLOCKS = [
+    (0, 8, 8),
+    (8, 0, 8),
+    (16, 8, 16),
+    (24, 0, 8),
+    (32, 16, 32),
+    (64, 0, 64),
+    (192, 8, 64),
+    (256, 8, 256),
+    (384, 24, 128),
+    (1280, 256, 256),
+    (4096, 768, 256),
+    (4096, 768, 32),
+]
+# Parts that are not whole runs of eight columns: each number is loaded and stored on its own.
+UNALIGNED = [(8, 1, 8), (16, 4, 16), (256, 5, 128), (512, 30, 256)]
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_silu_mul_hadamard_quantize_blocks_have_the_cpus_bits(
+    sm90: emulation.Emulated, dtype: torch.dtype
+) -> None:
+    for low, high, block in BLOCKS + UNALIGNED:
+        gate_up = inputs(low + high, dtype, rows=3 if low < 1000 else 1)
+        for packed in (False, True):
+            run(sm90, gate_up, True, high, packed=packed, hadamard_block=block)
+
+
+def test_silu_mul_hadamard_quantize_blocks_with_options(device: emulation.Emulated) -> None:
+    for low, high, block in ((128, 16, 32), (64, 3, 64)):
+        gate_up = inputs(low + high, torch.bfloat16)
+        run(device, gate_up, True, high, 8, hadamard_block=block)
+        run(device, gate_up, True, high, symmetric=True, clip=0.5, hadamard_block=block)
+    for low, high in ((256, 8), (48, 1)):  # and without a transform
+        gate_up = inputs(low + high, torch.float16)
+        run(device, gate_up, False, high, 8)
+        run(device, gate_up, False, high, packed=True)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype"),
+    [
+        (7168, 1024, torch.bfloat16),
+        (12544, 1792, torch.float16),
+        (18944, 256, torch.bfloat16),
+        (33024, 256, torch.float16),
+    ],
+)
+def test_silu_mul_hadamard_quantize_blocks_of_long_rows(
+    device: emulation.Emulated, low: int, high: int, dtype: torch.dtype
+) -> None:
+    """Held in four and in eight runs a thread, and computed twice."""
+    run(device, inputs(low + high, dtype, rows=1), True, high, packed=True, hadamard_block=256)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "rows", "sms", "parts"),
+    [
+        (1792, 256, 1, 132, 1),
+        (3840, 256, 2, 132, 2),
+        (7168, 1024, 1, 132, 4),
+        (8448, 0, 1, 132, 8),  # of 33 warps of columns: the last part has none
+        (12544, 1792, 1, 132, 8),
+        (12544, 1792, 3, 8, 2),  # as many parts as there are multiprocessors for them
+        (8192, 5, 1, 132, 8),
+    ],
+)
+def test_silu_mul_hadamard_quantize_a_cluster_shares_a_row(
+    sm90: emulation.Emulated, low: int, high: int, rows: int, sms: int, parts: int
+) -> None:
+    device = emulation.Emulated(sm90.arch, sms=sms)
+    dtype = FLOAT_TYPES[parts % 3]
+    gate_up = inputs(low + high, dtype, rows)
+    gate_up[:, low // 2] = float("nan")  # of one part; the other parts know
+    for _ in range(2):
+        emulation.events()
+        actual = run(device, gate_up, True, high, packed=True, hadamard_block=128)
+        cluster = f" cluster {parts}" if parts > 1 else ""
+        assert emulation.events("cudaLaunch") == [f"cudaLaunchKernelExC{cluster} pdl"]
+        assert actual.params[:, 0].isnan().any() == gate_up.isnan().any()
+        gate_up = inputs(low + high, dtype, rows)
+
+
+def test_silu_mul_hadamard_quantize_older_code_has_no_clusters(sm80: emulation.Emulated) -> None:
+    emulation.events()
+    run(sm80, inputs(8192, torch.bfloat16, 1), True, 0, hadamard_block=256)
+    assert "cluster" not in emulation.events("cudaLaunch")[0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_silu_mul_hadamard_quantize_blocks_not_finite(
+    sm90: emulation.Emulated, value: float
+) -> None:
+    """A part that is not finite leaves the other as it is, in the same warp too."""
+    low, high = 64, 16
+    n = low + high
+    for column in (0, low - 1, low, n - 1, n, n + low, 2 * n - 1):
+        for dtype in (torch.float32, torch.bfloat16):
+            gate_up = torch.randn(3, 2 * n).to(dtype)
+            gate_up[1, column] = value
+            actual = run(sm90, gate_up, True, high, hadamard_block=32)
+            lost = actual.params[:, [0, 2]].isnan().tolist()
+            assert lost == [[False] * 2, [column % n < low, column % n >= low], [False] * 2]
+
+
+def test_silu_mul_hadamard_quantize_blocks_take_any_view(sm90: emulation.Emulated) -> None:
+    x = torch.randn(6, 3, 160).bfloat16()
+    for view in (x.transpose(0, 1), x[:2, :, ::2], x.flatten()[1:161], x[:, :0], x[:, :, 2:158]):
+        low = (view.shape[-1] // 2 - 1) // 16 * 16
+        run(sm90, view, True, view.shape[-1] // 2 - low, hadamard_block=16)
 
 
 def test_silu_mul_hadamard_quantize_silu_has_the_cpus_bits(sm90: emulation.Emulated) -> None:

@@ -57,6 +57,9 @@ def test_silu_mul_hadamard_quantize() -> None:
     gate_up = torch.randn(5, 2 * 448).bfloat16()
     expected, result = cpu_and_cuda("silu_mul_hadamard_quantize", gate_up, True, 0, 4, False)
     assert_codes_agree(result, expected)
+    blocks = (True, 64, 4, False, False, 1.0, 128)
+    expected, result = cpu_and_cuda("silu_mul_hadamard_quantize", gate_up, *blocks)
+    assert all(map(same_bits, result, expected))
 
 
 @pytest.mark.parametrize("rows", [3, 130])  # small_m, and the family's kernel for many rows

@@ -169,6 +169,23 @@ def test_silu_mul_hadamard_quantize_in_every_dtype_and_form(dtype: torch.dtype) 
             "silu_mul_hadamard_quantize", gate_up, hadamard, n_hi, lo_bits, packed
         )
         assert_codes_agree(result, expected)
+    for n_hi, lo_bits, packed, block in ((64, 4, True, 128), (192, 8, False, 256), (0, 4, True, 64)):
+        options = (True, n_hi, lo_bits, packed, False, 0.9, block)
+        expected, result = cpu_and_cuda("silu_mul_hadamard_quantize", gate_up, *options)
+        assert all(map(same_bits, result, expected)), block
+
+
+# (columns, INT8 columns of them) of down_proj: Llama-3-8B, 3.2-1B, Qwen2.5-7B, 72B, SmolLM2-135M
+BLOCKS = [(14336, 1792), (8192, 1024), (18944, 2560), (29568, 3712), (1536, 256)]
+
+
+@pytest.mark.parametrize(("n", "n_hi"), BLOCKS)
+def test_silu_mul_hadamard_quantize_in_blocks(n: int, n_hi: int) -> None:
+    for rows in (1, 20, 70):  # in clusters of eight blocks, of fewer, and in none
+        gate_up = torch.randn(rows, 2 * n).bfloat16()
+        options = (True, n_hi, 4, True, False, 0.9, 256)
+        expected, result = cpu_and_cuda("silu_mul_hadamard_quantize", gate_up, *options)
+        assert all(map(same_bits, result, expected)), rows
 
 
 # (q heads, kv heads, head dim)

@@ -37,7 +37,8 @@ class Case:
         self.layers, self.hidden, self.intermediate = 3, 96, 160
         self.n_q, self.n_kv, self.head_dim, self.matrices = 4, 2, 64, 1
         self.n_hi, self.clip = [16, 32, 0], [0.9, 1.0, 0.95]
-        self.lo_bits, self.symmetric, self.hi_bits, self.hadamard = 4, False, 8, True
+        self.lo_bits, self.symmetric, self.hi_bits = 4, False, 8
+        self.hadamard, self.hadamard_block = True, 0
         self.gain = self.bias = True
         vars(self).update(kinds)
         self.dtype, self.tokens = dtype, sum(new)
@@ -103,6 +104,7 @@ class Case:
             "symmetric": self.symmetric,
             "hi_bits": self.hi_bits,
             "hadamard": self.hadamard,
+            "hadamard_block": self.hadamard_block,
         }
 
     def one_by_one(self) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
@@ -129,7 +131,8 @@ class Case:
             x = run.mixed_gemm(*codes, *o_proj, self.dtype)
             *codes, residual = run.rms_norm_quantize(x, residual, own[10], 1e-5, *formats[0])
             joined = run.mixed_gemm(*codes, *gate_up, self.dtype)
-            codes = run.silu_mul_hadamard_quantize(joined, self.hadamard, *formats[2])
+            block = self.hadamard_block
+            codes = run.silu_mul_hadamard_quantize(joined, self.hadamard, *formats[2], block)
             x = run.mixed_gemm(*codes, *down, self.dtype)
         assert residual is not None
         return x, residual, caches
@@ -154,5 +157,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "8-bit activations": {"lo_bits": 8},
     "uniform": {"n_hi": [0, 0, 0], "hi_bits": 4, "hadamard": False, "symmetric": True},
     "INT8 columns in down_proj": {"n_hi": [16, 32, 24]},
+    "INT8 columns beside blocks": {"n_hi": [16, 32, 32], "hadamard_block": 64},
     "one layer": {"layers": 1},
 }

@@ -70,6 +70,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "lengths": (lambda c: {"seq_lens": c.lens[:1]}, "seq_lens: expected int32 [2]"),
     "starts": (lambda c: {"query_starts": c.starts[:2]}, "query_starts: expected int32 [3]"),
     "hi_bits": (lambda c: {"hi_bits": 5}, "hi_bits: expected 4 or 8, got 5"),
+    "block": (
+        lambda c: {"hadamard_block": 64},
+        "hadamard_block: expected a divisor of the 160 low columns, got 64",
+    ),
     "no o_proj": (
         lambda c: {"weights": replaced(c.weights, LAST + O_PACKED, None)},
         f"weights[{LAST + O_PACKED}]: expected a tensor, got None",

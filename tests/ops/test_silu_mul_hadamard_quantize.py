@@ -34,6 +34,20 @@ def exact_rows(gate_up: torch.Tensor, hadamard: bool) -> tuple[torch.Tensor, tor
     return matrices.transform(product), bound
 
 
+def blocks_of(gate_up: torch.Tensor, n_hi: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`exact_rows` of a transform in blocks: of every block of the low part, the rest as it is."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    n = gate.shape[-1]
+    edges = sorted({*range(0, n - n_hi, block), n - n_hi, n})
+    parts = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        columns = torch.cat([gate[..., start:end], up[..., start:end]], dim=-1)
+        exact, bound = exact_rows(columns, end <= n - n_hi)
+        parts.append((exact, bound.expand_as(exact)))
+    exact, bound = (torch.cat(several, dim=-1) for several in zip(*parts, strict=True))
+    return exact, bound
+
+
 def inputs(n: int, dtype: torch.dtype, rows: int = 4) -> torch.Tensor:
     return (torch.randn(rows, 2 * n) * 3 * torch.randn(rows, 1).exp()).to(dtype)
 
@@ -49,6 +63,53 @@ def test_silu_mul_hadamard_quantize_values(n: int, dtype: torch.dtype, hadamard:
     assert_quantizes(silu_mul_hadamard_quantize(gate_up, hadamard, n_hi), exact, bound)
     eight = silu_mul_hadamard_quantize(gate_up, hadamard, n_hi, lo_bits=8)
     assert_quantizes(eight, exact, bound, lo_bits=8)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+@pytest.mark.parametrize(
+    "n_lo, n_hi, block",
+    [(256, 0, 256), (1280, 256, 256), (24, 8, 8), (40, 3, 8), (48, 5, 16), (96, 40, 32)]
+    + [(192, 64, 64), (384, 1, 128), (4096, 768, 256), (0, 16, 64)],
+)
+def test_silu_mul_hadamard_quantize_in_blocks(
+    dtype: torch.dtype, n_lo: int, n_hi: int, block: int
+) -> None:
+    gate_up = inputs(n_lo + n_hi, dtype)
+    exact, bound = blocks_of(gate_up, n_hi, block)
+    for lo_bits in (4, 8):
+        actual = silu_mul_hadamard_quantize(gate_up, True, n_hi, lo_bits, hadamard_block=block)
+        assert_quantizes(actual, exact, bound, lo_bits=lo_bits)
+    whole = block == n_lo and n_hi == 0
+    if whole:
+        assert_same_mixed(actual, silu_mul_hadamard_quantize(gate_up, True, 0, lo_bits))
+    packed = silu_mul_hadamard_quantize(gate_up, True, n_hi, packed=True, hadamard_block=block)
+    plain = silu_mul_hadamard_quantize(gate_up, True, n_hi, packed=False, hadamard_block=block)
+    assert_same_mixed(packed, plain._replace(q_lo=pack_int4(plain.q_lo)))
+
+
+def test_silu_mul_hadamard_quantize_in_blocks_check_rejects_wrong_results() -> None:
+    gate_up = inputs(1536, torch.float32)
+    exact, bound = blocks_of(gate_up, 256, 256)
+    wrong = [
+        silu_mul_hadamard_quantize(gate_up, True, 256, hadamard_block=128),
+        silu_mul_hadamard_quantize(gate_up, False, 256),
+        silu_mul_hadamard_quantize(gate_up, True, 256),  # the whole row
+        silu_mul_hadamard_quantize(gate_up.roll(1, dims=-1), True, 256, hadamard_block=256),
+    ]
+    for actual in wrong:
+        with pytest.raises(AssertionError):
+            assert_quantizes(actual, exact, bound)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_silu_mul_hadamard_quantize_in_blocks_not_finite(value: float) -> None:
+    """A part is not finite if one of its own products is: the high part has no share in blocks."""
+    for column, low in ((0, True), (55, True), (56, False), (63, False)):
+        gate_up = torch.randn(3, 128)
+        gate_up[1, column] = value
+        actual = silu_mul_hadamard_quantize(gate_up, True, 8, hadamard_block=8)
+        assert actual.params[:, 0].isnan().tolist() == [False, low, False]
+        assert actual.params[:, 2].isnan().tolist() == [False, not low, False]
 
 
 def test_silu_mul_hadamard_quantize_check_rejects_wrong_results() -> None:
@@ -147,6 +208,20 @@ def test_silu_mul_hadamard_quantize_does_not_depend_on_the_batch() -> None:
         (torch.zeros(2, 8), {"lo_bits": 5}, "lo_bits: expected 4 or 8, got 5"),
         (torch.zeros(2, 8), {"clip": 2.0}, "clip: expected a factor in (0, 1]"),
         (torch.zeros(2, 8), {"n_hi": 1, "packed": True}, "packed: expected an even number"),
+        (torch.zeros(2, 8), {"hadamard_block": 4}, "hadamard_block: expected 0 (the whole row) or"),
+        (torch.zeros(2, 96), {"hadamard_block": 24}, "hadamard_block: expected 0 (the whole row)"),
+        (torch.zeros(2, 1024), {"hadamard_block": 512}, "hadamard_block: expected 0 (the whole"),
+        (torch.zeros(2, 96), {"hadamard_block": -8}, "hadamard_block: expected 0 (the whole row)"),
+        (
+            torch.zeros(2, 96),
+            {"n_hi": 8, "hadamard_block": 16},
+            "hadamard_block: expected a divisor of the 40 low columns, got 16",
+        ),
+        (
+            torch.zeros(2, 96),
+            {"hadamard": False, "hadamard_block": 16},
+            "hadamard_block: expected 0 without hadamard, got 16",
+        ),
     ],
 )
 def test_silu_mul_hadamard_quantize_errors(
@@ -169,6 +244,11 @@ def test_silu_mul_hadamard_quantize_opcheck(packed: bool | None) -> None:
             torch.ops.resq.silu_mul_hadamard_quantize.default,
             (torch.randn(3, 48).to(dtype),),
             {"n_hi": 4, "packed": packed},
+        )
+        torch.library.opcheck(
+            torch.ops.resq.silu_mul_hadamard_quantize.default,
+            (torch.randn(3, 48).to(dtype),),
+            {"n_hi": 8, "packed": packed, "hadamard_block": 16},
         )
 
 

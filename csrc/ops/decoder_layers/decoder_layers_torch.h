@@ -142,7 +142,8 @@ std::tuple<Tensor, Tensor> decoder_layers(
     const Tensor& slot_mapping, const Tensor& block_table, const Tensor& seq_lens,
     const Tensor& query_starts, const std::vector<std::optional<Tensor>>& weights, double eps,
     double scale, const std::vector<int64_t>& n_hi, const std::vector<double>& clip,
-    int64_t lo_bits, bool symmetric, int64_t hi_bits, bool hadamard) {
+    int64_t lo_bits, bool symmetric, int64_t hi_bits, bool hadamard,
+    int64_t hadamard_block) {
   const char* op = "decoder_layers";
   const Device device(op, x);
   const int64_t layers = static_cast<int64_t>(caches.size());
@@ -164,6 +165,8 @@ std::tuple<Tensor, Tensor> decoder_layers(
   for (int64_t rows = 0; rows < kDecoderRows; ++rows) {
     check_mixed_options(op, columns[rows], {n_hi[rows], lo_bits, {}, symmetric, clip[rows]});
   }
+  checked_transform(op, "weights", shape.intermediate, n_hi[kIntermediateRows], hadamard,
+                    hadamard_block);
   if (n_hi[kAttentionRows] % shape.n_q != 0) {
     fail(op, "n_hi", "columns of attention that " + std::to_string(shape.n_q) + " heads share",
          std::to_string(n_hi[kAttentionRows]));
@@ -206,7 +209,7 @@ std::tuple<Tensor, Tensor> decoder_layers(
     const Tensor gate_up = multiply(kGateUp, norm(kAttentionNorm));
     out = multiply(kDown, silu_mul_hadamard_quantize<Device>(
                               gate_up, hadamard, n_hi[kIntermediateRows], lo_bits, std::nullopt,
-                              symmetric, clip[kIntermediateRows]));
+                              symmetric, clip[kIntermediateRows], hadamard_block));
   }
   return {out, residual.value_or(x)};  // there is a layer, so there is one
 }

@@ -80,11 +80,15 @@ WRAPPED(cudaOccupancyMaxActiveClusters, int* clusters, const void* kernel,
 WRAPPED(cudaLaunchKernelExC, const cudaLaunchConfig_t* config, const void* kernel,
         void** arguments) {
   has_context = true;
-  bool pdl = false;
+  std::string attributes;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
-    pdl |= config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization;
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization) attributes += " pdl";
+    if (attribute.id == cudaLaunchAttributeClusterDimension) {
+      attributes += " cluster " + std::to_string(attribute.val.clusterDim.x);
+    }
   }
-  const bool fail = fails("cudaLaunchKernelExC", pdl ? " pdl" : "");
+  const bool fail = fails("cudaLaunchKernelExC", attributes);
   return __real_cudaLaunchKernelExC(config, fail ? nullptr : kernel, arguments);
 }
 WRAPPED(cudaSetDevice, int index) {
