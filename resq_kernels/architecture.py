@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from resq_kernels.config import HADAMARD_BLOCK, ResQConfig
+
 SUPPORTED = ("llama", "qwen2")
 """`model_type` of the configurations that this package reads."""
 
@@ -195,20 +197,44 @@ class ModelShape:
             DOWN_PROJ: (self.hidden, self.intermediate),
         }[name]
 
-    def k_hi(self, name: str, high_fraction: float) -> int:
-        """INT8 columns of a linear; none in down_proj, whose input is rotated online.
+    def k_hi(self, name: str, config: ResQConfig) -> int:
+        """INT8 columns of a linear.
+
+        In down_proj, whose input is transformed online: those that are left of whole blocks
+        (`hadamard_block`); none where the whole row is transformed.
 
         Raises:
             ValueError: the split is not whole; the message names the linear.
         """
         from resq_kernels.formats import split_columns  # needs torch, `resq bench --help` does not
 
+        high_fraction = config.high_fraction
         if name == DOWN_PROJ:
-            return 0
+            block = self.hadamard_block(config)
+            return self._beside_blocks(high_fraction, block) if block else 0
         if name == O_PROJ:
             # Every head keeps the same share, so that tensor parallel can slice by heads.
             return self.heads * split_columns(self.head_dim, high_fraction, f"{name}: a head")[1]
         return split_columns(self.linear(name)[1], high_fraction, name)[1]
+
+    def hadamard_block(self, config: ResQConfig) -> int:
+        """Columns of a block of the Hadamard transform of down_proj's input; 0: the whole row.
+
+        The largest power of two from 8 to `config.hadamard_block` (256 by default) that costs at
+        most a third more INT8 columns than `config.high_fraction` of the row, or else 8.
+        """
+        block = config.hadamard_block
+        if block is None:
+            block = HADAMARD_BLOCK if config.high_fraction else 0
+        most = 4 / 3 * config.high_fraction * self.intermediate + 1e-6
+        while block > 8 and self._beside_blocks(config.high_fraction, block) > most:
+            block //= 2
+        return block
+
+    def _beside_blocks(self, high_fraction: float, block: int) -> int:
+        """Columns of down_proj beside as many whole blocks as fit the others."""
+        low = math.floor((1 - high_fraction) * self.intermediate + 1e-6)
+        return self.intermediate - low // block * block
 
     def source_tensors(self) -> dict[str, tuple[int, ...]]:
         """Shapes of every tensor that a 16-bit checkpoint must hold."""

@@ -29,6 +29,7 @@ _CONFIG_KEYS = (
     "weights",
     "seed",
     "high_fraction",
+    "hadamard_block",
     "lo_bits",
     "symmetric",
     "activation_clip",
@@ -37,8 +38,8 @@ _CONFIG_KEYS = (
 )
 # Names that belong to the model; others in a file are ignored.
 _OURS = re.compile(r"model\.(layers\.\d+|embed_tokens)\.|lm_head\.")
-# The values that format 1, which had neither key, stands for.
-_FORMAT_1 = {"embedding_bits": 16, "tied_head": False}
+# Format -> the values that it and older ones, which had no such keys, stand for.
+_OLDER = {1: {"embedding_bits": 16, "tied_head": False}, 4: {"hadamard_block": 0}}
 
 
 class StoredFormat(NamedTuple):
@@ -115,7 +116,10 @@ def parse_quantization_config(entry: Mapping[str, Any]) -> StoredFormat:
             f"quantization_config: format_version: expected 1 to {FORMAT_VERSION}, "
             f"got {version!r}{hint}"
         )
-    entry = (_FORMAT_1 if version == 1 else {}) | dict(entry)
+    entry = dict(entry)
+    for last, values in _OLDER.items():
+        if version <= last:
+            entry |= {key: value for key, value in values.items() if key not in entry}
     keys = (*_CONFIG_KEYS, "tied_head", "basis_hash", "rotation_hash")
     missing = [key for key in keys if key not in entry]
     if missing:
@@ -198,7 +202,7 @@ def quantized_tensors(
             expected[f"{prefix}{name}.weight"] = ((shape.hidden,), FLOAT_DTYPES)
         for name in architecture.LINEARS:
             rows, columns = shape.linear(name)
-            k_hi = shape.k_hi(name, config.high_fraction)
+            k_hi = shape.k_hi(name, config)
             linear(prefix + name, rows, columns - k_hi, k_hi)
         for name in architecture.QKV if shape.qkv_bias else ():
             expected[f"{prefix}{name}.bias"] = ((shape.linear(name)[0],), FLOAT_DTYPES)

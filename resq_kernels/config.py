@@ -11,6 +11,10 @@ METHODS = ("resq", "quarot", "rtn")
 WEIGHT_METHODS = ("gptq", "rtn")
 HIGH_FRACTION = 0.125
 """The share of method "resq", unless another is given."""
+HADAMARD_BLOCK = 256
+"""Columns of a block of the Hadamard transform where some of down_proj's input is in INT8."""
+HADAMARD_BLOCKS = (0, 8, 16, 32, 64, 128, 256)
+"""What `hadamard_block` may be."""
 DISTILL_LR = 0.02
 """In steps of the INT8 weights (docs/notes/0033-distillation.md)."""
 HELD_OUT = 4
@@ -31,6 +35,12 @@ class ResQConfig:
         weights: "gptq" or "rtn" (round to nearest); both search the clipping range by MSE.
         high_fraction: share of every input dimension kept in INT8. By default (None) 0.125 with
             method "resq", and 0 with the uniform methods, which take no other.
+        hadamard_block: largest block of the Hadamard transform of down_proj's input, a power of two
+            from 8 to 256 (`ModelShape.hadamard_block` is the one that a model has): the channels
+            that matter most stay in INT8 as they are, `high_fraction` of them and what is left of
+            whole blocks; the others are transformed in blocks and go to INT4. 0: the whole row is
+            transformed and goes to INT4. None, the default: 256, or 0 without INT8 columns. The
+            uniform methods take neither blocks nor INT8 columns.
         lo_bits: bits of the low part of the activations, 4 or 8 (weights stay INT4); a finished
             model can be loaded with either (`from_pretrained`).
         symmetric: symmetric instead of asymmetric activations.
@@ -63,6 +73,7 @@ class ResQConfig:
     method: str = "resq"
     weights: str = "gptq"
     high_fraction: float = cast(float, None)  # a number as soon as the object exists
+    hadamard_block: int | None = None
     lo_bits: int = 4
     symmetric: bool = False
     activation_clip: float | None = None
@@ -85,7 +96,7 @@ class ResQConfig:
         if self.distill_lr is None and self.distill_epochs:
             object.__setattr__(self, "distill_lr", DISTILL_LR)
         integers = ("lo_bits", "kv_bits", "embedding_bits", "samples", "seqlen", "distill_epochs")
-        counted = ("dialogues",) if self.dialogues is not None else ()
+        counted = [n for n in ("hadamard_block", "dialogues") if getattr(self, n) is not None]
         for name in (*integers, *counted, "seed"):
             self._is_a(name, int, "an integer")
         optional = [n for n in ("activation_clip", "distill_lr") if getattr(self, n) is not None]
@@ -106,6 +117,12 @@ class ResQConfig:
             raise ValueError(
                 f"high_fraction: method {self.method!r} is uniform 4-bit, expected 0, "
                 f"got {self.high_fraction}"
+            )
+        _one_of("hadamard_block", self.hadamard_block, (None, *HADAMARD_BLOCKS))
+        if self.method != "resq" and self.hadamard_block:
+            raise ValueError(
+                f"hadamard_block: method {self.method!r} is uniform 4-bit, expected 0, "
+                f"got {self.hadamard_block}"
             )
         if self.activation_clip is not None and not 0.0 < self.activation_clip <= 1.0:
             raise ValueError(f"activation_clip: expected (0, 1], got {self.activation_clip}")

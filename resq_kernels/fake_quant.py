@@ -65,7 +65,7 @@ def _norm(
 
 def _mlp(rounding: Any, mlp: ResQMLP, x: torch.Tensor | MixedTensor) -> torch.Tensor:
     hidden = rounding.silu_mul_hadamard_quantize(
-        mlp.project(x), mlp.hadamard, *mlp.down_proj.row_format
+        mlp.project(x), mlp.hadamard, *mlp.down_proj.row_format, mlp.hadamard_block
     )
     return mlp.down_proj(hidden)
 

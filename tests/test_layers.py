@@ -20,7 +20,7 @@ ALLOWED = {
     "config": set(),
     "formats": {"config"},
     "hadamard": set(),
-    "architecture": {"formats"},
+    "architecture": {"config", "formats"},
     "kv_pages": {"formats"},
     "reference": LEAVES,
     "weights": LEAVES,

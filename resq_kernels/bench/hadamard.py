@@ -40,7 +40,7 @@ def kron_transform(
     a, b = (m.to(device, dtype) for m in (outer, hadamard.sylvester(inner)))
 
     def transform(x: torch.Tensor) -> torch.Tensor:
-        tiles = x.to(dtype).view(-1, len(a), len(b))
+        tiles = x.to(dtype).reshape(-1, len(a), len(b))
         y = ((a @ tiles) @ b).view(x.shape) * n**-0.5  # Sylvester's matrix is symmetric
         return y.to(x.dtype)
 

@@ -23,7 +23,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from resq_kernels.architecture import LINEARS
 from resq_kernels.bench import cuda_timing, graphs, models
 from resq_kernels.bench.device import BenchDevice, Call, Row, Work, nbytes
-from resq_kernels.config import ResQConfig
 from resq_kernels.nn.attention import ResQAttention
 from resq_kernels.nn.kv_cache import cache_name
 from resq_kernels.testing.lockstep import lockstep
@@ -51,7 +50,7 @@ def build(name: str, layers: int | None, device: str, *, quantized: bool, **size
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if quantized:
-        randomize(model, ResQConfig(high_fraction=models.HIGH_FRACTION))
+        randomize(model, models.OPTIONS)
     return model.eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from resq_kernels.architecture import ModelShape
+from resq_kernels.config import ResQConfig
 
 # name -> (model_type, hidden, intermediate, layers, query heads, kv heads, vocabulary, tied head)
 SIZES = {
@@ -18,7 +19,8 @@ SIZES = {
     "qwen2.5-32b": ("qwen2", 5120, 27648, 64, 40, 8, 152064, False),
     "qwen2.5-72b": ("qwen2", 8192, 29568, 80, 64, 8, 152064, False),
 }
-HIGH_FRACTION = 0.125
+OPTIONS = ResQConfig()
+"""How the models are quantized."""
 SQUARE = "square"  # for gemm alone: one 4096 x 4096 layer
 
 
@@ -65,7 +67,7 @@ def layers(name: str) -> list[tuple[str, int, int, int]]:
         ("down", size.hidden, "mlp.down_proj"),
     ]
     return [
-        (layer, n, size.linear(part)[1], size.k_hi(part, HIGH_FRACTION))
+        (layer, n, size.linear(part)[1], size.k_hi(part, OPTIONS))
         for layer, n, part in products
     ]
 

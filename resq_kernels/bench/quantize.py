@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional
 
 from resq_kernels import formats, ops, reference
+from resq_kernels.architecture import DOWN_PROJ
 from resq_kernels.bench import models
 from resq_kernels.bench.device import BenchDevice, Row, Work, evenly_spaced, nbytes
 from resq_kernels.bench.hadamard import kron_transform
@@ -71,10 +72,13 @@ def torch_quantize(x: torch.Tensor, n_hi: int) -> list[torch.Tensor]:
 def cases(model: str, device: str) -> list[Case]:
     """The three operators of a decoder layer that quantize."""
     size = models.shape(model)
-    n_hi = size.k_hi("self_attn.q_proj", models.HIGH_FRACTION)
+    n_hi, down_hi = (size.k_hi(name, models.OPTIONS) for name in ("self_attn.q_proj", DOWN_PROJ))
+    block = size.hadamard_block(models.OPTIONS)
     # CPUs without BF16 instructions are about ten times slower in BF16 than in float32.
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    transform = kron_transform(size.intermediate, device, dtype)
+    transform = kron_transform(block, device, dtype)
+
+    transformed = (True, down_hi, 4, None, False, 1.0, block)
 
     def norm_torch(x: torch.Tensor, residual: torch.Tensor) -> object:
         hidden = x + residual
@@ -83,7 +87,10 @@ def cases(model: str, device: str) -> list[Case]:
 
     def mlp_torch(gate_up: torch.Tensor) -> object:
         gate, up = gate_up.chunk(2, dim=-1)
-        return torch_quantize(transform(functional.silu(gate) * up), 0)
+        parts = [size.intermediate - down_hi, down_hi]
+        low, high = (functional.silu(gate) * up).split(parts, dim=-1)
+        blocks = transform(low.unflatten(-1, (-1, block))).flatten(-2)
+        return torch_quantize(torch.cat([blocks, high], dim=-1), down_hi)
 
     return [
         Case(
@@ -109,8 +116,8 @@ def cases(model: str, device: str) -> list[Case]:
             layer="down",
             widths=(2 * size.intermediate,),
             exact=False,
-            ours=lambda x: (ops.silu_mul_hadamard_quantize(x), None),
-            reference=lambda x: (reference.silu_mul_hadamard_quantize(x), None),
+            ours=lambda x: (ops.silu_mul_hadamard_quantize(x, *transformed), None),
+            reference=lambda x: (reference.silu_mul_hadamard_quantize(x, *transformed), None),
             torch=mlp_torch,
         ),
     ]

@@ -14,7 +14,15 @@ from resq_kernels import texts
 from resq_kernels.commands import loading, output
 from resq_kernels.commands.arguments import at_least, real
 from resq_kernels.commands.output import CommandError, UsageError
-from resq_kernels.config import DISTILL_LR, HELD_OUT, METHODS, WEIGHT_METHODS, ResQConfig
+from resq_kernels.config import (
+    DISTILL_LR,
+    HADAMARD_BLOCK,
+    HADAMARD_BLOCKS,
+    HELD_OUT,
+    METHODS,
+    WEIGHT_METHODS,
+    ResQConfig,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -108,6 +116,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help=f"share of every input dimension in INT8 (default: {defaults.high_fraction} with "
         "method resq, 0 otherwise)",
+    )
+    parser.add_argument(
+        "--hadamard-block",
+        type=int,
+        choices=HADAMARD_BLOCKS,
+        metavar="B",
+        help="largest block of the Hadamard transform of down_proj's input, a power of two from 8 "
+        "to 256: the channels that matter most stay in INT8 beside the blocks; 0: the whole row is "
+        f"transformed, without INT8 (default: {HADAMARD_BLOCK} with method resq, 0 otherwise)",
     )
     parser.add_argument(
         "--lo-bits",
@@ -254,6 +271,7 @@ def _config(args: argparse.Namespace, seqlen: int) -> ResQConfig:
     options = {} if args.high_fraction is None else {"high_fraction": args.high_fraction}
     return ResQConfig(
         method=args.method,
+        hadamard_block=args.hadamard_block,
         weights=args.weights,
         lo_bits=args.lo_bits,
         kv_bits=args.kv_bits,

@@ -191,7 +191,7 @@ def _convert_layer(
 
     def linear(name: str) -> ResQLinear:
         rows, columns = shape.linear(name)
-        row_format = RowFormat.of(config, columns, shape.k_hi(name, config.high_fraction))
+        row_format = RowFormat.of(config, columns, shape.k_hi(name, config))
         return ResQLinear(
             columns,
             rows,
@@ -204,7 +204,7 @@ def _convert_layer(
         )
 
     def norm(first_reader: str) -> ResQRMSNorm:
-        k_hi = shape.k_hi(first_reader, config.high_fraction)
+        k_hi = shape.k_hi(first_reader, config)
         row_format = RowFormat.of(config, shape.hidden, k_hi)
         return ResQRMSNorm(shape.hidden, shape.norm_eps, row_format, **place)
 
@@ -223,6 +223,7 @@ def _convert_layer(
     layer.mlp = ResQMLP(
         *(linear(name) for name in (*architecture.GATE_UP, architecture.DOWN_PROJ)),
         hadamard=config.rotates,
+        hadamard_block=shape.hadamard_block(config),
     )
 
 

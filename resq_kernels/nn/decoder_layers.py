@@ -38,7 +38,7 @@ ATTRIBUTES: dict[type, tuple[str, ...]] = {
     ResQRMSNorm: ("eps", "row_format", "gain_is_one"),
     ResQAttention: ("heads", "kv_heads", "head_dim", "scaling", "kv_bits", "hi_bits")
     + ("layer_idx", "batch_invariant"),
-    ResQMLP: ("hadamard",),
+    ResQMLP: ("hadamard", "hadamard_block"),
     ResQLinear: ("row_format", "dtype", "_packed_for"),
     FusedLinear: ("row_format", "dtype", "_packed_for"),
 }
@@ -149,6 +149,7 @@ class DecoderLayers:
             formats[0].symmetric,
             attention.hi_bits,
             first.mlp.hadamard,
+            first.mlp.hadamard_block,
         )
         for one in paged:
             one.advance(metadata)
@@ -263,7 +264,8 @@ def _kind(layer: Any) -> tuple[Any, ...] | None:
     if not same:
         return None
     heads = (attention.heads, attention.kv_heads, attention.head_dim, attention.scaling)
-    modes = (attention.hi_bits, attention.batch_invariant, mlp.hadamard, *devices)
+    transform = (mlp.hadamard, mlp.hadamard_block)
+    modes = (attention.hi_bits, attention.batch_invariant, transform, *devices)
     return (first.eps, formats, linears[0].dtype, heads, modes)
 
 

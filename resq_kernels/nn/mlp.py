@@ -15,8 +15,9 @@ class ResQMLP(FusesLinears):
 
     Args:
         gate_proj, up_proj: [I, K] linears that read the same rows; `fuse` makes one of them.
-        down_proj: [K, I] linear without a high part.
-        hadamard: whether down_proj's columns were rotated by the Hadamard transform.
+        down_proj: [K, I] linear.
+        hadamard, hadamard_block: the transform of down_proj's input, as in
+            `ops.silu_mul_hadamard_quantize`.
 
     Source: arXiv 2412.14363, section 4.2 (U_D).
     """
@@ -25,19 +26,25 @@ class ResQMLP(FusesLinears):
     PARTS = ("gate_proj", "up_proj")
 
     def __init__(
-        self, gate_proj: ResQLinear, up_proj: ResQLinear, down_proj: ResQLinear, *, hadamard: bool
+        self,
+        gate_proj: ResQLinear,
+        up_proj: ResQLinear,
+        down_proj: ResQLinear,
+        *,
+        hadamard: bool,
+        hadamard_block: int = 0,
     ) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
-        self.hadamard = hadamard
+        self.hadamard, self.hadamard_block = hadamard, hadamard_block
 
     def forward(self, x: torch.Tensor | MixedTensor) -> torch.Tensor:
         """[..., K] -> [..., K], in x's dtype, or the compute dtype for a `MixedTensor`."""
         hidden = ops.silu_mul_hadamard_quantize(
-            self.project(x), self.hadamard, *self.down_proj.row_format
+            self.project(x), self.hadamard, *self.down_proj.row_format, self.hadamard_block
         )
         out: torch.Tensor = self.down_proj(hidden)
         return out
 
     def extra_repr(self) -> str:
-        return f"hadamard={self.hadamard}"
+        return f"hadamard={self.hadamard}, hadamard_block={self.hadamard_block}"

@@ -34,6 +34,8 @@ class Basis:
             them, q_proj's are divided by them.
         intermediate_factors: [layers, intermediate]: up_proj's rows are multiplied by them,
             down_proj's columns are divided by them.
+        intermediate_power: [layers, intermediate]: what the channels carry at down_proj's output,
+            the mean square of each times the power of its column, which no factor changes.
         hidden_variances, value_variances, key_variances: the variance along each column; shapes as
             of the matrices, without the last dimension.
     """
@@ -44,6 +46,7 @@ class Basis:
     keys: torch.Tensor
     key_factors: torch.Tensor
     intermediate_factors: torch.Tensor
+    intermediate_power: torch.Tensor
     hidden_variances: torch.Tensor
     value_variances: torch.Tensor
     key_variances: torch.Tensor
@@ -75,6 +78,7 @@ def find_basis(model: SourceModel, moments: SecondMoments) -> Basis:
         heads = o_proj.unflatten(1, (shape.kv_heads, -1, shape.head_dim))
         value_grams.append(torch.einsum("nkgi,nkgj->kij", heads, heads))
         down_powers.append(model.load(f"{prefix}{DOWN_PROJ}.weight").double().square().sum(0))
+    columns = torch.stack(down_powers)
     values, values_inverse, value_variances = balancing(moments.attended, torch.stack(value_grams))
     key_factors = channel_factors(_pair_power(moments.keys), _pair_power(moments.queries))
     both = key_factors.repeat(1, 1, 2)
@@ -89,7 +93,8 @@ def find_basis(model: SourceModel, moments: SecondMoments) -> Basis:
         values_inverse=values_inverse,
         keys=key_basis,
         key_factors=key_factors,
-        intermediate_factors=channel_factors(moments.intermediate, torch.stack(down_powers)),
+        intermediate_factors=channel_factors(moments.intermediate, columns),
+        intermediate_power=moments.intermediate * columns,
         hidden_variances=hidden_variances,
         value_variances=value_variances,
         key_variances=((keys @ key_basis) * key_basis).sum(-2).clamp_min(0),

@@ -41,7 +41,7 @@ def check_shape(shape: ModelShape, config: ResQConfig) -> None:
                 f"{key}: expected an even number (4-bit codes are stored in pairs), got {size}"
             )
     for name in LINEARS:
-        k_hi = shape.k_hi(name, config.high_fraction)
+        k_hi = shape.k_hi(name, config)
         largest = max(shape.linear(name)[1] - k_hi, k_hi)
         if largest > MOST_PART_COLUMNS:
             raise ValueError(
@@ -54,7 +54,7 @@ def check_shape(shape: ModelShape, config: ResQConfig) -> None:
             f"{shape.hidden}"
         )
     sizes = {}
-    if config.rotates:
+    if config.rotates and not shape.hadamard_block(config):
         sizes[f"{DOWN_PROJ}: intermediate_size"] = shape.intermediate
     if config.method == "quarot":
         sizes |= {"hidden_size": shape.hidden, "head_dim": shape.head_dim}
@@ -120,7 +120,7 @@ def check_memory(shape: ModelShape, config: ResQConfig, device: str) -> None:
     """Refuses a distillation that does not fit the device's memory, however empty it is.
 
     Formula: the codes of all linears; 12 bytes for each value that is trained: itself and Adam's
-    two moments in float32; the head in 16 bits; one layer in float32 with gradients. 14 GB for
+    two moments in float32; the head in 16 bits; one layer in float32 with gradients. 17 GB for
     Llama-3-8B.
 
     Raises:
@@ -153,7 +153,7 @@ def device_memory(device: str) -> int:
 
 def _trained(shape: ModelShape, config: ResQConfig) -> int:
     """Values that a distillation trains: INT8 weights, and a gain for every row."""
-    rows = ((shape.linear(name)[0], shape.k_hi(name, config.high_fraction)) for name in LINEARS)
+    rows = ((shape.linear(name)[0], shape.k_hi(name, config)) for name in LINEARS)
     return shape.layers * sum(n * (k_hi + 1) for n, k_hi in rows)
 
 

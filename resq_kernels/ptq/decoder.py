@@ -39,6 +39,8 @@ class Layer:
         key_rotation: float16 [1, head_dim, head_dim] applied to queries and keys after RoPE.
         o_order: column order of o_proj: its input is `attention[..., o_order]`.
         hadamard: whether down_proj's input goes through the Hadamard transform.
+        hadamard_block: of how many columns each; 0: the whole row.
+        down_high: the last columns of down_proj, which are not transformed in blocks.
     """
 
     weights: dict[str, torch.Tensor]
@@ -47,6 +49,8 @@ class Layer:
     key_rotation: torch.Tensor | None = None
     o_order: torch.Tensor | None = None
     hadamard: bool = False
+    hadamard_block: int = 0
+    down_high: int = 0
 
     def to(self, device: str, products: torch.dtype = torch.float32) -> Layer:
         """The same layer on a device, weights and biases in the dtype `products`."""
@@ -61,6 +65,8 @@ class Layer:
             None if self.key_rotation is None else self.key_rotation.to(device),
             None if self.o_order is None else self.o_order.to(device),
             self.hadamard,
+            self.hadamard_block,
+            self.down_high,
         )
 
 
@@ -162,8 +168,10 @@ class DecoderLayer:
     def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """SwiGLU of the outputs of gate_proj and up_proj and, in a rotated model, the Hadamard
         transform: the input of down_proj."""
-        product = functional.silu(gate).mul_(up)
-        return hadamard.transform(product) if self.layer.hadamard else product
+        product, layer = functional.silu(gate).mul_(up), self.layer
+        if not layer.hadamard:
+            return product
+        return hadamard.transform_low(product, layer.down_high, layer.hadamard_block)
 
     def output(self, hidden: torch.Tensor, down_input: torch.Tensor) -> torch.Tensor:
         """The residual stream after the layer."""

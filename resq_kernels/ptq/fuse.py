@@ -6,6 +6,7 @@ import torch
 
 from resq_kernels import hadamard
 from resq_kernels.architecture import DOWN_PROJ, GATE_UP, O_PROJ, QKV, ModelShape
+from resq_kernels.config import ResQConfig
 from resq_kernels.formats import split_columns
 from resq_kernels.ptq.decoder import Layer
 from resq_kernels.ptq.rotate import Rotation
@@ -26,7 +27,7 @@ def fuse_layer(
     model: SourceModel,
     index: int,
     rotation: Rotation | None,
-    high_fraction: float,
+    config: ResQConfig,
     device: str = "cpu",
 ) -> Layer:
     """A decoder layer of the rotated model, float32; products are computed in float64.
@@ -35,13 +36,15 @@ def fuse_layer(
     intermediate factors f: q: diag(1/k) W diag(g) U_A; k: diag(k) W diag(g) U_A;
     v: U_B^T W diag(g) U_A;
     gate: W diag(g) U_A; up: diag(f) W diag(g) U_A; o: U_A^T W U_B^-T per head, then columns
-    low | high; down: U_A^T W diag(1/f) H^T. Biases of q, k, v change as the rows of their weights.
+    low | high; down: U_A^T W diag(1/f), then columns low | high, those of the low part times H^T.
+    The rows of gate and up stand in the order of down's columns, `Rotation.intermediate_order`.
+    Biases of q, k, v change as the rows of their weights.
 
     Args:
         model: the source.
         index: which layer.
         rotation: the matrices, or None for method "rtn", which keeps the gains and rotates nothing.
-        high_fraction: decides o_proj's column order.
+        config: `high_fraction` and `hadamard_block` decide how columns are split.
         device: where the products are computed and the layer stays.
     """
     layer = model.layer(index, fold_norms=rotation is not None).to(device)
@@ -65,14 +68,21 @@ def fuse_layer(
     weights[UP_PROJ] = weights[UP_PROJ] * intermediate[:, None]
     for name in (*QKV, *GATE_UP):
         weights[name] = weights[name] @ u_a
-    order = o_column_order(shape, high_fraction).to(device)
+    order = o_column_order(shape, config.high_fraction).to(device)
     o_heads = weights[O_PROJ].unflatten(1, (shape.heads, shape.head_dim)).transpose(0, 1)
     weights[O_PROJ] = u_a.T @ (o_heads @ inverse.mT).transpose(0, 1).flatten(1)[:, order]
-    weights[DOWN_PROJ] = hadamard.transform(u_a.T @ (weights[DOWN_PROJ] / intermediate))
+    channels = rotation.intermediate_order[index].to(device)
+    for name in GATE_UP:
+        weights[name] = weights[name][channels]
+    down = (u_a.T @ (weights[DOWN_PROJ] / intermediate))[:, channels]
+    block, down_high = shape.hadamard_block(config), shape.k_hi(DOWN_PROJ, config)
+    weights[DOWN_PROJ] = hadamard.transform_low(down, down_high, block)
     return Layer(
         weights={name: weight.float() for name, weight in weights.items()},
         biases={name: bias.flatten().float() for name, bias in biases.items()},
         key_rotation=rotation.keys[index][None].to(device),
         o_order=order,
         hadamard=True,
+        hadamard_block=block,
+        down_high=down_high,
     )

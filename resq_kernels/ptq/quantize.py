@@ -63,7 +63,7 @@ def quantize(
         else:
             states = work.hidden(f"rounded-{index:05d}", size)
         after = work.hidden(f"rounded-{index + 1:05d}", size)
-        layer = fuse_layer(model, index, rotation, config.high_fraction, device)
+        layer = fuse_layer(model, index, rotation, config, device)
         decoder = RoundedLayer(model.shape, layer, rope, config)
         weights, targets, errors = _quantize_layer(
             decoder, states.read(), after.begin(), work, device
@@ -207,7 +207,7 @@ def _round_weight(
     decoder: RoundedLayer, name: str, weight: torch.Tensor, hessian: torch.Tensor
 ) -> tuple[QuantizedWeight, torch.Tensor]:
     config = decoder.config
-    k_hi = decoder.shape.k_hi(name, config.high_fraction)
+    k_hi = decoder.shape.k_hi(name, config)
     if config.weights == "gptq":
         return gptq(weight, hessian, k_hi, config.damping)
     rounded = quantize_weight(weight, k_hi)

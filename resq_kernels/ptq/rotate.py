@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from resq_kernels import hadamard
-from resq_kernels.architecture import ModelShape
+from resq_kernels.architecture import DOWN_PROJ, ModelShape
 from resq_kernels.config import ResQConfig
 from resq_kernels.formats import split_columns
 from resq_kernels.ptq.basis import CACHE_HIGH_FRACTION, Basis
@@ -23,6 +23,9 @@ class Rotation:
         values, values_inverse: U_B and its inverse, float64 [layers, kv_heads, head_dim, head_dim].
         keys: U_C as stored, float16 [layers, head_dim, head_dim].
         key_factors, intermediate_factors: as in `Basis`.
+        intermediate_order: int64 [layers, intermediate]: down_proj's columns, those of the INT4
+            part, then those of the INT8 part, which carry most (`Basis.intermediate_power`), both
+            in ascending order.
     """
 
     hidden: torch.Tensor
@@ -31,6 +34,7 @@ class Rotation:
     keys: torch.Tensor
     key_factors: torch.Tensor
     intermediate_factors: torch.Tensor
+    intermediate_order: torch.Tensor
 
 
 def rotate(basis: Basis | None, shape: ModelShape, config: ResQConfig) -> Rotation:
@@ -43,7 +47,7 @@ def rotate(basis: Basis | None, shape: ModelShape, config: ResQConfig) -> Rotati
     Args:
         basis: the bases, or None for a method without bases.
         shape: sizes of the model.
-        config: `high_fraction` and `seed`.
+        config: `high_fraction`, `hadamard_block` and `seed`.
 
     Source: arXiv 2412.14363, section 4; QuaRot, arXiv 2404.00456, for the method without basis.
     """
@@ -59,6 +63,7 @@ def rotate(basis: Basis | None, shape: ModelShape, config: ResQConfig) -> Rotati
             keys=keys.repeat(shape.layers, 1, 1).half(),
             key_factors=torch.ones(shape.layers, shape.kv_heads, head // 2, dtype=torch.float64),
             intermediate_factors=torch.ones(shape.layers, shape.intermediate, dtype=torch.float64),
+            intermediate_order=torch.arange(shape.intermediate).repeat(shape.layers, 1),
         )
     hidden_split = split_columns(shape.hidden, config.high_fraction)[0]
     head_split = split_columns(head, config.high_fraction)[0]
@@ -74,6 +79,7 @@ def rotate(basis: Basis | None, shape: ModelShape, config: ResQConfig) -> Rotati
         keys=(basis.keys @ keys).half(),
         key_factors=basis.key_factors,
         intermediate_factors=basis.intermediate_factors,
+        intermediate_order=_order(basis.intermediate_power, shape.k_hi(DOWN_PROJ, config)),
     )
 
 
@@ -85,6 +91,13 @@ def random_orthogonal(size: int, generator: torch.Generator) -> torch.Tensor:
     gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+
+
+def _order(power: torch.Tensor, k_hi: int) -> torch.Tensor:
+    """The columns of each row of `power` but for its `k_hi` largest, then these."""
+    by_power = power.argsort(dim=-1, stable=True)
+    low, high = by_power.split([power.shape[-1] - k_hi, k_hi], dim=-1)
+    return torch.cat([low.sort(dim=-1)[0], high.sort(dim=-1)[0]], dim=-1)
 
 
 def _generator(seed: int, site: str) -> torch.Generator:

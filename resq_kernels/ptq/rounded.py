@@ -47,6 +47,8 @@ def stored_layer(
         norms={name: load(f"{prefix}{name}.weight").float() for name in NORMS},
         key_rotation=load(prefix + KEY_ROTATION) if config.rotates else None,
         hadamard=config.rotates,
+        hadamard_block=shape.hadamard_block(config),
+        down_high=shape.k_hi(DOWN_PROJ, config),
     )
     return layer, {name: QuantizedWeight.read(load, prefix + name) for name in LINEARS}
 
@@ -165,7 +167,9 @@ class RoundedLayer:
 
     def down_input(self, gate_up: torch.Tensor) -> MixedTensor:
         """The input of down_proj."""
-        return ops.silu_mul_hadamard_quantize(gate_up, self.layer.hadamard, *self.format(DOWN_PROJ))
+        return ops.silu_mul_hadamard_quantize(
+            gate_up, self.layer.hadamard, *self.format(DOWN_PROJ), self.layer.hadamard_block
+        )
 
     def output(self, hidden: torch.Tensor, down_input: MixedTensor) -> torch.Tensor:
         """The residual stream after the layer."""
@@ -173,7 +177,7 @@ class RoundedLayer:
 
     def format(self, name: str) -> RowFormat:
         """How the input of a linear is rounded."""
-        columns, k_hi = self.shape.linear(name)[1], self.shape.k_hi(name, self.config.high_fraction)
+        columns, k_hi = self.shape.linear(name)[1], self.shape.k_hi(name, self.config)
         # A code a byte: the Hessians want them as numbers, and unpacking takes longer than reading.
         return RowFormat.of(self.config, columns, k_hi)._replace(packed=False)
 

@@ -117,14 +117,21 @@ def head_input(model: Any, ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
 
 
 def make_older(folder: Path, version: int) -> None:
-    """Rewrites a quantized folder of one file in format 1 or 2: no basis, no guard."""
-    tensors = load_file(folder / SINGLE_FILE)
-    for name in (architecture.GUARD, architecture.BASIS_ROTATION, architecture.BASIS_GAIN):
-        tensors.pop(name, None)
-    save_tensors(folder / SINGLE_FILE, tensors)
+    """Rewrites a quantized folder of one file in an older format.
+
+    Before 5 there was no `hadamard_block`, so the model must have been made with 0; before 3 no
+    basis and no guard.
+    """
     content = read_json(folder / "config.json")
+    assert not content["quantization_config"].pop("hadamard_block"), "a format of whole rows"
+    tensors = load_file(folder / SINGLE_FILE)
+    if version < 3:
+        for name in (architecture.GUARD, architecture.BASIS_ROTATION, architecture.BASIS_GAIN):
+            tensors.pop(name, None)
+        save_tensors(folder / SINGLE_FILE, tensors)
     layers = range(content["num_hidden_layers"])
     keys = [architecture.layer_prefix(layer) + architecture.KEY_ROTATION for layer in layers]
+    keys += [architecture.BASIS_ROTATION]
     content["quantization_config"] |= {
         "format_version": version,
         "rotation_hash": tensors_hash(tensors[key] for key in keys if key in tensors),

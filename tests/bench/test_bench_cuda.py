@@ -181,7 +181,7 @@ def test_models_have_the_sizes_of_their_configurations() -> None:
         (57344, 8192),
         (8192, 28672),
     ]
-    assert models.layers("qwen2.5-72b")[3] == ("down", 8192, 29568, 0)
+    assert models.layers("qwen2.5-72b")[3] == ("down", 8192, 29568, 3712)
     assert models.layers("qwen2.5-7b")[0] == ("qkv", 4608, 3584, 448)
     assert models.heads("llama-3.2-1b") == (32, 8, 64)
     assert models.configuration("llama-3-8b", 2)["num_hidden_layers"] == 2

@@ -42,8 +42,8 @@ def test_quantize_writes_a_whole_folder_and_the_documented_keys(
     expected = ResQConfig(samples=4, seqlen=48, dialogues=0, seed=3)
     assert figures["config"] == expected.to_dict()
     sizes = part_sizes(out)
-    # Bytes of a row: q, k, v, gate, up 112 | 16 columns, o 224 | 32, down 192 in 4 bits.
-    rows = {112 // 2 + 16: 256 + 128 + 128 + 192 + 192, 224 // 2 + 32: 128, 192 // 2: 128}
+    # Bytes of a row: q, k, v, gate, up 112 | 16 columns, o 224 | 32, down 160 | 32.
+    rows = {112 // 2 + 16: 256 + 128 + 128 + 192 + 192, 224 // 2 + 32: 128, 160 // 2 + 32: 128}
     assert sizes["linears"] == 2 * sum(width * count for width, count in rows.items())
     assert sizes["linear_scales"] == 2 * sum(rows.values()) * 2 * 4
     assert sizes["rotations"] == 2 * 64 * 64 * 2 + 128 * 128 * 2

@@ -65,8 +65,8 @@ def test_commands_follow_each_other(
         model = json.loads(target.read_text())["model"]
         linears[folder] = model["bytes"]["linears"]
     assert model["quantization"]["quant_method"] == "resq"
-    # Seven eighths in 4 bits and one in 8, down_proj all in 4, against 32.
-    assert 32 / 4.5 < linears[source] / linears[out] < 32 / 4
+    # Seven eighths in 4 bits and one in 8, a little less of down_proj, against 32.
+    assert 32 / 4.6 < linears[source] / linears[out] < 32 / 4
 
     found = {}
     for name, extra in (("kernels", ()), ("reference", ("--fake-quant",))):
@@ -152,8 +152,9 @@ def test_activations_in_eight_bits(
     fake = tmp_path / "fake.json"
     result = resq("eval", out, *options[:4], "--json", fake, "--lo-bits", 8, "--fake-quant")
     assert result.code == 0, result.err
-    expected = found[8]["kl_to_reference"]
-    assert json.loads(fake.read_text())["kl_to_reference"] == pytest.approx(expected, rel=0.1)
+    # Codes that round to the other side of a tie move a KL this small, but not to that of 4 bits.
+    four, eight = (found[bits]["kl_to_reference"] for bits in (4, 8))
+    assert abs(json.loads(fake.read_text())["kl_to_reference"] - eight) < 0.3 * (four - eight)
 
     generated = resq("generate", out, "--prompt", PROMPT, "--max-new-tokens", 12, "--lo-bits", 8)
     ids = byte_tokenizer()(PROMPT, return_tensors="pt")

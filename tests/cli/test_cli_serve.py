@@ -102,7 +102,8 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     home = tmp_path_factory.mktemp("serve")
-    model = random_quantized("llama", max_position_embeddings=POSITIONS)
+    # A seed whose answers differ, and go on until they are stopped.
+    model = random_quantized("llama", seed=2, max_position_embeddings=POSITIONS)
     model.generation_config.eos_token_id = END
     model.save_pretrained(home / NAME)
     tokenizer = make_tokenizer()

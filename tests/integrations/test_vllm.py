@@ -108,7 +108,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], torch.dtype]] = {
     "llama-128": ("llama", {"embedding_bits": 16}, {"head_dim": 128}, torch.bfloat16),
     "qwen2-tied": ("qwen2", {"lo_bits": 8}, {"tie_word_embeddings": True}, torch.bfloat16),
     "qwen2-rtn": ("qwen2", {"method": "rtn"}, {}, torch.float16),
-    "format-2": ("llama", {"activation_clip": 1.0}, {}, torch.float32),
+    "format-2": ("llama", {"activation_clip": 1.0, "hadamard_block": 0}, {}, torch.float32),
 }
 
 

@@ -39,7 +39,7 @@ class ReferenceLayer(DecoderLayer):
         self.config = config
 
     def _rounded(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        k_hi = self.shape.k_hi(name, self.config.high_fraction)
+        k_hi = self.shape.k_hi(name, self.config)
         rows = RowFormat.of(self.config, x.shape[-1], k_hi)
         return reference.mixed_quantize(x, *rows).dequantize()
 
@@ -111,6 +111,8 @@ class ReferenceModel:
             reader.load(prefix + KEY_ROTATION) if self.config.rotates else None,
             o_column_order(self.shape, self.config.high_fraction),
             self.config.rotates,
+            self.shape.hadamard_block(self.config),
+            self.shape.k_hi(DOWN_PROJ, self.config),
         )
 
     @torch.no_grad()

@@ -57,6 +57,13 @@ def edit_tensors(folder: Path, change: Callable[[dict], None]) -> None:
     save_file(tensors, folder / WEIGHTS)
 
 
+def load(folder: Path) -> torch.Tensor:
+    """The logits of a quantized folder."""
+    with torch.no_grad():
+        logits: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder)(torch.arange(9)[None]).logits
+    return logits
+
+
 def refusal(folder: Path) -> str:
     with pytest.raises(CheckpointError) as error:
         validate(folder)
@@ -159,8 +166,8 @@ def test_rotation_of_another_model(copy: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("format_version", 5, "format_version: expected 1 to 4, got 5; a newer resq_kernels"),
-        ("format_version", "1", "format_version: expected 1 to 4, got '1'"),
+        ("format_version", 6, "format_version: expected 1 to 5, got 6; a newer resq_kernels"),
+        ("format_version", "1", "format_version: expected 1 to 5, got '1'"),
         ("format_version", 3, "activation_clip: expected 1 in format_version 3"),
         ("activation_clip", 0.0, "activation_clip: expected (0, 1], got 0.0"),
         ("quant_method", "gptq", "quant_method: expected 'resq', got 'gptq'"),
@@ -173,6 +180,9 @@ def test_rotation_of_another_model(copy: Path, name: str) -> None:
         ("seed", None, None),
         ("embedding_bits", None, None),
         ("tied_head", None, None),
+        ("hadamard_block", None, None),
+        ("hadamard_block", 0, "mlp.down_proj.weight_lo: expected uint8"),
+        ("hadamard_block", 48, "hadamard_block: expected one of None, 0, 8, 16, 32, 64, 128, 256"),
     ],
 )
 def test_wrong_quantization_config(copy: Path, key: str, value: object, words: str | None) -> None:
@@ -195,7 +205,9 @@ def test_the_head_that_the_configuration_names(copy: Path) -> None:
 
 def test_a_folder_of_format_1(llama: Path, tmp_path: Path) -> None:
     """It had no key of the vocabulary, which was in 16 bits."""
-    config = ResQConfig(weights="rtn", embedding_bits=16, activation_clip=1.0)
+    config = ResQConfig(
+        weights="rtn", embedding_bits=16, activation_clip=1.0, hadamard_block=0
+    )
     quantize_folder(llama, tmp_path / "out", torch.randint(0, 256, (2, 32)), config, progress=False)
 
     make_older(tmp_path / "out", 1)
@@ -206,6 +218,18 @@ def test_a_folder_of_format_1(llama: Path, tmp_path: Path) -> None:
 
     edit_config(tmp_path / "out", older)
     assert validate(tmp_path / "out") == config
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_a_folder_of_whole_rows(llama: Path, tmp_path: Path, version: int) -> None:
+    """Formats before 5 had no blocks, and nothing of down_proj in INT8."""
+    clip = {"activation_clip": 1.0} if version == 3 else {}
+    config = ResQConfig(weights="rtn", hadamard_block=0, **clip)
+    quantize_folder(llama, tmp_path / "out", torch.randint(0, 256, (2, 32)), config, progress=False)
+    logits = load(tmp_path / "out")
+    make_older(tmp_path / "out", version)
+    assert validate(tmp_path / "out") == config
+    assert torch.equal(load(tmp_path / "out"), logits)
 
 
 def test_other_architecture_and_tied_head(copy: Path) -> None:

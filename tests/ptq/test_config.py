@@ -46,6 +46,43 @@ def test_a_share_that_is_given_is_never_dropped(method: str, share: float) -> No
     assert dataclasses.replace(ResQConfig(), method=method, high_fraction=0).high_fraction == 0.0
 
 
+@pytest.mark.parametrize("method", ["quarot", "rtn"])
+def test_uniform_methods_transform_whole_rows(method: str) -> None:
+    config = ResQConfig(method=method, hadamard_block=0)
+    assert shape().hadamard_block(config) == shape().hadamard_block(ResQConfig(method=method)) == 0
+    words = f"^hadamard_block: method '{method}' is uniform 4-bit, expected 0, got 64$"
+    with pytest.raises(ValueError, match=words):
+        ResQConfig(method=method, hadamard_block=64)
+
+
+@pytest.mark.parametrize(
+    ("intermediate", "options", "block", "k_hi"),
+    [
+        (14336, {}, 256, 1792),
+        (8192, {}, 256, 1024),
+        (18944, {}, 256, 2560),
+        (29568, {}, 256, 3712),
+        (1536, {}, 256, 256),  # 192 and a third
+        (1536, {"hadamard_block": 64}, 64, 192),
+        (1536, {"high_fraction": 0.25}, 256, 512),
+        (344, {}, 32, 56),
+        (250, {}, 8, 34),
+        (24, {}, 8, 8),  # more than a third beside the smallest block
+        (2, {}, 8, 2),
+        (14336, {"hadamard_block": 0}, 0, 0),
+        (14336, {"high_fraction": 0.0}, 0, 0),
+        (1536, {"high_fraction": 0.0, "hadamard_block": 256}, 256, 0),
+        (1544, {"high_fraction": 0.0, "hadamard_block": 256}, 8, 0),
+    ],
+)
+def test_blocks_of_down_proj(intermediate: int, options: dict, block: int, k_hi: int) -> None:
+    model, config = shape(intermediate=intermediate), ResQConfig(**options)
+    assert model.hadamard_block(config) == block
+    assert model.k_hi("mlp.down_proj", config) == k_hi
+    again = ResQConfig(**options | {"hadamard_block": block})
+    assert model.hadamard_block(again) == block
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("lo_bits", [4, 8])
 def test_rotated_rows_of_4_bits_are_clipped_by_default(method: str, lo_bits: int) -> None:
@@ -98,6 +135,10 @@ def test_a_config_survives_copies_and_folders(method: str) -> None:
             for value in (8.0, "8", None, True, [8])
         ),
         *(
+            ("hadamard_block", value, f"expected an integer, got {value!r}")
+            for value in (8.0, "8", True, [8])
+        ),
+        *(
             (field, value, f"expected a number, got {value!r}")
             for field in ("high_fraction", "activation_clip", "damping")
             for value in ("0.1", True, [0.1], 1j)
@@ -127,6 +168,7 @@ def test_a_value_of_another_type(field: str, value: object, words: str) -> None:
         *((field, float("inf")) for field in ("high_fraction", "activation_clip", "damping")),
         ("high_fraction", 1.0),
         ("high_fraction", -0.125),
+        *(("hadamard_block", value) for value in (4, 48, 512, -8)),
         ("activation_clip", 0),
         ("activation_clip", 1.01),
         ("damping", 0),
@@ -152,7 +194,11 @@ SIZES = (
     (shape(intermediate=65538), RTN, "mlp.down_proj: expected at most 65536 columns in INT4 and"),
     (shape(heads=1025, kv_heads=1), RTN, "self_attn.o_proj: expected at most 65536 columns in IN"),
     (shape(hidden=65552), ResQConfig(), "hidden_size: expected at most 65536 with embedding_bits"),
-    (shape(intermediate=250), ResQConfig(), "mlp.down_proj: intermediate_size: hadamard: "),
+    (
+        shape(intermediate=250),
+        ResQConfig(hadamard_block=0),
+        "mlp.down_proj: intermediate_size: hadamard: ",
+    ),
     (shape(hidden=92), ResQConfig(method="quarot"), "hidden_size: hadamard: expected a size"),
     (shape(head_dim=92), ResQConfig(method="quarot"), "head_dim: hadamard: expected a size"),
     (shape(head_dim=32), ResQConfig(), "head_dim: expected 64 or 128 with kv_bits 4, got 32; kv_"),

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from resq_kernels import architecture, hadamard
-from resq_kernels.architecture import layer_prefix
+from resq_kernels.architecture import DOWN_PROJ, layer_prefix
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq.basis import find_basis
 from resq_kernels.ptq.calibrate import calibrate
@@ -23,6 +23,7 @@ from resq_kernels.ptq.workspace import Workspace
 CONFIGS = {
     "resq": ResQConfig(),
     "resq-quarter": ResQConfig(high_fraction=0.25),
+    "resq-whole-rows": ResQConfig(hadamard_block=0),
     "quarot": ResQConfig(method="quarot"),
 }
 
@@ -88,7 +89,7 @@ def fused_transformers_model(
         architecture.FINAL_NORM: torch.ones(model.shape.hidden),
     }
     for index in range(model.shape.layers):
-        layer = fuse_layer(model, index, rotation, config.high_fraction)
+        layer = fuse_layer(model, index, rotation, config)
         prefix = layer_prefix(index)
         state |= {f"{prefix}{name}.weight": w for name, w in layer.weights.items()}
         state |= {f"{prefix}{name}.bias": b for name, b in layer.biases.items()}
@@ -98,8 +99,9 @@ def fused_transformers_model(
         block.self_attn.o_proj.register_forward_pre_hook(
             lambda _, args, order=layer.o_order: (args[0][..., order],)
         )
+        kinds = (model.shape.k_hi(DOWN_PROJ, config), model.shape.hadamard_block(config))
         block.mlp.down_proj.register_forward_pre_hook(
-            lambda _, args: (hadamard.transform(args[0]),)
+            lambda _, args, kinds=kinds: (hadamard.transform_low(args[0], *kinds),)
         )
     fused.load_state_dict(state)
     return fused
@@ -130,7 +132,7 @@ def run_layers(
     rope = rope_tables(model.reader.config, model.reader.folder, tokens.shape[1])
     x = fuse_embedding(model, rotation)[tokens].float()
     for index in range(model.shape.layers):
-        layer = fuse_layer(model, index, rotation, config.high_fraction)
+        layer = fuse_layer(model, index, rotation, config)
         x = DecoderLayer(model.shape, layer, rope).forward(x)
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + model.shape.norm_eps)
     if rotation is None:

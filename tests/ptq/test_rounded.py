@@ -35,11 +35,10 @@ def test_every_step_is_the_reference_s(any_model: Path, name: str) -> None:
         rotation = torch.linalg.qr(torch.randn(head, head)).Q
         layer.key_rotation = rotation.half()[None].contiguous()
         layer.o_order = o_column_order(shape, config.high_fraction)
-        layer.hadamard = True
+        layer.hadamard, layer.hadamard_block = True, shape.hadamard_block(config)
+        layer.down_high = shape.k_hi(DOWN_PROJ, config)
     rope = rope_tables(model.reader.config, any_model, 70)  # more than a page
-    weights = {
-        n: quantize_weight(w, shape.k_hi(n, config.high_fraction)) for n, w in layer.weights.items()
-    }
+    weights = {n: quantize_weight(w, shape.k_hi(n, config)) for n, w in layer.weights.items()}
     rounded = RoundedLayer(shape, layer, rope, config)
     for names in (QKV, (O_PROJ,), GATE_UP, (DOWN_PROJ,)):
         rounded.round(names, QuantizedWeight.cat([weights[n] for n in names]))
@@ -64,11 +63,12 @@ def test_every_step_is_the_reference_s(any_model: Path, name: str) -> None:
 
 def compare(got: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal up to the order of sums, by which a code in a thousand falls to the other side of a
-    tie (so may a key's, which moves the later rows of that head a little)."""
+    tie (so may a key's, which moves the later rows of that head a little). With uniform 4-bit rows,
+    the coarsest, 0.0027 was seen in 240 runs."""
 
     def error(x: torch.Tensor) -> float:
         return float((x - expected).abs().mean() / expected.abs().mean())
 
     assert got.shape == expected.shape
-    assert error(got) < 1e-3
-    assert error(got * 1.003) > 1e-3
+    assert error(got) < 5e-3
+    assert error(got * 1.01) > 5e-3
