@@ -79,7 +79,7 @@ class Model:
             rotation = rotate(basis if config.method == "resq" else None, shape, config)
             states = (states.double() @ rotation.hidden).float()
         for index in range(shape.layers):
-            layer = fuse_layer(self.source, index, rotation, config.high_fraction)
+            layer = fuse_layer(self.source, index, rotation, config)
             rounded = RoundedLayer(shape, layer.to("cpu", self.products), self.rope, config)
             states = torch.cat([_forward(rounded, window) for window in states.split(1)])
         return self.head.norm(states, None if rotation is None else rotation.hidden.T.float())
