@@ -67,8 +67,7 @@ def layers(name: str) -> list[tuple[str, int, int, int]]:
         ("down", size.hidden, "mlp.down_proj"),
     ]
     return [
-        (layer, n, size.linear(part)[1], size.k_hi(part, OPTIONS))
-        for layer, n, part in products
+        (layer, n, size.linear(part)[1], size.k_hi(part, OPTIONS)) for layer, n, part in products
     ]
 
 

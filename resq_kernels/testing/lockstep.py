@@ -161,12 +161,11 @@ class _Follower:
     def silu_mul_hadamard_quantize(
         self, gate_up: torch.Tensor, hadamard: bool, n_hi: int, *options: Any
     ) -> MixedTensor:
-        *options, block = options
         gate, up = gate_up.float().chunk(2, dim=-1)
         product = F.silu(gate) * up
         if hadamard:
-            product = _hadamard.transform_low(product, n_hi, block)
-        return self.mixed_quantize(product, n_hi, *options)
+            product = _hadamard.transform_low(product, n_hi, options[-1])
+        return self.mixed_quantize(product, n_hi, *options[:-1])
 
     def kv_fake_quantize(self, x: torch.Tensor, hi_bits: int = 8) -> torch.Tensor:
         own, theirs = reference.kv_fake_quantize(x, hi_bits), self._next().view_as(x)

@@ -169,7 +169,11 @@ def test_silu_mul_hadamard_quantize_in_every_dtype_and_form(dtype: torch.dtype) 
             "silu_mul_hadamard_quantize", gate_up, hadamard, n_hi, lo_bits, packed
         )
         assert_codes_agree(result, expected)
-    for n_hi, lo_bits, packed, block in ((64, 4, True, 128), (192, 8, False, 256), (0, 4, True, 64)):
+    for n_hi, lo_bits, packed, block in (
+        (64, 4, True, 128),
+        (192, 8, False, 256),
+        (0, 4, True, 64),
+    ):
         options = (True, n_hi, lo_bits, packed, False, 0.9, block)
         expected, result = cpu_and_cuda("silu_mul_hadamard_quantize", gate_up, *options)
         assert all(map(same_bits, result, expected)), block

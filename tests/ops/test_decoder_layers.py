@@ -112,6 +112,15 @@ def test_what_is_wrong_is_named_before_anything_is_written(what: str) -> None:
     assert all(map(torch.equal, arguments["caches"], before))
 
 
+def test_a_width_without_a_transform_is_named_before_anything_is_written() -> None:
+    case = Case([40, 3], [1, 1], intermediate=376)
+    arguments = case.arguments()
+    with pytest.raises(RuntimeError, match=r"^decoder_layers: weights: expected rows of 2\^a \* m"):
+        ops.decoder_layers(**arguments)
+    assert all(map(torch.equal, arguments["caches"], case.caches))
+    Case([40, 3], [1, 1], intermediate=376, n_hi=[16, 32, 56], hadamard_block=64).check()
+
+
 def test_a_slot_outside_of_the_cache_stops_the_first_layer() -> None:
     case = Case([40, 3], [1, 1])
     arguments = case.arguments() | {"slot_mapping": torch.tensor([0, 1 << 20])}

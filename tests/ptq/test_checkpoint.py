@@ -59,8 +59,9 @@ def edit_tensors(folder: Path, change: Callable[[dict], None]) -> None:
 
 def load(folder: Path) -> torch.Tensor:
     """The logits of a quantized folder."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        logits: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder)(torch.arange(9)[None]).logits
+        logits: torch.Tensor = model(torch.arange(9)[None]).logits
     return logits
 
 
@@ -205,9 +206,7 @@ def test_the_head_that_the_configuration_names(copy: Path) -> None:
 
 def test_a_folder_of_format_1(llama: Path, tmp_path: Path) -> None:
     """It had no key of the vocabulary, which was in 16 bits."""
-    config = ResQConfig(
-        weights="rtn", embedding_bits=16, activation_clip=1.0, hadamard_block=0
-    )
+    config = ResQConfig(weights="rtn", embedding_bits=16, activation_clip=1.0, hadamard_block=0)
     quantize_folder(llama, tmp_path / "out", torch.randint(0, 256, (2, 32)), config, progress=False)
 
     make_older(tmp_path / "out", 1)

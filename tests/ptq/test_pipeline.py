@@ -118,7 +118,11 @@ def test_report_page_stands_alone(llama: Path, tokens: torch.Tensor, tmp_path: P
         ({"hidden_size": 132}, ResQConfig(), "self_attn.q_proj: high_fraction 0.125 of 132"),
         ({"head_dim": 36}, ResQConfig(), "self_attn.o_proj: a head: high_fraction 0.125 of 36"),
         ({"head_dim": 32}, ResQConfig(), "head_dim: expected 64 or 128 with kv_bits 4, "),
-        ({"intermediate_size": 194}, ResQConfig(hadamard_block=0), "mlp.down_proj: intermediate_size: hadamard"),
+        (
+            {"intermediate_size": 194},
+            ResQConfig(hadamard_block=0),
+            "mlp.down_proj: intermediate_size: hadamard",
+        ),
         ({"hidden_size": 92}, ResQConfig(method="quarot"), "hidden_size: hadamard: expected"),
         ({"hidden_act": "gelu"}, ResQConfig(), "expected 'silu' or 'swish', got 'gelu'"),
         ({"attention_bias": True}, ResQConfig(), "attention_bias: expected False, got True"),

@@ -142,8 +142,7 @@ std::tuple<Tensor, Tensor> decoder_layers(
     const Tensor& slot_mapping, const Tensor& block_table, const Tensor& seq_lens,
     const Tensor& query_starts, const std::vector<std::optional<Tensor>>& weights, double eps,
     double scale, const std::vector<int64_t>& n_hi, const std::vector<double>& clip,
-    int64_t lo_bits, bool symmetric, int64_t hi_bits, bool hadamard,
-    int64_t hadamard_block) {
+    int64_t lo_bits, bool symmetric, int64_t hi_bits, bool hadamard, int64_t hadamard_block) {
   const char* op = "decoder_layers";
   const Device device(op, x);
   const int64_t layers = static_cast<int64_t>(caches.size());

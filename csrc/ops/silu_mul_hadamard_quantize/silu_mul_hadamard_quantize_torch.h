@@ -44,8 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> silu_mul_hadamard_quantize(const Tensor& gate
   }
   const int64_t n = columns / 2;
   check_mixed_options(op, n, options);
-  const HadamardPlan* plan =
-      checked_transform(op, "gate_up", n, n_hi, hadamard, hadamard_block);
+  const HadamardPlan* plan = checked_transform(op, "gate_up", n, n_hi, hadamard, hadamard_block);
   const int64_t block = hadamard_block > 0 ? hadamard_block : 1;
   check_rows(op, "gate_up", gate_up);
   const Tensor input = device.aligned(contiguous_rows(gate_up));
