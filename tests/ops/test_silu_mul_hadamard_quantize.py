@@ -49,7 +49,8 @@ def blocks_of(gate_up: torch.Tensor, n_hi: int, block: int) -> tuple[torch.Tenso
 
 
 def inputs(n: int, dtype: torch.dtype, rows: int = 4) -> torch.Tensor:
-    return (torch.randn(rows, 2 * n) * 3 * torch.randn(rows, 1).exp()).to(dtype)
+    # silu of less than -87 is 0, and a row of one such value then has another range.
+    return (torch.randn(rows, 2 * n) * 3 * torch.randn(rows, 1).exp()).clamp_min(-80).to(dtype)
 
 
 @pytest.mark.parametrize("n", SIZES)
