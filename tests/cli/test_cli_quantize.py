@@ -15,6 +15,7 @@ import pytest
 from cli_support import POSITIONS, Result, save, tiny_llama
 from transformers import GPT2Config
 
+from resq_kernels import from_pretrained
 from resq_kernels.commands import loading
 from resq_kernels.commands.quantize import _advice
 from resq_kernels.commands.sizes import part_sizes
@@ -150,6 +151,27 @@ def test_methods_reach_the_folder(
         assert (stored["method"], stored["weights"], stored["kv_bits"]) == (method, weights, 16)
         assert stored["high_fraction"] == 0.0
         assert ("rotations" in resq("info", out).out.replace(" ", "_")) == (method != "rtn")
+
+
+def test_the_block_reaches_the_folder(
+    llama: Path, text_file: Path, tmp_path: Path, resq: Callable[..., Result]
+) -> None:
+    options = ("--calib", text_file, "--samples", 2, "--weights", "rtn", "--held-out", 0)
+    for block, high in ((0, 0), (16, 32)):
+        out = tmp_path / str(block)
+        result = resq("quantize", llama, out, *options, "--hadamard-block", block)
+        assert result.code == 0, result.err
+        stored = json.loads((out / "config.json").read_text())["quantization_config"]
+        assert (stored["hadamard_block"], stored["format_version"]) == (block, 5)
+        mlp = from_pretrained(out).model.layers[0].mlp
+        assert (mlp.hadamard_block, mlp.down_proj.row_format.k_hi) == (block, high)
+    for more, words in (
+        ((24,), "invalid choice: 24"),
+        ((8, "--method", "rtn"), "expected 0, got 8"),
+    ):
+        result = resq("quantize", llama, tmp_path / "no", *options, "--hadamard-block", *more)
+        assert result.code == 2 and words in result.err
+    assert not list(tmp_path.glob("no*"))
 
 
 def test_few_windows_are_a_warning(
