@@ -69,13 +69,13 @@ LAYERS = {
         Product("qkv", 6144, 3584, 512, 1),
         Product("o", 4096, 3584, 512, 3),
         Product("gate_up", 28672, 3584, 512, 3),
-        Product("down", 4096, 12544, 1792, 4),
+        Product("down", 4096, 12544, 1792, 3),
     ),
     "llama-3.2-1b": (
         Product("qkv", 3072, 1792, 256, 1),
         Product("o", 2048, 1792, 256, 4),
         Product("gate_up", 16384, 1792, 256, 1),
-        Product("down", 2048, 7168, 1024, 8),
+        Product("down", 2048, 7168, 1024, 6),
     ),
 }
 # Of one row: shapes of decode.json.

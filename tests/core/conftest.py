@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import subprocess
@@ -54,8 +55,10 @@ def core() -> ModuleType:
         pytest.skip("Python.h is not installed (python3-dev): resq_core cannot be compiled")
     BUILD.mkdir(parents=True, exist_ok=True)
     module = BUILD / f"resq_core{sysconfig.get_config_var('EXT_SUFFIX')}"
-    (BUILD / "build.ninja").write_text(ninja_file(module))
-    subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(BUILD)], check=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two workers one builds
+        (BUILD / "build.ninja").write_text(ninja_file(module))
+        subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(BUILD)], check=True)
     spec = importlib.util.spec_from_file_location("resq_core", module)
     loaded = importlib.util.module_from_spec(spec)
     sys.modules["resq_core"] = loaded
