@@ -119,7 +119,7 @@ def parse_quantization_config(entry: Mapping[str, Any]) -> StoredFormat:
     entry = dict(entry)
     for last, values in _OLDER.items():
         if version <= last:
-            entry |= {key: value for key, value in values.items() if key not in entry}
+            entry = values | entry
     keys = (*_CONFIG_KEYS, "tied_head", "basis_hash", "rotation_hash")
     missing = [key for key in keys if key not in entry]
     if missing:
