@@ -35,6 +35,8 @@ const Field kFields[] = {
     {"sm90_shared_bytes", &Tuning::sm90_shared_bytes, 32, 512, kFine, 0},
     {"sm90_start", &Tuning::sm90_start, 100, 20000, kFine, 0},
     {"sm90_epilogue_of_row", &Tuning::sm90_epilogue_of_row, 1, 100, kFine, 0},
+    {"sm90_exchange", &Tuning::sm90_exchange, 100, 10000, kFine, 0},
+    {"sm90_exchange_bytes", &Tuning::sm90_exchange_bytes, 8, 128, kFine, 0},
 };
 static_assert(sizeof(MixedGemmTuning) == std::size(kFields) * sizeof(double));
 

@@ -60,15 +60,22 @@ __device__ inline void store_to_block([[maybe_unused]] int4* shared, [[maybe_unu
 #endif
 }
 
-// What the blocks of the cluster have stored at `shared` of this one, behind a barrier. A load that
-// may follow stores of other blocks.
-__device__ inline int4 load_stored(const int4* shared) {
+// What the blocks of the cluster have stored at `shared` of this one, behind a barrier: a load that
+// may follow stores of other blocks. Zeros where nothing is `present`, without a branch.
+__device__ inline int4 load_stored([[maybe_unused]] const int4* shared,
+                                   [[maybe_unused]] bool present = true) {
   int4 value = {};
 #if __CUDA_ARCH__ >= 900
-  asm volatile("ld.relaxed.cluster.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared)))
-               : "memory");
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %5, 0;\n"
+      "@p ld.relaxed.cluster.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+        "r"(static_cast<int>(present))
+      : "memory");
 #endif
   return value;
 }

@@ -132,8 +132,8 @@ void enqueue(const char* op, const void* kernel, const Grid& grid, Stream stream
 }
 
 int resident_clusters(const char* op, const void* kernel, const Grid& grid, int index) {
-  static OncePer<KernelOfDevice, int> known;
-  return known.get({index, kernel}, [&] {
+  static OncePer<std::pair<KernelOfDevice, unsigned>, int> known;
+  return known.get({{index, kernel}, grid.cluster}, [&] {
     prepare(op, kernel, index, grid.shared_bytes > 0);
     cudaLaunchAttribute attributes[2];
     const cudaLaunchConfig_t config = configuration(grid, {nullptr, index}, attributes);

@@ -74,7 +74,7 @@ struct Grid {
 void enqueue(const char* op, const void* kernel, const Grid& grid, Stream stream, void** arguments);
 
 // Clusters of grid.cluster blocks that run at once on the current device, asked for once per
-// kernel.
+// kernel and size of its clusters.
 int resident_clusters(const char* op, const void* kernel, const Grid& grid, int device);
 
 // kernel<<<grid>>>(arguments...). With `stream.pdl` the kernel may start before the previous one

@@ -45,6 +45,18 @@ __device__ inline void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank)
       : "memory");
 }
 
+// The same for what this warp has written into the shared memory of block `rank`.
+__device__ inline void mbarrier_arrive_release(uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 // Waits for the end of the phase with this parity.
 __device__ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t done;
@@ -59,6 +71,36 @@ __device__ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
         : "r"(shared_address(barrier)), "r"(parity)
         : "memory");
   } while (!done);
+}
+
+// The same where other blocks have written with mbarrier_arrive_release.
+__device__ inline void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+
+// True in one thread of the warp, all of whose threads call this. The compiler knows that it is one,
+// and needs no loop around instructions whose operands are those of a warp.
+__device__ inline bool elected() {
+  uint32_t is_elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(is_elected));
+  return is_elected;
 }
 
 // A barrier among `threads` threads of a block; barrier 0 is __syncthreads.

@@ -7,6 +7,7 @@
 #include <exception>
 #include <functional>
 #include <iterator>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -83,7 +84,8 @@ void define_cuda_choice(py::module_& m) {
       .def_readonly("n", &MixedGemmTile::n)
       .def_readonly("min_blocks", &MixedGemmTile::min_blocks)
       .def_readonly("cluster_m", &MixedGemmTile::cluster_m)
-      .def_readonly("cluster_n", &MixedGemmTile::cluster_n);
+      .def_readonly("cluster_n", &MixedGemmTile::cluster_n)
+      .def_readonly("most_splits", &MixedGemmTile::most_splits);
   py::class_<MixedGemmChoice>(m, "MixedGemmChoice")
       .def_readonly("kernel", &MixedGemmChoice::kernel)
       .def_readonly("tile", &MixedGemmChoice::tile)
@@ -101,8 +103,15 @@ void define_cuda_choice(py::module_& m) {
     const MixedGemmChip* chip = mixed_gemm_chip({major, minor, sms, 0, memory_bits, 0});
     return chip ? chip->name : "";
   });
+  m.def("mixed_gemm_tuning", [](int major, int minor, int sms, int memory_bits) {
+    return mixed_gemm_tuning({major, minor, sms, 0, memory_bits, 0});
+  });
   m.def("mixed_gemm_tiles", tiles);
-  m.def("sm90_tenths", sm90_tenths);
+  m.def("sm90_clocks", [](const MixedGemmTile& tile, int splits, const MixedGemmTuning& tuning) {
+    const Sm90Clocks clocks = sm90_clocks(tile, splits, tuning);
+    return std::tuple(clocks.load, clocks.multiply, clocks.finish);
+  });
+  m.def("sm90_clusters", sm90_clusters);
   m.def("dispatched_m", dispatched_m);
   m.def("cuda_family", family);
   m.def("select_percent", select_percent);

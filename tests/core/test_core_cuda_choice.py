@@ -76,7 +76,8 @@ def test_every_choice_can_be_launched(name: str, core: ModuleType) -> None:
         steps = -(-k_lo // 64) + -(-k_hi // 32)
         assert 1 <= choice.splits <= max(steps, 1), case
         assert choice.workspace_bytes >= 0, case
-        if choice.splits > 1:  # int32 sums of each part and split
+        # int32 sums of each part and split; blocks of sm90 have them in shared memory.
+        if choice.splits > 1 and choice.kernel != core.MixedGemmKernel.SM90:
             assert choice.workspace_bytes >= choice.splits * 4 * rows * n, case
 
 
@@ -89,13 +90,31 @@ def test_tiles_fit_the_packed_weight_and_the_multiprocessor(core: ModuleType) ->
             assert tile.m % 8 == 0 and tile.m <= 256, name
             assert tile.n % 64 == 0 and tile.min_blocks >= 1, name
             assert name == kernel.SM90 or tile.cluster_m == tile.cluster_n == 1, name
+            # A cluster that every device of sm_90 can launch has at most eight blocks.
+            assert name != kernel.SM90 or tile.cluster_n * tile.most_splits <= 8, name
 
 
 def test_cost_of_sm90_tiles(core: ModuleType) -> None:
-    """Tenths of a clock per column of K; only 192 rows of activations are bound by tensor cores."""
+    """Clocks per column of K; only 192 rows of activations are bound by tensor cores."""
     tiles = core.mixed_gemm_tiles(core.MixedGemmKernel.SM90)
-    costs = {tile.m: core.sm90_tenths(tile, core.MixedGemmTuning()) for tile in tiles}
-    assert costs == {32: 18, 64: 25, 128: 46, 192: 60}
+    whole = {tile.m: core.sm90_clocks(tile, 1, core.MixedGemmTuning()) for tile in tiles}
+    assert {m: load for m, (load, _, _) in whole.items()} == pytest.approx(
+        {32: 224 / 128, 64: 2.5, 128: 128 / 28, 192: 160 / 28}
+    )
+    assert {m: multiply for m, (_, multiply, _) in whole.items()} == {32: 1, 64: 2, 128: 4, 192: 6}
+    assert {m: finish for m, (_, _, finish) in whole.items()} == {m: 10 * m for m in whole}
+    # Blocks that share K have no neighbour along M to share weights with, and send their sums.
+    load, multiply, finish = core.sm90_clocks(tiles[1], 4, core.MixedGemmTuning())
+    assert (load, multiply) == (pytest.approx(96 / 28), 2)
+    assert finish == 10 * 64 / 4 + 1800 + 64 * 128 * 4 * 3 / 4 / 32
+
+
+def test_clusters_of_an_h200(core: ModuleType) -> None:
+    """132 multiprocessors in six parts of 16 and two of 18; a cluster is in one part."""
+    clusters = {blocks: core.sm90_clusters(blocks, 132) for blocks in (2, 4, 6, 8)}
+    assert clusters == {2: 66, 4: 32, 6: 18, 8: 16}
+    assert core.sm90_clusters(8, 8) == 1 and core.sm90_clusters(4, 8) == 2
+    assert core.sm90_clusters(8, 4) == 1  # the launch says that none fits
 
 
 def test_decode_fills_the_multiprocessors(core: ModuleType) -> None:
@@ -107,17 +126,26 @@ def test_decode_fills_the_multiprocessors(core: ModuleType) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "tiles"),
-    [(65, (64, 32, 128, 32)), (256, (128, 64, 64, 64)), (2048, (192, 192, 192, 192))],
+    [
+        (17, ((32, 1), (32, 4), (32, 4), (32, 4))),
+        (64, ((32, 1), (64, 4), (32, 1), (64, 4))),
+        (128, ((64, 1), (32, 1), (128, 1), (128, 4))),
+        (256, ((128, 1), (64, 1), (64, 1), (128, 2))),
+        (2048, ((192, 1), (128, 1), (192, 1), (128, 1))),
+    ],
 )
 def test_tiles_of_llama_3_8b_on_an_h200(
-    rows: int, tiles: tuple[int, ...], core: ModuleType
+    rows: int, tiles: tuple[tuple[int, int], ...], core: ModuleType
 ) -> None:
-    """qkv, o, gate_up and down: the model of sm90_tenths, until a GPU measures it."""
-    layers = [(6144, 3584, 512), (4096, 3584, 512), (28672, 3584, 512), (4096, 14336, 0)]
+    """qkv, o, gate_up and down: the model of sm90_clocks, until a GPU measures it."""
+    tuning = core.mixed_gemm_tuning(9, 0, 132, 6144)
+    layers = [(6144, 3584, 512), (4096, 3584, 512), (28672, 3584, 512), (4096, 12544, 1792)]
     for (n, k_lo, k_hi), tile in zip(layers, tiles, strict=True):
-        choice = core.mixed_gemm_choice(rows, n, k_lo, k_hi, False, core.CudaFamily.SM90, 132)
+        choice = core.mixed_gemm_choice(
+            rows, n, k_lo, k_hi, False, core.CudaFamily.SM90, 132, tuning
+        )
         assert choice.kernel == core.MixedGemmKernel.SM90
-        assert (choice.tile.m, choice.tile.n, choice.splits) == (tile, 128, 1)
+        assert (choice.tile.m, choice.splits) == tile
         assert choice.workspace_bytes == 0  # int8 rows of whole 16 bytes are read where they are
 
 
@@ -278,13 +306,13 @@ def test_legal_choices_hold_the_one_that_is_taken(core: ModuleType) -> None:
 
 @pytest.mark.parametrize(
     ("name", "numbers"),
-    [("SM80", {"small_m": 64, "sm80": 32}), ("SM90", {"small_m": 64, "sm90": 4}),
+    [("SM80", {"small_m": 64, "sm80": 32}), ("SM90", {"small_m": 64, "sm90": 13}),
      ("PORTABLE", {"small_m": 64})],
 )  # fmt: skip
 def test_legal_choices_are_every_tile_and_split(
     name: str, numbers: dict[str, int], core: ModuleType
 ) -> None:
-    """4 tiles x 16 splits of small_m, 2 x 16 of sm80; sm90 has no splits."""
+    """4 tiles x 16 splits of small_m, 2 x 16 of sm80; 3 x 4 and one tile of sm90."""
     family = getattr(core.CudaFamily, name)
     names = [str(choice) for choice in core.legal_choices(1, 4096, 3584, 512, True, family)]
     assert len(names) == len(set(names)) == sum(numbers.values())
@@ -300,17 +328,18 @@ def test_a_choice_is_found_by_its_name_alone(core: ModuleType) -> None:
         choice = core.legal_choice(name, *shape, of)
         return choice and str(choice)
 
-    for name in ("small_m 8x64 splits=1", "small_m 64x64 splits=4", "sm90 192x128 splits=1"):
+    for name in ("small_m 8x64 splits=1", "small_m 64x64 splits=4", "sm90 192x128 splits=1",
+                 "sm90 64x128 splits=2"):  # fmt: skip
         assert find(name) == name
-    wrong = ("", "sm90", "sm90 48x128 splits=1", "sm90 64x128 splits=2", "small_m 8x64 splits=5")
+    wrong = ("", "sm90", "sm90 48x128 splits=1", "sm90 64x128 splits=3", "small_m 8x64 splits=5")
     for name in (*wrong, "small_m 8x64 splits=0", "small_m 8x64 splits=02", "sm80 64x128 splits=1"):
         assert find(name) is None, name
     assert find("sm80 64x128 splits=1", family.SM80) and not find("sm80 64x128 splits=1")
     assert not find("sm90 64x128 splits=1", family.PORTABLE)
     assert core.describe_legal(*shape, family.SM90) == (
         "small_m 8x64 splits=1..4, small_m 16x64 splits=1..4, small_m 32x64 splits=1..4, "
-        "small_m 64x64 splits=1..4, sm90 32x128 splits=1, sm90 64x128 splits=1, "
-        "sm90 128x128 splits=1, sm90 192x128 splits=1"
+        "small_m 64x64 splits=1..4, sm90 32x128 splits=1..2, sm90 64x128 splits=1..2, "
+        "sm90 128x128 splits=1..2, sm90 192x128 splits=1"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -11,6 +13,16 @@ from resq_kernels import reference
 from resq_kernels.formats import pack_int4, weight_sums
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@contextmanager
+def forced(device: Emulated, op: str, choice: str) -> Iterator[None]:
+    """In this thread `op` runs this choice."""
+    before = device.force_kernel(op, choice)
+    try:
+        yield
+    finally:
+        assert device.force_kernel(op, before) == choice
 
 
 class Case(NamedTuple):

@@ -7,26 +7,15 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import emulation
 import pytest
 import torch
-from gemm_cases import assert_exact, make_case
+from gemm_cases import assert_exact, forced, make_case
 from test_cuda_kv_attention import make
 
 HERE = Path(__file__).parent
-
-
-@contextmanager
-def forced(device: emulation.Emulated, op: str, choice: str) -> Iterator[None]:
-    before = device.force_kernel(op, choice)
-    try:
-        yield
-    finally:
-        assert device.force_kernel(op, before) == choice
 
 
 @pytest.mark.parametrize("rows", [3, 70])
@@ -42,14 +31,15 @@ def test_every_legal_choice_has_the_bits_of_the_reference(
         with forced(device, "mixed_gemm", name):
             assert device.mixed_gemm_kernel(rows, *weight, packed, device.index) == name
             assert_exact(case, device)
-    # 6 steps of small_m; of sm80 2 or 4 K tiles of low codes and one of high ones.
-    family = {80: 2 * (3 if packed else 5), 90: 4}[device.arch]
+    # 6 steps of small_m; of sm80 2 or 4 K tiles of low codes and one of high ones; of sm90 2 and one.
+    family = {80: 2 * (3 if packed else 5), 90: 3 * 3 + 1}[device.arch]
     assert len(names) == 4 * 6 + family
 
 
 @pytest.mark.parametrize(
     "choice",
-    ["fast", "sm90", "sm90 64x128", "sm90 48x128 splits=1", "sm90 64x128 splits=2",
+    ["fast", "sm90", "sm90 64x128", "sm90 48x128 splits=1", "sm90 64x128 splits=5",
+     "sm90 192x128 splits=2",
      "small_m 8x64 splits=0", "small_m 8x64 splits=17", "small_m 8x64 splits=1 "],
 )  # fmt: skip
 def test_other_choices_are_refused(choice: str, sm90: emulation.Emulated) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import emulation
 import pytest
 
@@ -90,13 +92,18 @@ def test_what_is_read_before_the_wait_does_not_come_from_the_first_level_cache(b
             assert tool.EARLY_LOAD not in kernel["key"], (name, arch)
 
 
-def test_small_m_asks_for_its_weights_before_the_wait(built: dict) -> None:
-    """In sm_90's layout of the weights (1), whose family has dependent launches."""
+def test_products_ask_for_their_weights_before_the_wait(built: dict) -> None:
+    """In sm_90's layout of the weights (1), whose family has dependent launches.
+
+    A block of sm90 asks for two blocks of rows, but for one where its neighbour has the other.
+    """
     for name, per_arch in built.items():
         for arch, kernel in per_arch.items():
-            asks = arch == "sm_90" and name.startswith("mixed_gemm_small_m_kernel<1,")
-            assert kernel["key"].get("UBLKPF", 0) == asks, (name, arch)
-            assert kernel["key"].get(tool.EARLY_PREFETCH, 0) == asks, (name, arch)
+            small_m = arch == "sm_90" and name.startswith("mixed_gemm_small_m_kernel<1,")
+            shares = re.match(r"mixed_gemm_sm90_kernel<(32|64), \w+, false>", name)
+            sm90 = name.startswith("mixed_gemm_sm90_kernel") * (1 if shares else 2)
+            assert kernel["key"].get("UBLKPF", 0) == small_m + sm90, (name, arch)
+            assert kernel["key"].get(tool.EARLY_PREFETCH, 0) == small_m + sm90, (name, arch)
 
 
 @pytest.mark.parametrize("word", sorted(REQUIRED))

@@ -5,23 +5,24 @@ from __future__ import annotations
 import emulation
 import pytest
 import torch
-from gemm_cases import DTYPES, Case
+from gemm_cases import DTYPES, Case, forced
 
 from resq_kernels.formats import pack_int4
 
-# Tokens of a tile -> rows and N for which a device of eight multiprocessors, two clusters of four
-# blocks or four of two, chooses it.
+# Tokens of a tile -> rows and N: less than a tile, tiles that end inside, several tiles.
 TILES = {
     32: [(65, 64), (128, 1), (80, 250)],
     64: [(130, 128), (200, 77), (256, 250)],
     128: [(193, 300), (200, 512), (256, 260)],
     192: [(257, 300), (384, 450), (300, 500)],
 }
-# The same, but for 32, with several turns of the clusters.
+# The same with several turns of the clusters of eight multiprocessors.
 TURNS = {32: (80, 250), 64: (200, 600), 128: (256, 800), 192: (384, 800)}
 # (K_lo, K_hi): whole stages of 128 columns, half stages, tails of both, rows that are no multiple
 # of 16 bytes, parts without columns, more stages than the ring holds.
 COLUMNS = [(256, 128), (448, 64), (200, 72), (130, 65), (0, 224), (192, 0), (1568, 224)]
+# Blocks that share K and the tokens of their tiles.
+SPLITS = [(tile, splits) for tile in (32, 64, 128) for splits in (2, 3, 4)]
 
 
 @pytest.fixture
@@ -30,14 +31,13 @@ def sm90(sm90: emulation.Emulated) -> emulation.Emulated:
     return emulation.Emulated(sm90.arch, sms=8)
 
 
-def call(case: Case, device: emulation.Emulated, tile: int | None = None) -> torch.Tensor:
-    """Runs the op, which must choose the sm90 kernel, and with this tile if one is given."""
-    rows, n = case.params.shape[0], case.codes_lo.shape[0]
-    packed = case.q_lo.dtype == torch.uint8
-    k_lo, k_hi = case.codes_lo.shape[1] * 2, case.codes_hi.shape[1]
-    kernel = device.mixed_gemm_kernel(rows, n, k_lo, k_hi, packed, device.index)
-    assert kernel.startswith("sm90 " if tile is None else f"sm90 {tile}x128"), kernel
-    return case.run(device)
+def call(
+    case: Case, device: emulation.Emulated, tile: int = 64, splits: int = 1
+) -> torch.Tensor:
+    """Runs the op on the sm90 kernel with this tile, and this split of K as far as K has tiles."""
+    k_tiles = sum(-(-k // 128) for k in (case.codes_lo.shape[1] * 2, case.codes_hi.shape[1]))
+    with forced(device, "mixed_gemm", f"sm90 {tile}x128 splits={min(splits, max(k_tiles, 1))}"):
+        return case.run(device)
 
 
 def make_case(
@@ -140,32 +140,62 @@ def test_extreme_codes_are_exact(columns: tuple[int, int], sm90: emulation.Emula
 def test_a_row_does_not_depend_on_the_batch_or_the_tile(sm90: emulation.Emulated) -> None:
     case = make_case(384, 300, 448, 64, "nibbles")
     whole = call(case, sm90, 192)
-    for begin, end, tile in [(0, 65, 64), (70, 270, 128), (319, 384, 64)]:
-        part = call(case.rows(begin, end), sm90, tile)
+    for begin, end, tile, splits in [(0, 65, 64, 1), (70, 270, 128, 2), (319, 384, 32, 3)]:
+        part = call(case.rows(begin, end), sm90, tile, splits)
         assert same_bits(part, whole[begin:end])
     assert same_bits(case.rows(383, 384).run(sm90), whole[383:])  # another kernel
 
 
+@pytest.mark.parametrize("columns", [*COLUMNS[2:], (100, 20)], ids=str)
+@pytest.mark.parametrize(("tile", "splits"), SPLITS)
+def test_blocks_that_share_k_give_the_bits_of_the_reference(
+    tile: int, splits: int, columns: tuple[int, int], sm90: emulation.Emulated
+) -> None:
+    """Splits with columns of one part, of both; a tile, and several for each cluster."""
+    at = COLUMNS.index(columns) if columns in COLUMNS else 0
+    for index, (rows, n) in enumerate([(17, 130), (tile, 1), (tile + 9, 520)]):
+        form = ["unpacked", "nibbles", "bytes"][(index + at) % 3]
+        case = make_case(rows, n, *columns, form, DTYPES[index - 1], DTYPES[(index + at) % 3])
+        assert same_bits(call(case, sm90, tile, splits), case.expected()), (rows, n, form)
+
+
+@pytest.mark.parametrize("columns", [(65536, 0), (0, 65536)], ids=str)
+def test_extreme_codes_are_exact_across_splits(
+    columns: tuple[int, int], sm90: emulation.Emulated
+) -> None:
+    case = make_case(3, 2, *columns, "bytes", out_dtype=torch.float32)
+    case.q_lo.fill_(-128), case.q_hi.fill_(-128)
+    case.params[:, 1::2] = 127
+    case.codes_lo.fill_(0x88), case.codes_hi.fill_(-128)
+    case.codes_lo[1], case.codes_hi[1] = 0x77, 127
+    assert same_bits(call(case, sm90, 32, 4), case.expected())
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("tile", TILES)
-def test_the_order_of_warps_does_not_matter(tile: int, seed: int, sm90: emulation.Emulated) -> None:
+@pytest.mark.parametrize(("tile", "splits"), [*((tile, 1) for tile in TILES), *SPLITS])
+def test_the_order_of_warps_does_not_matter(
+    tile: int, splits: int, seed: int, sm90: emulation.Emulated
+) -> None:
     case = make_case(*TURNS[tile], 960, 192)
     shuffled = emulation.Emulated(
         sm90.arch, sms=8, seed=seed, async_="early" if seed == 3 else "late"
     )
-    assert same_bits(call(case, shuffled, tile), case.expected())
+    assert same_bits(call(case, shuffled, tile, splits), case.expected())
 
 
-def test_one_cluster_may_take_all_tiles(sm90: emulation.Emulated) -> None:
+@pytest.mark.parametrize("splits", [1, 2])
+def test_one_cluster_may_take_all_tiles(splits: int, sm90: emulation.Emulated) -> None:
     case = make_case(200, 600, 448, 64)
-    assert same_bits(call(case, emulation.Emulated(sm90.arch, sms=4)), case.expected())
+    device = emulation.Emulated(sm90.arch, sms=4)
+    assert same_bits(call(case, device, 64, splits), case.expected())
 
 
+@pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("name", ["q_lo", "q_hi", "codes_lo", "codes_hi"])
-def test_feels_one_code(name: str, sm90: emulation.Emulated) -> None:
+def test_feels_one_code(name: str, splits: int, sm90: emulation.Emulated) -> None:
     """The comparisons above would fail on a kernel that gets a single code wrong by one."""
     case = make_case(130, 140, 448, 64, bias=None, out_dtype=torch.float32)
     wrong = getattr(case, name).clone()
     wrong[129, 23] ^= 1
-    changed = (call(case._replace(**{name: wrong}), sm90) != case.expected()).nonzero()
+    changed = (call(case._replace(**{name: wrong}), sm90, 64, splits) != case.expected()).nonzero()
     assert set(changed[:, 1 if name.startswith("codes") else 0].tolist()) == {129}

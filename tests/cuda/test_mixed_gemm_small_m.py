@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulation import Emulated
-from gemm_cases import DTYPES, assert_exact, bits, make_case
+from gemm_cases import DTYPES, assert_exact, bits, forced, make_case
 
 # (N, K_lo, K_hi): odd N; K that ends inside a step, inside eight codes, at a whole stage; more
 # stages than are in flight; parts without columns.
@@ -23,13 +23,12 @@ WEIGHTS = [
     (130, 96, 0),
     (24, 2304, 320),
 ]
-KERNEL = "small_m"
 
 
-def splits(device: Emulated, rows: int, weight: tuple[int, int, int], packed: bool = True) -> int:
-    kernel = device.mixed_gemm_kernel(rows, *weight, packed, device.index)
-    assert kernel.startswith(KERNEL)
-    return int(kernel.rpartition("=")[2])
+def small_m(rows: int, splits: int = 1) -> str:
+    """The choice with the smallest tile that holds the rows."""
+    tile = next(m for m in (8, 16, 32, 64) if m >= rows)
+    return f"small_m {tile}x64 splits={splits}"
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "unpacked"])
@@ -38,9 +37,9 @@ def test_small_m_has_the_bits_of_the_reference(
     device: Emulated, weight: tuple[int, int, int], packed: bool
 ) -> None:
     for index, rows in enumerate([1, 3, 8, 16, 17, 33, 64]):
-        splits(device, rows, weight, packed)
         dtype = DTYPES[index % 3]
-        assert_exact(make_case(rows, weight, packed, dtype, dtype), device)
+        with forced(device, "mixed_gemm", small_m(rows)):
+            assert_exact(make_case(rows, weight, packed, dtype, dtype), device)
 
 
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
@@ -58,9 +57,11 @@ def test_small_m_takes_every_dtype(
 @pytest.mark.parametrize("arch", [80, 90])
 def test_small_m_splits_are_exact(sm80: Emulated, arch: int, weight: tuple[int, int, int]) -> None:
     device = Emulated(arch, sms=64)
-    for rows in (1, 9, 40):
-        assert splits(device, rows, weight) > 1
-        assert_exact(make_case(rows, weight, True, torch.bfloat16, torch.float16), device)
+    chosen = device.mixed_gemm_kernel(1, *weight, True, device.index)
+    assert chosen.startswith("small_m 8x64 splits=") and not chosen.endswith("=1")
+    for rows, splits in ((1, 2), (9, 3), (40, 5)):
+        with forced(device, "mixed_gemm", small_m(rows, splits)):
+            assert_exact(make_case(rows, weight, True, torch.bfloat16, torch.float16), device)
 
 
 def test_small_m_takes_any_rows_on_other_architectures(sm90: Emulated) -> None:

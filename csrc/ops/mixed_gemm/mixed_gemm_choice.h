@@ -29,19 +29,23 @@ struct MixedGemmShape {
   bool packed;  // INT4 activations two a byte, else one
 };
 
+inline constexpr int kMaxSplits = 16;
+
 struct MixedGemmTile {
   int m, n;                          // of the output, for one block
   int min_blocks;                    // that a multiprocessor holds: __launch_bounds__
   int cluster_m = 1, cluster_n = 1;  // neighbouring tiles that the blocks of a cluster work on
+  int most_splits = kMaxSplits;      // blocks that may share K
 };
 
 // All tiles there are: the kernels are compiled for these, and a choice is one of them.
 // small_m: a second block of 64 rows on a multiprocessor would spill registers.
-// sm90: the blocks of a cluster share what they read, see sm90_tenths.
+// sm90: the blocks of a cluster share what they read, see sm90_clocks. Blocks that share K are in
+// one cluster too, of 1 x cluster_n x splits blocks; at 192 rows their sums leave no room for it.
 inline constexpr MixedGemmTile kSmallMTiles[] = {{8, 64, 3}, {16, 64, 2}, {32, 64, 2}, {64, 64, 1}};
 inline constexpr MixedGemmTile kSm80Tiles[] = {{64, 128, 2}, {128, 128, 1}};
 inline constexpr MixedGemmTile kSm90Tiles[] = {
-    {32, 128, 1, 2, 2}, {64, 128, 1, 2, 2}, {128, 128, 1, 1, 2}, {192, 128, 1, 1, 2}};
+    {32, 128, 1, 2, 2, 4}, {64, 128, 1, 2, 2, 4}, {128, 128, 1, 1, 2, 4}, {192, 128, 1, 1, 2, 1}};
 
 // The tile of `tiles` with `m` rows.
 template <size_t kCount>
@@ -66,11 +70,12 @@ void with_tile(const MixedGemmTile& chosen, const Run& run) {
 struct KTile {
   int lo, hi;
 };
+inline constexpr int kSm90KTile = 128;
 constexpr KTile k_tile_columns(MixedGemmKernel kernel, bool packed) {
   switch (kernel) {
     case MixedGemmKernel::kSmallM: return {kCudaLoStepK, kCudaHiStepK};
     case MixedGemmKernel::kSm80: return {packed ? 128 : 64, 64};  // 64 bytes of a row
-    default: return {128, 128};
+    default: return {kSm90KTile, kSm90KTile};
   }
 }
 
@@ -132,16 +137,16 @@ inline std::string describe(const MixedGemmChoice& choice) {
 
 inline MixedGemmChoice make_choice(const MixedGemmShape& s, MixedGemmKernel kernel,
                                    const MixedGemmTile& tile, int splits) {
-  const ActivationRows rows = activation_rows(
-      s.m, s.k_lo, s.k_hi, s.packed, row_alignment(kernel, s.packed), partials_bytes(s, splits));
+  // The blocks of sm90 add their sums in shared memory.
+  const int64_t partials = kernel == MixedGemmKernel::kSm90 ? 0 : partials_bytes(s, splits);
+  const ActivationRows rows = activation_rows(s.m, s.k_lo, s.k_hi, s.packed,
+                                              row_alignment(kernel, s.packed), partials);
   return {kernel, tile, split_k(s, kernel, splits), rows, rows.end};
 }
 
 constexpr int64_t tiles_of(const MixedGemmShape& s, const MixedGemmTile& tile) {
   return ceil_div(s.m, tile.m) * ceil_div(s.n, tile.n);
 }
-
-inline constexpr int kMaxSplits = 16;
 
 // See MixedGemmTuning.
 struct SplitCosts {
@@ -165,7 +170,7 @@ inline int best_splits(const MixedGemmShape& s, MixedGemmKernel kernel, const Mi
     return waves * ceil_div(k_tiles, splits) + costs.fill +
            (splits > 1 ? partials + costs.second_launch : 0);
   };
-  const int most = std::min(kMaxSplits, static_cast<int>(k_tiles / costs.least_k_tiles));
+  const int most = std::min(tile.most_splits, static_cast<int>(k_tiles / costs.least_k_tiles));
   int best = 1;
   for (int splits = 2; splits <= most; ++splits) {
     if (time(splits) < time(best)) best = splits;
@@ -194,42 +199,80 @@ inline MixedGemmChoice sm80_choice(const MixedGemmShape& s, int sms, const Mixed
   return make_choice(s, kKernel, kSmall, best_splits(s, kKernel, kSmall, kTileBytes, sms, costs));
 }
 
-// Whole tenths of a clock that a tile of sm90 takes per column of K: the maximum of
-//   tensor cores    rows
-//   second level    half a byte a weight and a byte a code of the activations, each divided by the
-//                   blocks that share it
-//   shared memory   the same bytes written, the weights read once and the activations by two
-//                   warpgroups
-inline double sm90_tenths(const MixedGemmTile& tile, const MixedGemmTuning& t) {
-  const int weights = tile.n / 2, activations = tile.m;
-  const int second_level = weights / tile.cluster_m + activations / tile.cluster_n;
-  const int shared = 2 * weights + 3 * activations;
-  return std::ceil(std::max({10 * tile.m / t.sm90_rows, 10 * second_level / t.sm90_l2_bytes,
-                             10 * shared / t.sm90_shared_bytes}));
+// The neighbouring tiles of one cluster of sm90, and its blocks.
+struct Sm90Cluster {
+  int m, n, blocks;
+};
+constexpr Sm90Cluster sm90_cluster(const MixedGemmTile& tile, int splits) {
+  const int m = splits > 1 ? 1 : tile.cluster_m;
+  return {m, tile.cluster_n, m * tile.cluster_n * splits};
 }
 
-// Clusters that run at once. A part of the chip may have a number of multiprocessors that is no
-// multiple of four.
+// Clocks that a block of sm90 takes: per column of K, for what it reads and for its products, and
+// at the end of a tile.
+struct Sm90Clocks {
+  double load, multiply, finish;
+};
+
+//   load      the larger of two: second level, half a byte a weight and a byte a code of the
+//             activations, each divided by the blocks that share it; shared memory, the same bytes
+//             written, the weights read once and the activations by two warpgroups
+//   multiply  tensor cores
+//   finish    the epilogue, and the sums that blocks which share K send each other
+inline Sm90Clocks sm90_clocks(const MixedGemmTile& tile, int splits, const MixedGemmTuning& t) {
+  const Sm90Cluster cluster = sm90_cluster(tile, splits);
+  const double weights = tile.n / 2, activations = tile.m;
+  const double second_level = weights / cluster.m + activations / cluster.n;
+  const double shared = 2 * weights + 3 * activations;
+  double finish = t.sm90_epilogue_of_row * tile.m / splits;
+  if (splits > 1) {
+    const double sent = 4.0 * tile.m * tile.n * (splits - 1) / splits;
+    finish += t.sm90_exchange + sent / t.sm90_exchange_bytes;
+  }
+  return {std::max(second_level / t.sm90_l2_bytes, shared / t.sm90_shared_bytes),
+          tile.m / t.sm90_rows, finish};
+}
+
+// Clusters that run at once: each in one part of the chip, of 16 or 18 multiprocessors (an H100 or
+// H200 with 132 has six and two of them) [not measured].
 constexpr int sm90_clusters(int blocks, int sms) {
-  return std::max(blocks == 2 ? sms / 2 : sms / blocks - sms / 128, 1);
+  const int parts = sms / 16, large = std::min(sms % 16 / 2, parts);
+  const int left = sms - 16 * parts - 2 * large;
+  return std::max((parts - large) * (16 / blocks) + large * (18 / blocks) + left / blocks, 1);
 }
 
-// Tenths of a clock of the whole product. The last wave counts in full (wave quantization).
-inline double sm90_time(const MixedGemmShape& s, const MixedGemmTile& tile, int sms,
+// Clocks of the whole product. The last wave counts in full (wave quantization). During the
+// epilogue of a tile, what the next one reads first arrives.
+inline double sm90_time(const MixedGemmShape& s, const MixedGemmTile& tile, int splits, int sms,
                         const MixedGemmTuning& t) {
-  const int64_t tiles =
-      ceil_div(s.m, tile.m * tile.cluster_m) * ceil_div(s.n, tile.n * tile.cluster_n);
-  const int64_t waves = ceil_div(tiles, sm90_clusters(tile.cluster_m * tile.cluster_n, sms));
-  const double columns = (s.k_lo + s.k_hi) * sm90_tenths(tile, t);
-  return 10 * t.sm90_start + waves * (columns + 10 * t.sm90_epilogue_of_row * tile.m);
+  const Sm90Cluster cluster = sm90_cluster(tile, splits);
+  const Sm90Clocks clocks = sm90_clocks(tile, splits, t);
+  const int64_t tiles = ceil_div(s.m, tile.m * cluster.m) * ceil_div(s.n, tile.n * cluster.n);
+  const int64_t waves = ceil_div(tiles, sm90_clusters(cluster.blocks, sms));
+  const SplitK split = split_k(s, MixedGemmKernel::kSm90, splits);
+  const double columns = splits == 1 ? s.k_lo + s.k_hi
+                                     : kSm90KTile * ceil_div(split.lo_tiles + split.hi_tiles, splits);
+  const double load = clocks.load * columns, multiply = clocks.multiply * columns;
+  const double turn = std::max(load, multiply + clocks.finish);
+  return t.sm90_start + (waves - 1) * turn + std::max(load, multiply) + clocks.finish;
 }
 
 inline MixedGemmChoice sm90_choice(const MixedGemmShape& s, int sms, const MixedGemmTuning& t) {
-  const auto faster = [&](const MixedGemmTile& a, const MixedGemmTile& b) {
-    return sm90_time(s, a, sms, t) < sm90_time(s, b, sms, t);
-  };
-  const auto* tile = std::min_element(std::begin(kSm90Tiles), std::end(kSm90Tiles), faster);
-  return make_choice(s, MixedGemmKernel::kSm90, *tile, 1);
+  const SplitK whole = split_k(s, MixedGemmKernel::kSm90, 1);
+  const int k_tiles = whole.lo_tiles + whole.hi_tiles;
+  const MixedGemmTile* best = nullptr;
+  int best_splits = 1;
+  double least = 0;
+  for (const MixedGemmTile& tile : kSm90Tiles) {
+    for (int splits = 1; splits <= std::clamp(k_tiles, 1, tile.most_splits); ++splits) {
+      const double time = sm90_time(s, tile, splits, sms, t);
+      if (best != nullptr && time >= least) continue;
+      best = &tile;
+      best_splits = splits;
+      least = time;
+    }
+  }
+  return make_choice(s, MixedGemmKernel::kSm90, *best, best_splits);
 }
 
 inline MixedGemmChoice mixed_gemm_choice(const MixedGemmShape& s, Family family, int sms,

@@ -22,8 +22,9 @@ inline std::vector<MixedGemmTileSplits> legal_tiles(const MixedGemmShape& s, Fam
   const auto add = [&](MixedGemmKernel kernel, const auto& tiles) {
     const SplitK whole = split_k(s, kernel, 1);
     const int k_tiles = whole.lo_tiles + whole.hi_tiles;
-    const int most = kernel == MixedGemmKernel::kSm90 ? 1 : std::clamp(k_tiles, 1, kMaxSplits);
-    for (const MixedGemmTile& tile : tiles) legal.push_back({kernel, tile, most});
+    for (const MixedGemmTile& tile : tiles) {
+      legal.push_back({kernel, tile, std::clamp(k_tiles, 1, tile.most_splits)});
+    }
   };
   add(MixedGemmKernel::kSmallM, kSmallMTiles);
   if (family == Family::kSm80) add(MixedGemmKernel::kSm80, kSm80Tiles);

@@ -28,6 +28,9 @@ struct MixedGemmTuning {
   double sm90_rows = 32, sm90_l2_bytes = 28, sm90_shared_bytes = 128;
   // Clocks: until a block's first stage has arrived, and of the epilogue for a row of a tile.
   double sm90_start = 1500, sm90_epilogue_of_row = 10;
+  // Between the blocks of a cluster that share K: clocks until the last sums have arrived, and
+  // bytes a clock that a block sends.
+  double sm90_exchange = 1800, sm90_exchange_bytes = 32;
 };
 
 struct MixedGemmChip {
@@ -39,8 +42,8 @@ struct MixedGemmChip {
 // The script finds a row by its name.
 // clang-format off
 inline constexpr MixedGemmChip kMixedGemmChips[] = {
-    {"h100", 9, 0, 132, 5120, {}},
-    {"h200", 9, 0, 132, 6144, {}},
+    {"h100", 9, 0, 132, 5120, {.small_m_up_to = 16}},
+    {"h200", 9, 0, 132, 6144, {.small_m_up_to = 16}},
     {"a100", 8, 0, 108, 5120, {}},
     {"rtx4090", 8, 9, 128, 384, {}},
 };

@@ -5,6 +5,7 @@
 
 #include "cuda/mbarrier_sm90.cuh"
 #include "ops/mixed_gemm/epilogue.cuh"
+#include "ops/mixed_gemm/sm90/exchange.cuh"
 #include "ops/mixed_gemm/sm90/mainloop.cuh"
 
 namespace resq::cuda::sm90 {
@@ -126,42 +127,51 @@ struct Epilogue {
     return __fadd_rn(both, of_n.bias);
   }
 
-  // Writes the outputs of one turn to shared memory, [m][n].
+  // Writes the outputs of the eight rows from `first` of the tile on to eight rows of shared
+  // memory, [m][n]. The four sums of a part: [n = g or g + 8][m].
+  __device__ void transpose_group(const uint32_t* sums_lo, const uint32_t* sums_hi, int first,
+                                  const TermsOfN (&of_n)[2], Out* rows) const {
+    const uint32_t lane = thread % 32, warp_n = thread % 128 / 32 * 16;
+    float y[2][2];
+#pragma unroll
+    for (int l = 0; l < 2; ++l) {
+      const float4 v = own().of_m[first + 2 * (lane % 4) + l];
+      const TermsOfM of_m{v.x, v.y, __float_as_uint(v.z), __float_as_uint(v.w)};
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        y[h][l] = output(sums_lo[2 * h + l], sums_hi[2 * h + l], of_m, of_n[h]);
+      }
+    }
+    Out* values = rows + warp_n;
+    if constexpr (sizeof(Out) == 2) {
+      store_transposed(values + lane % 8 * Turn::kPitch + lane / 8 % 2 * 8,
+                       packed_pair<Out>(y[0][0], y[0][1]), packed_pair<Out>(y[1][0], y[1][1]));
+    } else {
+      Out* at = values + 2 * (lane % 4) * Turn::kPitch + lane / 4;
+      at[0] = y[0][0];
+      at[8] = y[1][0];
+      at[Turn::kPitch] = y[0][1];
+      at[Turn::kPitch + 8] = y[1][1];
+    }
+  }
+
+  // Writes the outputs of one turn to shared memory.
   template <int kTurn>
   __device__ void transpose(const uint32_t (&sums_lo)[kTileM / 2],
                             const uint32_t (&sums_hi)[kTileM / 2], const TermsOfN (&of_n)[2],
                             Turn& turn) const {
-    const uint32_t lane = thread % 32, warp_n = thread % 128 / 32 * 16;
 #pragma unroll
-    for (int group = 0; group < Turn::kTurnM / 8; ++group) {  // of eight m
+    for (int group = 0; group < Turn::kTurnM / 8; ++group) {
       const int first = kTurn * Turn::kTurnM + 8 * group;
-      float y[2][2];  // [n = g or g + 8][m]
-#pragma unroll
-      for (int l = 0; l < 2; ++l) {
-        const float4 v = own().of_m[first + 2 * (lane % 4) + l];
-        const TermsOfM of_m{v.x, v.y, __float_as_uint(v.z), __float_as_uint(v.w)};
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int at = first / 2 + 2 * h + l;
-          y[h][l] = output(sums_lo[at], sums_hi[at], of_m, of_n[h]);
-        }
-      }
-      Out* values = turn.values + 8 * group * Turn::kPitch + warp_n;
-      if constexpr (sizeof(Out) == 2) {
-        store_transposed(values + lane % 8 * Turn::kPitch + lane / 8 % 2 * 8,
-                         packed_pair<Out>(y[0][0], y[0][1]), packed_pair<Out>(y[1][0], y[1][1]));
-      } else {
-        Out* at = values + 2 * (lane % 4) * Turn::kPitch + lane / 4;
-        at[0] = y[0][0];
-        at[8] = y[1][0];
-        at[Turn::kPitch] = y[0][1];
-        at[Turn::kPitch + 8] = y[1][1];
-      }
+      transpose_group(sums_lo + first / 2, sums_hi + first / 2, first, of_n,
+                      turn.values + 8 * group * Turn::kPitch);
     }
   }
 
-  // Copies from shared memory to the output: a piece of 16 bytes per thread and pass.
-  __device__ void store(const Turn& turn, int first_m, int first_n) const {
+  // Copies `groups` groups of eight rows from shared memory to the output: the first to row
+  // first_m, each of the others `stride` groups behind the one before. A thread copies a piece of
+  // 16 bytes in each pass.
+  __device__ void store(const Turn& turn, int first_m, int first_n, int groups, int stride) const {
     constexpr int kRowPieces = kWarpgroupN / Turn::kPieceN;
     constexpr int kPassM = 128 / kRowPieces;
     const int m_end = static_cast<int>(p.m), n_end = static_cast<int>(p.n);
@@ -171,8 +181,9 @@ struct Epilogue {
 #pragma unroll
     for (int pass = 0; pass < Turn::kTurnM / kPassM; ++pass) {
       const uint32_t i = member / kRowPieces + pass * kPassM;
-      const int m = first_m + static_cast<int>(i);
-      if (m >= m_end || n >= n_end) continue;
+      const int group = static_cast<int>(i / 8);
+      const int m = first_m + static_cast<int>(i) + 8 * group * (stride - 1);
+      if (group >= groups || m >= m_end || n >= n_end) continue;
       const Out* values = turn.values + i * Turn::kPitch + member % kRowPieces * Turn::kPieceN;
       Out* out = static_cast<Out*>(p.out) + int64_t{m} * n_end + n;
       if (whole) {
@@ -197,12 +208,40 @@ struct Epilogue {
             Turn& turn = own().transpose[kTurn % 2];
             transpose<kTurn>(sums_lo, sums_hi, of_n, turn);
             sync();
-            store(turn, m + kTurn * Turn::kTurnM, n);
+            store(turn, m + kTurn * Turn::kTurnM, n, Turn::kTurnM / 8, 1);
           }(),
           ...);
     }(std::make_integer_sequence<int, kTurns>());
     // No barrier here: the next tile's fetch overwrites only what every thread has read before the
     // last sync.
+  }
+
+  // The same for the share of the rows that this split finishes.
+  template <class Place>
+  __device__ void write_share(const SplitSums<Place>& split_sums) {
+    finish_fetch();
+    const int m = own().m, n = own().n;
+    const uint32_t g = thread % 128 / 32 * 16 + thread % 32 / 4;
+    const TermsOfN of_n[2] = {terms_of_n(g), terms_of_n(g + 8)};
+    const int splits = split_sums.k.splits, split = split_sums.place.split();
+    constexpr int kTurnGroups = Turn::kTurnM / 8;
+    split_sums.wait();
+    int index = 0;  // of the split's groups
+#pragma unroll 1
+    for (int turn = 0, first = split; first < kTileM / 8; ++turn, first += kTurnGroups * splits) {
+      Turn& shared = own().transpose[turn % 2];
+      int groups = 0;
+#pragma unroll 1
+      for (int group = first; groups < kTurnGroups && group < kTileM / 8; group += splits) {
+        const GroupSums sums = split_sums.sums(index++);
+        transpose_group(sums.lo, sums.hi, 8 * group, of_n,
+                        shared.values + 8 * groups * Turn::kPitch);
+        ++groups;
+      }
+      sync();
+      store(shared, m + 8 * first, n, groups, splits);
+    }
+    split_sums.release();
   }
 };
 

@@ -31,9 +31,15 @@ inline constexpr int kLoFactor = 16;  // in the low sums
 template <int kTileM>
 inline constexpr MixedGemmTile kTile = tile_of(kSm90Tiles, kTileM);
 
+inline constexpr int kMostClusterSplits = std::max_element(
+    std::begin(kSm90Tiles), std::end(kSm90Tiles),
+    [](const auto& a, const auto& b) { return a.most_splits < b.most_splits; })->most_splits;
+
 // Makes a value opaque to the compiler, so that it does not keep what it derived from the value in
 // registers across a loop: at 192 rows of activations the sums leave 48 of them.
 __device__ inline void keep_opaque(uint32_t& value) { asm volatile("" : "+r"(value)); }
+// Nor computes it anew in each round of a loop.
+__device__ inline void keep_opaque(const uint8_t*& pointer) { asm volatile("" : "+l"(pointer)); }
 
 template <int kTileM>
 struct alignas(128) Stage {  // at a multiple of 1024 bytes, for the swizzle
@@ -63,33 +69,49 @@ struct RingPosition {
   }
 };
 
-// K of one part in K tiles: `whole` of 128 columns, then perhaps one of 64.
+// What a block multiplies of one part, in K tiles: `whole` of 128 columns from K tile `first` on,
+// then perhaps one of 64.
 struct KTiles {
-  int whole;
+  int first, whole;
   bool tail;
 };
-inline KTiles k_tiles(int64_t k) {
-  const int halves = static_cast<int>(cuda_packed_k(k) / kCudaStepK);
-  return {halves / 2, halves % 2 != 0};
+// Those of a part of `k` columns that lie in begin .. end - 1.
+inline KTiles k_tiles(int64_t k, int begin, int end) {
+  const int halves = static_cast<int>(cuda_packed_k(k) / kCudaStepK), tiles = (halves + 1) / 2;
+  const int first = std::clamp(begin, 0, tiles), last = std::clamp(end, 0, tiles);
+  const bool tail = halves % 2 != 0 && first < last && last == tiles;
+  return {first, last - first - tail, tail};
+}
+
+inline constexpr uint32_t kLoStageBytes = kWarpgroupN * kTileK / 2;  // of one weight block
+inline constexpr uint32_t kHiStageBytes = kWarpgroupN * kTileK;
+
+// Bytes of one weight block that a block of threads reads of a part.
+__device__ inline uint32_t part_bytes(KTiles part, uint32_t stage_bytes) {
+  return part.whole * stage_bytes + part.tail * (stage_bytes / 2);
 }
 
 // A block's place in its cluster of cluster_m x cluster_n neighbouring tiles, and the blocks it
-// shares operands with: rank = m * cluster_n + n.
-template <int kTileM>
+// shares operands with: rank = m * cluster_n + n. Where blocks share K, the cluster is one of
+// cluster_n tiles for every split: rank = split * cluster_n + n.
+template <int kRows, bool kSharesK>
 struct ClusterPlace {
-  static constexpr int kM = kTile<kTileM>.cluster_m, kN = kTile<kTileM>.cluster_n;
-  static constexpr int kBlocks = kM * kN;
+  static constexpr int kTileM = kRows;
+  static constexpr bool kSplitK = kSharesK;
+  static constexpr int kM = kSplitK ? 1 : kTile<kTileM>.cluster_m, kN = kTile<kTileM>.cluster_n;
+  static constexpr int kBlocks = kM * kN;  // that take the same columns of K
   // Blocks that write into a block's stages: those of its m and those of its n, itself counted
   // once.
   static constexpr int kPeers = kM + kN - 1;
   static_assert(kM <= 2 && kN == 2 && kTile<kTileM>.n == kTileN);
 
   int rank;
-  __device__ int m() const { return rank / kN; }
+  __device__ int split() const { return kSplitK ? rank / kN : 0; }
+  __device__ int m() const { return kSplitK ? 0 : rank / kN; }
   __device__ int n() const { return rank % kN; }
   // Bit masks of the blocks of the cluster with the same m, that is the same activations, and with
   // the same n, that is the same weights.
-  __device__ uint16_t same_m() const { return 3 << m() * kN; }
+  __device__ uint16_t same_m() const { return 3 << rank / kN * kN; }
   __device__ uint16_t same_n() const { return 1 << rank | 1 << peer(kN); }
   __device__ int peer(int index) const {  // index < kPeers
     return index < kN ? rank - n() + index : rank ^ kN;
@@ -99,30 +121,32 @@ struct ClusterPlace {
 // What a block copies for its tile: one half of the activation rows, since its neighbour along N
 // copies the other, and both of its two blocks of 64 weight rows, or one of them if it has a
 // neighbour along M.
-template <int kTileM>
+template <class Place>
 struct TileSource {
-  static constexpr int kWeightBlocks = kConsumers / ClusterPlace<kTileM>::kM;
+  static constexpr int kWeightBlocks = kConsumers / Place::kM;
+  static constexpr int kHalfM = Place::kTileM / Place::kN;
   const uint8_t* weights[kWeightBlocks];
   int m;  // first of the half
 };
 
 // The producer: one thread.
-template <int kTileM, int kStages>
+template <class Place, int kStages>
 struct Producer {
-  static constexpr int kHalfM = kTileM / ClusterPlace<kTileM>::kN;
+  static constexpr int kTileM = Place::kTileM;
+  static constexpr int kHalfM = TileSource<Place>::kHalfM;
 
   Ring<kTileM, kStages>& ring;
-  ClusterPlace<kTileM> place;
+  Place place;
   RingPosition<kStages> position;
 
   // One stage: activations from column `k` on, `bytes` of each weight block from `offset` on.
-  __device__ void load(const TileSource<kTileM>& tile, const CUtensorMap* map, int k,
+  __device__ void load(const TileSource<Place>& tile, const CUtensorMap* map, int k,
                        int64_t offset, uint32_t bytes) {
     Stage<kTileM>& stage = ring.stages[position.stage];
     uint64_t* full = &ring.full[position.stage];
     mbarrier_wait(&ring.empty[position.stage], position.parity ^ 1);
     mbarrier_arrive_expect(full, kTileM * kTileK + kConsumers * bytes);
-    if constexpr (TileSource<kTileM>::kWeightBlocks == 1) {
+    if constexpr (TileSource<Place>::kWeightBlocks == 1) {
       bulk_copy_multicast(stage.weights + place.m() * bytes, tile.weights[0] + offset, bytes, full,
                           place.same_n());
     } else {
@@ -135,10 +159,11 @@ struct Producer {
     position.advance();
   }
 
-  // All K tiles of one part, whose weights begin at `offset` in a block.
-  __device__ void load_part(const TileSource<kTileM>& tile, const CUtensorMap* map, KTiles part,
+  // The K tiles of one part, whose weights begin at `offset` in a block.
+  __device__ void load_part(const TileSource<Place>& tile, const CUtensorMap* map, KTiles part,
                             int64_t offset, uint32_t stage_bytes) {
-    int k = 0;
+    int k = part.first * kTileK;
+    offset += part.first * stage_bytes;
     for (int s = 0; s < part.whole; ++s, k += kTileK, offset += stage_bytes) {
       load(tile, map, k, offset, stage_bytes);
     }
@@ -146,16 +171,15 @@ struct Producer {
   }
 };
 
-inline constexpr uint32_t kLoStageBytes = kWarpgroupN * kTileK / 2;  // of one weight block
-inline constexpr uint32_t kHiStageBytes = kWarpgroupN * kTileK;
-
 // A consumer warpgroup. The wgmma of one step of 32 columns is in flight while the registers of the
 // next step are prepared, across stages too. A stage is released when the second step of the next
 // one is issued.
-template <int kTileM, int kStages>
+template <class Place, int kStages>
 struct Consumer {
+  static constexpr int kTileM = Place::kTileM;
+
   Ring<kTileM, kStages>& ring;
-  ClusterPlace<kTileM> place;
+  Place place;
   uint32_t thread;  // among the consumers
   RingPosition<kStages> position;
   int unreleased = -1;    // the stage that wgmmas in flight may still read

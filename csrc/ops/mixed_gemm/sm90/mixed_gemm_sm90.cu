@@ -5,16 +5,19 @@
 // producer, of which one thread copies; two are consumers, which multiply 64 rows of the weight
 // each. Both parts' sums stay exact in registers until the epilogue, as the numerics contract asks.
 // During the epilogue the producer runs ahead into the next tile. The blocks of a cluster share
-// activations, and weights if tiles are small.
+// activations, and weights if tiles are small; or they share K, where there are fewer tiles than
+// multiprocessors.
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/pdl.cuh"
 #include "cuda/tensor_map.h"
 #include "ops/mixed_gemm/mixed_gemm_cuda.h"
 #include "ops/mixed_gemm/sm90/epilogue.cuh"
 #include "ops/mixed_gemm/sm90/mainloop.cuh"
+#include "ops/mixed_gemm/weight_prefetch.h"
 
 namespace resq::cuda::sm90 {
 namespace {
@@ -23,20 +26,26 @@ constexpr const char* kOp = "mixed_gemm";
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kMaxSharedBytes = 227 * 1024;
 
-// Registers of a thread after the split: 128 x 24 + 256 x 240 = 384 x 168, the registers that the
-// block starts with.
-constexpr int kProducerRegisters = 24;
-constexpr int kConsumerRegisters = 240;
+// Registers of a thread after the split: 128 x 24 + 256 x 240 = 128 x 40 + 256 x 232 = 384 x 168, the
+// registers that the block starts with. The sums of 192 rows leave the producer no more than 24.
+constexpr uint32_t producer_registers(int tile_m) { return tile_m > 128 ? 24 : 40; }
+constexpr uint32_t consumer_registers(int tile_m) { return tile_m > 128 ? 240 : 232; }
 
-template <int kTileM, class Out>
+struct NoExchange {};
+
+template <class Place, class Out>
 struct SharedPlan {
+  static constexpr int kTileM = Place::kTileM;
   using Epilogues = EpilogueShared<kTileM, Out>[kConsumers];
-  static constexpr int kLeft = kMaxSharedBytes - static_cast<int>(sizeof(Epilogues));
+  using Sums = std::conditional_t<Place::kSplitK, Exchange<kTileM>, NoExchange>;
+  static constexpr int kLeft =
+      kMaxSharedBytes - static_cast<int>(sizeof(Epilogues) + (Place::kSplitK ? sizeof(Sums) : 0));
   static constexpr int kStages = kLeft / static_cast<int>(sizeof(Stage<kTileM>) + 32);
   static_assert(sizeof(Stage<kTileM>) % 1024 == 0);
 
   Ring<kTileM, kStages> ring;
   Epilogues epilogues;
+  [[no_unique_address]] Sums exchange;
 };
 
 // The kernel's argument. The host computes what it can, because the producer thread has 24
@@ -44,8 +53,10 @@ struct SharedPlan {
 struct Arguments {
   MixedGemmParams p;
   CUtensorMap lo, hi;  // of the activation rows
-  KTiles lo_tiles, hi_tiles;
+  ClusterSplits k;
+  KTiles lo_tiles[kMostClusterSplits], hi_tiles[kMostClusterSplits];  // of each split
   int64_t block_bytes, block_lo_bytes;  // of 64 packed weight rows
+  uint32_t prefetched_bytes;            // of them, at most, before pdl_wait
   int last_block;
   int m_tiles, n_tiles, tiles;  // of a cluster
 };
@@ -57,68 +68,99 @@ constexpr int kRasterM = 16;
 struct TilePlace {
   int m, n_block;  // first m, first block of 64 weight rows
 };
-template <int kTileM>
-__device__ inline TilePlace tile_at(const Arguments& arguments, int index,
-                                    ClusterPlace<kTileM> place) {
-  using Cluster = ClusterPlace<kTileM>;
+template <class Cluster>
+__device__ inline TilePlace tile_at(const Arguments& arguments, int index, Cluster place) {
   const int group_tiles = kRasterM * arguments.n_tiles;
   const int first = index / group_tiles * kRasterM;
   const int height = min(kRasterM, arguments.m_tiles - first);
   const int inside = index % group_tiles;
   const int m = first + inside % height, n = inside / height;
-  return {(m * Cluster::kM + place.m()) * kTileM, (n * Cluster::kN + place.n()) * kConsumers};
+  return {(m * Cluster::kM + place.m()) * Cluster::kTileM, (n * Cluster::kN + place.n()) * kConsumers};
 }
 
-template <int kTileM, class Out>
+template <class Place>
+__device__ inline TileSource<Place> source_of(const Arguments& arguments, const TilePlace& tile,
+                                              Place place) {
+  using Source = TileSource<Place>;
+  Source source{{}, tile.m + place.n() * Source::kHalfM};
+  for (int c = 0; c < Source::kWeightBlocks; ++c) {  // past the end: the last block again
+    const int block = tile.n_block + (Source::kWeightBlocks == 1 ? place.m() : c);
+    source.weights[c] =
+        arguments.p.packed_weight + min(block, arguments.last_block) * arguments.block_bytes;
+    keep_opaque(source.weights[c]);
+  }
+  return source;
+}
+
+// Asks for the first weights of a tile in the second-level cache, before pdl_wait.
+template <class Place>
+__device__ inline void prefetch_weights(const Arguments& arguments, const TileSource<Place>& source,
+                                        KTiles lo, KTiles hi) {
+  const bool has_lo = lo.whole + lo.tail > 0;
+  const int64_t first = has_lo ? int64_t{lo.first} * kLoStageBytes
+                               : arguments.block_lo_bytes + int64_t{hi.first} * kHiStageBytes;
+  const uint32_t bytes = min(part_bytes(lo, kLoStageBytes) + part_bytes(hi, kHiStageBytes),
+                             arguments.prefetched_bytes);
+  if (bytes == 0) return;
+  for (const uint8_t* weights : source.weights) prefetch_early(weights + first, bytes);
+}
+
+template <int kTileM, class Out, bool kSplitK>
 __global__ void __launch_bounds__(kThreads, kTile<kTileM>.min_blocks)
     mixed_gemm_sm90_kernel(const __grid_constant__ Arguments arguments) {
-  using Plan = SharedPlan<kTileM, Out>;
+  using Place = ClusterPlace<kTileM, kSplitK>;
+  using Plan = SharedPlan<Place, Out>;
   constexpr int kStages = Plan::kStages;
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   Plan& shared = *reinterpret_cast<Plan*>(shared_bytes);
   const MixedGemmParams& p = arguments.p;
-  // Through a shuffle, so that the compiler knows that it is warp-uniform.
-  const uint32_t warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  using Place = ClusterPlace<kTileM>;
-  const Place place{static_cast<int>(blockIdx.x) % Place::kBlocks};
-  const int first_tile = static_cast<int>(blockIdx.x) / Place::kBlocks;
-  const int clusters = static_cast<int>(gridDim.x) / Place::kBlocks;
-  const KTiles lo = arguments.lo_tiles, hi = arguments.hi_tiles;
+  // Through a shuffle, so that the compiler knows that they are warp-uniform.
+  const uint32_t warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warpgroup = warp / 4;
+  const int blocks = Place::kBlocks * (kSplitK ? arguments.k.splits : 1);  // of the cluster
+  const Place place{static_cast<int>(kSplitK ? cluster_rank() : blockIdx.x % Place::kBlocks)};
+  const int first_tile = static_cast<int>(blockIdx.x) / blocks;
+  const int clusters = static_cast<int>(gridDim.x) / blocks;
+  KTiles lo = arguments.lo_tiles[place.split()], hi = arguments.hi_tiles[place.split()];
+  if constexpr (!kSplitK) lo.first = hi.first = 0;  // known to the compiler
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(&shared.ring.full[i], 1);
       mbarrier_init(&shared.ring.empty[i], Place::kPeers * kConsumerWarps);
     }
+    if constexpr (kSplitK) {
+      for (int warp = 0; warp < kConsumerWarps; ++warp) {
+        mbarrier_init(&shared.exchange.full[warp], arguments.k.splits);
+        mbarrier_init(&shared.exchange.empty[warp], arguments.k.splits);
+      }
+    }
     mbarrier_init_fence();
+  }
+  if (warp == 0 && elected()) {
+    prefetch_weights(arguments, source_of(arguments, tile_at(arguments, first_tile, place), place),
+                     lo, hi);
   }
   cluster_sync();
   pdl_wait();
   pdl_trigger();
 
   if (warpgroup == 0) {
-    warpgroup_registers_decrease<kProducerRegisters>();
-    if (threadIdx.x == 0) {
+    warpgroup_registers_decrease<producer_registers(kTileM)>();
+    if (warp == 0 && elected()) {
       if (p.k_lo > 0) prefetch_tensor_map(&arguments.lo);
       if (p.k_hi > 0) prefetch_tensor_map(&arguments.hi);
-      Producer<kTileM, kStages> producer{shared.ring, place, {}};
+      Producer<Place, kStages> producer{shared.ring, place, {}};
       for (int t = first_tile; t < arguments.tiles; t += clusters) {
-        const TilePlace tile = tile_at(arguments, t, place);
-        using Source = TileSource<kTileM>;
-        Source source{{}, tile.m + place.n() * producer.kHalfM};
-        for (int c = 0; c < Source::kWeightBlocks; ++c) {  // past the end: the last block again
-          const int block = tile.n_block + (Source::kWeightBlocks == 1 ? place.m() : c);
-          source.weights[c] =
-              p.packed_weight + min(block, arguments.last_block) * arguments.block_bytes;
-        }
+        const auto source = source_of(arguments, tile_at(arguments, t, place), place);
         producer.load_part(source, &arguments.lo, lo, 0, kLoStageBytes);
         producer.load_part(source, &arguments.hi, hi, arguments.block_lo_bytes, kHiStageBytes);
       }
     }
     __syncwarp();
   } else {
-    warpgroup_registers_increase<kConsumerRegisters>();
-    Consumer<kTileM, kStages> consumer{shared.ring, place, threadIdx.x - 128, {}};
+    warpgroup_registers_increase<consumer_registers(kTileM)>();
+    Consumer<Place, kStages> consumer{shared.ring, place, threadIdx.x - 128, {}};
+    [[maybe_unused]] uint32_t parity = 0;  // of the exchange
     for (int t = first_tile; t < arguments.tiles; t += clusters) {
       const TilePlace tile = tile_at(arguments, t, place);
       keep_opaque(consumer.thread);
@@ -126,23 +168,36 @@ __global__ void __launch_bounds__(kThreads, kTile<kTileM>.min_blocks)
       uint32_t sums_lo[kTileM / 2], sums_hi[kTileM / 2];
       epilogue.fetch(tile.m, (tile.n_block + consumer.thread / 128) * kWarpgroupN);
       consumer.multiply_tile(lo, hi, sums_lo, sums_hi);
-      epilogue.write(sums_lo, sums_hi);
+      if constexpr (kSplitK) {
+        const SplitSums<Place> split_sums{shared.exchange, place, arguments.k, consumer.thread, parity};
+        split_sums.send(sums_lo, sums_hi);
+        epilogue.write_share(split_sums);
+        parity ^= 1;
+      } else {
+        epilogue.write(sums_lo, sums_hi);
+      }
     }
   }
   // A block's shared memory must outlive what its cluster still writes and signals there.
   cluster_sync();
 }
 
-template <int kTileM, class Out>
-void launch(const MixedGemmParams& p, int sms, Stream stream) {
-  using Cluster = ClusterPlace<kTileM>;
+template <int kTileM, class Out, bool kSplitK>
+void launch(const MixedGemmParams& p, const SplitK& split_k, const Device& device, Stream stream) {
+  using Cluster = ClusterPlace<kTileM, kSplitK>;
   constexpr int kBoxM = kTileM / Cluster::kN;  // rows of one copy
   Arguments arguments{};
   arguments.p = p;
   if (p.k_lo > 0) arguments.lo = byte_rows_map(kOp, p.q_lo, p.m, p.k_lo, p.k_lo, kBoxM);
   if (p.k_hi > 0) arguments.hi = byte_rows_map(kOp, p.q_hi, p.m, p.k_hi, p.k_hi, kBoxM);
-  arguments.lo_tiles = k_tiles(p.k_lo);
-  arguments.hi_tiles = k_tiles(p.k_hi);
+  arguments.k = {split_k.splits, 0, 0};
+  for (int s = 0; s < split_k.splits; ++s) {
+    arguments.k.with_lo += split_k.has_lo(s);
+    arguments.k.with_hi += split_k.has_hi(s);
+    const int begin = split_k.begin(s), end = split_k.begin(s + 1);
+    arguments.lo_tiles[s] = k_tiles(p.k_lo, begin, end);
+    arguments.hi_tiles[s] = k_tiles(p.k_hi, begin - split_k.lo_tiles, end - split_k.lo_tiles);
+  }
   arguments.block_bytes = cuda_block_bytes(p.k_lo, p.k_hi);
   arguments.block_lo_bytes = cuda_block_lo_bytes(p.k_lo);
   arguments.last_block = static_cast<int>(cuda_packed_blocks(p.n)) - 1;
@@ -150,18 +205,27 @@ void launch(const MixedGemmParams& p, int sms, Stream stream) {
   arguments.n_tiles = static_cast<int>(ceil_div(p.n, kTileN * Cluster::kN));
   arguments.tiles = arguments.m_tiles * arguments.n_tiles;
 
-  const auto kernel = mixed_gemm_sm90_kernel<kTileM, Out>;
-  constexpr int kShared = sizeof(SharedPlan<kTileM, Out>);
+  const auto kernel = mixed_gemm_sm90_kernel<kTileM, Out, kSplitK>;
+  constexpr int kShared = sizeof(SharedPlan<Cluster, Out>);
   static_assert(kShared <= kMaxSharedBytes);
-  Grid grid{.x = Cluster::kBlocks,
-            .threads = kThreads,
-            .shared_bytes = kShared,
-            .cluster = Cluster::kBlocks};
+  const unsigned blocks = Cluster::kBlocks * split_k.splits;
+  Grid grid{.x = blocks, .threads = kThreads, .shared_bytes = kShared, .cluster = blocks};
   // If no cluster fits, the launch reports it.
   const int resident = std::max(
       resident_clusters(kOp, reinterpret_cast<const void*>(kernel), grid, stream.device), 1);
-  grid.x *= std::min({arguments.tiles, sm90_clusters(Cluster::kBlocks, sms), resident});
+  grid.x *= std::min({arguments.tiles, sm90_clusters(static_cast<int>(blocks), device.sms), resident});
+  const int64_t asked = int64_t{grid.x} * TileSource<Cluster>::kWeightBlocks;
+  arguments.prefetched_bytes =
+      prefetched_steps(asked, asked, device.l2_bytes, current_prefetch()) * kCudaStepBytes;
   launch_pdl(kOp, kernel, grid, stream, arguments);
+}
+
+template <int kTileM, class Out>
+void launch(const MixedGemmParams& p, const SplitK& split_k, const Device& device, Stream stream) {
+  if constexpr (kTile<kTileM>.most_splits > 1) {
+    if (split_k.splits > 1) return launch<kTileM, Out, true>(p, split_k, device, stream);
+  }
+  launch<kTileM, Out, false>(p, split_k, device, stream);
 }
 
 }  // namespace
@@ -174,9 +238,12 @@ void mixed_gemm_sm90(const MixedGemmParams& params, const MixedGemmChoice& choic
   const MixedGemmParams p = readable_rows(params, choice.rows, workspace, stream);
   with_tile<kSm90Tiles>(choice.tile, [&]<int kTileM>() {
     switch (p.out_type) {
-      case FloatType::kFloat16: return sm90::launch<kTileM, __half>(p, device.sms, stream);
-      case FloatType::kBFloat16: return sm90::launch<kTileM, __nv_bfloat16>(p, device.sms, stream);
-      case FloatType::kFloat32: return sm90::launch<kTileM, float>(p, device.sms, stream);
+      case FloatType::kFloat16:
+        return sm90::launch<kTileM, __half>(p, choice.split_k, device, stream);
+      case FloatType::kBFloat16:
+        return sm90::launch<kTileM, __nv_bfloat16>(p, choice.split_k, device, stream);
+      case FloatType::kFloat32:
+        return sm90::launch<kTileM, float>(p, choice.split_k, device, stream);
     }
   });
 }
