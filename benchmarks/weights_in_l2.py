@@ -31,7 +31,8 @@ START = 0.7  # us from a trigger to the first bytes: launch, addresses, latency;
 REDUCTION = 1.5  # us of the second launch of split K; assumed
 ATTENTION = 6.5  # us; assumed
 FENCE = 0.4  # us of a cluster's fence and barriers, which decode.json leaves out; assumed
-SLOTS, L2_BYTES, L2_SHARE = 3 * 132, 50 << 20, 0.5  # of 8-row tiles; of an H200
+SLOTS, L2_BYTES, L2_SHARE = 3 * 132, 50 << 20, 0.5  # small_m's blocks at once; of an H200
+CLUSTERS, CLUSTER_N = 32, 4  # sm90: at once, and tiles of 128 weights in each
 STEP_BYTES = 2048
 OLD_STEPS = 16  # that a block prefetched before: 32 KB
 
@@ -44,6 +45,19 @@ class Product(NamedTuple):
     k_lo: int
     k_hi: int
     splits: int
+    kernel: str = "small_m"
+
+    @property
+    def reductions(self) -> int:
+        """Second launches."""
+        return int(self.splits > 1)
+
+    @property
+    def readers(self) -> int:
+        """Blocks of 64 weights that blocks ask for which start at once."""
+        if self.kernel == "small_m":
+            return min(-(-self.n // 64) * self.splits, SLOTS)
+        return min(-(-self.n // (128 * CLUSTER_N)), CLUSTERS) * CLUSTER_N * 2
 
     @property
     def steps(self) -> int:
@@ -56,7 +70,7 @@ class Product(NamedTuple):
 
     def asked(self, most_steps: int | None) -> float:
         """MB that the blocks ask for that start at once; None: up to the share of L2."""
-        waiting = min(-(-self.n // 64) * self.splits, SLOTS)
+        waiting = self.readers
         if most_steps is None:
             most_steps = int(L2_BYTES * L2_SHARE) // waiting // STEP_BYTES
         ends = [self.steps * split // self.splits for split in range(self.splits + 1)]
@@ -68,7 +82,7 @@ LAYERS = {
     "llama-3-8b": (
         Product("qkv", 6144, 3584, 512, 1),
         Product("o", 4096, 3584, 512, 3),
-        Product("gate_up", 28672, 3584, 512, 3),
+        Product("gate_up", 28672, 3584, 512, 1, "sm90"),
         Product("down", 4096, 12544, 1792, 3),
     ),
     "llama-3.2-1b": (
@@ -120,10 +134,10 @@ def windows(model: str, early_trigger: bool) -> dict[str, float]:
     window = {"qkv": small["norm"], "o": small["quantize"]}
     window |= {"gate_up": small["norm"], "down": small["silu"]}
     if early_trigger:
-        splits = {product.name: product.splits for product in LAYERS[model]}
+        reductions = {product.name: product.reductions for product in LAYERS[model]}
         window["o"] += ATTENTION
-        window["gate_up"] += REDUCTION * (splits["o"] > 1)
-        window["down"] += REDUCTION * (splits["gate_up"] > 1)
+        window["gate_up"] += REDUCTION * reductions["o"]
+        window["down"] += REDUCTION * reductions["gate_up"]
     return window
 
 
@@ -142,7 +156,7 @@ def predict(model: str, way: str, l2: float) -> dict[str, object]:
         us[product.name] = round(max((size - brought) / MEMORY, size / l2), 2)
     small = small_times(model)
     small_us = sum(small.values()) + small["norm"]  # two norms a layer
-    small_us += REDUCTION * sum(product.splits > 1 for product in LAYERS[model])
+    small_us += REDUCTION * sum(product.reductions for product in LAYERS[model])
     return {
         "waiting_mb": waiting,
         "product_us": us,

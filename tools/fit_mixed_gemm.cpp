@@ -1,6 +1,6 @@
-// The choice of mixed_gemm for tools/fit_mixed_gemm.py, which loads this file as a library: the
-// functions of csrc themselves, and which constants there are to fit. A tuning travels as the
-// values of kFields in their order.
+// The choice of mixed_gemm for tools/fit_mixed_gemm.py and tools/predict_mixed_gemm.py, which load
+// this file as a library: the functions of csrc themselves, and which constants there are to fit. A
+// tuning travels as the values of kFields in their order.
 #include <cmath>
 #include <cstring>
 #include <iterator>
@@ -21,22 +21,19 @@ using Tuning = MixedGemmTuning;
 const double kFine = std::exp2(0.125);  // eight steps an octave
 
 const Field kFields[] = {
-    {"small_m_up_to", &Tuning::small_m_up_to, 0, 512, 1, 8},
-    {"small_m_largest_tile", &Tuning::small_m_largest_tile, 8, 64, 2, 0},
-    {"small_m_fill", &Tuning::small_m_fill, 0.5, 64, kFine, 0},
-    {"small_m_second_launch", &Tuning::small_m_second_launch, 0.5, 128, kFine, 0},
-    {"small_m_least_k_tiles", &Tuning::small_m_least_k_tiles, 1, 64, 1, 1},
-    {"sm80_fill", &Tuning::sm80_fill, 0.5, 64, kFine, 0},
-    {"sm80_second_launch", &Tuning::sm80_second_launch, 0.5, 128, kFine, 0},
-    {"sm80_least_k_tiles", &Tuning::sm80_least_k_tiles, 1, 64, 1, 1},
-    {"sm80_large_tiles", &Tuning::sm80_large_tiles, 0.25, 8, kFine, 0},
-    {"sm90_rows", &Tuning::sm90_rows, 8, 64, kFine, 0},
-    {"sm90_l2_bytes", &Tuning::sm90_l2_bytes, 8, 128, kFine, 0},
-    {"sm90_shared_bytes", &Tuning::sm90_shared_bytes, 32, 512, kFine, 0},
-    {"sm90_start", &Tuning::sm90_start, 100, 20000, kFine, 0},
-    {"sm90_epilogue_of_row", &Tuning::sm90_epilogue_of_row, 1, 100, kFine, 0},
-    {"sm90_exchange", &Tuning::sm90_exchange, 100, 10000, kFine, 0},
-    {"sm90_exchange_bytes", &Tuning::sm90_exchange_bytes, 8, 128, kFine, 0},
+    {"memory_bytes", &Tuning::memory_bytes, 1, 64, kFine, 0},
+    {"l2_bytes", &Tuning::l2_bytes, 8, 128, kFine, 0},
+    {"shared_bytes", &Tuning::shared_bytes, 32, 512, kFine, 0},
+    {"mma_products", &Tuning::mma_products, 256, 8192, kFine, 0},
+    {"wgmma_products", &Tuning::wgmma_products, 1024, 8192, kFine, 0},
+    {"mma_share", &Tuning::mma_share, 0.25, 1, kFine, 0},
+    {"start", &Tuning::start, 100, 20000, kFine, 0},
+    {"small_m_start", &Tuning::small_m_start, 100, 20000, kFine, 0},
+    {"second_launch", &Tuning::second_launch, 100, 20000, kFine, 0},
+    {"epilogue_of_row", &Tuning::epilogue_of_row, 1, 100, kFine, 0},
+    {"least_k_tiles", &Tuning::least_k_tiles, 1, 64, 1, 1},
+    {"sm90_exchange", &Tuning::sm90_exchange, 100, 20000, kFine, 0},
+    {"sm90_exchange_bytes", &Tuning::sm90_exchange_bytes, 4, 128, kFine, 0},
 };
 static_assert(sizeof(MixedGemmTuning) == std::size(kFields) * sizeof(double));
 
@@ -64,7 +61,7 @@ double field_next(int index, double value) {
   const Field& field = kFields[index];
   const double next = std::isnan(value) ? field.least : value * field.factor + field.step;
   if (next > field.most) return NAN;
-  const double unit = std::pow(10.0, std::floor(std::log10(std::max(next, 1.0))) - 2);
+  const double unit = std::pow(10.0, std::floor(std::log10(next)) - 2);
   return std::round(next / unit) * unit;
 }
 
@@ -80,14 +77,22 @@ void device_tuning(int major, int minor, int sms, int memory_bits, double* value
 }
 void default_tuning(double* values) { to_values({}, values); }
 
-// Names of the choices: `width` characters each.
+// Names of the choices: `width` characters each. Where `clocks` is given, also how long each should
+// take, and the name of what limits it behind its own, after a comma.
 void choose(const double* values, const char* family, int sms, const MixedGemmShape* shapes,
-            int count, char* names, int width) {
+            int count, char* names, int width, double* clocks) {
   const MixedGemmTuning tuning = from_values(values);
   for (const Family known : {Family::kPortable, Family::kSm80, Family::kSm90}) {
     if (std::strcmp(family, family_name(known)) != 0) continue;
     for (int i = 0; i < count; ++i) {
-      const std::string name = describe(mixed_gemm_choice(shapes[i], known, sms, tuning));
+      const MixedGemmChoice choice = mixed_gemm_choice(shapes[i], known, sms, tuning);
+      std::string name = describe(choice);
+      if (clocks != nullptr) {
+        const MixedGemmTime time = mixed_gemm_time(shapes[i], choice.kernel, choice.tile,
+                                                   choice.split_k.splits, sms, tuning);
+        clocks[i] = time.clocks;
+        name = name + "," + limit_name(time.limit);
+      }
       std::strncpy(names + i * width, name.c_str(), width);
     }
   }

@@ -96,9 +96,22 @@ class Library:
 
     def choose(self, values: Values, family: str, sms: int, shapes: ctypes.Array) -> list[str]:
         """The choices for the shapes."""
+        return self._choose(values, family, sms, shapes, None)
+
+    def predict(
+        self, values: Values, family: str, sms: int, shapes: ctypes.Array
+    ) -> list[tuple[str, str, float]]:
+        """The choice for each shape, what limits it, and the clocks that it should take."""
+        clocks = (ctypes.c_double * len(shapes))()
+        names = self._choose(values, family, sms, shapes, clocks)
+        return [(*name.split(","), time) for name, time in zip(names, clocks, strict=True)]
+
+    def _choose(
+        self, values: Values, family: str, sms: int, shapes: ctypes.Array, clocks: object
+    ) -> list[str]:
         names = ctypes.create_string_buffer(len(shapes) * NAME_BYTES)
         packed = (ctypes.c_double * len(values))(*values)
-        self.c.choose(packed, family.encode(), sms, shapes, len(shapes), names, NAME_BYTES)
+        self.c.choose(packed, family.encode(), sms, shapes, len(shapes), names, NAME_BYTES, clocks)
         return [
             names.raw[at : at + NAME_BYTES].rstrip(b"\0").decode()
             for at in range(0, len(names), NAME_BYTES)

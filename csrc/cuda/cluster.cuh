@@ -73,8 +73,7 @@ __device__ inline int4 load_stored([[maybe_unused]] const int4* shared,
       "@p ld.relaxed.cluster.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
       "}"
       : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-        "r"(static_cast<int>(present))
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "r"(static_cast<int>(present))
       : "memory");
 #endif
   return value;

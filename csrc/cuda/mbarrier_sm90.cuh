@@ -89,8 +89,8 @@ __device__ inline void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity)
   } while (!done);
 }
 
-// True in one thread of the warp, all of whose threads call this. The compiler knows that it is one,
-// and needs no loop around instructions whose operands are those of a warp.
+// True in one thread of the warp, all of whose threads call this. The compiler knows that it is
+// one, and needs no loop around instructions whose operands are those of a warp.
 __device__ inline bool elected() {
   uint32_t is_elected;
   asm volatile(

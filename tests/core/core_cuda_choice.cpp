@@ -85,6 +85,7 @@ void define_cuda_choice(py::module_& m) {
       .def_readonly("min_blocks", &MixedGemmTile::min_blocks)
       .def_readonly("cluster_m", &MixedGemmTile::cluster_m)
       .def_readonly("cluster_n", &MixedGemmTile::cluster_n)
+      .def_readonly("row_n", &MixedGemmTile::row_n)
       .def_readonly("most_splits", &MixedGemmTile::most_splits);
   py::class_<MixedGemmChoice>(m, "MixedGemmChoice")
       .def_readonly("kernel", &MixedGemmChoice::kernel)
@@ -94,11 +95,13 @@ void define_cuda_choice(py::module_& m) {
       .def("__str__", describe);
   py::class_<MixedGemmTuning>(m, "MixedGemmTuning")
       .def(py::init())
-      .def_readwrite("small_m_up_to", &MixedGemmTuning::small_m_up_to)
-      .def_readwrite("small_m_largest_tile", &MixedGemmTuning::small_m_largest_tile)
-      .def_readwrite("small_m_second_launch", &MixedGemmTuning::small_m_second_launch)
-      .def_readwrite("sm80_large_tiles", &MixedGemmTuning::sm80_large_tiles)
-      .def_readwrite("sm90_l2_bytes", &MixedGemmTuning::sm90_l2_bytes);
+      .def_readwrite("memory_bytes", &MixedGemmTuning::memory_bytes)
+      .def_readwrite("l2_bytes", &MixedGemmTuning::l2_bytes)
+      .def_readwrite("mma_share", &MixedGemmTuning::mma_share)
+      .def_readwrite("start", &MixedGemmTuning::start)
+      .def_readwrite("small_m_start", &MixedGemmTuning::small_m_start)
+      .def_readwrite("second_launch", &MixedGemmTuning::second_launch)
+      .def_readwrite("sm90_exchange", &MixedGemmTuning::sm90_exchange);
   m.def("mixed_gemm_chip", [](int major, int minor, int sms, int memory_bits) {
     const MixedGemmChip* chip = mixed_gemm_chip({major, minor, sms, 0, memory_bits, 0});
     return chip ? chip->name : "";
@@ -107,11 +110,21 @@ void define_cuda_choice(py::module_& m) {
     return mixed_gemm_tuning({major, minor, sms, 0, memory_bits, 0});
   });
   m.def("mixed_gemm_tiles", tiles);
-  m.def("sm90_clocks", [](const MixedGemmTile& tile, int splits, const MixedGemmTuning& tuning) {
-    const Sm90Clocks clocks = sm90_clocks(tile, splits, tuning);
-    return std::tuple(clocks.load, clocks.multiply, clocks.finish);
+  m.attr("SPLIT_CLUSTER_N") = kSplitClusterN;
+  m.def("clusters_at_once", clusters_at_once);
+  m.def("tile_clocks", [](int64_t rows, int64_t n, int64_t k_lo, int64_t k_hi, bool packed,
+                          MixedGemmKernel kernel, const MixedGemmTile& tile, int splits,
+                          const MixedGemmTuning& tuning) {
+    const TileClocks c = tile_clocks({rows, n, k_lo, k_hi, packed}, kernel, tile, splits, tuning);
+    return std::tuple(c.memory, c.second_level, c.shared, c.tensor_cores);
   });
-  m.def("sm90_clusters", sm90_clusters);
+  m.def(
+      "mixed_gemm_time", [](int64_t rows, int64_t n, int64_t k_lo, int64_t k_hi, bool packed,
+                            const MixedGemmChoice& choice, int sms, const MixedGemmTuning& tuning) {
+        const MixedGemmTime time = mixed_gemm_time({rows, n, k_lo, k_hi, packed}, choice.kernel,
+                                                   choice.tile, choice.split_k.splits, sms, tuning);
+        return std::pair(time.clocks, limit_name(time.limit));
+      });
   m.def("dispatched_m", dispatched_m);
   m.def("cuda_family", family);
   m.def("select_percent", select_percent);

@@ -20,6 +20,9 @@ SHAPES = [
     (28672, 3584, 512),
     (4096, 14336, 0),
 ]
+# Compute capability, multiprocessors and bits of the memory bus.
+H200 = (9, 0, 132, 6144)
+A100 = (8, 0, 108, 5120)
 ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 100, 128, 200, 257, 1024, 2048, 16384)
 
 
@@ -49,13 +52,22 @@ def test_small_m_streams_the_weights_and_large_m_uses_the_family_s_kernel(
     core: ModuleType,
 ) -> None:
     kernel, family = core.MixedGemmKernel, core.CudaFamily
+    chips = {"SM80": A100, "SM90": H200, "PORTABLE": (12, 0, 170, 512)}
 
     def choose(rows: int, name: str) -> object:
+        chip = chips[name]
         return core.mixed_gemm_choice(
-            rows, 4096, 3584, 512, False, getattr(family, name), 132
+            rows,
+            4096,
+            3584,
+            512,
+            False,
+            getattr(family, name),
+            chip[2],
+            core.mixed_gemm_tuning(*chip),
         ).kernel
 
-    for name in ("SM80", "SM90", "PORTABLE"):
+    for name in chips:
         assert choose(1, name) == choose(16, name) == kernel.SMALL_M
     assert choose(2048, "SM80") == kernel.SM80
     assert choose(2048, "SM90") == kernel.SM90
@@ -91,30 +103,105 @@ def test_tiles_fit_the_packed_weight_and_the_multiprocessor(core: ModuleType) ->
             assert tile.n % 64 == 0 and tile.min_blocks >= 1, name
             assert name == kernel.SM90 or tile.cluster_m == tile.cluster_n == 1, name
             # A cluster that every device of sm_90 can launch has at most eight blocks.
-            assert name != kernel.SM90 or tile.cluster_n * tile.most_splits <= 8, name
+            assert name != kernel.SM90 or core.SPLIT_CLUSTER_N * tile.most_splits <= 8, name
+            assert tile.cluster_m * tile.cluster_n <= 8 and tile.row_n <= 8, name
 
 
-def test_cost_of_sm90_tiles(core: ModuleType) -> None:
-    """Clocks per column of K; only 192 rows of activations are bound by tensor cores."""
-    tiles = core.mixed_gemm_tiles(core.MixedGemmKernel.SM90)
-    whole = {tile.m: core.sm90_clocks(tile, 1, core.MixedGemmTuning()) for tile in tiles}
-    assert {m: load for m, (load, _, _) in whole.items()} == pytest.approx(
-        {32: 224 / 128, 64: 2.5, 128: 128 / 28, 192: 160 / 28}
+# qkv, o, gate_up and down of Llama-3-8B.
+LAYERS = [(6144, 3584, 512), (4096, 3584, 512), (28672, 3584, 512), (4096, 12544, 1792)]
+
+
+def test_clocks_of_a_tile(core: ModuleType) -> None:
+    """Per column of K_lo, by hand: bytes over rates, products over rates."""
+    kernel, tuning = core.MixedGemmKernel, core.MixedGemmTuning()
+
+    def clocks(name: object, m: int, splits: int = 1, rows: int = 64, packed: bool = False):
+        tile = next(t for t in core.mixed_gemm_tiles(name) if t.m == m)
+        parts = core.tile_clocks(rows, 4096, 1024, 0, packed, name, tile, splits, tuning)
+        return [part / 1024 for part in parts]
+
+    # small_m: 32 bytes of 64 weights; every activation a byte, or half of one.
+    share = 2048 * 0.65
+    assert clocks(kernel.SMALL_M, 64) == pytest.approx([32 / 12, 96 / 28, 0, 4096 / share])
+    assert clocks(kernel.SMALL_M, 16, packed=True) == pytest.approx(
+        [8 / 12, 40 / 28, 0, 1024 / share]  # four tiles along M read the weight once
     )
-    assert {m: multiply for m, (_, multiply, _) in whole.items()} == {32: 1, 64: 2, 128: 4, 192: 6}
-    assert {m: finish for m, (_, _, finish) in whole.items()} == {m: 10 * m for m in whole}
-    # Blocks that share K have no neighbour along M to share weights with, and send their sums.
-    load, multiply, finish = core.sm90_clocks(tiles[1], 4, core.MixedGemmTuning())
-    assert (load, multiply) == (pytest.approx(96 / 28), 2)
-    assert finish == 10 * 64 / 4 + 1800 + 64 * 128 * 4 * 3 / 4 / 32
+    # sm80: 128 weights; INT4 at twice the rate where the activations are packed.
+    assert clocks(kernel.SM80, 64) == pytest.approx([64 / 12, 128 / 28, 0, 8192 / share])
+    assert clocks(kernel.SM80, 64, packed=True) == pytest.approx(
+        [64 / 12, 96 / 28, 0, 4096 / share]
+    )
+    # sm90: a cluster of two by two shares both, one of four along N the activations; so do two
+    # blocks of each split.
+    assert clocks(kernel.SM90, 64, rows=65) == pytest.approx([32 / 12, 64 / 28, 320 / 128, 2])
+    assert clocks(kernel.SM90, 64) == pytest.approx([64 / 12, 80 / 28, 320 / 128, 2])
+    assert clocks(kernel.SM90, 64, 4) == pytest.approx([64 / 12, 96 / 28, 320 / 128, 2])
+    assert clocks(kernel.SM90, 128, rows=128) == pytest.approx([64 / 12, 96 / 28, 4, 4])
+    assert clocks(kernel.SM90, 192, rows=192) == pytest.approx([64 / 12, 160 / 28, 704 / 128, 6])
+
+
+def test_times_by_hand(core: ModuleType) -> None:
+    tuning, family = core.MixedGemmTuning(), core.CudaFamily
+
+    def time(rows: int, weight: tuple[int, int, int], name: str, sms: int) -> tuple[float, str]:
+        choice = core.legal_choice(name, rows, *weight, False, family.SM90)
+        return core.mixed_gemm_time(rows, *weight, False, choice, sms, tuning)
+
+    # 64 blocks on 132 multiprocessors, one each: reading 4096 columns of 64 weights and 8 rows.
+    memory = 64 * (3584 / 2 + 512) / 12
+    assert time(1, (4096, 3584, 512), "small_m 8x64 splits=1", 132) == (
+        pytest.approx(500 + memory), "waves"
+    )  # fmt: skip
+    # Three splits: 192 blocks, of 396 that fit; each third of the columns three times as fast.
+    sums = 2 * 4 * 4096 * 4 / (132 * 28)
+    assert time(1, (4096, 3584, 512), "small_m 8x64 splits=3", 132) == (
+        pytest.approx(500 + memory * 192 / 132 / 3 + 2500 + sums), "memory"
+    )  # fmt: skip
+    # 16 clusters of eight: 32 tiles of 128 weights, a quarter of 98 + 14 K tiles each.
+    tuning.memory_bytes = 100
+    second_level = (128 * (12544 / 2 + 1792) + 64 / 2 * 14336) / 28 / 4
+    finish = 10 * 64 / 4 + 1800 + 64 * 128 * 4 * 3 / 4 / 32
+    assert time(64, (4096, 12544, 1792), "sm90 64x128 splits=4", 132) == (
+        pytest.approx(1500 + second_level + finish), "L2"
+    )  # fmt: skip
+    # 3 waves of 66 clusters of two, the tensor cores' 6 clocks a column and the epilogue.
+    assert time(2048, (6144, 4096, 0), "sm90 192x128 splits=1", 132) == (
+        pytest.approx(1500 + 4 * (6 * 4096 + 1920)), "tensor cores"
+    )  # fmt: skip
 
 
 def test_clusters_of_an_h200(core: ModuleType) -> None:
     """132 multiprocessors in six parts of 16 and two of 18; a cluster is in one part."""
-    clusters = {blocks: core.sm90_clusters(blocks, 132) for blocks in (2, 4, 6, 8)}
+    clusters = {blocks: core.clusters_at_once(blocks, 132) for blocks in (2, 4, 6, 8)}
     assert clusters == {2: 66, 4: 32, 6: 18, 8: 16}
-    assert core.sm90_clusters(8, 8) == 1 and core.sm90_clusters(4, 8) == 2
-    assert core.sm90_clusters(8, 4) == 1  # the launch says that none fits
+    assert core.clusters_at_once(8, 8) == 1 and core.clusters_at_once(4, 8) == 2
+    assert core.clusters_at_once(8, 4) == 1  # the launch says that none fits
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("name", "chip"), [("SM80", A100), ("SM90", H200)])
+def test_the_choice_takes_the_least_time(
+    name: str, chip: tuple[int, ...], packed: bool, core: ModuleType
+) -> None:
+    """Of all legal ones but other tiles of small_m than the one, and splits of few K tiles."""
+    family, tuning, sms = getattr(core.CudaFamily, name), core.mixed_gemm_tuning(*chip), chip[2]
+    for shape, rows in itertools.product([*SHAPES, *LAYERS], ROWS):
+        problem = (rows, *shape, packed)
+        chosen = core.mixed_gemm_choice(*problem, family, sms, tuning)
+        least, _ = core.mixed_gemm_time(*problem, chosen, sms, tuning)
+        for choice in core.legal_choices(*problem, family):
+            k_tiles = -(-shape[1] // 64) + 2 * -(-shape[2] // 64)  # of small_m
+            if choice.kernel == core.MixedGemmKernel.SM80:
+                k_tiles = -(-shape[1] // (128 if packed else 64)) + -(-shape[2] // 64)
+            holds = next((m for m in (8, 16, 32) if m >= rows), 64)
+            if choice.kernel == core.MixedGemmKernel.SMALL_M and choice.tile.m != holds:
+                continue
+            if choice.kernel != core.MixedGemmKernel.SM90 and choice.splits > max(k_tiles // 8, 1):
+                continue
+            assert core.mixed_gemm_time(*problem, choice, sms, tuning)[0] >= least, (
+                problem,
+                choice,
+            )
 
 
 def test_decode_fills_the_multiprocessors(core: ModuleType) -> None:
@@ -124,52 +211,49 @@ def test_decode_fills_the_multiprocessors(core: ModuleType) -> None:
     assert blocks >= 128
 
 
-@pytest.mark.parametrize(
-    ("rows", "tiles"),
-    [
-        (17, ((32, 1), (32, 4), (32, 4), (32, 4))),
-        (64, ((32, 1), (64, 4), (32, 1), (64, 4))),
-        (128, ((64, 1), (32, 1), (128, 1), (128, 4))),
-        (256, ((128, 1), (64, 1), (64, 1), (128, 2))),
-        (2048, ((192, 1), (128, 1), (192, 1), (128, 1))),
-    ],
-)
-def test_tiles_of_llama_3_8b_on_an_h200(
-    rows: int, tiles: tuple[tuple[int, int], ...], core: ModuleType
-) -> None:
-    """qkv, o, gate_up and down: the model of sm90_clocks, until a GPU measures it."""
-    tuning = core.mixed_gemm_tuning(9, 0, 132, 6144)
-    layers = [(6144, 3584, 512), (4096, 3584, 512), (28672, 3584, 512), (4096, 12544, 1792)]
-    for (n, k_lo, k_hi), tile in zip(layers, tiles, strict=True):
-        choice = core.mixed_gemm_choice(
-            rows, n, k_lo, k_hi, False, core.CudaFamily.SM90, 132, tuning
-        )
-        assert choice.kernel == core.MixedGemmKernel.SM90
-        assert (choice.tile.m, choice.splits) == tile
-        assert choice.workspace_bytes == 0  # int8 rows of whole 16 bytes are read where they are
+def choices(core: ModuleType, rows: int, chip: tuple[int, ...], packed: bool) -> list[str]:
+    """Of the layers of Llama-3-8B, with the constants of the chip."""
+    family = core.CudaFamily.SM80 if chip[0] == 8 else core.CudaFamily.SM90
+    tuning, found = core.mixed_gemm_tuning(*chip), []
+    for weight in LAYERS:
+        choice = core.mixed_gemm_choice(rows, *weight, packed, family, chip[2], tuning)
+        # Rows of whole 16 bytes are read where they are.
+        partials = choice.splits > 1 and choice.kernel != core.MixedGemmKernel.SM90
+        bytes_of_sums = (choice.splits + 1) * rows * weight[0] * 4 if partials else 0
+        assert choice.workspace_bytes == bytes_of_sums
+        found.append(str(choice).replace("x64 splits=", "/").replace("x128 splits=", "/"))
+    return found
 
 
 @pytest.mark.parametrize(
-    ("rows", "kernel", "tiles"),
+    ("rows", "expected"),
     [
-        (1, "SMALL_M", ((8, 1), (8, 2), (8, 1), (8, 2))),
-        (16, "SMALL_M", ((16, 1), (16, 2), (16, 1), (16, 2))),
-        (64, "SMALL_M", ((64, 1), (64, 1), (64, 1), (64, 3))),
-        (128, "SM80", ((64, 1), (64, 1), (128, 1), (64, 2))),
-        (2048, "SM80", ((128, 1), (128, 1), (128, 1), (128, 1))),
+        (1, "small_m 8/1, small_m 8/3, sm90 32/1, small_m 8/3"),
+        (16, "small_m 16/1, small_m 16/2, small_m 16/1, small_m 16/3"),
+        (32, "sm90 32/2, sm90 32/4, sm90 32/1, sm90 32/4"),
+        (64, "sm90 32/1, sm90 64/4, sm90 64/1, sm90 64/4"),
+        (128, "sm90 64/1, sm90 32/1, sm90 128/1, sm90 128/4"),
+        (256, "sm90 128/1, sm90 64/1, sm90 128/1, sm90 64/1"),
+        (2048, "sm90 192/1, sm90 128/1, sm90 128/1, sm90 128/1"),
     ],
 )
-def test_tiles_and_splits_of_llama_3_8b_on_an_a100(
-    rows: int, kernel: str, tiles: tuple[tuple[int, int], ...], core: ModuleType
-) -> None:
-    """qkv, o, gate_up and down: the model of best_splits, until a GPU measures it."""
-    layers = [(6144, 3584, 512), (4096, 3584, 512), (28672, 3584, 512), (4096, 14336, 0)]
-    for (n, k_lo, k_hi), tile in zip(layers, tiles, strict=True):
-        choice = core.mixed_gemm_choice(rows, n, k_lo, k_hi, True, core.CudaFamily.SM80, 108)
-        assert choice.kernel == getattr(core.MixedGemmKernel, kernel)
-        assert (choice.tile.m, choice.splits) == tile
-        partials = (choice.splits + 1) * rows * n * 4 if choice.splits > 1 else 0
-        assert choice.workspace_bytes == partials
+def test_choices_of_llama_3_8b_on_an_h200(rows: int, expected: str, core: ModuleType) -> None:
+    """qkv, o, gate_up and down, tile/splits: the model's, until a GPU measures them."""
+    assert ", ".join(choices(core, rows, H200, False)) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (1, "small_m 8/1, small_m 8/2, small_m 8/1, small_m 8/2"),
+        (16, "small_m 16/1, small_m 16/2, small_m 16/3, small_m 16/2"),
+        (64, "small_m 64/1, small_m 64/1, small_m 64/1, small_m 64/5"),
+        (128, "sm80 64/1, sm80 64/1, sm80 64/1, sm80 64/2"),
+        (2048, "sm80 128/1, sm80 128/1, sm80 128/1, sm80 128/1"),
+    ],
+)
+def test_choices_of_llama_3_8b_on_an_a100(rows: int, expected: str, core: ModuleType) -> None:
+    assert ", ".join(choices(core, rows, A100, True)) == expected
 
 
 def test_only_a_tile_that_is_compiled_is_launched(core: ModuleType) -> None:
@@ -179,31 +263,33 @@ def test_only_a_tile_that_is_compiled_is_launched(core: ModuleType) -> None:
         core.dispatched_m(48)
 
 
+def workspace(core: ModuleType, name: str, rows: int, k_lo: int, k_hi: int, packed: bool) -> int:
+    family = core.CudaFamily.SM80 if name.startswith("sm80") else core.CudaFamily.SM90
+    return core.legal_choice(name, rows, 64, k_lo, k_hi, packed, family).workspace_bytes
+
+
 def test_sm80_workspace_holds_the_rows_that_it_copies(core: ModuleType) -> None:
     """Rows that are no multiple of 16 bytes (8 codes for small M), padded to a step."""
-
-    def workspace(rows: int, k_lo: int, k_hi: int, packed: bool) -> int:
-        family = core.CudaFamily.SM80
-        return core.mixed_gemm_choice(rows, 64, k_lo, k_hi, packed, family, 1).workspace_bytes
-
-    assert workspace(100, 784, 112, True) == 100 * 832 // 2
-    assert workspace(100, 784, 112, False) == workspace(64, 784, 112, True) == 0
-    assert workspace(100, 784, 8, False) == 100 * 64
-    assert workspace(3, 12, 7, True) == 256 + 3 * 64  # the second region is aligned to 256
+    sm80, small_m = "sm80 64x128 splits=1", "small_m 64x64 splits=1"
+    assert workspace(core, sm80, 100, 784, 112, True) == 100 * 832 // 2
+    assert workspace(core, sm80, 100, 784, 112, False) == 0
+    assert workspace(core, small_m, 64, 784, 112, True) == 0
+    assert workspace(core, sm80, 100, 784, 8, False) == 100 * 64
+    # The second region is aligned to 256.
+    assert workspace(core, small_m, 3, 12, 7, True) == 256 + 3 * 64
 
 
-def test_sm90_workspace_holds_the_rows_that_it_rewrites(core: ModuleType) -> None:
+@pytest.mark.parametrize("splits", [1, 2])
+def test_sm90_workspace_holds_the_rows_that_it_rewrites(splits: int, core: ModuleType) -> None:
     """Nibbles, and rows that are no multiple of 16 bytes, become padded int8 rows."""
-
-    def workspace(k_lo: int, k_hi: int, packed: bool) -> int:
-        family = core.CudaFamily.SM90
-        return core.mixed_gemm_choice(100, 64, k_lo, k_hi, packed, family, 132).workspace_bytes
-
-    assert workspace(64, 32, True) == 100 * 64
-    assert workspace(66, 32, False) == 100 * 80
-    assert workspace(64, 33, False) == 100 * 48
-    assert workspace(66, 33, True) == 8192 + 100 * 48  # the second region is aligned to 256
-    assert workspace(0, 32, True) == workspace(0, 0, False) == 0
+    name = f"sm90 64x128 splits={splits}"
+    assert workspace(core, name, 100, 64, 32, True) == 100 * 64
+    assert workspace(core, name, 100, 66, 32, False) == 100 * 80
+    assert workspace(core, name, 100, 64, 33, False) == 100 * 48
+    # The second region is aligned to 256.
+    assert workspace(core, name, 100, 66, 33, True) == 8192 + 100 * 48
+    assert workspace(core, "sm90 64x128 splits=1", 100, 0, 32, True) == 0
+    assert workspace(core, "sm90 64x128 splits=1", 100, 0, 0, False) == 0
 
 
 def test_a_percentage_is_an_integer_or_what_holds_without_one(core: ModuleType) -> None:
@@ -255,7 +341,7 @@ def test_blocks_that_wait_together_ask_for_a_share_of_l2(
 
 @pytest.mark.parametrize(
     ("model", "expected"),
-    [("llama-3-8b", [14.2, 9.4, 19.5, 26.0]), ("llama-3.2-1b", [3.5, 2.4, 18.9, 9.4])],
+    [("llama-3-8b", [14.2, 9.4, 26.2, 26.0]), ("llama-3.2-1b", [3.5, 2.4, 18.9, 9.4])],
 )
 def test_what_may_wait_in_l2_for_a_step_on_an_h200(
     model: str, expected: list[float], core: ModuleType
@@ -268,9 +354,14 @@ def test_what_may_wait_in_l2_for_a_step_on_an_h200(
     asked = []
     for product in script.LAYERS[model]:
         weight = (product.n, product.k_lo, product.k_hi)
-        choice = core.mixed_gemm_choice(1, *weight, False, core.CudaFamily.SM90, 132)
-        assert (choice.tile.m, choice.splits) == (8, product.splits), product
+        tuning = core.mixed_gemm_tuning(*H200)
+        choice = core.mixed_gemm_choice(1, *weight, False, core.CudaFamily.SM90, 132, tuning)
+        small_m = product.kernel == "small_m"
+        assert (choice.kernel == core.MixedGemmKernel.SMALL_M) == small_m, product
+        assert (choice.tile.m, choice.splits) == (8 if small_m else 32, product.splits), product
         blocks, slots = product.n // 64 * choice.splits, 132 * choice.tile.min_blocks
+        if not small_m:  # a block has two of 64 weights
+            blocks = slots = min(product.n // 512, core.clusters_at_once(4, 132)) * 4 * 2
         steps = core.prefetched_steps(blocks, slots, L2_BYTES, core.PREFETCH_PERCENT)
         spans = core.prefetched_spans(product.k_lo, product.k_hi, choice.splits, steps)
         per_block = sum(count for _, count in spans) / choice.splits
@@ -354,18 +445,21 @@ def test_chips_are_told_apart(core: ModuleType) -> None:
 
 def test_tuning_moves_the_choice(core: ModuleType) -> None:
     def choose(rows: int, family: str = "SM90", **changes: float) -> str:
-        tuning = core.MixedGemmTuning()
+        chips = {"SM90": H200, "SM80": A100, "PORTABLE": (12, 0, 170, 512)}
+        tuning = core.mixed_gemm_tuning(*chips[family])
         for field, value in changes.items():
             setattr(tuning, field, value)
         of = getattr(core.CudaFamily, family)
         return str(core.mixed_gemm_choice(rows, 4096, 3584, 512, True, of, 132, tuning))
 
-    assert choose(64) == "small_m 64x64 splits=2"
-    assert choose(64, small_m_up_to=32).startswith("sm90 ")
-    assert choose(64, small_m_largest_tile=32).startswith("small_m 32x64 ")
+    assert choose(64) == "sm90 64x128 splits=4"
+    assert choose(64, start=20000) == "small_m 64x64 splits=2"
+    assert choose(64, sm90_exchange=20000) == "sm90 32x128 splits=1"
     assert choose(1) == "small_m 8x64 splits=3"
-    assert choose(1, small_m_second_launch=1000) == "small_m 8x64 splits=1"
+    assert choose(1, second_launch=20000) == "sm90 32x128 splits=4"
     assert choose(512) == "sm90 128x128 splits=1"
-    assert choose(512, sm90_l2_bytes=4) == "sm90 64x128 splits=1"
+    assert choose(65) == "sm90 32x128 splits=1"
+    assert choose(65, l2_bytes=4) == "sm90 128x128 splits=4"  # reads the least
     assert choose(2048, "SM80").startswith("sm80 128x128")
-    assert choose(2048, "SM80", sm80_large_tiles=9).startswith("sm80 64x128")
+    assert choose(2048, "SM80", l2_bytes=100).startswith("sm80 64x128")
+    assert choose(2048, "PORTABLE").startswith("small_m 64x64")

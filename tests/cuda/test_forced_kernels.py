@@ -31,7 +31,7 @@ def test_every_legal_choice_has_the_bits_of_the_reference(
         with forced(device, "mixed_gemm", name):
             assert device.mixed_gemm_kernel(rows, *weight, packed, device.index) == name
             assert_exact(case, device)
-    # 6 steps of small_m; of sm80 2 or 4 K tiles of low codes and one of high ones; of sm90 2 and one.
+    # 6 steps of small_m; K tiles of low codes and one of high ones: sm80 2 or 4, sm90 2.
     family = {80: 2 * (3 if packed else 5), 90: 3 * 3 + 1}[device.arch]
     assert len(names) == 4 * 6 + family
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from emulation import Emulated
-from gemm_cases import DTYPES, assert_exact, bits, make_case
+from gemm_cases import DTYPES, assert_exact, bits, forced, make_case
 
 # (N, K_lo, K_hi): odd N, one weight block and several; K that ends inside a step, a K tile and a
 # chunk; rows whose bytes are no multiple of 16 (copied first); more K tiles than stages; parts
@@ -22,17 +24,11 @@ WEIGHTS = [
 FORMS = pytest.mark.parametrize("packed", [True, False], ids=["nibbles", "unpacked"])
 
 
-@pytest.fixture(params=[1, 64], ids=["128 rows", "64 rows"])
-def a100(sm80: Emulated, request: pytest.FixtureRequest) -> Emulated:
-    """A device so small that its tiles are large, and one with room for splits."""
-    return Emulated(80, sms=request.param)
-
-
-def choice(device: Emulated, rows: int, weight: tuple[int, int, int], packed: bool) -> str:
-    kernel = device.mixed_gemm_kernel(rows, *weight, packed, device.index)
-    tile = {1: "sm80 128x128 splits=1", 64: "sm80 64x128 splits="}[device.options["sms"]]
-    assert kernel.startswith(tile)
-    return kernel
+@pytest.fixture(params=[128, 64], ids=["128 rows", "64 rows"])
+def a100(sm80: Emulated, request: pytest.FixtureRequest) -> Iterator[Emulated]:
+    """A device whose products run with this tile."""
+    with forced(sm80, "mixed_gemm", f"sm80 {request.param}x128 splits=1"):
+        yield sm80
 
 
 @FORMS
@@ -41,7 +37,6 @@ def test_sm80_has_the_bits_of_the_reference(
     a100: Emulated, weight: tuple[int, int, int], packed: bool
 ) -> None:
     for index, rows in enumerate([65, 130]):
-        choice(a100, rows, weight, packed)
         dtype = DTYPES[(index + weight[0]) % 3]
         assert_exact(make_case(rows, weight, packed, dtype, dtype), a100)
 
@@ -58,23 +53,27 @@ def test_sm80_takes_every_dtype(
 @FORMS
 @pytest.mark.parametrize("weight", [(64, 4096, 512), (130, 1984, 1024), (8, 0, 2048)], ids=str)
 def test_sm80_splits_are_exact(sm80: Emulated, weight: tuple[int, int, int], packed: bool) -> None:
-    split, whole = Emulated(80, sms=64), Emulated(80, sms=1)
-    assert not choice(split, 65, weight, packed).endswith("splits=1")
     case = make_case(65, weight, packed, bias=torch.bfloat16, out_dtype=torch.float16)
-    assert torch.equal(assert_exact(case, split), case.run(whole))
+    for choice in ("sm80 64x128 splits=2", "sm80 64x128 splits=7", "sm80 128x128 splits=3"):
+        with forced(sm80, "mixed_gemm", choice):
+            assert_exact(case, sm80)
 
 
 def test_sm80_visits_every_tile_of_a_large_grid(sm80: Emulated) -> None:
     # More row tiles than a raster group has, and a last group that is not full.
-    assert_exact(make_case(128 * 10 + 3, (300, 64, 0), out_dtype=torch.bfloat16), sm80)
+    case = make_case(128 * 10 + 3, (300, 64, 0), out_dtype=torch.bfloat16)
+    with forced(sm80, "mixed_gemm", "sm80 128x128 splits=1"):
+        assert_exact(case, sm80)
 
 
 def test_sm80_row_does_not_depend_on_the_batch(a100: Emulated) -> None:
     case = make_case(130, (70, 784, 112))
     whole = assert_exact(case, a100)
-    # 1, 20 and 64 rows run the small-M kernel.
     for begin, end in [(0, 1), (57, 77), (3, 67), (40, 110), (65, 130)]:
-        assert torch.equal(case.rows(begin, end).run(a100), whole[begin:end])
+        part = case.rows(begin, end)
+        assert torch.equal(part.run(a100), whole[begin:end])
+        with forced(a100, "mixed_gemm", "small_m 64x64 splits=1"):
+            assert torch.equal(part.run(a100), whole[begin:end])
 
 
 @FORMS

@@ -9,15 +9,17 @@ from gemm_cases import DTYPES, Case, forced
 
 from resq_kernels.formats import pack_int4
 
-# Tokens of a tile -> rows and N: less than a tile, tiles that end inside, several tiles.
+# Tokens of a tile -> rows and N: one tile along M, which has another cluster, and several; tiles
+# that end inside.
 TILES = {
-    32: [(65, 64), (128, 1), (80, 250)],
-    64: [(130, 128), (200, 77), (256, 250)],
-    128: [(193, 300), (200, 512), (256, 260)],
+    32: [(20, 600), (128, 1), (80, 250)],
+    64: [(64, 520), (200, 77), (256, 250)],
+    128: [(93, 300), (200, 512), (256, 260)],
     192: [(257, 300), (384, 450), (300, 500)],
 }
 # The same with several turns of the clusters of eight multiprocessors.
-TURNS = {32: (80, 250), 64: (200, 600), 128: (256, 800), 192: (384, 800)}
+TURNS = {32: (80, 250), 64: (200, 600), 128: (256, 1100), 192: (384, 800)}
+ONE_ROW_OF_TILES = {32: (30, 1100), 64: (64, 1100)}
 # (K_lo, K_hi): whole stages of 128 columns, half stages, tails of both, rows that are no multiple
 # of 16 bytes, parts without columns, more stages than the ring holds.
 COLUMNS = [(256, 128), (448, 64), (200, 72), (130, 65), (0, 224), (192, 0), (1568, 224)]
@@ -31,9 +33,7 @@ def sm90(sm90: emulation.Emulated) -> emulation.Emulated:
     return emulation.Emulated(sm90.arch, sms=8)
 
 
-def call(
-    case: Case, device: emulation.Emulated, tile: int = 64, splits: int = 1
-) -> torch.Tensor:
+def call(case: Case, device: emulation.Emulated, tile: int = 64, splits: int = 1) -> torch.Tensor:
     """Runs the op on the sm90 kernel with this tile, and this split of K as far as K has tiles."""
     k_tiles = sum(-(-k // 128) for k in (case.codes_lo.shape[1] * 2, case.codes_hi.shape[1]))
     with forced(device, "mixed_gemm", f"sm90 {tile}x128 splits={min(splits, max(k_tiles, 1))}"):
@@ -172,11 +172,15 @@ def test_extreme_codes_are_exact_across_splits(
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize(("tile", "splits"), [*((tile, 1) for tile in TILES), *SPLITS])
+@pytest.mark.parametrize(
+    ("tile", "splits", "sizes"),
+    [(tile, 1, sizes) for turns in (TURNS, ONE_ROW_OF_TILES) for tile, sizes in turns.items()]
+    + [(tile, splits, TURNS[tile]) for tile, splits in SPLITS],
+)
 def test_the_order_of_warps_does_not_matter(
-    tile: int, splits: int, seed: int, sm90: emulation.Emulated
+    tile: int, splits: int, sizes: tuple[int, int], seed: int, sm90: emulation.Emulated
 ) -> None:
-    case = make_case(*TURNS[tile], 960, 192)
+    case = make_case(*sizes, 960, 192)
     shuffled = emulation.Emulated(
         sm90.arch, sms=8, seed=seed, async_="early" if seed == 3 else "late"
     )

@@ -1,6 +1,7 @@
 // mixed_gemm on CUDA: workspace, and which kernel runs.
 #include "ops/mixed_gemm/mixed_gemm_cuda.h"
 
+#include "ops/mixed_gemm/mixed_gemm_choice.h"
 #include "ops/mixed_gemm/mixed_gemm_legal.h"
 #include "ops/mixed_gemm/mixed_gemm_torch.h"
 #include "torch/cuda_device.h"

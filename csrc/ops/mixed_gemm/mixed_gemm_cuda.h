@@ -1,7 +1,7 @@
-// The CUDA kernels of mixed_gemm, one folder each, and the choice among them (mixed_gemm_choice.h).
+// The CUDA kernels of mixed_gemm, one folder each; mixed_gemm_choice.h chooses among them.
 #pragma once
 
-#include "ops/mixed_gemm/mixed_gemm_choice.h"
+#include "ops/mixed_gemm/mixed_gemm_tiles.h"
 
 namespace resq::cuda {
 

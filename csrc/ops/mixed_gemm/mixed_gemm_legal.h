@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "ops/mixed_gemm/mixed_gemm_choice.h"
+#include "ops/mixed_gemm/mixed_gemm_tiles.h"
 
 namespace resq::cuda {
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "ops/mixed_gemm/epilogue.cuh"
-#include "ops/mixed_gemm/mixed_gemm_choice.h"
+#include "ops/mixed_gemm/mixed_gemm_tiles.h"
 
 namespace resq::cuda {
 

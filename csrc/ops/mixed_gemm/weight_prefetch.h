@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "ops/mixed_gemm/mixed_gemm_choice.h"
+#include "ops/mixed_gemm/mixed_gemm_tiles.h"
 
 namespace resq::cuda {
 

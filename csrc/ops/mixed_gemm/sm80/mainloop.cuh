@@ -16,7 +16,7 @@
 
 #include "cuda/copy_sm80.cuh"
 #include "cuda/mma_sm80.cuh"
-#include "ops/mixed_gemm/mixed_gemm_choice.h"
+#include "ops/mixed_gemm/mixed_gemm_tiles.h"
 
 namespace resq::cuda::sm80 {
 

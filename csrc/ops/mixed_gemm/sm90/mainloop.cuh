@@ -16,7 +16,7 @@
 
 #include "cuda/bulk_copy_sm90.cuh"
 #include "cuda/wgmma_sm90.cuh"
-#include "ops/mixed_gemm/mixed_gemm_choice.h"
+#include "ops/mixed_gemm/mixed_gemm_tiles.h"
 
 namespace resq::cuda::sm90 {
 
@@ -31,9 +31,10 @@ inline constexpr int kLoFactor = 16;  // in the low sums
 template <int kTileM>
 inline constexpr MixedGemmTile kTile = tile_of(kSm90Tiles, kTileM);
 
-inline constexpr int kMostClusterSplits = std::max_element(
-    std::begin(kSm90Tiles), std::end(kSm90Tiles),
-    [](const auto& a, const auto& b) { return a.most_splits < b.most_splits; })->most_splits;
+inline constexpr int kMostClusterSplits =
+    std::max_element(std::begin(kSm90Tiles), std::end(kSm90Tiles),
+                     [](const auto& a, const auto& b) { return a.most_splits < b.most_splits; })
+        ->most_splits;
 
 // Makes a value opaque to the compiler, so that it does not keep what it derived from the value in
 // registers across a loop: at 192 rows of activations the sums leave 48 of them.
@@ -91,57 +92,58 @@ __device__ inline uint32_t part_bytes(KTiles part, uint32_t stage_bytes) {
   return part.whole * stage_bytes + part.tail * (stage_bytes / 2);
 }
 
-// A block's place in its cluster of cluster_m x cluster_n neighbouring tiles, and the blocks it
-// shares operands with: rank = m * cluster_n + n. Where blocks share K, the cluster is one of
-// cluster_n tiles for every split: rank = split * cluster_n + n.
-template <int kRows, bool kSharesK>
+// A block's place in its cluster of kM x kN neighbouring tiles, and the blocks it shares operands
+// with: rank = m * kN + n. Where blocks share K, kM is 1 and there are kN tiles for every split:
+// rank = split * kN + n.
+template <int kRows, int kAlongM, int kAlongN, bool kSharesK>
 struct ClusterPlace {
   static constexpr int kTileM = kRows;
   static constexpr bool kSplitK = kSharesK;
-  static constexpr int kM = kSplitK ? 1 : kTile<kTileM>.cluster_m, kN = kTile<kTileM>.cluster_n;
+  static constexpr int kM = kAlongM, kN = kAlongN;
   static constexpr int kBlocks = kM * kN;  // that take the same columns of K
   // Blocks that write into a block's stages: those of its m and those of its n, itself counted
   // once.
   static constexpr int kPeers = kM + kN - 1;
-  static_assert(kM <= 2 && kN == 2 && kTile<kTileM>.n == kTileN);
+  static_assert((kM == 1 || (kM == 2 && kN == 2 && !kSplitK)) && kTile<kTileM>.n == kTileN);
+  static_assert(kTileM / kN % 8 == 0, "a copy has whole groups of the swizzle");
 
   int rank;
   __device__ int split() const { return kSplitK ? rank / kN : 0; }
-  __device__ int m() const { return kSplitK ? 0 : rank / kN; }
+  __device__ int m() const { return kM == 1 ? 0 : rank / kN; }
   __device__ int n() const { return rank % kN; }
   // Bit masks of the blocks of the cluster with the same m, that is the same activations, and with
   // the same n, that is the same weights.
-  __device__ uint16_t same_m() const { return 3 << rank / kN * kN; }
+  __device__ uint16_t same_m() const { return ((1 << kN) - 1) << rank / kN * kN; }
   __device__ uint16_t same_n() const { return 1 << rank | 1 << peer(kN); }
   __device__ int peer(int index) const {  // index < kPeers
     return index < kN ? rank - n() + index : rank ^ kN;
   }
 };
 
-// What a block copies for its tile: one half of the activation rows, since its neighbour along N
-// copies the other, and both of its two blocks of 64 weight rows, or one of them if it has a
+// What a block copies for its tile: one of kN parts of the activation rows, since its neighbours
+// along N copy the others, and both of its two blocks of 64 weight rows, or one of them if it has a
 // neighbour along M.
 template <class Place>
 struct TileSource {
   static constexpr int kWeightBlocks = kConsumers / Place::kM;
-  static constexpr int kHalfM = Place::kTileM / Place::kN;
+  static constexpr int kPartM = Place::kTileM / Place::kN;
   const uint8_t* weights[kWeightBlocks];
-  int m;  // first of the half
+  int m;  // first of the part
 };
 
 // The producer: one thread.
 template <class Place, int kStages>
 struct Producer {
   static constexpr int kTileM = Place::kTileM;
-  static constexpr int kHalfM = TileSource<Place>::kHalfM;
+  static constexpr int kPartM = TileSource<Place>::kPartM;
 
   Ring<kTileM, kStages>& ring;
   Place place;
   RingPosition<kStages> position;
 
   // One stage: activations from column `k` on, `bytes` of each weight block from `offset` on.
-  __device__ void load(const TileSource<Place>& tile, const CUtensorMap* map, int k,
-                       int64_t offset, uint32_t bytes) {
+  __device__ void load(const TileSource<Place>& tile, const CUtensorMap* map, int k, int64_t offset,
+                       uint32_t bytes) {
     Stage<kTileM>& stage = ring.stages[position.stage];
     uint64_t* full = &ring.full[position.stage];
     mbarrier_wait(&ring.empty[position.stage], position.parity ^ 1);
@@ -154,7 +156,7 @@ struct Producer {
         bulk_copy(stage.weights + c * bytes, tile.weights[c] + offset, bytes, full);
       }
     }
-    tensor_copy_multicast(stage.activations + place.n() * kHalfM * kTileK, map, k, tile.m, full,
+    tensor_copy_multicast(stage.activations + place.n() * kPartM * kTileK, map, k, tile.m, full,
                           place.same_m());
     position.advance();
   }

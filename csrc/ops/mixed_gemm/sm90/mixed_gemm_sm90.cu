@@ -15,6 +15,7 @@
 #include "cuda/pdl.cuh"
 #include "cuda/tensor_map.h"
 #include "ops/mixed_gemm/mixed_gemm_cuda.h"
+#include "ops/mixed_gemm/mixed_gemm_time.h"
 #include "ops/mixed_gemm/sm90/epilogue.cuh"
 #include "ops/mixed_gemm/sm90/mainloop.cuh"
 #include "ops/mixed_gemm/weight_prefetch.h"
@@ -26,8 +27,9 @@ constexpr const char* kOp = "mixed_gemm";
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kMaxSharedBytes = 227 * 1024;
 
-// Registers of a thread after the split: 128 x 24 + 256 x 240 = 128 x 40 + 256 x 232 = 384 x 168, the
-// registers that the block starts with. The sums of 192 rows leave the producer no more than 24.
+// Registers of a thread after the split: 128 x 24 + 256 x 240 = 128 x 40 + 256 x 232 = 384 x 168,
+// the registers that the block starts with. The sums of 192 rows leave the producer no more
+// than 24.
 constexpr uint32_t producer_registers(int tile_m) { return tile_m > 128 ? 24 : 40; }
 constexpr uint32_t consumer_registers(int tile_m) { return tile_m > 128 ? 240 : 232; }
 
@@ -55,8 +57,8 @@ struct Arguments {
   CUtensorMap lo, hi;  // of the activation rows
   ClusterSplits k;
   KTiles lo_tiles[kMostClusterSplits], hi_tiles[kMostClusterSplits];  // of each split
-  int64_t block_bytes, block_lo_bytes;  // of 64 packed weight rows
-  uint32_t prefetched_bytes;            // of them, at most, before pdl_wait
+  int64_t block_bytes, block_lo_bytes;                                // of 64 packed weight rows
+  uint32_t prefetched_bytes;  // of them, at most, before pdl_wait
   int last_block;
   int m_tiles, n_tiles, tiles;  // of a cluster
 };
@@ -75,14 +77,15 @@ __device__ inline TilePlace tile_at(const Arguments& arguments, int index, Clust
   const int height = min(kRasterM, arguments.m_tiles - first);
   const int inside = index % group_tiles;
   const int m = first + inside % height, n = inside / height;
-  return {(m * Cluster::kM + place.m()) * Cluster::kTileM, (n * Cluster::kN + place.n()) * kConsumers};
+  return {(m * Cluster::kM + place.m()) * Cluster::kTileM,
+          (n * Cluster::kN + place.n()) * kConsumers};
 }
 
 template <class Place>
 __device__ inline TileSource<Place> source_of(const Arguments& arguments, const TilePlace& tile,
                                               Place place) {
   using Source = TileSource<Place>;
-  Source source{{}, tile.m + place.n() * Source::kHalfM};
+  Source source{{}, tile.m + place.n() * Source::kPartM};
   for (int c = 0; c < Source::kWeightBlocks; ++c) {  // past the end: the last block again
     const int block = tile.n_block + (Source::kWeightBlocks == 1 ? place.m() : c);
     source.weights[c] =
@@ -105,10 +108,10 @@ __device__ inline void prefetch_weights(const Arguments& arguments, const TileSo
   for (const uint8_t* weights : source.weights) prefetch_early(weights + first, bytes);
 }
 
-template <int kTileM, class Out, bool kSplitK>
+template <int kTileM, int kClusterM, int kClusterN, bool kSplitK, class Out>
 __global__ void __launch_bounds__(kThreads, kTile<kTileM>.min_blocks)
     mixed_gemm_sm90_kernel(const __grid_constant__ Arguments arguments) {
-  using Place = ClusterPlace<kTileM, kSplitK>;
+  using Place = ClusterPlace<kTileM, kClusterM, kClusterN, kSplitK>;
   using Plan = SharedPlan<Place, Out>;
   constexpr int kStages = Plan::kStages;
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
@@ -169,7 +172,8 @@ __global__ void __launch_bounds__(kThreads, kTile<kTileM>.min_blocks)
       epilogue.fetch(tile.m, (tile.n_block + consumer.thread / 128) * kWarpgroupN);
       consumer.multiply_tile(lo, hi, sums_lo, sums_hi);
       if constexpr (kSplitK) {
-        const SplitSums<Place> split_sums{shared.exchange, place, arguments.k, consumer.thread, parity};
+        const SplitSums<Place> split_sums{shared.exchange, place, arguments.k, consumer.thread,
+                                          parity};
         split_sums.send(sums_lo, sums_hi);
         epilogue.write_share(split_sums);
         parity ^= 1;
@@ -182,9 +186,10 @@ __global__ void __launch_bounds__(kThreads, kTile<kTileM>.min_blocks)
   cluster_sync();
 }
 
-template <int kTileM, class Out, bool kSplitK>
-void launch(const MixedGemmParams& p, const SplitK& split_k, const Device& device, Stream stream) {
-  using Cluster = ClusterPlace<kTileM, kSplitK>;
+template <class Cluster, class Out>
+void launch_cluster(const MixedGemmParams& p, const SplitK& split_k, const Device& device,
+                    Stream stream) {
+  constexpr int kTileM = Cluster::kTileM;
   constexpr int kBoxM = kTileM / Cluster::kN;  // rows of one copy
   Arguments arguments{};
   arguments.p = p;
@@ -205,7 +210,8 @@ void launch(const MixedGemmParams& p, const SplitK& split_k, const Device& devic
   arguments.n_tiles = static_cast<int>(ceil_div(p.n, kTileN * Cluster::kN));
   arguments.tiles = arguments.m_tiles * arguments.n_tiles;
 
-  const auto kernel = mixed_gemm_sm90_kernel<kTileM, Out, kSplitK>;
+  const auto kernel =
+      mixed_gemm_sm90_kernel<kTileM, Cluster::kM, Cluster::kN, Cluster::kSplitK, Out>;
   constexpr int kShared = sizeof(SharedPlan<Cluster, Out>);
   static_assert(kShared <= kMaxSharedBytes);
   const unsigned blocks = Cluster::kBlocks * split_k.splits;
@@ -213,19 +219,29 @@ void launch(const MixedGemmParams& p, const SplitK& split_k, const Device& devic
   // If no cluster fits, the launch reports it.
   const int resident = std::max(
       resident_clusters(kOp, reinterpret_cast<const void*>(kernel), grid, stream.device), 1);
-  grid.x *= std::min({arguments.tiles, sm90_clusters(static_cast<int>(blocks), device.sms), resident});
+  grid.x *=
+      std::min({arguments.tiles, clusters_at_once(static_cast<int>(blocks), device.sms), resident});
   const int64_t asked = int64_t{grid.x} * TileSource<Cluster>::kWeightBlocks;
   arguments.prefetched_bytes =
       prefetched_steps(asked, asked, device.l2_bytes, current_prefetch()) * kCudaStepBytes;
   launch_pdl(kOp, kernel, grid, stream, arguments);
 }
 
+// The kernel of the choice's cluster (cluster_of).
 template <int kTileM, class Out>
-void launch(const MixedGemmParams& p, const SplitK& split_k, const Device& device, Stream stream) {
-  if constexpr (kTile<kTileM>.most_splits > 1) {
-    if (split_k.splits > 1) return launch<kTileM, Out, true>(p, split_k, device, stream);
+void launch(const MixedGemmParams& p, const MixedGemmChoice& choice, const Device& device,
+            Stream stream) {
+  constexpr MixedGemmTile tile = kTile<kTileM>;
+  const auto run = [&]<int kM, int kN, bool kSplitK>() {
+    launch_cluster<ClusterPlace<kTileM, kM, kN, kSplitK>, Out>(p, choice.split_k, device, stream);
+  };
+  if constexpr (tile.most_splits > 1) {
+    if (choice.split_k.splits > 1) return run.template operator()<1, kSplitClusterN, true>();
   }
-  launch<kTileM, Out, false>(p, split_k, device, stream);
+  if constexpr (tile.cluster_m != 1 || tile.cluster_n != tile.row_n) {
+    if (p.m <= kTileM) return run.template operator()<1, tile.row_n, false>();
+  }
+  run.template operator()<tile.cluster_m, tile.cluster_n, false>();
 }
 
 }  // namespace
@@ -238,12 +254,10 @@ void mixed_gemm_sm90(const MixedGemmParams& params, const MixedGemmChoice& choic
   const MixedGemmParams p = readable_rows(params, choice.rows, workspace, stream);
   with_tile<kSm90Tiles>(choice.tile, [&]<int kTileM>() {
     switch (p.out_type) {
-      case FloatType::kFloat16:
-        return sm90::launch<kTileM, __half>(p, choice.split_k, device, stream);
+      case FloatType::kFloat16: return sm90::launch<kTileM, __half>(p, choice, device, stream);
       case FloatType::kBFloat16:
-        return sm90::launch<kTileM, __nv_bfloat16>(p, choice.split_k, device, stream);
-      case FloatType::kFloat32:
-        return sm90::launch<kTileM, float>(p, choice.split_k, device, stream);
+        return sm90::launch<kTileM, __nv_bfloat16>(p, choice, device, stream);
+      case FloatType::kFloat32: return sm90::launch<kTileM, float>(p, choice, device, stream);
     }
   });
 }
