@@ -50,6 +50,23 @@ def test_mixed_gemm_at_every_batch_size_dtype_and_form(
         assert same_bits(result, expected), (rows, dtype, bias_dtype)
 
 
+@pytest.mark.parametrize("rows", [3, 60, 130])
+def test_mixed_gemm_has_the_same_bits_by_every_legal_choice(rows: int) -> None:
+    """Every tile and split: also blocks of a cluster that share K, or a row of tiles."""
+    n, k_lo, k_hi = 1100, 960, 192
+    inputs, bias = activations(rows, k_lo, k_hi, "bytes"), torch.randn(n).half()
+    expected, chosen = gemm_on_both(weight := Weight(n, k_lo, k_hi), inputs, bias, torch.float16)
+    assert same_bits(chosen, expected)
+    arguments = on("cuda", (*inputs, *weight.arguments("cuda"), bias))
+    for choice in torch.ops.resq.mixed_gemm_choices(rows, n, k_lo, k_hi, False, 0):
+        before = torch.ops.resq.force_kernel("mixed_gemm", choice)
+        try:
+            result = torch.ops.resq.mixed_gemm(*arguments, torch.float16).cpu()
+        finally:
+            torch.ops.resq.force_kernel("mixed_gemm", before)
+        assert same_bits(result, expected), choice
+
+
 def test_mixed_gemm_s_rows_do_not_depend_on_the_batch() -> None:
     weight = Weight(4096, 3584, 512)
     packed = weight.arguments("cuda")
