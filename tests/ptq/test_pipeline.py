@@ -65,8 +65,8 @@ def divergence(folder: Path, source: Path, tokens: torch.Tensor) -> float:
 def test_each_part_of_the_method_brings_the_model_nearer(tmp_path: Path) -> None:
     """On a random model with a few loud channels, as trained ones have them.
 
-    Over seven seeds the steps were factors of 0.51 to 0.57, 0.43 to 0.54, 0.88 to 0.91, 0.46 to
-    0.49 and 0.86 to 0.94.
+    Over 28 draws the steps were factors of 0.50 to 0.56, 0.43 to 0.49, 0.87 to 0.95 (once 0.98),
+    0.48 to 0.53 and 0.86 to 0.92.
     """
     source = save_tiny_model(tmp_path / "source", "llama", seed=5)
     windows = torch.randint(0, 256, (24, 64))
@@ -83,7 +83,9 @@ def test_each_part_of_the_method_brings_the_model_nearer(tmp_path: Path) -> None
         quantize_folder(source, out, windows[:16], config, progress=False)
         far[name] = divergence(out, source, windows[16:])
     order = list(far.values())
-    assert all(b < 0.97 * a for a, b in zip(order, order[1:], strict=False)), far
+    steps = [b / a for a, b in zip(order, order[1:], strict=False)]
+    bounds = (0.65, 0.6, 1, 0.65, 0.97)
+    assert all(step < bound for step, bound in zip(steps, bounds, strict=True)), far
 
 
 def test_same_inputs_same_bytes(qwen2: Path, tokens: torch.Tensor, tmp_path: Path) -> None:
