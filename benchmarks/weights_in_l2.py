@@ -50,7 +50,7 @@ class Product(NamedTuple):
     @property
     def reductions(self) -> int:
         """Second launches."""
-        return int(self.splits > 1)
+        return int(self.kernel == "small_m" and self.splits > 1)
 
     @property
     def readers(self) -> int:

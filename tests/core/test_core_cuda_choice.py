@@ -23,6 +23,7 @@ SHAPES = [
 # Compute capability, multiprocessors and bits of the memory bus.
 H200 = (9, 0, 132, 6144)
 A100 = (8, 0, 108, 5120)
+CHIPS = {"SM80": A100, "SM90": H200, "PORTABLE": (12, 0, 170, 512)}
 ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 100, 128, 200, 257, 1024, 2048, 16384)
 
 
@@ -52,22 +53,13 @@ def test_small_m_streams_the_weights_and_large_m_uses_the_family_s_kernel(
     core: ModuleType,
 ) -> None:
     kernel, family = core.MixedGemmKernel, core.CudaFamily
-    chips = {"SM80": A100, "SM90": H200, "PORTABLE": (12, 0, 170, 512)}
 
     def choose(rows: int, name: str) -> object:
-        chip = chips[name]
-        return core.mixed_gemm_choice(
-            rows,
-            4096,
-            3584,
-            512,
-            False,
-            getattr(family, name),
-            chip[2],
-            core.mixed_gemm_tuning(*chip),
-        ).kernel
+        problem, chip = (rows, 4096, 3584, 512, False), CHIPS[name]
+        tuning = core.mixed_gemm_tuning(*chip)
+        return core.mixed_gemm_choice(*problem, getattr(family, name), chip[2], tuning).kernel
 
-    for name in chips:
+    for name in CHIPS:
         assert choose(1, name) == choose(16, name) == kernel.SMALL_M
     assert choose(2048, "SM80") == kernel.SM80
     assert choose(2048, "SM90") == kernel.SM90
@@ -164,7 +156,7 @@ def test_times_by_hand(core: ModuleType) -> None:
     assert time(64, (4096, 12544, 1792), "sm90 64x128 splits=4", 132) == (
         pytest.approx(1500 + second_level + finish), "L2"
     )  # fmt: skip
-    # 3 waves of 66 clusters of two, the tensor cores' 6 clocks a column and the epilogue.
+    # 4 waves of 66 clusters of two, the tensor cores' 6 clocks a column and the epilogue.
     assert time(2048, (6144, 4096, 0), "sm90 192x128 splits=1", 132) == (
         pytest.approx(1500 + 4 * (6 * 4096 + 1920)), "tensor cores"
     )  # fmt: skip
@@ -445,8 +437,7 @@ def test_chips_are_told_apart(core: ModuleType) -> None:
 
 def test_tuning_moves_the_choice(core: ModuleType) -> None:
     def choose(rows: int, family: str = "SM90", **changes: float) -> str:
-        chips = {"SM90": H200, "SM80": A100, "PORTABLE": (12, 0, 170, 512)}
-        tuning = core.mixed_gemm_tuning(*chips[family])
+        tuning = core.mixed_gemm_tuning(*CHIPS[family])
         for field, value in changes.items():
             setattr(tuning, field, value)
         of = getattr(core.CudaFamily, family)

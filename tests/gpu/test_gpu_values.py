@@ -20,6 +20,7 @@ from gpu_cases import (
     same_bits,
 )
 
+from resq_kernels.bench.choices import forced
 from resq_kernels.nn import prefill
 
 BATCHES = (0, 1, 2, 7, 16, 33, 64, 65, 130, 257)
@@ -59,11 +60,8 @@ def test_mixed_gemm_has_the_same_bits_by_every_legal_choice(rows: int) -> None:
     assert same_bits(chosen, expected)
     arguments = on("cuda", (*inputs, *weight.arguments("cuda"), bias))
     for choice in torch.ops.resq.mixed_gemm_choices(rows, n, k_lo, k_hi, False, 0):
-        before = torch.ops.resq.force_kernel("mixed_gemm", choice)
-        try:
+        with forced("mixed_gemm", choice):
             result = torch.ops.resq.mixed_gemm(*arguments, torch.float16).cpu()
-        finally:
-            torch.ops.resq.force_kernel("mixed_gemm", before)
         assert same_bits(result, expected), choice
 
 

@@ -54,7 +54,7 @@ inline TileClocks tile_clocks(const MixedGemmShape& s, MixedGemmKernel kernel,
   const double activations = tile.m * (packed ? k_lo / 2 + k_hi : k_lo + k_hi);
   const MixedGemmCluster cluster = cluster_of(s, kernel, tile, splits);
   const bool int4 = packed && kernel == MixedGemmKernel::kSm80;
-  const double products = double{1} * tile.m * tile.n * (int4 ? k_lo / 2 + k_hi : k_lo + k_hi);
+  const double products = tile.m * tile.n * (int4 ? k_lo / 2 + k_hi : k_lo + k_hi);
   TileClocks clocks{};
   clocks.memory = weights / ceil_div(s.m, tile.m) / t.memory_bytes;
   clocks.second_level = (weights / cluster.m + activations / cluster.n) / t.l2_bytes;
