@@ -258,7 +258,7 @@ def from_pretrained(
         lo_bits: bits of the low part of the activations, 4 or 8, by default what the model was
             quantized for. 8 halves the divergence from the 16-bit model; what it costs, by device:
             docs/cli.md. `save_pretrained` keeps it.
-        kwargs: for transformers, such as `dtype` or `device_map`.
+        kwargs: for transformers, such as `dtype`, `device_map` or `distributed_config`.
 
     Raises:
         TypeError, ValueError: the model is not quantized with ResQ; or `lo_bits` is not 4 or 8, or

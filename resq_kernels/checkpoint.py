@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +14,7 @@ import torch
 from resq_kernels import architecture
 from resq_kernels.architecture import ModelShape, layer_prefix
 from resq_kernels.config import ResQConfig
-from resq_kernels.formats import FORMAT_VERSION
+from resq_kernels.formats import FORMAT_VERSION, QuantizedWeight
 from resq_kernels.safetensors_io import (
     FLOAT_DTYPES,
     CheckpointError,
@@ -305,6 +306,22 @@ def check_values(opened: QuantizedFolder) -> None:
         [tensors[name] for name in rotations],
         reader.config["quantization_config"]["rotation_hash"],
     )
+
+
+def keep_rows(opened: QuantizedFolder, index: int, count: int) -> None:
+    """Makes the reader of a folder read one part of the rows of every quantized weight, no other.
+
+    Args:
+        opened: the folder.
+        index, count: which of how many equal parts; `count` divides the rows of all of them.
+    """
+    tensors = opened.reader.tensors
+    for name in opened.names:
+        if name.rpartition(".")[2] in QuantizedWeight._fields:
+            whole = tensors[name]
+            size, shape = whole.bytes // count, (whole.shape[0] // count, *whole.shape[1:])
+            start = whole.start + index * size
+            tensors[name] = dataclasses.replace(whole, shape=shape, start=start, bytes=size)
 
 
 def checked(

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from resq_kernels import architecture, checkpoint
 from resq_kernels.config import ResQConfig
 from resq_kernels.formats import QuantizedWeight
+from resq_kernels.integrations import transformers_parallel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -116,7 +117,7 @@ class ResQQuantizer(HfQuantizer):
                 needs_head=hasattr(model, "lm_head"),
             )
             checkpoint.check_values(opened)
-            if device_map is None:
+            if device_map is None or transformers_parallel.degree_of(model.config) > 1:
                 self._opened = opened
         prepare(model, self.stored)
         if self._opened is not None:
@@ -128,15 +129,25 @@ class ResQQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         from resq_kernels.nn.convert import pack
 
+        if transformers_parallel.degree_of(model.config) > 1:
+            parallel = transformers_parallel.share(model)
+            if self._opened is not None:
+                checkpoint.keep_rows(self._opened, parallel.rank, parallel.degree)
         if self._opened is None:
             pack(model)
             return model
         inside = hasattr(model, model.base_model_prefix)
-        prefix = "" if inside else architecture.DECODER_PREFIX
+        prefix, device = "" if inside else architecture.DECODER_PREFIX, model.device
         with self._opened.reader.reading() as read:
-            pack(model, lambda name: read(f"{prefix}{name}"))
+            pack(model, lambda name: read(f"{prefix}{name}").to(device))
         self._opened = None
         return model
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Keeps transformers from splitting modules that split themselves."""
+        if plan is model.tp_plan and transformers_parallel.degree_of(model.config) > 1:
+            plan.clear()
+            plan.update(transformers_parallel.plan_of(model))
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
@@ -144,11 +155,20 @@ class ResQQuantizer(HfQuantizer):
         """What `save_pretrained` writes: the canonical tensors and the guard.
 
         Raises:
-            ValueError: a tensor is on the meta device, so that there is nothing to save; or the
-                embedding or the head is not the quantized one that the configuration tells of.
+            ValueError: a tensor is on the meta device, so that there is nothing to save; the
+                embedding or the head is not the quantized one that the configuration tells of; or
+                the model is a rank's of tensor parallel.
         """
         from resq_kernels.nn.embedding import TiedHead
         from resq_kernels.nn.linear import ResQLinear
+        from resq_kernels.nn.tensor_parallel import parallel_of
+
+        if (parallel := parallel_of(model)) is not None:
+            raise ValueError(
+                "save_pretrained: expected all of a model, got a rank of tensor parallel "
+                f"{parallel.degree}: copy the folder that it was loaded from, or load that without "
+                "tp_plan"
+            )
 
         vocabulary = {
             "embed_tokens": model.get_input_embeddings(),
@@ -199,9 +219,10 @@ def prepare(model: PreTrainedModel, stored: checkpoint.StoredFormat) -> None:
 
     Raises:
         ValueError: another architecture, one whose decoder has another name than in the folder, or
-            a model split over devices by tensor parallelism.
+            a `distributed_config` that the modules do not have.
     """
     from resq_kernels.nn.convert import convert
+    from resq_kernels.nn.tensor_parallel import check_degree
 
     prefix = architecture.DECODER_PREFIX
     if f"{model.base_model_prefix}." != prefix:
@@ -209,12 +230,8 @@ def prepare(model: PreTrainedModel, stored: checkpoint.StoredFormat) -> None:
             f"ResQ: expected a model whose tensors begin with {prefix!r} as the folder's do, got "
             f"{type(model).__name__}, in which they begin with '{model.base_model_prefix}.'"
         )
-
-    if getattr(model.config, "distributed_config", None) is not None:
-        raise ValueError(
-            "ResQ: distributed_config: expected None, tensor parallelism is not supported in "
-            f"transformers; got {model.config.distributed_config}"
-        )
+    shape = architecture.ModelShape.from_config(model.config.to_dict())
+    check_degree(shape, stored.config, transformers_parallel.degree_of(model.config))
     convert(model, stored.config, stored.tied_head, stored.has_basis)
     _ignore(model, re.escape(architecture.GUARD.removeprefix(prefix)) + "$")
     register_attention()
@@ -324,7 +341,10 @@ def num_parameters(
     from resq_kernels.nn.embedding import ResQEmbedding, TiedHead
     from resq_kernels.nn.hidden_basis import HiddenBasis
     from resq_kernels.nn.linear import ResQLinear
+    from resq_kernels.nn.tensor_parallel import parallel_of
 
+    parallel = parallel_of(model)
+    degree = 1 if parallel is None else parallel.degree  # every rank has as many rows
     count = 0
     for module in model.modules():
         if exclude_embeddings and isinstance(module, (ResQEmbedding, nn.Embedding)):
@@ -334,7 +354,7 @@ def num_parameters(
             count += sum(parameter.numel() for parameter in own if parameter.requires_grad)
         elif isinstance(module, ResQLinear):
             bias = 0 if module.bias is None else module.out_features
-            count += module.out_features * module.in_features + bias
+            count += degree * (module.out_features * module.in_features + bias)
         elif not isinstance(module, (ResQAttention, TiedHead, HiddenBasis)):
             count += sum(parameter.numel() for parameter in own)
     return count

@@ -96,8 +96,9 @@ def pack(model: nn.Module, read: Callable[[str], torch.Tensor] | None = None) ->
 
     Args:
         model: a model that `convert` made, with its tensors loaded.
-        read: a function that reads a tensor by its name in the model to the CPU, for the linears
-            that have no weight yet; several threads call it. None if all linears have theirs.
+        read: a function that reads a tensor by its name in the model, or a rank's rows of it
+            (`nn.tensor_parallel.distribute`), to the linear's device, for the linears that have no
+            weight yet; several threads call it. None if all linears have theirs.
 
     Raises:
         RuntimeError: a tensor is on meta: not loaded, or offloaded.

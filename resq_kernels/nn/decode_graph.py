@@ -16,6 +16,7 @@ import torch
 from resq_kernels.nn.attention import ResQAttention
 from resq_kernels.nn.batch import AttentionMetadata, BatchState, ForwardPass
 from resq_kernels.nn.kv_cache import ResQCacheLayer, cache_name
+from resq_kernels.nn.tensor_parallel import parallel_of
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -44,9 +45,9 @@ class DecodeGraph:
         max_new_tokens: number of steps to reserve pages for.
 
     Raises:
-        ValueError: a model that is not quantized, is on more than one device, or has a RoPE that
-            depends on the length; a cache that is empty, is not of 4-bit pages, or is not of this
-            model; max_new_tokens < 1.
+        ValueError: a model that is not quantized, is on more than one device, is shared by ranks,
+            or has a RoPE that depends on the length; a cache that is empty, is not of 4-bit pages,
+            or is not of this model; max_new_tokens < 1.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache, max_new_tokens: int) -> None:
@@ -177,6 +178,8 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     attentions = [module for module in model.modules() if isinstance(module, ResQAttention)]
     if not attentions or any(module.kv_bits != 4 for module in attentions):
         return "expected a quantized model with 4-bit keys and values"
+    if (parallel := parallel_of(model)) is not None:
+        return f"expected all of a model, got a rank of tensor parallel {parallel.degree}"
     if len(devices := {str(tensor.device) for tensor in model.parameters()}) > 1:
         return f"expected all weights on one device, got {', '.join(sorted(devices))}"
     rotary = getattr(model, model.base_model_prefix).rotary_emb

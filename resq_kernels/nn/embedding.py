@@ -46,9 +46,13 @@ class ResQEmbedding(ResQLinear):
             RuntimeError: not packed, or an id is out of range (`ops.embedding`).
             ValueError: rows of E, and the checkpoint does not hold the basis.
         """
-        data, scale, _, k_lo, k_hi = self.packed()
-        rows = ops.embedding(ids, data, scale, k_lo, k_hi, self.dtype)
+        rows = self.stored(ids)
         return rows if rotated else self.restored(rows)
+
+    def stored(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the matrix that is stored, as `forward` returns them."""
+        data, scale, _, k_lo, k_hi = self.packed()
+        return ops.embedding(ids, data, scale, k_lo, k_hi, self.dtype)
 
     def restored(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of E from rows of the matrix that is stored."""

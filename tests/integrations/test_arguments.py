@@ -264,8 +264,6 @@ def test_another_quantization_config_is_refused(folders: dict[int, Path]) -> Non
     for name in ("load_in_8bit", "load_in_4bit", "unknown"):
         with pytest.raises(TypeError, match=name):
             AutoModelForCausalLM.from_pretrained(folders[4], **{name: True})
-    with pytest.raises(ValueError, match="tensor parallelism is not supported"):
-        AutoModelForCausalLM.from_pretrained(folders[4], tp_plan="auto")
 
 
 def test_ids(model: Any) -> None:

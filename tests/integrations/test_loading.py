@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from resq_kernels import architecture
+from resq_kernels.checkpoint import keep_rows, open_folder
 from resq_kernels.formats import PackedWeight
 from resq_kernels.nn import convert
 from resq_kernels.nn.linear import ResQLinear
@@ -129,6 +130,18 @@ def test_a_tensor_is_read_as_it_is_stored(folder: Path) -> None:
     with reader.reading() as read, ThreadPoolExecutor(4) as pool:
         for name, tensor in zip(names * 5, pool.map(read, names * 5), strict=True):
             assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name])
+
+
+def test_a_part_of_the_rows_is_read(folder: Path) -> None:
+    whole = dict(open_folder(folder).reader.load_each(open_folder(folder).names))
+    weights = {name for name in whole if ".weight_" in name}
+    for index in range(4):
+        opened = open_folder(folder)
+        keep_rows(opened, index, 4)
+        with opened.reader.reading() as read:
+            for name, tensor in whole.items():
+                expected = tensor.chunk(4)[index] if name in weights else tensor
+                assert torch.equal(read(name), expected)
 
 
 def test_a_file_that_shrinks_while_it_is_loaded(folder: Path, tmp_path: Path) -> None:
