@@ -47,8 +47,8 @@ class StoredFormat(NamedTuple):
     """What a `quantization_config` says about the tensors of its folder.
 
     Attributes:
-        config: the options that it was made with; those of calibration, GPTQ and distillation are
-            not stored.
+        config: the options that it was made with; those of calibration, bases, GPTQ and
+            distillation are not stored.
         tied_head: whether the head reads the embedding's matrix.
         version: `format_version`.
     """
@@ -227,8 +227,8 @@ def validate(
     The checks are those of `open_folder` and of `check_values`.
 
     Returns:
-        The options that it was made with, but for those of calibration, GPTQ and distillation,
-        which are not stored.
+        The options that it was made with, but for those of calibration, bases, GPTQ and
+        distillation, which are not stored.
 
     Raises:
         CheckpointError: one sentence that names the tensor, what was expected and what was found.

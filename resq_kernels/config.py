@@ -5,10 +5,27 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from typing import ClassVar, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
 
 METHODS = ("resq", "quarot", "rtn")
 WEIGHT_METHODS = ("gptq", "rtn")
+BASES = ("balanced", "principal")
+TOKEN_WEIGHTS = ("attention", "uniform")
+HESSIAN_INPUTS = ("rounded", "exact")
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {
+        "bases": "principal",
+        "token_weights": "uniform",
+        "hessian_inputs": "exact",
+        "hadamard_block": 0,
+        "activation_clip": 1.0,
+        "embedding_bits": 16,
+        "dialogues": 0,
+    }
+}
+"""What differs from the defaults, by name. "paper": the choices of arXiv 2412.14363 as its authors'
+code makes them (docs/notes/0051-preset-paper.md)."""
 HIGH_FRACTION = 0.125
 """The share of method "resq", unless another is given."""
 HADAMARD_BLOCK = 256
@@ -35,6 +52,15 @@ class ResQConfig:
         weights: "gptq" or "rtn" (round to nearest); both search the clipping range by MSE.
         high_fraction: share of every input dimension kept in INT8. By default (None) 0.125 with
             method "resq", and 0 with the uniform methods, which take no other.
+        bases: those of keys and values. "balanced": against what reads them, queries and o_proj,
+            with a factor for every rotary pair of the keys and for every channel between up_proj
+            and down_proj. "principal": by their own variance alone, without factors, as in the
+            paper; refused with the other methods, which have no bases.
+        token_weights: how tokens count in the basis of the hidden states and in the Hessian of q, k
+            and v: "attention" (by what they receive of it, `ptq.token_weights`) or "uniform".
+        hessian_inputs: on which inputs GPTQ rounds, and errors are reported: "rounded" (activations
+            and cache as at run time) or "exact" (no activation is rounded, weights of earlier
+            linears are).
         hadamard_block: largest block of the Hadamard transform of down_proj's input, a power of two
             from 8 to 256 (`ModelShape.hadamard_block` is the one that a model has): the channels
             that matter most stay in INT8 as they are, `high_fraction` of them and what is left of
@@ -72,6 +98,9 @@ class ResQConfig:
 
     method: str = "resq"
     weights: str = "gptq"
+    bases: str = "balanced"
+    token_weights: str = "attention"
+    hessian_inputs: str = "rounded"
     high_fraction: float = cast(float, None)  # a number as soon as the object exists
     hadamard_block: int | None = None
     lo_bits: int = 4
@@ -91,7 +120,7 @@ class ResQConfig:
         if self.high_fraction is None:
             share = HIGH_FRACTION if self.method == "resq" else 0.0
             object.__setattr__(self, "high_fraction", share)
-        for name in ("method", "weights"):
+        for name in ("method", "weights", "bases", "token_weights", "hessian_inputs"):
             self._is_a(name, str, "a name")
         if self.distill_lr is None and self.distill_epochs:
             object.__setattr__(self, "distill_lr", DISTILL_LR)
@@ -108,6 +137,14 @@ class ResQConfig:
 
         _one_of("method", self.method, METHODS)
         _one_of("weights", self.weights, WEIGHT_METHODS)
+        _one_of("bases", self.bases, BASES)
+        if self.method != "resq" and self.bases != BASES[0]:
+            raise ValueError(
+                f"bases: method {self.method!r} has none, expected {BASES[0]!r} (the default), got "
+                f"{self.bases!r}"
+            )
+        _one_of("token_weights", self.token_weights, TOKEN_WEIGHTS)
+        _one_of("hessian_inputs", self.hessian_inputs, HESSIAN_INPUTS)
         _one_of("lo_bits", self.lo_bits, (4, 8))
         _one_of("kv_bits", self.kv_bits, (4, 16))
         _one_of("embedding_bits", self.embedding_bits, (8, 16))
@@ -147,6 +184,26 @@ class ResQConfig:
                 raise ValueError(f"distill_lr: expected a positive rate, got {self.distill_lr}")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed: expected an integer of 64 bits, got {self.seed}")
+
+    @classmethod
+    def from_preset(cls, name: str, **options: Any) -> ResQConfig:
+        """The options of a preset; those that are given override it.
+
+        Args:
+            name: a key of `PRESETS`.
+            options: fields.
+
+        Raises:
+            TypeError, ValueError: there is no such preset or field, or the values are impossible.
+        """
+        _one_of("preset", name, tuple(PRESETS))
+        return cls(**{**PRESETS[name], **options})
+
+    @property
+    def preset(self) -> str | None:
+        """The preset all of whose choices are made here."""
+        mine = self.to_dict().items()
+        return next((name for name, choices in PRESETS.items() if choices.items() <= mine), None)
 
     def _is_a(self, name: str, kind: type | tuple[type, ...], word: str) -> None:
         value = getattr(self, name)

@@ -62,8 +62,10 @@ class Folder:
         if self.options is None:
             method = self.quantization.get("quant_method", "unknown")
             return str(getattr(method, "value", method))
-        trained = (self.report or {}).get("config", {}).get("distill_epochs")
-        return f"{self.options.method}, {self.options.weights}" + (", distilled" if trained else "")
+        report = self.report or {}
+        preset, trained = report.get("preset"), report.get("config", {}).get("distill_epochs")
+        parts = [self.options.method, self.options.weights, preset and f"preset {preset}"]
+        return ", ".join(filter(None, [*parts, "distilled" if trained else None]))
 
     @property
     def bits(self) -> dict[str, list[int]] | None:

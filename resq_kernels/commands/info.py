@@ -165,10 +165,11 @@ def model_figures(model: str) -> dict[str, Any]:
         CommandError, CheckpointError: there is no such model, or the folder is damaged.
     """
     from resq_kernels.commands.sizes import part_sizes
+    from resq_kernels.ptq.workspace import REPORT_FILE
     from resq_kernels.safetensors_io import find_weights, read_json
 
     folder = Path(model)
-    weights, parts = None, None
+    weights, parts, options = None, None, None
     if folder.exists() and not loading.is_gguf(model):
         loading.check_folder(folder)
         config = read_json(folder / "config.json")
@@ -176,6 +177,7 @@ def model_figures(model: str) -> dict[str, Any]:
         weights = None if found is None else found.name
         if found is not None and ".bin" not in found.suffixes:
             parts = part_sizes(folder)
+        options = _options(folder / REPORT_FILE)
     else:
         config = loading.load_config(model).to_dict()
     names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
@@ -189,9 +191,21 @@ def model_figures(model: str) -> dict[str, Any]:
         "architecture": str(named or "unknown"),
         "shape": {name: sizes.get(name) for name in names},
         "quantization": config.get("quantization_config"),
+        "options": options,
         "weights": weights,
         "bytes": parts,
     }
+
+
+def _options(path: Path) -> dict[str, Any] | None:
+    """The preset and options of a report, which has those that loading a folder does not need."""
+    from resq_kernels.safetensors_io import read_json
+
+    if not path.is_file():
+        return None
+    report = read_json(path)
+    config = report.get("config")
+    return {"preset": report.get("preset"), **config} if isinstance(config, dict) else None
 
 
 def _model_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
@@ -203,6 +217,8 @@ def _model_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if isinstance(quantized, dict):
         rows += [(key, str(value)) for key, value in quantized.items()]
+        others = (figures["options"] or {}).items()
+        rows += [(key, str(value)) for key, value in others if key not in quantized]
     else:
         rows.append(("quantization", "none" if quantized is None else str(quantized)))
     if Path(figures["name"]).is_dir():

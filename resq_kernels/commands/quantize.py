@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import glob
 import os
 import sys
@@ -15,11 +16,15 @@ from resq_kernels.commands import loading, output
 from resq_kernels.commands.arguments import at_least, real
 from resq_kernels.commands.output import CommandError, UsageError
 from resq_kernels.config import (
+    BASES,
     DISTILL_LR,
     HADAMARD_BLOCK,
     HADAMARD_BLOCKS,
     HELD_OUT,
+    HESSIAN_INPUTS,
     METHODS,
+    PRESETS,
+    TOKEN_WEIGHTS,
     WEIGHT_METHODS,
     ResQConfig,
 )
@@ -46,11 +51,12 @@ examples:
   resq quantize ./model out/model-resq --calib calibration.txt --samples 64 --seqlen 1024
   resq quantize ./model out/model-rtn --method rtn --weights rtn --calib calibration.txt
   resq quantize model.gguf out/model-resq --calib calibration.txt
+  resq quantize ./model out/model-paper --preset paper
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `resq quantize`; defaults are those of ResQConfig."""
+    """The options of `resq quantize`; those of ResQConfig that are not given are None."""
     defaults = ResQConfig()
     parser.add_argument(
         "model", metavar="MODEL", help="HF folder or hub name, or a GGUF file; see above"
@@ -71,7 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples",
         type=at_least(1),
-        default=defaults.samples,
         metavar="N",
         help=f"calibration windows (default: {defaults.samples})",
     )
@@ -97,18 +102,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="other windows of the text, on which the result is measured against the 16-bit model "
         f"(default: {HELD_OUT}; 0: no verdict)",
     )
+    choices = ", ".join(f"{_flag(name)} {value}" for name, value in PRESETS["paper"].items())
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help=f"paper: the choices of the ResQ paper as its authors' code makes them, {choices}; "
+        "options that are given as well override them",
+    )
     parser.add_argument(
         "--method",
         choices=METHODS,
-        default=defaults.method,
         help="resq: PCA bases, rotated inside each part, INT4 and INT8 (default); quarot: rotation "
         "only, INT4; rtn: plain INT4",
     )
     parser.add_argument(
         "--weights",
         choices=WEIGHT_METHODS,
-        default=defaults.weights,
         help="how weights are rounded (default: gptq)",
+    )
+    parser.add_argument(
+        "--bases",
+        choices=BASES,
+        help="bases of keys and values: balanced against what reads them (default), or principal, "
+        "by their own variance alone",
+    )
+    parser.add_argument(
+        "--token-weights",
+        choices=TOKEN_WEIGHTS,
+        help="how tokens count in the basis of the hidden states and in GPTQ of q, k and v: by the "
+        "attention that they receive (default), or uniform",
+    )
+    parser.add_argument(
+        "--hessian-inputs",
+        choices=HESSIAN_INPUTS,
+        help="on which inputs GPTQ rounds: rounded as at run time (default), or exact",
     )
     parser.add_argument(
         "--high-fraction",
@@ -130,30 +157,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lo-bits",
         type=int,
         choices=(4, 8),
-        default=defaults.lo_bits,
         help="bits of the low part of the activations (default: 4)",
     )
     parser.add_argument(
         "--kv-bits",
         type=int,
         choices=(4, 16),
-        default=defaults.kv_bits,
         help="4 quantizes keys and values (default), 16 leaves them",
     )
     parser.add_argument(
         "--embedding-bits",
         type=int,
         choices=(8, 16),
-        default=defaults.embedding_bits,
         help="8 quantizes embedding and head (default), 16 leaves them",
     )
     parser.add_argument(
-        "--symmetric", action="store_true", help="symmetric instead of asymmetric activations"
+        "--symmetric",
+        action="store_true",
+        default=None,
+        help="symmetric instead of asymmetric activations",
     )
     parser.add_argument(
         "--activation-clip",
         type=real(0.0, 1.0, open_low=True),
-        default=defaults.activation_clip,
         metavar="C",
         help="factor on the range of the low part of the activations (default: what fits each "
         "width; 1 with method rtn and with --lo-bits 8)",
@@ -161,14 +187,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--damping",
         type=real(0.0, 1.0, open_low=True),
-        default=defaults.damping,
         metavar="D",
         help=f"GPTQ's damping, as a share of the mean diagonal (default: {defaults.damping})",
     )
     parser.add_argument(
         "--distill-epochs",
         type=at_least(0),
-        default=defaults.distill_epochs,
         metavar="N",
         help="train the INT8 columns and the rows' gains of the rounded weights to give the 16-bit "
         "model's predictions, in N passes over the calibration windows (default: 0, no training)",
@@ -176,15 +200,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--distill-lr",
         type=real(0.0, 1.0, open_low=True),
-        default=defaults.distill_lr,
         metavar="R",
         help="largest learning rate of that training, in steps of the INT8 weights "
         f"(default: {DISTILL_LR})",
     )
     loading.add_device_argument(parser)
-    parser.add_argument(
-        "--seed", type=at_least(0), default=defaults.seed, metavar="S", help="default: 0"
-    )
+    parser.add_argument("--seed", type=at_least(0), metavar="S", help="default: 0")
     parser.add_argument(
         "--resume", action="store_true", help="continue an interrupted run of the same inputs"
     )
@@ -268,25 +289,16 @@ def _say_what_is_kept(out: Path) -> None:
 
 
 def _config(args: argparse.Namespace, seqlen: int) -> ResQConfig:
-    options = {} if args.high_fraction is None else {"high_fraction": args.high_fraction}
-    return ResQConfig(
-        method=args.method,
-        hadamard_block=args.hadamard_block,
-        weights=args.weights,
-        lo_bits=args.lo_bits,
-        kv_bits=args.kv_bits,
-        embedding_bits=args.embedding_bits,
-        symmetric=args.symmetric,
-        activation_clip=args.activation_clip,
-        damping=args.damping,
-        distill_epochs=args.distill_epochs,
-        distill_lr=args.distill_lr,
-        samples=args.samples,
-        dialogues=args.dialogues,
-        seqlen=seqlen,
-        seed=args.seed,
-        **options,
-    )
+    names = {field.name for field in dataclasses.fields(ResQConfig)} - {"seqlen"}
+    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    if args.preset is None:
+        return ResQConfig(seqlen=seqlen, **given)
+    return ResQConfig.from_preset(args.preset, seqlen=seqlen, **given)
+
+
+def _flag(name: str) -> str:
+    """The option of a field."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _check_out(out: Path, resume: bool) -> None:
@@ -403,7 +415,7 @@ def _advice(report: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     better = {"method": "resq", "weights": "gptq", "distill_epochs": 1}
     options = [
-        f"--{name.replace('_', '-')} {value}"
+        f"{_flag(name)} {value}"
         for name, value in better.items()
         if config[name] != value and not (name == "distill_epochs" and config[name])
     ]

@@ -26,10 +26,10 @@ class Basis:
 
     Attributes:
         hidden: U_A's eigenvectors [hidden, hidden], orthogonal.
-        values: U_B's balancing matrices [layers, kv_heads, head_dim, head_dim]; v_proj's outputs
-            are multiplied by them.
+        values: U_B's matrices [layers, kv_heads, head_dim, head_dim], balancing or orthogonal;
+            v_proj's outputs are multiplied by them.
         values_inverse: their inverses, multiplied into o_proj.
-        keys: U_C's joint components [layers, head_dim, head_dim], orthogonal.
+        keys: U_C's components [layers, head_dim, head_dim], orthogonal.
         key_factors: [layers, kv_heads, head_dim / 2]: k_proj's rotary pairs are multiplied by
             them, q_proj's are divided by them.
         intermediate_factors: [layers, intermediate]: up_proj's rows are multiplied by them,
@@ -56,44 +56,55 @@ class Basis:
         return self.hidden, self.values, self.keys
 
 
-def find_basis(model: SourceModel, moments: SecondMoments) -> Basis:
-    """Finds a PCA basis of the residual stream, joint ones of keys and queries, and balanced ones
-    of values.
+def find_basis(model: SourceModel, moments: SecondMoments, bases: str = "balanced") -> Basis:
+    """Finds a PCA basis of the residual stream, and bases of keys and of values.
 
-    Formula: E[x x^T] = P diag(variance) P^T for U_A. U_C splits keys and queries, sums over all kv
-    heads after `key_factors`, so that the noise of the keys' INT4 part is smallest in the scores
-    (`joint_components`). U_B balances E[a a^T] of attention's outputs against o_proj's columns
-    (`balance.balancing`): a principal basis whose columns are scaled as well.
+    Formula: E[x x^T] = P diag(variance) P^T for U_A.
 
-    Source: arXiv 2412.14363, section 4, where U_B is orthogonal, U_C the keys' own PCA, and there
-    are no factors. U_C: docs/notes/0035-tokens-that-matter.md. U_B and the factors: on the small
-    Llama of examples/ with planted outliers, the divergence from the 16-bit model falls by 16 %
-    (RTN) and 13 % (GPTQ), docs/notes/0004-quantizer.md.
+    "balanced": U_C splits keys and queries, sums over all kv heads after `key_factors`, so that the
+    noise of the keys' INT4 part is smallest in the scores (`joint_components`). U_B balances
+    E[a a^T] of attention's outputs against o_proj's columns (`balance.balancing`): a principal
+    basis whose columns are scaled as well. "principal": U_C is the PCA of the keys, summed over the
+    kv heads, U_B that of each kv head's values, and all factors are 1.
+
+    Args:
+        model: the source.
+        moments: those of `calibrate`.
+        bases: as in `ResQConfig`.
+
+    Source: "principal" is arXiv 2412.14363, section 4. U_C: docs/notes/0035-tokens-that-matter.md.
+    U_B and the factors: on the small Llama of examples/ with planted outliers, the divergence from
+    the 16-bit model falls by 16 % (RTN) and 13 % (GPTQ), docs/notes/0004-quantizer.md.
     """
     shape = model.shape
-    value_grams, down_powers = [], []
-    for index in range(shape.layers):
-        prefix = layer_prefix(index)
-        o_proj = model.load(f"{prefix}{O_PROJ}.weight").double()
-        heads = o_proj.unflatten(1, (shape.kv_heads, -1, shape.head_dim))
-        value_grams.append(torch.einsum("nkgi,nkgj->kij", heads, heads))
-        down_powers.append(model.load(f"{prefix}{DOWN_PROJ}.weight").double().square().sum(0))
-    columns = torch.stack(down_powers)
-    values, values_inverse, value_variances = balancing(moments.attended, torch.stack(value_grams))
-    key_factors = channel_factors(_pair_power(moments.keys), _pair_power(moments.queries))
-    both = key_factors.repeat(1, 1, 2)
-    keys = (both.unsqueeze(-1) * moments.keys * both.unsqueeze(-2)).sum(1)
-    queries = (moments.queries / both.unsqueeze(-1) / both.unsqueeze(-2)).sum(1)
+    down = (model.load(f"{layer_prefix(i)}{DOWN_PROJ}.weight") for i in range(shape.layers))
+    columns = torch.stack([weight.double().square().sum(0) for weight in down])
+    key_powers, query_powers = _pair_power(moments.keys), _pair_power(moments.queries)
     hidden_variances, hidden = principal_components(moments.hidden)
-    low = split_columns(shape.head_dim, CACHE_HIGH_FRACTION)[0]
-    key_basis = joint_components(keys, queries, low)
+    if bases == "principal":
+        value_variances, values = principal_components(moments.values)
+        values_inverse = values.mT.contiguous()
+        key_factors = torch.ones_like(key_powers)
+        intermediate_factors = torch.ones_like(columns)
+        keys = moments.keys.sum(1)
+        key_basis = principal_components(keys)[1]
+    else:
+        grams = _value_grams(model)
+        values, values_inverse, value_variances = balancing(moments.attended, grams)
+        key_factors = channel_factors(key_powers, query_powers)
+        intermediate_factors = channel_factors(moments.intermediate, columns)
+        both = key_factors.repeat(1, 1, 2)
+        keys = (both.unsqueeze(-1) * moments.keys * both.unsqueeze(-2)).sum(1)
+        queries = (moments.queries / both.unsqueeze(-1) / both.unsqueeze(-2)).sum(1)
+        low = split_columns(shape.head_dim, CACHE_HIGH_FRACTION)[0]
+        key_basis = joint_components(keys, queries, low)
     return Basis(
         hidden=hidden,
         values=values,
         values_inverse=values_inverse,
         keys=key_basis,
         key_factors=key_factors,
-        intermediate_factors=channel_factors(moments.intermediate, columns),
+        intermediate_factors=intermediate_factors,
         intermediate_power=moments.intermediate * columns,
         hidden_variances=hidden_variances,
         value_variances=value_variances,
@@ -135,6 +146,16 @@ def joint_components(keys: torch.Tensor, queries: torch.Tensor, low: int) -> tor
         part = vectors[..., :low]
         traces = ((both @ part) * part).sum((-2, -1))
     return _with_signs(vectors)
+
+
+def _value_grams(model: SourceModel) -> torch.Tensor:
+    """W^T W of the columns of o_proj that read a kv head, [layers, kv_heads, head_dim, head_dim]."""
+    shape, grams = model.shape, []
+    for index in range(shape.layers):
+        o_proj = model.load(f"{layer_prefix(index)}{O_PROJ}.weight").double()
+        heads = o_proj.unflatten(1, (shape.kv_heads, -1, shape.head_dim))
+        grams.append(torch.einsum("nkgi,nkgj->kij", heads, heads))
+    return torch.stack(grams)
 
 
 def _with_signs(vectors: torch.Tensor) -> torch.Tensor:

@@ -27,10 +27,10 @@ class SecondMoments:
 
     Attributes:
         hidden: [hidden, hidden]: normalised inputs of the linears that read the residual stream,
-            mean over layers of the average of attention's, weighted by `attention_weights`, and the
-            MLP's.
-        attended: [layers, kv_heads, head_dim, head_dim]: outputs of attention, mean over the query
-            heads of a kv head.
+            mean over layers of the average of attention's, by default weighted by
+            `attention_weights`, and the MLP's.
+        values: [layers, kv_heads, head_dim, head_dim]: outputs of v_proj.
+        attended: same shape: outputs of attention, mean over the query heads of a kv head.
         keys: same shape: keys after RoPE.
         queries: same shape: queries after RoPE, mean over the query heads of a kv head.
         intermediate: [layers, intermediate]: mean squares of down_proj's inputs before the Hadamard
@@ -38,6 +38,7 @@ class SecondMoments:
     """
 
     hidden: torch.Tensor
+    values: torch.Tensor
     attended: torch.Tensor
     keys: torch.Tensor
     queries: torch.Tensor
@@ -147,10 +148,12 @@ def calibrate(
     device: str = "cpu",
     progress: bool = True,
     keep_states: bool = False,
+    weighted: bool = True,
 ) -> SecondMoments:
     """Runs the float model layer by layer over the windows and sums second moments (`Gram`).
 
-    Its linears are computed in `product_dtype`, everything else in float32.
+    Its linears are computed in `product_dtype`, everything else in float32. Without `weighted` all
+    tokens count alike.
 
     Norm gains are folded into the linears first, so the inputs are those of the model that is then
     rotated. Memory: one layer and `BATCH_TOKENS` tokens of activations; hidden states live in the
@@ -171,7 +174,7 @@ def calibrate(
         after = float_states(work, tokens, shape, index + 1)
         layer = model.layer(index, fold_norms=True).to(device, product_dtype(model.dtype, device))
         decoder = DecoderLayer(shape, layer, rope)
-        moments = _run_layer(decoder, states.read(), after.begin(), device)
+        moments = _run_layer(decoder, states.read(), after.begin(), device, weighted)
         after.finish()
         for name, moment in moments.items():
             if not torch.isfinite(moment).all():
@@ -196,7 +199,11 @@ def calibrate(
 
 
 def _run_layer(
-    decoder: DecoderLayer, states: torch.Tensor, after: torch.Tensor, device: str
+    decoder: DecoderLayer,
+    states: torch.Tensor,
+    after: torch.Tensor,
+    device: str,
+    weighted: bool,
 ) -> dict[str, torch.Tensor]:
     """Fills `after` with the layer's output and returns the moments of one layer."""
     shape = decoder.shape
@@ -211,8 +218,9 @@ def _run_layer(
         gate_up_input = decoder.gate_up_input(between)
         down_input = decoder.down_input(gate_up_input)
         after[part] = decoder.output(between, down_input).cpu()
-        hidden.add(qkv_input, attention_weights(queries, keys))
+        hidden.add(qkv_input, attention_weights(queries, keys) if weighted else None)
         hidden.add(gate_up_input)
+        moments["values"] += gram_per_head(values, shape.kv_heads)
         moments["attended"] += gram_per_head(decoder.split_heads(attended), shape.kv_heads)
         moments["keys"] += gram_per_head(keys, shape.kv_heads)
         moments["queries"] += gram_per_head(queries, shape.kv_heads)
@@ -224,6 +232,7 @@ def _run_layer(
 def _zero_moments(shape: ModelShape, device: str) -> dict[str, torch.Tensor]:
     head = (shape.kv_heads, shape.head_dim, shape.head_dim)
     sizes = {
+        "values": head,
         "attended": head,
         "keys": head,
         "queries": head,

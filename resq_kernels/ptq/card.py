@@ -18,7 +18,7 @@ _TEXT = """\
 
 Weights and activations of {name} in 4 bits, with 1/8 of every dimension in 8; {cache}; {embedding}.
 Made by [ResQ](https://arxiv.org/abs/2412.14363) with `resq_kernels`. `quantization_report.html`
-has the error of every layer.
+has the error of every layer.{preset}
 {facts}
 Needs `resq_kernels` installed in the environment:
 
@@ -72,6 +72,7 @@ def write_card(
         facts="".join(f"\n- {name}: {value}" for name, value in facts) + "\n" * bool(facts),
         cache="KV cache in 4 bits" if config.kv_bits == 4 else "KV cache in 16 bits",
         embedding=f"embedding and head in {config.embedding_bits} bits",
+        preset=f" Preset: {config.preset}." if config.preset else "",
         options="\n".join(f"| {key} | {value} |" for key, value in config.to_dict().items()),
     )
     if config.method != "resq":

@@ -96,8 +96,9 @@ def work_bytes(
 
     Args:
         shape: sizes of the model.
-        config: the options, for the bits of the embedding.
-        windows, seqlen: calibration tokens; hidden states and the codes of an input are stored.
+        config: the options.
+        windows, seqlen: calibration tokens; hidden states and an input, in codes or exact, are
+            stored.
         item_bytes: size of an element of the embedding.
     """
     linears = sum(shape.linear(name)[0] * (shape.linear(name)[1] + 8) for name in LINEARS)
@@ -105,15 +106,16 @@ def work_bytes(
     # What a training begins with, its state, and the next, written before the last is deleted.
     trained = 28 * _trained(shape, config) if config.distill_epochs else 0
     head = shape.kv_heads * shape.head_dim**2
-    moments = 8 * (3 * shape.hidden**2 + shape.layers * (6 * head + 3 * shape.intermediate))
+    moments = 8 * (3 * shape.hidden**2 + shape.layers * (7 * head + 3 * shape.intermediate))
     states = 4 * 4 * windows * seqlen * shape.hidden
     # Layers exist twice while they are joined; hidden states are deleted by then.
     vocabulary = 2 * shape.vocab * shape.hidden * item_bytes
     if config.embedding_bits == 8:
         vocabulary = (1 if shape.tied else 2) * shape.vocab * (shape.hidden + 8)
     joined = (3 if config.distill_epochs else 2) * quantized + vocabulary
-    codes = windows * seqlen * (max(shape.linear(name)[1] for name in LINEARS) + 16)
-    return moments + max(states + codes + quantized + trained, joined)
+    widest = max(shape.linear(name)[1] for name in LINEARS)
+    row = widest + 16 if config.hessian_inputs == "rounded" else 4 * widest
+    return moments + max(states + windows * seqlen * row + quantized + trained, joined)
 
 
 def check_memory(shape: ModelShape, config: ResQConfig, device: str) -> None:

@@ -1,6 +1,7 @@
 """One decoder layer in float32, cut at the inputs of its linears.
 
-Calibration takes the inputs from this layer; GPTQ takes them from the rounded one (`rounded.py`).
+Calibration takes the inputs from this layer; GPTQ takes them from the rounded one (`rounded.py`),
+or with `hessian_inputs` "exact" from this one with the weights that are rounded already.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from resq_kernels.architecture import (
     QKV,
     ModelShape,
 )
+from resq_kernels.formats import QuantizedWeight
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -181,6 +183,11 @@ class DecoderLayer:
         """The whole layer."""
         hidden = self.after_attention(x, self.o_input(self.qkv_input(x)))
         return self.output(hidden, self.down_input(self.gate_up_input(hidden)))
+
+    def round(self, names: tuple[str, ...], weight: QuantizedWeight) -> None:
+        """Sets the weight, all rows in this order, of the linears that read one input."""
+        rows = [self.shape.linear(name)[0] for name in names]
+        self.layer.weights |= zip(names, weight.dequantize().split(rows), strict=True)
 
     def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """The output of a linear."""

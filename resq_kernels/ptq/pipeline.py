@@ -125,6 +125,7 @@ def quantize_folder(
             "windows": windows,
             "dialogues": len(written),
             "seqlen": seqlen,
+            "preset": config.preset,
             "config": config.to_dict(),
             "inputs": description,
             "files": inputs.hashes(folder, filter(Path.is_file, folder.rglob("*"))),
@@ -154,10 +155,11 @@ def _layers(
     distills = config.distill_epochs > 0
 
     def moments() -> SecondMoments:
-        return calibrate(model, calibration, rope, work, device, progress, keep_states=distills)
+        weighted = config.token_weights == "attention"
+        return calibrate(model, calibration, rope, work, device, progress, distills, weighted)
 
     if config.method == "resq":
-        basis = work.stage("basis", Basis, lambda: find_basis(model, moments()))
+        basis = work.stage("basis", Basis, lambda: find_basis(model, moments(), config.bases))
     elif distills and not work.has(DISTILLED):
         moments()  # for the states after the last layer
     if config.rotates:

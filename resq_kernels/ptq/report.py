@@ -99,7 +99,7 @@ def render(report: Mapping[str, Any]) -> str:
     before, after = report["bytes_before"], report["bytes_after"]
     facts = [
         *((name, value.replace("+-", "±")) for name, value in verdict_facts(report)),
-        ("method", f"{report['config']['method']}, weights by {report['config']['weights']}"),
+        ("method", _method(report)),
         ("size", f"{before / 1e6:.1f} MB to {after / 1e6:.1f} MB ({before / after:.2f} times)"),
         ("calibration", _calibration(report)),
         *distillation_fact(report),
@@ -109,8 +109,7 @@ def render(report: Mapping[str, Any]) -> str:
         f"<h1>Quantization of {html.escape(report['model'])}</h1>",
         html_page.table(facts),
         "<h2>Relative output error of every linear</h2>",
-        "<p>||W x - W' x|| / ||W x|| over the calibration inputs x; for q, k and v weighted by the "
-        "attention that the tokens receive.</p>",
+        f"<p>||W x - W' x|| / ||W x|| over {_inputs(report['config'])}.</p>",
         _error_figure(report["layers"]),
     ]
     if "spectra" in report:
@@ -127,6 +126,23 @@ def render(report: Mapping[str, Any]) -> str:
     parts.append("<h2>All linears</h2>")
     parts.append(html_page.table(rows, ("linear", "rows", "columns", "error")))
     return html_page.page("Quantization report", parts)
+
+
+def _method(report: Mapping[str, Any]) -> str:
+    config, preset = report["config"], report["preset"]
+    return f"{config['method']}, weights by {config['weights']}" + (
+        f", preset {preset}" if preset else ""
+    )
+
+
+def _inputs(config: Mapping[str, Any]) -> str:
+    """On which inputs errors are measured, in words."""
+    rounded = "the calibration inputs x"
+    exact = "the inputs x that the calibration would give if no activation were rounded"
+    text = rounded if config["hessian_inputs"] == "rounded" else exact
+    if config["token_weights"] == "uniform":
+        return text
+    return f"{text}; for q, k and v weighted by the attention that the tokens receive"
 
 
 def _calibration(report: Mapping[str, Any]) -> str:

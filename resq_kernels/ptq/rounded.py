@@ -82,8 +82,8 @@ class RoundedLayer:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The whole layer."""
-        hidden = self.after_attention(x, self.o_input(self.qkv(self.qkv_input(x))))
-        return self.output(hidden, self.down_input(self.gate_up(self.gate_up_input(hidden))))
+        hidden = self.after_attention(x, self.o_input(self.qkv_input(x)))
+        return self.output(hidden, self.down_input(self.gate_up_input(hidden)))
 
     def qkv_input(self, x: torch.Tensor) -> MixedTensor:
         """The input of q_proj, k_proj and v_proj."""
@@ -93,9 +93,9 @@ class RoundedLayer:
         """The outputs of q_proj, k_proj and v_proj, side by side."""
         return self.linear(qkv_input, QKV)
 
-    def o_input(self, qkv: torch.Tensor) -> MixedTensor:
-        """The input of o_proj."""
-        attended = self.float.mix(*self.rounded_heads(*self.split_heads(qkv)))
+    def o_input(self, qkv_input: MixedTensor) -> MixedTensor:
+        """The input of o_proj, from the input of q, k and v."""
+        attended = self.float.mix(*self.rounded_heads(*self.split_heads(self.qkv(qkv_input))))
         return self.round_attended(self.join_heads(attended))
 
     def join_heads(self, attended: torch.Tensor) -> torch.Tensor:
@@ -165,8 +165,12 @@ class RoundedLayer:
         """The outputs of gate_proj and up_proj, side by side."""
         return self.linear(gate_up_input, GATE_UP)
 
-    def down_input(self, gate_up: torch.Tensor) -> MixedTensor:
-        """The input of down_proj."""
+    def down_input(self, gate_up_input: MixedTensor) -> MixedTensor:
+        """The input of down_proj, from that of gate and up."""
+        return self.round_product(self.gate_up(gate_up_input))
+
+    def round_product(self, gate_up: torch.Tensor) -> MixedTensor:
+        """The input of down_proj, from the outputs of gate_proj and up_proj side by side."""
         return ops.silu_mul_hadamard_quantize(
             gate_up, self.layer.hadamard, *self.format(DOWN_PROJ), self.layer.hadamard_block
         )

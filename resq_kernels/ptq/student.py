@@ -82,7 +82,7 @@ class StudentLayer(RoundedLayer):
         hidden = x + o
         gate_up_input = self.gate_up_input(hidden)
         gate_up = self.gate_up(gate_up_input)
-        down_input = self.down_input(gate_up)
+        down_input = self.round_product(gate_up)
         down = self.linear(down_input, (DOWN_PROJ,))
 
         by_product = self._through_linear((DOWN_PROJ,), down_input, down, gradient)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from resq_kernels.config import ResQConfig
 
 KEYS = {"layers", "bytes_before", "bytes_after", "seconds", "config"}
 KEYS |= {"model", "windows", "seqlen", "spectra", "inputs", "files", "verdict"}
-KEYS |= {"dialogues", "verdict_in_dialogues"}
+KEYS |= {"dialogues", "verdict_in_dialogues", "preset"}
 
 
 def test_quantize_writes_a_whole_folder_and_the_documented_keys(
@@ -41,7 +42,7 @@ def test_quantize_writes_a_whole_folder_and_the_documented_keys(
         assert set(layer) >= {"name", "rows", "columns", "error"}
         assert 0 < layer["error"] < 0.5
     expected = ResQConfig(samples=4, seqlen=48, dialogues=0, seed=3)
-    assert figures["config"] == expected.to_dict()
+    assert figures["config"] == expected.to_dict() and figures["preset"] is None
     sizes = part_sizes(out)
     # Bytes of a row: q, k, v, gate, up 112 | 16 columns, o 224 | 32, down 160 | 32.
     rows = {112 // 2 + 16: 256 + 128 + 128 + 192 + 192, 224 // 2 + 32: 128, 160 // 2 + 32: 128}
@@ -53,6 +54,52 @@ def test_quantize_writes_a_whole_folder_and_the_documented_keys(
     info = resq("info", out)
     assert info.code == 0
     assert "quant_method" in info.out and "resq" in info.out
+    for name, value in figures["config"].items():  # also those that config.json does not have
+        assert re.search(rf"^{name} +{re.escape(str(value))}$", info.out, re.M), name
+
+
+def test_a_preset_is_its_fields_spelled_out(
+    llama: Path, text_file: Path, tmp_path: Path, resq: Callable[..., Result]
+) -> None:
+    """The same bits; report, page, card, `info` and `compare` name it; options override it."""
+    chat = shutil.copytree(llama, tmp_path / "chat")  # a template, so that dialogues are possible
+    (chat / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    text = ("--calib", text_file, "--samples", 4, "--seqlen", 32, "--held-out", 0)
+    spelled = ("--bases", "principal", "--token-weights", "uniform", "--hessian-inputs", "exact")
+    spelled += ("--hadamard-block", 0, "--activation-clip", 1, "--embedding-bits", 16)
+    spelled += ("--dialogues", 0)
+    for weights in ("gptq", "rtn"):
+        outs = [tmp_path / f"{name}-{weights}" for name in ("preset", "spelled")]
+        for out, options in zip(outs, (("--preset", "paper"), spelled), strict=True):
+            result = resq("quantize", chat, out, *text, *options, "--weights", weights)
+            assert result.code == 0, result.err
+            report = json.loads((out / "quantization_report.json").read_text())
+            assert report["preset"] == "paper" and report["dialogues"] == 0
+            for name in ("quantization_report.html", "README.md"):
+                words = (out / name).read_text().lower()
+                assert "preset" in words and "paper" in words
+            assert "if no activation were rounded" in (out / "quantization_report.html").read_text()
+        files = ("model.safetensors", "config.json")
+        assert all((outs[0] / f).read_bytes() == (outs[1] / f).read_bytes() for f in files)
+        stored = json.loads((outs[0] / "config.json").read_text())["quantization_config"]
+        assert not {"preset", "bases", "token_weights", "hessian_inputs"} & set(stored)
+        assert from_pretrained(outs[0]).lm_head.weight.shape == (320, 128)
+    info = resq("info", outs[0])
+    assert re.search("^preset +paper$", info.out, re.M)
+    compared = resq("compare", *outs, "--reference", chat, "--text", text_file, "--seqlen", 32)
+    assert compared.code == 0, compared.err
+    assert compared.out.count("resq, rtn, preset paper") == 2
+
+    other = tmp_path / "other"
+    result = resq("quantize", chat, other, *text, "--preset", "paper", "--embedding-bits", 8)
+    assert result.code == 0, result.err
+    report = json.loads((other / "quantization_report.json").read_text())
+    paper = ResQConfig.from_preset("paper", embedding_bits=8, samples=4, seqlen=32)
+    assert report["config"] == paper.to_dict() and report["preset"] is None
+    refused = resq("quantize", chat, tmp_path / "no", *text, "--preset", "paper", "--method", "rtn")
+    assert refused.code == 2 and "bases: method 'rtn' has none" in refused.sentence
 
 
 def test_the_verdict_is_in_the_table_the_page_and_the_card(

@@ -145,7 +145,11 @@ def test_a_config_survives_copies_and_folders(method: str) -> None:
         ),
         ("damping", None, "expected a number, got None"),
         *(("symmetric", value, f"True or False, got {value!r}") for value in ("yes", 1, None)),
-        *((field, 3, "expected a name, got 3") for field in ("method", "weights")),
+        *(
+            (field, value, f"expected a name, got {value!r}")
+            for field in ("method", "weights", "bases", "token_weights", "hessian_inputs")
+            for value in (3, None, True)
+        ),
     ],
 )
 def test_a_value_of_another_type(field: str, value: object, words: str) -> None:
@@ -158,6 +162,9 @@ def test_a_value_of_another_type(field: str, value: object, words: str) -> None:
     [
         ("method", "RESQ"),
         ("weights", "awq"),
+        ("bases", "orthogonal"),
+        ("token_weights", "none"),
+        ("hessian_inputs", "float"),
         ("lo_bits", 3),
         ("kv_bits", 8),
         ("embedding_bits", 4),

@@ -96,8 +96,8 @@ def test_a_student_layer_computes_as_the_quantized_one(
     for names in GROUPS:
         quantized.round(names, QuantizedWeight.cat([pair.weights[name] for name in names]))
     x = torch.randn(2, 48, model.shape.hidden)
-    hidden = quantized.after_attention(x, quantized.o_input(quantized.qkv(quantized.qkv_input(x))))
-    products = quantized.down_input(quantized.gate_up(quantized.gate_up_input(hidden)))
+    hidden = quantized.after_attention(x, quantized.o_input(quantized.qkv_input(x)))
+    products = quantized.down_input(quantized.gate_up_input(hidden))
     student = pair.student()
     assert torch.equal(student.forward(x), quantized.output(hidden, products))
     for name, weight in student.weights().items():
@@ -123,12 +123,11 @@ class GraphLayer(DecoderLayer):
         self.gains = {n: torch.zeros(len(t)).requires_grad_() for n, t in pair.targets.items()}
         mine = pair.student()
         codes = [mine.qkv_input(x)]
-        qkv = mine.qkv(codes[0])
-        self.cached = mine.rounded_heads(*mine.split_heads(qkv))
-        codes.append(mine.o_input(qkv))
+        self.cached = mine.rounded_heads(*mine.split_heads(mine.qkv(codes[0])))
+        codes.append(mine.o_input(codes[0]))
         hidden = mine.after_attention(x, codes[1])
         codes.append(mine.gate_up_input(hidden))
-        codes.append(mine.down_input(mine.gate_up(codes[2])))
+        codes.append(mine.down_input(codes[2]))
         self.inputs = [each.dequantize() for each in codes]
 
     def qkv_input(self, x: torch.Tensor) -> torch.Tensor:

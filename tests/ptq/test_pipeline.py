@@ -166,7 +166,9 @@ def test_too_little_disk(
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"method": "rtn"}, {"distill_epochs": 1}], ids=["resq", "rtn", "distilled"]
+    "options",
+    [{}, {"method": "rtn"}, {"distill_epochs": 1}, {"hessian_inputs": "exact"}],
+    ids=["resq", "rtn", "distilled", "exact"],
 )
 def test_disk_estimate_covers_the_work_folder(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
