@@ -149,7 +149,7 @@ def joint_components(keys: torch.Tensor, queries: torch.Tensor, low: int) -> tor
 
 
 def _value_grams(model: SourceModel) -> torch.Tensor:
-    """W^T W of the columns of o_proj that read a kv head, [layers, kv_heads, head_dim, head_dim]."""
+    """W^T W of o_proj's columns that read a kv head: [layers, kv_heads, head_dim, head_dim]."""
     shape, grams = model.shape, []
     for index in range(shape.layers):
         o_proj = model.load(f"{layer_prefix(index)}{O_PROJ}.weight").double()
