@@ -138,11 +138,11 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
     """
     for name in args.shapes:
         one_layer = partial(build, name, 1, bench.device, vocab_size=VOCABULARY)
-        ours = one_layer(quantized=True)
+        ours = one_layer(options=models.OPTIONS)
         if reason := why_wrong(ours):
             bench.failures.append(f"layer: {name}: {reason}")
             continue
-        theirs = one_layer(quantized=False)
+        theirs = one_layer(options=None)
         for context in args.context:
             for batch in args.batch:
                 for decodes in (False, True):

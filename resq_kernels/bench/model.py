@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from resq_kernels.architecture import LINEARS
 from resq_kernels.bench import cuda_timing, graphs, models
 from resq_kernels.bench.device import BenchDevice, Call, Row, Work, nbytes
+from resq_kernels.config import ResQConfig
 from resq_kernels.nn.attention import ResQAttention
 from resq_kernels.nn.kv_cache import cache_name
 from resq_kernels.testing.lockstep import lockstep
@@ -43,14 +44,16 @@ STEP_TOLERANCE = 2e-2  # torch may sum the BF16 product of a single row in anoth
 
 
 @torch.no_grad()
-def build(name: str, layers: int | None, device: str, *, quantized: bool, **sizes: Any) -> Any:
-    """A model of this shape with random weights, BF16 wherever it is not quantized; `sizes` replace
-    fields of its configuration."""
+def build(
+    name: str, layers: int | None, device: str, *, options: ResQConfig | None, **sizes: Any
+) -> Any:
+    """A model of this shape with random weights, BF16 wherever it is not quantized by `options`;
+    `sizes` replace fields of its configuration."""
     config = AutoConfig.for_model(**models.configuration(name, layers) | sizes)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    if quantized:
-        randomize(model, models.OPTIONS)
+    if options is not None:
+        randomize(model, options)
     return model.eval()
 
 
@@ -161,11 +164,11 @@ def rows(bench: BenchDevice, args: argparse.Namespace, missing: dict[str, str]) 
         missing: receives name -> reason for each baseline that cannot be captured.
     """
     for name in args.shapes:
-        ours = build(name, args.layers, bench.device, quantized=True)
+        ours = build(name, args.layers, bench.device, options=models.OPTIONS)
         if reason := why_wrong(ours):
             bench.failures.append(f"model: {name}: {reason}")
             continue
-        theirs = build(name, args.layers, bench.device, quantized=False)
+        theirs = build(name, args.layers, bench.device, options=None)
         sides = {"ours": ours, BASELINE: theirs}
         for context in args.context:
             for batch in args.batch:

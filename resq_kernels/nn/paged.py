@@ -107,7 +107,8 @@ class PagedKeysValues:
             return
         if self.length != metadata.start:
             raise ValueError(out_of_step(self.length, metadata.start))
-        if self.pages is not None and self.pages_per_sequence * metadata.batch != len(self.pages):
+        expected = self.pages_per_sequence * metadata.batch
+        if self.pages is not None and self.pages.size(0) != expected:
             if self.length:
                 raise ValueError(
                     "PagedKeysValues: expected the sequences that the cache holds, "

@@ -99,8 +99,10 @@ void check_decoder_linear(const Device& device, const Tensor& x, const DecoderLa
   if (layer.optional(at + kBias)) {
     check_tensor(op, layer.name(at + kBias).c_str(), layer[at + kBias], float_dtypes(), {rows});
   }
-  for (int64_t i = 0; i < kLinearWeights; ++i) {
-    if (layer.optional(at + i)) check_device(op, layer.name(at + i).c_str(), layer[at + i], x);
+  for (int64_t i = at; i < at + kLinearWeights; ++i) {
+    if (!layer.optional(i)) continue;
+    check_device(op, layer.name(i).c_str(), layer[i], x);
+    if (i != at + kBias) device.check_aligned(layer.name(i).c_str(), layer[i]);
   }
 }
 
@@ -112,6 +114,7 @@ void check_decoder_layer(const Device& device, const Tensor& x, const Tensor& ca
   const char* op = "decoder_layers";
   check_tensor(op, "caches", cache, {ScalarType::Byte}, sizes_of(first_cache));
   check_device(op, "caches", cache, x);
+  device.check_aligned("caches", cache);
   for (int64_t at : {kInputNorm, kAttentionNorm}) {
     if (!layer.optional(at)) continue;
     check_tensor(op, layer.name(at).c_str(), layer[at], float_dtypes(), {shape.hidden});
@@ -174,43 +177,89 @@ std::tuple<Tensor, Tensor> decoder_layers(
     check_decoder_layer(device, x, caches[i], caches[0], DecoderLayer(weights, i), shape, n_hi);
   }
 
-  const ScalarType dtype = x.scalar_type();
-  const std::vector<int64_t> heads{x.size(0), shape.n_q + 2 * shape.n_kv, shape.head_dim};
-  const Tensor own_cos = device.as_float32(cos), own_sin = device.as_float32(sin);
-  using Quantized = std::tuple<Tensor, Tensor, Tensor>;
-  Tensor out = x;
-  std::optional<Tensor> residual;
+  // Layers differ in their weights and pages alone. The operators check the first layer's calls,
+  // and all layers compute in its memory: to allocate and check 15 tensors a layer took a quarter
+  // of a CPU's step of one token (docs/notes/0053).
+  const DecoderLayer first(weights, 0);
+  const Device norm("rms_norm_quantize", x), product("mixed_gemm", x), append("kv_append", x),
+      attend("kv_attention", x), quantize("mixed_quantize", x),
+      activate("silu_mul_hadamard_quantize", x);
+  const auto options = [&](int64_t rows) {
+    return MixedOptions{n_hi[rows], lo_bits, std::nullopt, symmetric, clip[rows]};
+  };
+  const auto prepare_norm = [&](const Tensor& in, const std::optional<Tensor>& residual,
+                                int64_t at) {
+    return prepare_rms_norm_quantize(norm, in, residual, first.optional(at), eps,
+                                     options(kHiddenRows));
+  };
+  const auto prepare_product = [&](int64_t at, const MixedOutput& in) {
+    return prepare_mixed_gemm(product, in.q_lo, in.q_hi, in.params, first[at + kPackedWeight],
+                              first[at + kWeightScale], first[at + kWeightSum],
+                              first.optional(at + kBias), x.scalar_type());
+  };
+  const int64_t n_q = shape.n_q, n_kv = shape.n_kv;
+  RmsNormQuantizeCall input_norm = prepare_norm(x, std::nullopt, kInputNorm);
+  MixedGemmCall qkv = prepare_product(kQkv, input_norm.out);
+  Tensor heads = torch::stable::view(qkv.out, {x.size(0), n_q + 2 * n_kv, shape.head_dim});
+  KvAppendCall appended =
+      prepare_kv_append(append, torch::stable::narrow(heads, 1, n_q, n_kv),
+                        torch::stable::narrow(heads, 1, n_q + n_kv, n_kv), device.as_float32(cos),
+                        device.as_float32(sin), first.optional(kKeyRotation), caches[0],
+                        slot_mapping, hi_bits, torch::stable::narrow(heads, 1, 0, n_q));
+  KvAttentionCall attended =
+      prepare_kv_attention(attend, appended.rotated_q, caches[0], block_table, seq_lens,
+                           query_starts, scale, x.scalar_type(), n_hi[kAttentionRows] / n_q);
+  const MixedQuantizeCall codes =
+      prepare_mixed_quantize(quantize, attended.out, options(kAttentionRows));
+  MixedGemmCall output = prepare_product(kOutput, codes.out);
+  RmsNormQuantizeCall attention_norm = prepare_norm(output.out, x, kAttentionNorm);
+  MixedGemmCall gate_up = prepare_product(kGateUp, attention_norm.out);
+  const SiluMulHadamardQuantizeCall activated = prepare_silu_mul_hadamard_quantize(
+      activate, gate_up.out, hadamard, options(kIntermediateRows), hadamard_block);
+  MixedGemmCall down = prepare_product(kDown, activated.out);
+  const Tensor other_residual = allocate(x, sizes_of(x), x.scalar_type());
+
   for (int64_t i = 0; i < layers; ++i) {
     const DecoderLayer layer(weights, i);
-    const auto norm = [&](int64_t at) {
-      auto [lo, hi, params, sum] =
-          rms_norm_quantize<Device>(out, residual, layer.optional(at), eps, n_hi[kHiddenRows],
-                                    lo_bits, std::nullopt, symmetric, clip[kHiddenRows]);
-      residual = residual ? sum : out;  // an operator that adds nothing returns nothing
-      return Quantized(lo, hi, params);
+    const auto run_norm = [&](RmsNormQuantizeParams& params, int64_t at) {
+      const std::optional<Tensor>& gain = layer.optional(at);
+      params.weight = gain ? gain->const_data_ptr() : nullptr;
+      params.weight_type = gain ? float_type(op, "weights", *gain) : FloatType::kFloat32;
+      run(norm, params);
     };
-    const auto multiply = [&](int64_t at, const Quantized& input) {
-      return mixed_gemm<Device>(std::get<0>(input), std::get<1>(input), std::get<2>(input),
-                                layer[at + kPackedWeight], layer[at + kWeightScale],
-                                layer[at + kWeightSum], layer.optional(at + kBias), dtype);
+    const auto multiply = [&](MixedGemmCall& call, int64_t at) {
+      const std::optional<Tensor>& bias = layer.optional(at + kBias);
+      call.params.packed_weight = layer[at + kPackedWeight].template const_data_ptr<uint8_t>();
+      call.params.weight_scale = layer[at + kWeightScale].template const_data_ptr<float>();
+      call.params.weight_sum = layer[at + kWeightSum].template const_data_ptr<int32_t>();
+      call.params.bias = bias ? bias->const_data_ptr() : nullptr;
+      call.params.bias_type = bias ? float_type(op, "weights", *bias) : FloatType::kFloat32;
+      run(product, call.params);
     };
-    Tensor qkv = torch::stable::view(multiply(kQkv, norm(kInputNorm)), heads);
-    const Tensor q = torch::stable::narrow(qkv, 1, 0, shape.n_q);
-    const Tensor k = torch::stable::narrow(qkv, 1, shape.n_q, shape.n_kv);
-    const Tensor v = torch::stable::narrow(qkv, 1, shape.n_q + shape.n_kv, shape.n_kv);
-    const Tensor rotated = kv_append<Device>(k, v, own_cos, own_sin, layer.optional(kKeyRotation),
-                                             caches[i], slot_mapping, hi_bits, q);
-    const Tensor attended =
-        kv_attention<Device>(rotated, caches[i], block_table, seq_lens, query_starts, scale, dtype,
-                             n_hi[kAttentionRows] / shape.n_q);
-    out = multiply(kOutput, mixed_quantize<Device>(attended, n_hi[kAttentionRows], lo_bits,
-                                                   std::nullopt, symmetric, clip[kAttentionRows]));
-    const Tensor gate_up = multiply(kGateUp, norm(kAttentionNorm));
-    out = multiply(kDown, silu_mul_hadamard_quantize<Device>(
-                              gate_up, hadamard, n_hi[kIntermediateRows], lo_bits, std::nullopt,
-                              symmetric, clip[kIntermediateRows], hadamard_block));
+    run_norm(input_norm.params, kInputNorm);
+    multiply(qkv, kQkv);
+    std::optional<Tensor> rotation = layer.optional(kKeyRotation);
+    if (rotation) rotation = device.as_float32(*rotation);
+    appended.params.rotation = RopeRotation::array(op, rotation);
+    appended.params.shared_rotation = !rotation || rotation->size(0) == 1;
+    appended.params.cache = caches[i].template mutable_data_ptr<uint8_t>();
+    run(append, appended.params);
+    attended.params.cache = caches[i].template const_data_ptr<uint8_t>();
+    run(attend, attended.params, attended.batch);
+    run(quantize, codes.params);
+    multiply(output, kOutput);
+    run_norm(attention_norm.params, kAttentionNorm);
+    multiply(gate_up, kGateUp);
+    run(activate, activated.params);
+    multiply(down, kDown);
+    // The next layer adds what this one returns to its residual; sums alternate between two
+    // tensors.
+    input_norm.params.x = down.out.const_data_ptr();
+    input_norm.params.residual = attention_norm.new_residual.const_data_ptr();
+    input_norm.params.new_residual = other_residual.mutable_data_ptr();
+    attention_norm.params.residual = other_residual.const_data_ptr();
   }
-  return {out, residual.value_or(x)};  // there is a layer, so there is one
+  return {down.out, attention_norm.new_residual};
 }
 
 }  // namespace resq

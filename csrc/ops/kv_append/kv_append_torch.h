@@ -46,14 +46,20 @@ struct RopeRotation {
   bool shared_rotation() const { return !rotation || rotation->size(0) == 1; }
 };
 
-// Returns q' float32 [tokens, n_q, head_dim], or nothing [0] without q.
+// A call whose arguments are checked, and the tables that it reads.
+struct KvAppendCall {
+  RopeRotation rope;
+  Tensor rotated_q;
+  KvAppendParams params;
+};
+
 template <class Device>
-Tensor kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& cos,
-                 const std::optional<Tensor>& sin, const std::optional<Tensor>& key_rotation,
-                 const Tensor& cache, const Tensor& slot_mapping, int64_t hi_bits,
-                 const std::optional<Tensor>& q) {
+KvAppendCall prepare_kv_append(const Device& device, const Tensor& k, const Tensor& v,
+                               const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                               const std::optional<Tensor>& key_rotation, const Tensor& cache,
+                               const Tensor& slot_mapping, int64_t hi_bits,
+                               const std::optional<Tensor>& q) {
   const char* op = "kv_append";
-  const Device device(op, k);
   check_token_heads(op, "k", k, float_dtypes(), {kAnySize, kAnySize, kAnySize});
   check_head_dim(op, "k", k);
   check_heads(op, "k", k);
@@ -82,28 +88,41 @@ Tensor kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& 
   const Tensor rotated_q =
       allocate(k, q ? std::vector<int64_t>{tokens, n_q, head_dim} : std::vector<int64_t>{0},
                ScalarType::Float);
-  run(device, KvAppendParams{.k = k.const_data_ptr(),
-                             .v = v.const_data_ptr(),
-                             .q = q ? q->const_data_ptr() : nullptr,
-                             .rotated_q = rotated_q.mutable_data_ptr<float>(),
-                             .cos = RopeRotation::array(op, rope.cos),
-                             .sin = RopeRotation::array(op, rope.sin),
-                             .rotation = RopeRotation::array(op, rope.rotation),
-                             .slot_mapping = slot_mapping.const_data_ptr<int64_t>(),
-                             .cache = cache.mutable_data_ptr<uint8_t>(),
-                             .type = float_type(op, "k", k),
-                             .tokens = tokens,
-                             .n_kv = n_kv,
-                             .n_q = n_q,
-                             .head_dim = head_dim,
-                             .page_size = page_size,
-                             .k_stride = token_stride(k),
-                             .v_stride = token_stride(v),
-                             .q_stride = q ? token_stride(*q) : 0,
-                             .slots = cache.size(0) * page_size,
-                             .shared_rotation = rope.shared_rotation(),
-                             .uniform = hi_bits == 4});
-  return rotated_q;
+  const KvAppendParams params{.k = k.const_data_ptr(),
+                              .v = v.const_data_ptr(),
+                              .q = q ? q->const_data_ptr() : nullptr,
+                              .rotated_q = rotated_q.mutable_data_ptr<float>(),
+                              .cos = RopeRotation::array(op, rope.cos),
+                              .sin = RopeRotation::array(op, rope.sin),
+                              .rotation = RopeRotation::array(op, rope.rotation),
+                              .slot_mapping = slot_mapping.const_data_ptr<int64_t>(),
+                              .cache = cache.mutable_data_ptr<uint8_t>(),
+                              .type = float_type(op, "k", k),
+                              .tokens = tokens,
+                              .n_kv = n_kv,
+                              .n_q = n_q,
+                              .head_dim = head_dim,
+                              .page_size = page_size,
+                              .k_stride = token_stride(k),
+                              .v_stride = token_stride(v),
+                              .q_stride = q ? token_stride(*q) : 0,
+                              .slots = cache.size(0) * page_size,
+                              .shared_rotation = rope.shared_rotation(),
+                              .uniform = hi_bits == 4};
+  return {rope, rotated_q, params};
+}
+
+// Returns q' float32 [tokens, n_q, head_dim], or nothing [0] without q.
+template <class Device>
+Tensor kv_append(const Tensor& k, const Tensor& v, const std::optional<Tensor>& cos,
+                 const std::optional<Tensor>& sin, const std::optional<Tensor>& key_rotation,
+                 const Tensor& cache, const Tensor& slot_mapping, int64_t hi_bits,
+                 const std::optional<Tensor>& q) {
+  const Device device("kv_append", k);
+  const KvAppendCall call =
+      prepare_kv_append(device, k, v, cos, sin, key_rotation, cache, slot_mapping, hi_bits, q);
+  run(device, call.params);
+  return call.rotated_q;
 }
 
 }  // namespace resq

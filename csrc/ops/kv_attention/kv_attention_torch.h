@@ -8,12 +8,20 @@
 
 namespace resq {
 
+// A call whose arguments are checked.
+struct KvAttentionCall {
+  Tensor out;
+  KvAttentionParams params;
+  KvAttentionBatch batch;
+};
+
 template <class Device>
-Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_table,
-                    const Tensor& seq_lens, const Tensor& query_starts, double scale,
-                    std::optional<ScalarType> out_dtype, std::optional<int64_t> head_dim_hi) {
+KvAttentionCall prepare_kv_attention(const Device& device, const Tensor& q, const Tensor& cache,
+                                     const Tensor& block_table, const Tensor& seq_lens,
+                                     const Tensor& query_starts, double scale,
+                                     std::optional<ScalarType> out_dtype,
+                                     std::optional<int64_t> head_dim_hi) {
   const char* op = "kv_attention";
-  const Device device(op, q);
   check_token_heads(op, "q", q, float_dtypes(), {kAnySize, kAnySize, kAnySize});
   check_head_dim(op, "q", q);
   check_heads(op, "q", q);
@@ -58,8 +66,18 @@ Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_ta
                                .tokens = tokens,
                                .sequences = sequences,
                                .pages = cache.size(0)};
-  run(device, params, batch);
-  return out;
+  return {out, params, batch};
+}
+
+template <class Device>
+Tensor kv_attention(const Tensor& q, const Tensor& cache, const Tensor& block_table,
+                    const Tensor& seq_lens, const Tensor& query_starts, double scale,
+                    std::optional<ScalarType> out_dtype, std::optional<int64_t> head_dim_hi) {
+  const Device device("kv_attention", q);
+  const KvAttentionCall call = prepare_kv_attention(device, q, cache, block_table, seq_lens,
+                                                    query_starts, scale, out_dtype, head_dim_hi);
+  run(device, call.params, call.batch);
+  return call.out;
 }
 
 }  // namespace resq

@@ -24,12 +24,18 @@ inline void check_part_columns(const char* argument, int64_t columns) {
        std::to_string(columns));
 }
 
+// A call whose arguments are checked.
+struct MixedGemmCall {
+  Tensor out;
+  MixedGemmParams params;
+};
+
 template <class Device>
-Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
-                  const Tensor& packed_weight, const Tensor& weight_scale, const Tensor& weight_sum,
-                  const std::optional<Tensor>& bias, ScalarType out_dtype) {
+MixedGemmCall prepare_mixed_gemm(const Device& device, const Tensor& q_lo, const Tensor& q_hi,
+                                 const Tensor& params, const Tensor& packed_weight,
+                                 const Tensor& weight_scale, const Tensor& weight_sum,
+                                 const std::optional<Tensor>& bias, ScalarType out_dtype) {
   const char* op = "mixed_gemm";
-  const Device device(op, q_lo);
   const int64_t lo_bytes = last_dimension(op, "q_lo", q_lo);
   check_tensor(op, "q_lo", q_lo, {ScalarType::Byte, ScalarType::Char}, with_last(q_lo, lo_bytes));
   const bool packed = q_lo.scalar_type() == ScalarType::Byte;
@@ -80,8 +86,18 @@ Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
                           .out_type = float_type(op, "out", out)};
   check_packed_bytes(p, packed_weight, device.packed_weight_bytes(n, k_lo, k_hi));
   for (const auto& [name, tensor] : operands) device.check_aligned(name, tensor);
-  run(device, p);
-  return out;
+  return {out, p};
+}
+
+template <class Device>
+Tensor mixed_gemm(const Tensor& q_lo, const Tensor& q_hi, const Tensor& params,
+                  const Tensor& packed_weight, const Tensor& weight_scale, const Tensor& weight_sum,
+                  const std::optional<Tensor>& bias, ScalarType out_dtype) {
+  const Device device("mixed_gemm", q_lo);
+  const MixedGemmCall call = prepare_mixed_gemm(device, q_lo, q_hi, params, packed_weight,
+                                                weight_scale, weight_sum, bias, out_dtype);
+  run(device, call.params);
+  return call.out;
 }
 
 }  // namespace resq
