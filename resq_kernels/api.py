@@ -32,7 +32,7 @@ def quantize(
     held_out: int | None = None,
     progress: bool = True,
 ) -> PreTrainedModel:
-    """A quantized drop-in for a Llama or Qwen2 model; `save_pretrained` keeps it.
+    """A quantized drop-in for a model of a supported type; `save_pretrained` keeps it.
 
     Needs disk space for a copy of the model and its quantized form in the temporary folder
     (TMPDIR).

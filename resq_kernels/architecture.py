@@ -1,4 +1,4 @@
-"""Where things live in a Llama or Qwen2 checkpoint: names and sizes, no code of transformers."""
+"""Where things live in a supported model's checkpoint: names and sizes, no code of transformers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from typing import Any
 
 from resq_kernels.config import HADAMARD_BLOCK, ResQConfig
 
-SUPPORTED = ("llama", "qwen2")
+FAMILIES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+}
+"""model_type -> how the names of its classes in transformers begin."""
+SUPPORTED = tuple(FAMILIES)
 """`model_type` of the configurations that this package reads."""
 
 DECODER_PREFIX = "model."
@@ -35,6 +43,10 @@ LINEARS = (*QKV, O_PROJ, *GATE_UP, DOWN_PROJ)
 ATTENTION_NORM = "input_layernorm"
 MLP_NORM = "post_attention_layernorm"
 NORMS = (ATTENTION_NORM, MLP_NORM)
+"""Of the residual stream; methods that rotate fold their gains into the next linears."""
+Q_NORM, K_NORM = "self_attn.q_norm", "self_attn.k_norm"
+HEAD_NORMS = (Q_NORM, K_NORM)
+"""Of every head's queries and keys, before RoPE, in models that have them."""
 KEY_ROTATION = "self_attn.key_rotation"
 
 
@@ -48,6 +60,7 @@ _SIZES = (
 READ_KEYS = frozenset(
     {*_SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"}
     | {"rope_parameters", "max_position_embeddings", "dtype", "pad_token_id"}
+    | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"}
 )
 """Keys that the quantizer reads."""
 
@@ -59,19 +72,38 @@ HARMLESS_KEYS = frozenset(
 )
 """Keys of transformers' classes that do not change the logits of these models."""
 
+_SILU, _FLAG = ("silu", "swish"), (False, True)
 FIXED_KEYS: Mapping[str, Mapping[str, tuple[object, ...]]] = {
     "llama": {
-        "hidden_act": ("silu", "swish"),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
+        "hidden_act": _SILU,
+        "attention_bias": _FLAG,
+        "mlp_bias": _FLAG,
         # The class has no such key, but transformers' cache then forgets what lies further back.
         "sliding_window": (None,),
     },
+    # Its sliding_window: `_check_window`.
+    "mistral": {"hidden_act": _SILU},
     # q, k and v always have biases and o_proj never, whatever attention_bias says; sliding_window
     # and max_window_layers have no effect without use_sliding_window.
-    "qwen2": {"hidden_act": ("silu", "swish"), "use_sliding_window": (False,)},
+    "qwen2": {"hidden_act": _SILU, "use_sliding_window": (False,)},
+    "qwen3": {"hidden_act": _SILU, "attention_bias": _FLAG, "use_sliding_window": (False,)},
+    "smollm3": {
+        "hidden_act": _SILU,
+        "attention_bias": _FLAG,
+        "mlp_bias": _FLAG,
+        "use_sliding_window": (False,),
+    },
 }
 """model_type -> key -> the values of config.json that are supported; the first is the default."""
+
+_ABSENT: Mapping[str, Mapping[str, Any]] = {
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "smollm3": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+}
+"""model_type -> what its class takes for keys that are not in config.json, where that is neither
+null nor what the others take."""
 
 SHARED_KEYS: Mapping[str, tuple[object, ...]] = {
     "is_encoder_decoder": (False, None),
@@ -100,8 +132,10 @@ class ModelShape:
         hidden, intermediate, vocab: widths of the residual stream, of the MLP and of the head.
         layers, heads, kv_heads, head_dim: decoder layers, query heads, key/value heads, their size.
         norm_eps: epsilon of every RMSNorm.
-        qkv_bias: whether q_proj, k_proj and v_proj have a bias.
+        biased: those of `LINEARS` that have a bias.
         tied: whether the head shares the embedding's matrix in the source checkpoint.
+        head_norms: whether the queries and keys of every head pass an RMSNorm before RoPE.
+        unturned: the layers whose queries and keys RoPE does not turn.
     """
 
     model_type: str
@@ -113,8 +147,10 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     norm_eps: float
-    qkv_bias: bool
+    biased: tuple[str, ...]
     tied: bool
+    head_norms: bool = False
+    unturned: frozenset[int] = frozenset()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -124,8 +160,8 @@ class ModelShape:
         computes. The keys of transformers' own class are read here, or are in `FIXED_KEYS` and must
         have a value that is supported, or are in `HARMLESS_KEYS`. Of the keys that the class does
         not have, transformers' shared code reads `SHARED_KEYS`, which must have the given values
-        too. No other key has an effect in `LlamaForCausalLM` or `Qwen2ForCausalLM`, whatever it
-        meant where the checkpoint was made, and all of them pass.
+        too. No other key has an effect in the classes of `FAMILIES`, whatever it meant where the
+        checkpoint was made, and all of them pass.
 
         Raises:
             ValueError: another architecture, a value of the wrong type, or an option that changes
@@ -139,11 +175,12 @@ class ModelShape:
             )
         _check_fixed(config, {**SHARED_KEYS, **FIXED_KEYS[model_type]})
         _check_rope(config)
+        if model_type == "mistral":
+            _check_window(config)
+        config = {**_ABSENT.get(model_type, {}), **config}
         sizes = {key: _size(config, key) for key in _SIZES}
         hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-        # Without the key transformers takes 32 for a Qwen2; null is as many as there are queries.
-        absent = model_type == "qwen2" and "num_key_value_heads" not in config
-        kv_heads = _size(config, "num_key_value_heads", 32 if absent else heads)
+        kv_heads = _size(config, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise ValueError(
                 f"config.json: num_key_value_heads: expected a divisor of {heads}, got {kv_heads}"
@@ -153,7 +190,8 @@ class ModelShape:
                 f"config.json: hidden_size: expected a multiple of num_attention_heads ({heads}), "
                 f"got {hidden}"
             )
-        head_dim = _size(config, "head_dim", hidden // heads)
+        # Qwen3's class takes no null for it.
+        head_dim = _size(config, "head_dim", None if model_type == "qwen3" else hidden // heads)
         if head_dim % 2:
             raise ValueError(
                 f"config.json: head_dim: expected an even number (RoPE turns pairs), got {head_dim}"
@@ -170,19 +208,28 @@ class ModelShape:
             raise ValueError(
                 f"config.json: tie_word_embeddings: expected true or false, got {tied!r}"
             )
+        layers = sizes["num_hidden_layers"]
         return cls(
             model_type=model_type,
             hidden=hidden,
             intermediate=sizes["intermediate_size"],
             vocab=vocab,
-            layers=sizes["num_hidden_layers"],
+            layers=layers,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
             norm_eps=float(eps),
-            qkv_bias=model_type == "qwen2",
+            biased=_biased(model_type, config),
             tied=tied,
+            head_norms=model_type == "qwen3",
+            unturned=_unturned(config, layers) if model_type == "smollm3" else frozenset(),
         )
+
+    @property
+    def norms(self) -> dict[str, int]:
+        """Name of every norm of a decoder layer -> its width."""
+        widths = dict.fromkeys(NORMS, self.hidden)
+        return widths | (dict.fromkeys(HEAD_NORMS, self.head_dim) if self.head_norms else {})
 
     def linear(self, name: str) -> tuple[int, int]:
         """(rows, columns) of one of `LINEARS`."""
@@ -246,11 +293,11 @@ class ModelShape:
             shapes[HEAD] = (self.vocab, self.hidden)
         for layer in range(self.layers):
             prefix = layer_prefix(layer)
-            for name in NORMS:
-                shapes[f"{prefix}{name}.weight"] = (self.hidden,)
+            for name, width in self.norms.items():
+                shapes[f"{prefix}{name}.weight"] = (width,)
             for name in LINEARS:
                 shapes[f"{prefix}{name}.weight"] = self.linear(name)
-            for name in QKV if self.qkv_bias else ():
+            for name in self.biased:
                 shapes[f"{prefix}{name}.bias"] = (self.linear(name)[0],)
         return shapes
 
@@ -275,8 +322,42 @@ def _check_fixed(config: Mapping[str, Any], fixed: Mapping[str, tuple[object, ..
         )
 
 
+def _check_window(config: Mapping[str, Any]) -> None:
+    """Refuses a window of Mistral's attention that hides tokens; the defaults are its class's."""
+    window, most = config.get("sliding_window", 4096), config.get("max_position_embeddings", 131072)
+    numbers = all(isinstance(x, int) and not isinstance(x, bool) for x in (window, most))
+    if window is not None and not (numbers and window >= most):
+        raise ValueError(
+            f"config.json: sliding_window: expected null, or at least max_position_embeddings "
+            f"({most}) since our attention sees all tokens, got {window!r}"
+        )
+
+
+def _biased(model_type: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of `LINEARS` that have a bias."""
+    if model_type == "qwen2":
+        return QKV
+    read = FIXED_KEYS[model_type]  # a class reads no other key
+    attention, mlp = (key in read and config.get(key) for key in ("attention_bias", "mlp_bias"))
+    return (QKV + (O_PROJ,) if attention else ()) + ((*GATE_UP, DOWN_PROJ) if mlp else ())
+
+
+def _unturned(config: Mapping[str, Any], layers: int) -> frozenset[int]:
+    """SmolLM3's layers without RoPE: every fourth one, unless config.json says otherwise."""
+    turned = config.get("no_rope_layers")
+    if turned is None:
+        interval = _size(config, "no_rope_layer_interval", 4)
+        turned = [int((layer + 1) % interval != 0) for layer in range(layers)]
+    if not isinstance(turned, list) or len(turned) < layers or any(x not in (0, 1) for x in turned):
+        raise ValueError(
+            f"config.json: no_rope_layers: expected 0 or 1 for each of {layers} layers, got "
+            f"{turned!r}"
+        )
+    return frozenset(layer for layer in range(layers) if not turned[layer])
+
+
 def _check_rope(config: Mapping[str, Any]) -> None:
-    """Refuses RoPE that Llama and Qwen2 of transformers do not have; they compute the tables."""
+    """Refuses RoPE that the classes of `FAMILIES` do not have; they compute the tables."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
         raise ValueError(f"config.json: rope_parameters: expected one set of values, got {rope!r}")

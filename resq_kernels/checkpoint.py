@@ -199,13 +199,13 @@ def quantized_tensors(
     expected[architecture.FINAL_NORM] = ((shape.hidden,), FLOAT_DTYPES)
     for layer in range(shape.layers):
         prefix = layer_prefix(layer)
-        for name in architecture.NORMS:
-            expected[f"{prefix}{name}.weight"] = ((shape.hidden,), FLOAT_DTYPES)
+        for name, width in shape.norms.items():
+            expected[f"{prefix}{name}.weight"] = ((width,), FLOAT_DTYPES)
         for name in architecture.LINEARS:
             rows, columns = shape.linear(name)
             k_hi = shape.k_hi(name, config)
             linear(prefix + name, rows, columns - k_hi, k_hi)
-        for name in architecture.QKV if shape.qkv_bias else ():
+        for name in shape.biased:
             expected[f"{prefix}{name}.bias"] = ((shape.linear(name)[0],), FLOAT_DTYPES)
         if config.rotates:
             rotation = (1, shape.head_dim, shape.head_dim)

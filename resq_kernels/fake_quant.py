@@ -86,7 +86,7 @@ def _attention(
     q, k, v = attention.project_heads(hidden_states)
     dtype, new = q.dtype, q.shape[1]
     q, k, v = q.float(), k.float(), v.float()
-    cos, sin = (t.float().unsqueeze(2) for t in position_embeddings)
+    cos, sin = (t.float().unsqueeze(2) for t in attention.rope(*position_embeddings))
     q, k = (reference.apply_rope(x, cos, sin) for x in (q, k))
     if attention.key_rotation is not None:
         q, k = q @ attention.key_rotation.float(), k @ attention.key_rotation.float()

@@ -14,12 +14,13 @@ PACKAGE = ROOT / "resq_kernels"
 MAX_LINES = 500
 
 # layer -> what it may import of this package (first name below resq_kernels).
-LEAVES = {"formats", "config", "hadamard", "kv_pages", "architecture"}
+LEAVES = {"formats", "config", "hadamard", "head_norm", "kv_pages", "architecture"}
 ALLOWED = {
     "_library": set(),
     "config": set(),
     "formats": {"config"},
     "hadamard": set(),
+    "head_norm": set(),
     "architecture": {"config", "formats"},
     "kv_pages": {"formats"},
     "reference": LEAVES,

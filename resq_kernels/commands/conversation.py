@@ -197,4 +197,5 @@ def _keys_are_final(model: PreTrainedModel) -> bool:
         return False
     rotary = getattr(model, model.base_model_prefix).rotary_emb
     full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    full = full and getattr(config, "sliding_window", None) is None  # Mistral has no layer_types
     return full and getattr(rotary, "rope_type", "default") not in HOST_ROPE

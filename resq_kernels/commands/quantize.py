@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 SUMMARY = "turn a 16-bit model into a 4-bit one (weights, activations, KV cache)"
 DESCRIPTION = """\
-Reads a Llama or Qwen2.5 model, finds the directions that need 8 bits on a calibration text, rotates
-and quantizes layer by layer, and writes a Hugging Face folder that `resq eval`, `resq generate` and
-AutoModelForCausalLM load. Memory: one decoder layer and its activations, whatever the model's size;
-a chat model that fits the memory is there as a whole first, and writes a quarter of the calibration
-windows itself (--dialogues).
+Reads a Llama, Mistral, Qwen2.5, Qwen3 or SmolLM3 model, finds the directions that need 8 bits on a
+calibration text, rotates and quantizes layer by layer, and writes a Hugging Face folder that
+`resq eval`, `resq generate` and AutoModelForCausalLM load. Memory: one decoder layer and its
+activations, whatever the model's size; a chat model that fits the memory is there as a whole first,
+and writes a quarter of the calibration windows itself (--dialogues).
 OUT appears complete or not at all. An interrupted run leaves OUT.partial; --resume continues it.
 MODEL is a folder of safetensors or of pytorch_model.bin, or a GGUF file, or a folder that is
 quantized with fp8, compressed-tensors or bitsandbytes. All but the first are written to OUT.source

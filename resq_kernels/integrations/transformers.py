@@ -218,8 +218,8 @@ def prepare(model: PreTrainedModel, stored: checkpoint.StoredFormat) -> None:
     """Swaps the modules of a model (`nn.convert`) and makes transformers pass their arguments.
 
     Raises:
-        ValueError: another architecture, one whose decoder has another name than in the folder, or
-            a `distributed_config` that the modules do not have.
+        ValueError: another architecture, one whose decoder has another name than in the folder, a
+            window of attention, or a `distributed_config` that the modules do not have.
     """
     from resq_kernels.nn.convert import convert
     from resq_kernels.nn.tensor_parallel import check_degree
@@ -231,6 +231,11 @@ def prepare(model: PreTrainedModel, stored: checkpoint.StoredFormat) -> None:
             f"{type(model).__name__}, in which they begin with '{model.base_model_prefix}.'"
         )
     shape = architecture.ModelShape.from_config(model.config.to_dict())
+    window = getattr(model.config, "sliding_window", None)
+    if shape.model_type == "mistral" and window is not None:
+        raise ValueError(
+            f"ResQ: sliding_window: expected null, as `resq quantize` writes it, got {window}"
+        )
     check_degree(shape, stored.config, transformers_parallel.degree_of(model.config))
     convert(model, stored.config, stored.tied_head, stored.has_basis)
     _ignore(model, re.escape(architecture.GUARD.removeprefix(prefix)) + "$")

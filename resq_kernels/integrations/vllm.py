@@ -15,7 +15,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from resq_kernels import checkpoint
-from resq_kernels.architecture import ModelShape
+from resq_kernels.architecture import FAMILIES, ModelShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -24,7 +24,7 @@ OLDEST = (0, 32)
 """The oldest of vLLM's versions that was tried."""
 ARCHITECTURE = "ResQForCausalLM"
 """The name of our model in vLLM's registry; no config.json holds it."""
-SOURCES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
+SOURCES = tuple(f"{family}ForCausalLM" for family in FAMILIES.values())
 """What config.json names, and our model computes."""
 
 

@@ -1,4 +1,4 @@
-"""The quantized Llama and Qwen2 as a model of vLLM, with 4-bit pages as its KV cache.
+"""The quantized models as a model of vLLM, with 4-bit pages as its KV cache.
 
 Modules, parameter names and numbers are those of `nn`, that transformers computes with. vLLM gives
 the tokens of all requests in one row, and a place for every token in the cache.
@@ -104,7 +104,8 @@ class ResQForCausalLM(nn.Module):
             else:
                 normed, residual = layer.input_layernorm(x, residual)
             attention = layer.self_attn
-            x = attention.o_proj(attend(*attention.project_heads(normed), cos, sin))
+            heads = attention.project_heads(normed)
+            x = attention.o_proj(attend(*heads, *attention.rope(cos, sin)))
             normed, residual = layer.post_attention_layernorm(x, residual)
             x = layer.mlp(normed)
         states: torch.Tensor = decoder.norm(residual if x is None else residual + x)

@@ -12,6 +12,7 @@ from resq_kernels.formats import MixedTensor, join_heads
 from resq_kernels.nn.batch import Batch, ForwardPass
 from resq_kernels.nn.fused import FusesLinears
 from resq_kernels.nn.linear import ResQLinear, keep_dtype
+from resq_kernels.nn.norm import HeadNorm
 from resq_kernels.nn.paged import PagedKeysValues
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class ResQAttention(FusesLinears):
         kv_bits: 4, or 16 for keys and values that are not quantized.
         hi_bits: bits of the last eighth of a head: 8, or 4 for the uniform methods.
         rotated: whether keys are rotated, by `key_rotation`.
+        q_norm, k_norm: norms of queries and keys before RoPE, in models that have them.
+        turned: whether RoPE turns queries and keys.
 
     Attributes:
         key_rotation: float16 [1, D, D], or None; no `.to(dtype)` casts it.
@@ -60,10 +63,14 @@ class ResQAttention(FusesLinears):
         kv_bits: int = 4,
         hi_bits: int = 8,
         rotated: bool = True,
+        q_norm: HeadNorm | None = None,
+        k_norm: HeadNorm | None = None,
+        turned: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = q_proj, k_proj, v_proj, o_proj
+        self.q_norm, self.k_norm, self.turned = q_norm, k_norm, turned
         self.head_dim, self.layer_idx = head_dim, layer_idx
         self.kv_bits, self.hi_bits = kv_bits, hi_bits
         self.scaling = head_dim**-0.5
@@ -117,10 +124,17 @@ class ResQAttention(FusesLinears):
     def project_heads(
         self, hidden_states: torch.Tensor | MixedTensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[..., K] -> q [..., n_q, D], k and v [..., n_kv, D], before RoPE."""
+        """[..., K] -> q [..., n_q, D], k and v [..., n_kv, D], normalized, before RoPE."""
         heads = self.project(hidden_states).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
         return q, k, v
+
+    def rope(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cosines and sines by which this layer turns, of those of the model: 1 and 0 in a
+        layer without RoPE."""
+        return (cos, sin) if self.turned else (torch.ones_like(cos), torch.zeros_like(sin))
 
     def _attend_pages(
         self,
@@ -142,7 +156,8 @@ class ResQAttention(FusesLinears):
 
             layer = paged_layer(cache, self.layer_idx)
             batch, paged = layer.batch, layer.paged
-        metadata = forward_pass.metadata(batch, paged.length, shape, mask, cos, sin)
+        given = (shape, mask, cos, sin, self.turned)
+        metadata = forward_pass.metadata(batch, paged.length, *given)
         q_rows, k_rows, v_rows = (x.flatten(0, 1) for x in (q, k, v))
         rotated = paged.append(metadata, k_rows, v_rows, self.key_rotation, self.hi_bits, q_rows)
         batch.advance(metadata)
@@ -163,7 +178,8 @@ class ResQAttention(FusesLinears):
         cache: Cache | None,
     ) -> torch.Tensor:
         """[B, L, n_q D] with 16-bit keys and values; the key rotation cancels and is left out."""
-        q, k = (apply_rope(x, cos, sin).transpose(1, 2) for x in (q, k))
+        rope = self.rope(cos, sin)
+        q, k = (apply_rope(x, *rope).transpose(1, 2) for x in (q, k))
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)

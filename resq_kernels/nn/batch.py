@@ -289,7 +289,7 @@ class ForwardPass:
     def __init__(self, prepared: AttentionMetadata | None = None) -> None:
         self.layers: DecoderLayers | None = None
         self._prepared = prepared
-        self._made: dict[torch.device, AttentionMetadata] = {}
+        self._made: dict[tuple[torch.device, bool], AttentionMetadata] = {}
 
     def metadata(
         self,
@@ -299,6 +299,7 @@ class ForwardPass:
         mask: torch.Tensor | None,
         cos: torch.Tensor,
         sin: torch.Tensor,
+        turned: bool = True,
     ) -> AttentionMetadata:
         """The metadata on the device of cos and sin.
 
@@ -306,12 +307,15 @@ class ForwardPass:
             batch, held, mask: as in `Batch.append`, which lists the errors.
             shape: (B, L).
             cos, sin: [B or 1, L, D].
+            turned: False for a layer without RoPE: cosines of 1 and sines of 0 in their place.
         """
-        if cos.device not in self._made:
+        key = (cos.device, turned)
+        if key not in self._made:
             if self._prepared is None:
                 self._prepared = batch.append(held, *shape, mask, cos.device)
-            self._made[cos.device] = self._prepared.with_rope(cos, sin)
-        return self._made[cos.device]
+            rope = (cos, sin) if turned else (torch.ones_like(cos), torch.zeros_like(sin))
+            self._made[key] = self._prepared.with_rope(*rope)
+        return self._made[key]
 
 
 def out_of_step(held: int, expected: int) -> str:

@@ -1,4 +1,4 @@
-"""Swaps the modules of a transformers Llama or Qwen2 model for the quantized ones."""
+"""Swaps the modules of a supported model of transformers for the quantized ones."""
 
 from __future__ import annotations
 
@@ -20,17 +20,15 @@ from resq_kernels.nn.decoder_layers import DecoderLayers
 from resq_kernels.nn.embedding import ResQEmbedding, TiedHead
 from resq_kernels.nn.fused import FusesLinears
 from resq_kernels.nn.hidden_basis import HiddenBasis, RotatedEmbedding, attach
-from resq_kernels.nn.layer import CLASSES
+from resq_kernels.nn.layer import quantized_class
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.mlp import ResQMLP
-from resq_kernels.nn.norm import ResQRMSNorm
+from resq_kernels.nn.norm import HeadNorm, ResQRMSNorm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
 
 
 WORKERS = 4
@@ -184,9 +182,7 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _convert_layer(
-    layer: LlamaDecoderLayer | Qwen2DecoderLayer, index: int, shape: ModelShape, config: ResQConfig
-) -> None:
+def _convert_layer(layer: Any, index: int, shape: ModelShape, config: ResQConfig) -> None:
     like = layer.self_attn.q_proj.weight
     place: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
 
@@ -196,7 +192,7 @@ def _convert_layer(
         return ResQLinear(
             columns,
             rows,
-            shape.qkv_bias and name in architecture.QKV,
+            name in shape.biased,
             high_columns=row_format.k_hi,
             lo_bits=row_format.lo_bits,
             symmetric=row_format.symmetric,
@@ -209,7 +205,10 @@ def _convert_layer(
         row_format = RowFormat.of(config, shape.hidden, k_hi)
         return ResQRMSNorm(shape.hidden, shape.norm_eps, row_format, **place)
 
-    layer.__class__ = CLASSES.get(type(layer), type(layer))  # keeps all that it holds
+    def head_norm() -> HeadNorm | None:
+        return HeadNorm(shape.head_dim, shape.norm_eps, **place) if shape.head_norms else None
+
+    layer.__class__ = quantized_class(type(layer))  # keeps all that it holds
     layer.input_layernorm = norm(architecture.QKV[0])
     layer.post_attention_layernorm = norm(architecture.GATE_UP[0])
     layer.self_attn = ResQAttention(
@@ -219,6 +218,9 @@ def _convert_layer(
         kv_bits=config.kv_bits,
         hi_bits=8 if config.method == "resq" else 4,
         rotated=config.rotates,
+        q_norm=head_norm(),
+        k_norm=head_norm(),
+        turned=index not in shape.unturned,
         device=like.device,
     )
     layer.mlp = ResQMLP(
@@ -230,7 +232,7 @@ def _convert_layer(
 
 def _convert_embedding(
     model: PreTrainedModel,
-    decoder: LlamaModel | Qwen2Model,
+    decoder: Any,
     config: ResQConfig,
     tied_head: bool,
     basis: HiddenBasis | None,

@@ -37,7 +37,7 @@ COLLECTORS = "transformers.utils.output_capturing"
 ATTRIBUTES: dict[type, tuple[str, ...]] = {
     ResQRMSNorm: ("eps", "row_format", "gain_is_one"),
     ResQAttention: ("heads", "kv_heads", "head_dim", "scaling", "kv_bits", "hi_bits")
-    + ("layer_idx", "batch_invariant"),
+    + ("layer_idx", "batch_invariant", "turned"),
     ResQMLP: ("hadamard", "hadamard_block"),
     ResQLinear: ("row_format", "dtype", "_packed_for"),
     FusedLinear: ("row_format", "dtype", "_packed_for"),
@@ -267,6 +267,8 @@ def _kind(layer: Any) -> tuple[Any, ...] | None:
         return None
     if any(linear._buffers["packed_weight"] is None for linear in linears):
         return None
+    if attention._modules.get("q_norm") is not None or not attention.turned:
+        return None  # the operator has no norm of heads, and turns all layers
     tensors = [place[0].get(place[1]) for place in _weights(layer)]
     devices = {tensor.device for tensor in tensors if tensor is not None}
     if len(devices) != 1 or next(iter(devices)).type != linears[0]._packed_for:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
+from resq_kernels.architecture import FAMILIES
 from resq_kernels.nn.batch import ForwardPass
+
+CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+"""Layer of transformers -> what `quantized_class` has made of it."""
 
 
 class _ResidualInNorm:
@@ -49,13 +52,35 @@ class _ResidualInNorm:
         return out
 
 
-class ResQLlamaDecoderLayer(_ResidualInNorm, LlamaDecoderLayer):
-    """`LlamaDecoderLayer` over quantized modules."""
+def quantized_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """What a decoder layer of transformers becomes: for `LlamaDecoderLayer` a class of this module
+    named `ResQLlamaDecoderLayer`. A class outside of `FAMILIES` stays, whose own `forward` works as
+    well.
+
+    Classes are made when they are needed: to import the models of all families takes 7 ms each.
+    """
+    known = _layer_of(f"ResQ{kind.__name__}")
+    if known is not kind:
+        return kind
+    if kind not in CLASSES:
+        text = f"`{kind.__name__}` over quantized modules."
+        own = {"__doc__": text, "__module__": __name__}
+        CLASSES[kind] = type(f"ResQ{kind.__name__}", (_ResidualInNorm, kind), own)
+    return CLASSES[kind]
 
 
-class ResQQwen2DecoderLayer(_ResidualInNorm, Qwen2DecoderLayer):
-    """`Qwen2DecoderLayer` over quantized modules."""
+def __getattr__(name: str) -> type[nn.Module]:
+    """The class of that name, which a pickled layer refers to."""
+    kind = _layer_of(name)
+    if kind is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return quantized_class(kind)
 
 
-CLASSES = {LlamaDecoderLayer: ResQLlamaDecoderLayer, Qwen2DecoderLayer: ResQQwen2DecoderLayer}
-"""Layer of transformers -> what it becomes; another layer's own `forward` works as well."""
+def _layer_of(name: str) -> Any:
+    """The layer of transformers that becomes the class of this name; None for other names."""
+    for model_type, prefix in FAMILIES.items():
+        if name == f"ResQ{prefix}DecoderLayer":
+            module = f"transformers.models.{model_type}.modeling_{model_type}"
+            return getattr(importlib.import_module(module), name.removeprefix("ResQ"))
+    return None

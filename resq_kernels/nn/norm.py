@@ -1,4 +1,5 @@
-"""ResQRMSNorm: normalizes and quantizes in one pass, once for all linears that read the result."""
+"""ResQRMSNorm normalizes and quantizes in one pass, once for all linears that read the result;
+HeadNorm normalizes the heads of queries or keys."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from resq_kernels import ops
 from resq_kernels.formats import MixedTensor, RowFormat
+from resq_kernels.head_norm import head_norm
 
 
 class ResQRMSNorm(nn.Module):
@@ -69,3 +71,36 @@ class ResQRMSNorm(nn.Module):
     def extra_repr(self) -> str:
         columns = f"high_columns={self.row_format.k_hi}"
         return f"{self.weight.shape[0]}, eps={self.eps}, {columns}"
+
+
+class HeadNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight of every head: `head_norm`.
+
+    Args:
+        head_dim: D.
+        eps: added to the mean square.
+        dtype, device: of the weight.
+
+    Attributes:
+        weight: [D] gain, that of all heads.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        eps: float,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        weight = torch.ones(head_dim, dtype=dtype, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D] in x's dtype."""
+        return head_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"

@@ -31,7 +31,7 @@ class Basis:
         values_inverse: their inverses, multiplied into o_proj.
         keys: U_C's components [layers, head_dim, head_dim], orthogonal.
         key_factors: [layers, kv_heads, head_dim / 2]: k_proj's rotary pairs are multiplied by
-            them, q_proj's are divided by them.
+            them, q_proj's are divided by them; ones where norms follow both.
         intermediate_factors: [layers, intermediate]: up_proj's rows are multiplied by them,
             down_proj's columns are divided by them.
         intermediate_power: [layers, intermediate]: what the channels carry at down_proj's output,
@@ -92,6 +92,9 @@ def find_basis(model: SourceModel, moments: SecondMoments, bases: str = "balance
         grams = _value_grams(model)
         values, values_inverse, value_variances = balancing(moments.attended, grams)
         key_factors = channel_factors(key_powers, query_powers)
+        if shape.head_norms:
+            # A norm undoes factors of rows, and factors in its gain brought nothing (notes/0052).
+            key_factors = torch.ones_like(key_factors)
         intermediate_factors = channel_factors(moments.intermediate, columns)
         both = key_factors.repeat(1, 1, 2)
         keys = (both.unsqueeze(-1) * moments.keys * both.unsqueeze(-2)).sum(1)

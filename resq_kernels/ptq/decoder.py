@@ -19,13 +19,17 @@ from resq_kernels import hadamard, reference
 from resq_kernels.architecture import (
     ATTENTION_NORM,
     DOWN_PROJ,
+    FAMILIES,
     GATE_UP,
+    K_NORM,
     MLP_NORM,
     O_PROJ,
+    Q_NORM,
     QKV,
     ModelShape,
 )
 from resq_kernels.formats import QuantizedWeight
+from resq_kernels.head_norm import head_norm
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -37,12 +41,13 @@ class Layer:
     Attributes:
         weights: name of a linear -> [rows, columns].
         biases: name of a linear -> [rows]; only those that exist.
-        norms: name of a norm -> gain [hidden]; empty once folded into the linears.
+        norms: name of a norm -> gain [width]; without those that are folded into the linears.
         key_rotation: float16 [1, head_dim, head_dim] applied to queries and keys after RoPE.
         o_order: column order of o_proj: its input is `attention[..., o_order]`.
         hadamard: whether down_proj's input goes through the Hadamard transform.
         hadamard_block: of how many columns each; 0: the whole row.
         down_high: the last columns of down_proj, which are not transformed in blocks.
+        turned: whether RoPE turns queries and keys.
     """
 
     weights: dict[str, torch.Tensor]
@@ -53,6 +58,7 @@ class Layer:
     hadamard: bool = False
     hadamard_block: int = 0
     down_high: int = 0
+    turned: bool = True
 
     def to(self, device: str, products: torch.dtype = torch.float32) -> Layer:
         """The same layer on a device, weights and biases in the dtype `products`."""
@@ -69,6 +75,7 @@ class Layer:
             self.hadamard,
             self.hadamard_block,
             self.down_high,
+            self.turned,
         )
 
 
@@ -93,8 +100,9 @@ def rope_tables(config: Mapping[str, Any], folder: Path, seqlen: int) -> Rope:
 
     model_type = config["model_type"]
     module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
-    prefix = {"llama": "Llama", "qwen2": "Qwen2"}[model_type]
-    rotary = getattr(module, f"{prefix}RotaryEmbedding")(AutoConfig.from_pretrained(folder))
+    rotary = getattr(module, f"{FAMILIES[model_type]}RotaryEmbedding")(
+        AutoConfig.from_pretrained(folder)
+    )
     cos, sin = rotary(torch.zeros(1, 1), torch.arange(seqlen)[None])
     return cos[0].float(), sin[0].float()
 
@@ -114,10 +122,14 @@ class DecoderLayer:
         shape: sizes of the model.
         layer: its parameters.
         rope: tables of `rope_tables`.
+
+    Attributes:
+        rope: those by which this layer turns queries and keys.
     """
 
     def __init__(self, shape: ModelShape, layer: Layer, rope: Rope) -> None:
-        self.shape, self.layer, self.rope = shape, layer, rope
+        self.shape, self.layer = shape, layer
+        self.rope = rope if layer.turned else (torch.ones_like(rope[0]), torch.zeros_like(rope[1]))
 
     def qkv_input(self, x: torch.Tensor) -> torch.Tensor:
         """The input of q_proj, k_proj and v_proj."""
@@ -125,8 +137,21 @@ class DecoderLayer:
 
     def heads(self, qkv_input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries and keys after RoPE, and values, [windows, heads, seqlen, head_dim], exact."""
-        queries, keys, values = (self.split_heads(self.linear(qkv_input, n)) for n in QKV)
+        heads = (self.split_heads(self.linear(qkv_input, name)) for name in QKV)
+        queries, keys, values = self.norm_heads(*heads)
         return apply_rope(queries, self.rope), apply_rope(keys, self.rope), values
+
+    def norm_heads(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The heads before RoPE: queries and keys normalized in the models that do so."""
+        norms, eps = self.layer.norms, self.shape.norm_eps
+        if self.shape.head_norms:
+            queries, keys = (
+                head_norm(heads, norms[name], eps)
+                for heads, name in ((queries, Q_NORM), (keys, K_NORM))
+            )
+        return queries, keys, values
 
     def rotate(
         self, queries: torch.Tensor, keys: torch.Tensor

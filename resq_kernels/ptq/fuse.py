@@ -38,7 +38,8 @@ def fuse_layer(
     gate: W diag(g) U_A; up: diag(f) W diag(g) U_A; o: U_A^T W U_B^-T per head, then columns
     low | high; down: U_A^T W diag(1/f), then columns low | high, those of the low part times H^T.
     The rows of gate and up stand in the order of down's columns, `Rotation.intermediate_order`.
-    Biases of q, k, v change as the rows of their weights.
+    Biases change as the rows of their weights: those of o and down become U_A^T b. Norms of
+    queries and keys stay; k is 1 where they are (`Basis.key_factors`).
 
     Args:
         model: the source.
@@ -65,24 +66,30 @@ def fuse_layer(
             rows[K_PROJ] = rows[K_PROJ] * key_rows.view(-1, 1)
             heads = rows[V_PROJ].unflatten(0, (shape.kv_heads, shape.head_dim))
             rows[V_PROJ] = (u_b.mT @ heads).flatten(0, 1)
-    weights[UP_PROJ] = weights[UP_PROJ] * intermediate[:, None]
+        if UP_PROJ in rows:
+            rows[UP_PROJ] = rows[UP_PROJ] * intermediate[:, None]
     for name in (*QKV, *GATE_UP):
         weights[name] = weights[name] @ u_a
     order = o_column_order(shape, config.high_fraction).to(device)
     o_heads = weights[O_PROJ].unflatten(1, (shape.heads, shape.head_dim)).transpose(0, 1)
     weights[O_PROJ] = u_a.T @ (o_heads @ inverse.mT).transpose(0, 1).flatten(1)[:, order]
     channels = rotation.intermediate_order[index].to(device)
-    for name in GATE_UP:
-        weights[name] = weights[name][channels]
+    for name in biases.keys() & {O_PROJ, DOWN_PROJ}:
+        biases[name] = u_a.T @ biases[name]
+    for rows in (weights, biases):
+        for name in rows.keys() & set(GATE_UP):
+            rows[name] = rows[name][channels]
     down = (u_a.T @ (weights[DOWN_PROJ] / intermediate))[:, channels]
     block, down_high = shape.hadamard_block(config), shape.k_hi(DOWN_PROJ, config)
     weights[DOWN_PROJ] = hadamard.transform_low(down, down_high, block)
     return Layer(
         weights={name: weight.float() for name, weight in weights.items()},
         biases={name: bias.flatten().float() for name, bias in biases.items()},
+        norms=layer.norms,
         key_rotation=rotation.keys[index][None].to(device),
         o_order=order,
         hadamard=True,
         hadamard_block=block,
         down_high=down_high,
+        turned=layer.turned,
     )

@@ -1,4 +1,4 @@
-"""A GGUF file of a Llama or Qwen2 model: configuration, weights and generation settings.
+"""A GGUF file of a Llama, Qwen2 or Qwen3 model: configuration, weights, generation settings.
 
 transformers 5.24 reads such files too, but drops without a word what it has no name for: the
 frequencies of RoPE that Llama-3.1 and newer files hold as a tensor, `rope.scaling`, biases. It also
@@ -26,6 +26,8 @@ from resq_kernels.safetensors_io import CheckpointError, check_content, dtype_na
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+# `general.architecture` of the files that are read; llama.cpp calls a Mistral a "llama" too.
+_KINDS = ("llama", "qwen2", "qwen3")
 # Names in the file -> names in transformers, without ".weight" and ".bias".
 _TENSORS = {
     "token_embd": architecture.EMBEDDING_MODULE,
@@ -35,7 +37,9 @@ _TENSORS = {
 _LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
+    "attn_q_norm": "self_attn.q_norm",
     "attn_k": "self_attn.k_proj",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
@@ -144,9 +148,9 @@ class GgufFile:
 
     def _config(self) -> dict[str, Any]:
         kind = self._fact("general.architecture")
-        if kind not in architecture.SUPPORTED:
-            expected = " or ".join(architecture.SUPPORTED)
-            raise self._error(f"general.architecture: expected {expected}, got {kind!r}")
+        if kind not in _KINDS:
+            expected = ", ".join(_KINDS)
+            raise self._error(f"general.architecture: expected one of {expected}, got {kind!r}")
         if self.facts.get("split.count", 0) > 1:
             raise self._error(
                 f"split.count: expected a whole model, got one of {self.facts['split.count']} "
@@ -168,7 +172,7 @@ class GgufFile:
         if not isinstance(heads, int) or heads < 1:
             raise self._error(f"{kind}.attention.head_count: expected a number, got {heads!r}")
         width = sizes["hidden_size"] // heads
-        if kind == "llama":
+        if kind != "qwen2":
             width = found.get("attention.key_length", width)
             sizes["head_dim"] = width
         for key in _HEAD_DIMS:
@@ -179,9 +183,8 @@ class GgufFile:
             raise self._error("token_embd.weight: expected a tensor, found nothing")
         if vocabulary not in (None, rows := int(embedding.shape[1])):
             raise self._error(f"{kind}.vocab_size: expected {rows}, got {vocabulary}")
-        names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
         return {
-            "architectures": [names[kind]],
+            "architectures": [f"{architecture.FAMILIES[kind]}ForCausalLM"],
             "model_type": kind,
             **sizes,
             "num_key_value_heads": found.get("attention.head_count_kv", heads),

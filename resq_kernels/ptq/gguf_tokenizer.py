@@ -69,9 +69,10 @@ def read_tokenizer(path: Path, facts: dict[str, Any]) -> PreTrainedTokenizerBase
         CheckpointError: another kind of vocabulary or rule; the message names the key.
     """
     kind, pre = facts.get(f"{KEY}model"), facts.get(f"{KEY}pre")
-    if facts.get("general.architecture") == "qwen2" and (kind, pre) != ("gpt2", "qwen2"):
+    model = facts.get("general.architecture")
+    if model in ("qwen2", "qwen3") and (kind, pre) != ("gpt2", "qwen2"):
         # Whatever tokenizer.json says, AutoTokenizer splits words as Qwen2 does.
-        raise _error(path, "pre", "'qwen2' with a Qwen2 model", pre)
+        raise _error(path, "pre", f"'qwen2' with a {model} model", pre)
     if kind == "gpt2":
         return _byte_level(path, facts)
     if kind == "llama":

@@ -39,7 +39,7 @@ def quantize_folder(
     resume: bool = False,
     progress: bool = True,
 ) -> dict[str, object]:
-    """Quantizes a Llama or Qwen2 folder into a folder that `from_pretrained` loads.
+    """Quantizes a model's folder into a folder that `from_pretrained` loads.
 
     The same inputs give the same bytes of weights and configuration on the same machine, torch
     and number of threads (which decide the order of sums inside matrix products).

@@ -12,7 +12,6 @@ from resq_kernels.architecture import (
     DOWN_PROJ,
     GATE_UP,
     KEY_ROTATION,
-    NORMS,
     O_PROJ,
     QKV,
     ModelShape,
@@ -98,9 +97,9 @@ def quantize(
         piece: dict[str, torch.Tensor] = {}
         for name, weight in weights.items():
             piece |= weight.named(prefix + name)
-        dtype = model.reader.info(f"{prefix}{NORMS[0]}.weight").dtype
-        for name in NORMS:
-            gain = layer.norms.get(name, torch.ones(model.shape.hidden))
+        for name, width in model.shape.norms.items():
+            gain = layer.norms.get(name, torch.ones(width))
+            dtype = model.reader.info(f"{prefix}{name}.weight").dtype
             piece[f"{prefix}{name}.weight"] = gain.to(dtype)
         for name, bias in layer.biases.items():
             dtype = model.reader.info(f"{prefix}{name}.bias").dtype

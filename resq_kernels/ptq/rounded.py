@@ -14,7 +14,6 @@ from resq_kernels.architecture import (
     KEY_ROTATION,
     LINEARS,
     MLP_NORM,
-    NORMS,
     O_PROJ,
     QKV,
     ModelShape,
@@ -40,15 +39,15 @@ def stored_layer(
         config: how it was quantized.
     """
     prefix = layer_prefix(index)
-    biased = QKV if shape.qkv_bias else ()
     layer = Layer(
         weights={},
-        biases={name: load(f"{prefix}{name}.bias").float() for name in biased},
-        norms={name: load(f"{prefix}{name}.weight").float() for name in NORMS},
+        biases={name: load(f"{prefix}{name}.bias").float() for name in shape.biased},
+        norms={name: load(f"{prefix}{name}.weight").float() for name in shape.norms},
         key_rotation=load(prefix + KEY_ROTATION) if config.rotates else None,
         hadamard=config.rotates,
         hadamard_block=shape.hadamard_block(config),
         down_high=shape.k_hi(DOWN_PROJ, config),
+        turned=index not in shape.unturned,
     )
     return layer, {name: QuantizedWeight.read(load, prefix + name) for name in LINEARS}
 
@@ -72,8 +71,9 @@ class RoundedLayer:
     """
 
     def __init__(self, shape: ModelShape, layer: Layer, rope: Rope, config: ResQConfig) -> None:
-        self.shape, self.layer, self.rope, self.config = shape, layer, rope, config
+        self.shape, self.layer, self.config = shape, layer, config
         self.float = DecoderLayer(shape, layer, rope)
+        self.rope = self.float.rope
         self.packed: dict[tuple[str, ...], PackedWeight] = {}
 
     def round(self, names: tuple[str, ...], weight: QuantizedWeight) -> None:
@@ -109,8 +109,7 @@ class RoundedLayer:
     def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values, [windows, heads, seqlen, head_dim], before RoPE."""
         parts = qkv.split(self.rows(QKV), dim=-1)
-        queries, keys, values = (self.float.split_heads(part) for part in parts)
-        return queries, keys, values
+        return self.float.norm_heads(*(self.float.split_heads(part) for part in parts))
 
     def exact_heads(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor

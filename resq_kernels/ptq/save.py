@@ -138,6 +138,9 @@ def save(
     settings = dict(model.reader.config)
     settings["tie_word_embeddings"] = False
     settings["dtype"] = dtype_name(model.dtype)
+    if model.shape.model_type == "mistral":
+        # It hides no token (`architecture`), and transformers would make a mask and a cache for it.
+        settings["sliding_window"] = None
     for key in ("torch_dtype", "transformers_weights"):  # said by dtype; a file of the source
         settings.pop(key, None)
     settings["quantization_config"] = quantization_config(

@@ -60,7 +60,7 @@ def check_class(config: Mapping[str, Any]) -> None:
 
 
 class SourceModel:
-    """A Hugging Face folder of a Llama or Qwen2 model: the model that transformers makes of it.
+    """A Hugging Face folder of a supported model: the model that transformers makes of it.
 
     Every tensor of its files is used, except the buffers that transformers leaves out as well.
 
@@ -215,19 +215,18 @@ class SourceModel:
             )
 
     def layer(self, index: int, fold_norms: bool) -> Layer:
-        """A decoder layer; with `fold_norms`, norm gains are multiplied into the next linears."""
+        """A decoder layer; with `fold_norms`, `NORMS` are multiplied into the next linears."""
         prefix = layer_prefix(index)
         names = architecture.LINEARS
         weights = {name: self.load(f"{prefix}{name}.weight") for name in names}
-        biases = {name: self.load(f"{prefix}{name}.bias") for name in QKV if self.shape.qkv_bias}
-        norms = {name: self.load(f"{prefix}{name}.weight") for name in architecture.NORMS}
+        biases = {name: self.load(f"{prefix}{name}.bias") for name in self.shape.biased}
+        norms = {name: self.load(f"{prefix}{name}.weight") for name in self.shape.norms}
         if fold_norms:
             for norm, linears in ((ATTENTION_NORM, QKV), (MLP_NORM, GATE_UP)):
-                gain = norms[norm].double()
+                gain = norms.pop(norm).double()
                 for name in linears:
                     weights[name] = (weights[name].double() * gain).float()
-            norms = {}
-        return Layer(weights, biases, norms)
+        return Layer(weights, biases, norms, turned=index not in self.shape.unturned)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding, float32 [..., hidden]."""

@@ -35,7 +35,7 @@ def random_quantized(
     """A tiny model as `from_pretrained` would return it, quantized by `randomize`.
 
     Args:
-        model_type: "llama" or "qwen2".
+        model_type: one of `architecture.SUPPORTED`.
         options: how it is quantized; default `ResQConfig()`.
         seed: seed of all values.
         sizes: fields of the transformers configuration, as in `tiny_models.make_model`.
@@ -54,7 +54,7 @@ def randomize(model: Any, options: ResQConfig, seed: int = 0) -> None:
     other numbers.
 
     Args:
-        model: a float Llama or Qwen2 model of transformers, on any device.
+        model: a float model of transformers of a supported type, on any device.
         options: how it is quantized.
         seed: seed of all values.
     """
@@ -83,8 +83,10 @@ def randomize(model: Any, options: ResQConfig, seed: int = 0) -> None:
             turn = _orthogonal(len(module.gain))
             module.gain.copy_(turn.T @ ((0.5 + torch.rand(len(turn), 1)) * turn))
     for layer in model.model.layers:
-        layer.input_layernorm.weight.uniform_(0.5, 1.5)
-        layer.post_attention_layernorm.weight.uniform_(0.5, 1.5)
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        norms += filter(None, (layer.self_attn.q_norm, layer.self_attn.k_norm))
+        for norm in norms:
+            norm.weight.uniform_(0.5, 1.5)
     basis = model.model.hidden_basis
     if basis is not None:
         basis.rotation.copy_(_orthogonal(len(basis.rotation)))

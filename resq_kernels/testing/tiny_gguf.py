@@ -38,7 +38,7 @@ def write_gguf(
 
     Args:
         path: the file.
-        model: a Llama or Qwen2; its vocabulary is filled up with tokens that are not used.
+        model: a Llama, Qwen2 or Qwen3; its vocabulary is filled up with tokens that are not used.
         kind: how matrices are stored: "F32", "F16", "BF16", "Q8_0", "Q4_0", ...
         pre: the rule by which the tokenizer splits words; by default GPT-2's, or Qwen2's own.
         facts: keys that are added or, with a value, replaced.
@@ -48,7 +48,7 @@ def write_gguf(
 
     config = model.config
     architecture = config.model_type
-    pre = pre or ("qwen2" if architecture == "qwen2" else "gpt-2")
+    pre = pre or ("gpt-2" if architecture == "llama" else "qwen2")
     facts = facts or {}
     writer = gguf.GGUFWriter(path, facts.get("general.architecture", architecture))
     sizes = {
@@ -63,6 +63,7 @@ def write_gguf(
     }
     if architecture == "llama":
         sizes |= {"vocab_size": config.vocab_size, "rope.dimension_count": config.head_dim}
+    if architecture != "qwen2":
         sizes |= {
             "attention.key_length": config.head_dim,
             "attention.value_length": config.head_dim,

@@ -1,4 +1,4 @@
-"""Small random Llama and Qwen2 folders that a test can quantize in a second."""
+"""Small random models and folders that a test can quantize in a second."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def make_model(model_type: str = "llama", *, seed: int = 0, **options: Any) -> A
     few channels of the residual stream are larger than the rest, as in a trained model.
 
     Args:
-        model_type: "llama" or "qwen2" (which has q, k and v biases).
+        model_type: one of `architecture.SUPPORTED`. "qwen2" has q, k and v biases, and 2 query
+            heads and 1 kv head, whose size is hidden size / heads; "smollm3" has no RoPE in its
+            second layer.
         seed: seed of the weights.
         options: fields of the transformers configuration that replace the defaults.
     """
@@ -62,10 +64,14 @@ def make_model(model_type: str = "llama", *, seed: int = 0, **options: Any) -> A
         "eos_token_id": 256,
         "pad_token_id": 256,
     }
-    if model_type == "llama":
-        settings["head_dim"] = 64
-    else:
+    if model_type == "qwen2":
         settings["num_attention_heads"], settings["num_key_value_heads"] = 2, 1
+    else:
+        settings["head_dim"] = 64
+    if model_type == "mistral":
+        settings["sliding_window"] = None
+    if model_type == "smollm3":
+        settings["no_rope_layer_interval"] = 2
     settings.update(options)
     config = AutoConfig.for_model(model_type, **settings)
     generator = torch.Generator().manual_seed(seed)

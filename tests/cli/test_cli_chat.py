@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from resq_kernels import ResQConfig, graph_decoding
 from resq_kernels.chat_template import end_of_turn
 from resq_kernels.commands import chat, streaming
-from resq_kernels.commands.conversation import Conversation
+from resq_kernels.commands.conversation import Conversation, _keys_are_final
 from resq_kernels.testing.quantized_models import random_quantized
 from resq_kernels.testing.tiny_models import make_model, make_tokenizer
 
@@ -377,3 +377,9 @@ def test_a_continuation_without_a_word_points_to_chat(
     result = resq("generate", tmp_path, "--prompt", "hi")
     assert (result.code, result.out) == (0, "hi\n")
     assert ("wants --chat" in result.err) == (template is not None)
+
+
+def test_a_window_of_mistral_keeps_no_keys() -> None:
+    """Its cache forgets what is behind the window, so that it cannot be cropped."""
+    assert _keys_are_final(make_model("mistral")) and _keys_are_final(make_model("qwen3"))
+    assert not _keys_are_final(make_model("mistral", sliding_window=64))

@@ -250,7 +250,7 @@ def test_what_cannot_be_quantized_is_refused_and_nothing_is_written(
     calib = ("--calib", text_file)
     for arguments, code, sentence in (
         ((tmp_path / "none", out, *calib), 1, "there is no such folder"),
-        ((other, out, *calib), 1, "expected one of llama, qwen2, got 'gpt2'"),
+        ((other, out, *calib), 1, "smollm3, got 'gpt2'"),
         ((quantized, out, *calib), 1, "expected a 16-bit model, got one that is already quantized"),
         ((llama, existing, *calib), 1, "expected a new folder, but it exists"),
         ((llama, blocked, *calib), 1, "cannot write to"),

@@ -1,4 +1,4 @@
-"""The commands one after the other on a Llama and a Qwen2: quantize, info, eval, generate."""
+"""The commands one after the other on models of four kinds: quantize, info, eval, generate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from resq_kernels.testing.tiny_models import make_model
 PROMPT = "def f(x)"
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "smollm3"])
 def folders(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:

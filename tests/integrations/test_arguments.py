@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     DynamicCache,
     GenerationConfig,
-    LlamaForCausalLM,
-    Qwen2ForCausalLM,
     StaticCache,
 )
 
 from resq_kernels import ResQConfig
+from resq_kernels.architecture import FAMILIES
 from resq_kernels.fake_quant import fake_quantized
 from resq_kernels.nn.kv_cache import ResQCache
 from resq_kernels.nn.weight_view import WeightView
@@ -315,12 +315,11 @@ def test_resize_token_embeddings(model: Any) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("embedding_bits", [8, 16])
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_num_parameters_and_footprint(model_type: str, embedding_bits: int, tied: bool) -> None:
     options = ResQConfig(embedding_bits=embedding_bits)
     model = random_quantized(model_type, options, tie_word_embeddings=tied)
-    kind = LlamaForCausalLM if model_type == "llama" else Qwen2ForCausalLM
-    like = kind(model.config)
+    like = getattr(transformers, f"{FAMILIES[model_type]}ForCausalLM")(model.config)
     if tied and embedding_bits == 8:  # stored once
         like.lm_head.weight = like.model.embed_tokens.weight
     for exclude in (False, True):

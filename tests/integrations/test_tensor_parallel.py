@@ -43,6 +43,10 @@ MODELS: dict[str, tuple[str, ResQConfig, dict[str, Any]]] = {
     "16 bits": ("llama", ResQConfig(kv_bits=16, embedding_bits=16), {}),
     "quarot": ("llama", ResQConfig(method="quarot"), {"tie_word_embeddings": True}),
     "rtn": ("qwen2", ResQConfig(method="rtn"), {"tie_word_embeddings": True}),
+    "llama biases": ("llama", ResQConfig(), {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", ResQConfig(), {}),
+    "qwen3": ("qwen3", ResQConfig(), {"attention_bias": True, "tie_word_embeddings": True}),
+    "smollm3": ("smollm3", ResQConfig(kv_bits=16), {"mlp_bias": True}),
     "one kv head": ("llama", ResQConfig(), {"num_key_value_heads": 1}),
 }
 PASSES: list[tuple[str, torch.dtype, dict[str, Any]]] = [
@@ -54,6 +58,10 @@ PASSES: list[tuple[str, torch.dtype, dict[str, Any]]] = [
     ("16 bits", F32, {}),
     ("quarot", BF16, {}),
     ("rtn", F32, {}),
+    ("llama biases", BF16, {}),
+    ("mistral", F32, {}),
+    ("qwen3", BF16, {}),
+    ("smollm3", F32, {}),
 ]
 IDS = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(0))
 PADDED = torch.ones_like(IDS)

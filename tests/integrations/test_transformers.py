@@ -19,6 +19,7 @@ from transformers import (
 
 import resq_kernels
 from resq_kernels import ResQConfig
+from resq_kernels.architecture import SUPPORTED
 from resq_kernels.checkpoint import validate
 from resq_kernels.integrations.transformers import ResQQuantizationConfig, padding_mask
 from resq_kernels.nn.linear import ResQLinear
@@ -41,10 +42,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("model_type", SUPPORTED)
 @pytest.mark.parametrize("options", [{}, {"method": "rtn"}, {"kv_bits": 16}], ids=str)
 def test_round_trip(tmp_path: Path, model_type: str, options: dict[str, Any]) -> None:
-    model = random_quantized(model_type, ResQConfig(**options))
+    biases = {} if model_type == "llama" else {"attention_bias": True, "mlp_bias": True}
+    model = random_quantized(model_type, ResQConfig(**options), **biases)
     model.save_pretrained(tmp_path / "once")
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "once", output_loading_info=True)
     assert not any(info.values())
@@ -202,9 +204,17 @@ def test_damaged_tensors_are_refused(folder: Path) -> None:
 
 
 def test_another_architecture_is_refused(folder: Path) -> None:
-    edit_config(folder, model_type="qwen3", architectures=["Qwen3ForCausalLM"])
-    with pytest.raises(ValueError, match="expected one of llama, qwen2, got 'qwen3'"):
+    edit_config(folder, model_type="gemma", architectures=["GemmaForCausalLM"])
+    expected = ", ".join(SUPPORTED)
+    with pytest.raises(ValueError, match=f"expected one of {expected}, got 'gemma'"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_window_of_attention_is_refused(tmp_path: Path) -> None:
+    random_quantized("mistral").save_pretrained(tmp_path)
+    edit_config(tmp_path, sliding_window=512)
+    with pytest.raises(ValueError, match="sliding_window: expected null, as .* writes it, got 512"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_float_model_cannot_ask_for_our_attention(folder: Path) -> None:

@@ -108,6 +108,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], torch.dtype]] = {
     "llama-128": ("llama", {"embedding_bits": 16}, {"head_dim": 128}, torch.bfloat16),
     "qwen2-tied": ("qwen2", {"lo_bits": 8}, {"tie_word_embeddings": True}, torch.bfloat16),
     "qwen2-rtn": ("qwen2", {"method": "rtn"}, {}, torch.float16),
+    "qwen3": ("qwen3", {}, {"head_dim": 128, "attention_bias": True}, torch.bfloat16),
+    "mistral": ("mistral", {}, {}, torch.bfloat16),
+    "smollm3": ("smollm3", {}, {"mlp_bias": True}, torch.float32),
     "format-2": ("llama", {"activation_clip": 1.0, "hadamard_block": 0}, {}, torch.float32),
 }
 
@@ -237,9 +240,9 @@ def test_angles_that_depend_on_the_longest_request_are_refused(tmp_path: Path) -
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     save(tmp_path, "llama", {})
     path = tmp_path / "config.json"
-    content = json.loads(path.read_text()) | {"architectures": ["MistralForCausalLM"]}
+    content = json.loads(path.read_text()) | {"architectures": ["GemmaForCausalLM"]}
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="expected LlamaForCausalLM or .*, got Mistral"):
+    with pytest.raises(ValueError, match="expected LlamaForCausalLM or .*, got Gemma"):
         LLM(str(tmp_path), **SMALL)
 
 

@@ -26,6 +26,8 @@ MODELS: dict[str, tuple[str, ResQConfig, dict[str, Any]]] = {
     "8-bit activations": ("llama", ResQConfig(lo_bits=8), {}),
     "quarot": ("llama", ResQConfig(method="quarot", high_fraction=0.0), {}),
     "rtn": ("qwen2", ResQConfig(method="rtn", high_fraction=0.0), {}),
+    "llama, all biases": ("llama", ResQConfig(), {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", ResQConfig(), {}),
     "tied head in 8 bits": (
         "llama",
         ResQConfig(embedding_bits=8),
@@ -93,6 +95,23 @@ def check(model: Any, calls: list[int], ids: torch.Tensor, *ends: int, **options
 def test_bits_of_the_layers_one_by_one(name: str, calls: list[int]) -> None:
     family, options, sizes = MODELS[name]
     check(random_quantized(family, options, **sizes), calls, tokens(2, 80), 37, 38, 39, 71, 80)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"), [("qwen3", {}), ("smollm3", {}), ("smollm3", {"no_rope_layers": [0, 0]})]
+)
+def test_norms_of_heads_and_layers_without_rope_are_not_this_operator_s(
+    family: str, sizes: dict[str, Any], calls: list[int]
+) -> None:
+    model, ids = random_quantized(family, **sizes), tokens(2, 9)
+    found = passes(model, ResQCache(model.config, PAGE), ids, 7, 8, 9)
+    assert not calls and decoder_layers.DecoderLayers.of(model.model, {}) is None
+    assert torch.equal(found, passes(model, ResQCache(model.config, PAGE), ids, 9))
+
+
+def test_layers_that_rope_turns_are_this_operator_s_in_any_model(calls: list[int]) -> None:
+    sizes = {"no_rope_layers": [1, 1], "attention_bias": True}
+    check(random_quantized("smollm3", **sizes), calls, tokens(2, 9), 7, 8, 9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

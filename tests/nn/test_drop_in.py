@@ -79,7 +79,7 @@ def row_errors(model: Any, ids: torch.Tensor, other: Any = None) -> dict[str, to
     return {name: torch.cat(rows) for name, rows in errors.items()}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "smollm3"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -93,7 +93,8 @@ def row_errors(model: Any, ids: torch.Tensor, other: Any = None) -> dict[str, to
     ids=str,
 )
 def test_kernels_agree_with_the_float_path(model_type: str, options: dict[str, Any]) -> None:
-    model = random_quantized(model_type, ResQConfig(**options))
+    biases = {} if model_type == "llama" else {"attention_bias": True, "mlp_bias": True}
+    model = random_quantized(model_type, ResQConfig(**options), **biases)
     ids = tokens(2, 40)
     errors = row_errors(model, ids)
     assert set(errors) == set(ROUNDING)
@@ -139,13 +140,22 @@ def test_head_dim_128_and_grouped_queries() -> None:
 
 
 def test_every_parameter_matters() -> None:
-    model = random_quantized("qwen2")
+    biases = {"attention_bias": True, "mlp_bias": True}
+    for model in (random_quantized("qwen3", **biases), random_quantized("llama", **biases)):
+        layer = model.model.layers[1]
+        parameters = [
+            tensor
+            for tensor in (*layer.parameters(), *layer.buffers())
+            if tensor.is_floating_point() and tensor.shape[-1] > 1
+        ]
+        # Four scales and biases, or in Qwen3 two and the norms of heads; two gains; the rotation.
+        assert len(parameters) == 4 + 4 + 2 + 1
+        check_that_each_matters(model, parameters)
+
+
+def check_that_each_matters(model: Any, parameters: list[torch.Tensor]) -> None:
     ids = tokens(1, 16)
     before = logits(model, ids)
-    attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
-    norm = model.model.layers[1].post_attention_layernorm
-    parameters = [attention.qkv_proj.bias, norm.weight, mlp.down_proj.weight_scale]
-    parameters.append(attention.key_rotation)
     with torch.no_grad():
         for parameter in parameters:
             kept = parameter.clone()
@@ -157,8 +167,9 @@ def test_every_parameter_matters() -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kv_bits", [4, 16])
-def test_a_padded_row_equals_the_row_alone(side: str, kv_bits: int) -> None:
-    model = random_quantized("llama", ResQConfig(kv_bits=kv_bits))
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "smollm3"])
+def test_a_padded_row_equals_the_row_alone(model_type: str, side: str, kv_bits: int) -> None:
+    model = random_quantized(model_type, ResQConfig(kv_bits=kv_bits))
     lengths, width = [19, 32, 7], 32
     ids = tokens(3, width)
     columns = torch.arange(width)
@@ -171,8 +182,9 @@ def test_a_padded_row_equals_the_row_alone(side: str, kv_bits: int) -> None:
         assert relative(got[row, mask[row]], alone[0]) < 1e-5
 
 
-def test_a_row_does_not_depend_on_the_batch() -> None:
-    model = random_quantized("llama")
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "smollm3"])
+def test_a_row_does_not_depend_on_the_batch(model_type: str) -> None:
+    model = random_quantized(model_type)
     ids = tokens(4, 33)
     hidden = head_input(model, ids, use_cache=False)
     for row in range(4):
@@ -239,6 +251,19 @@ def test_copies_are_independent() -> None:
                 "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
             },
         ),
+        (
+            "qwen3",  # Qwen3-0.6B
+            {
+                "hidden_size": 1024,
+                "intermediate_size": 3072,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "rms_norm_eps": 1e-6,
+                "max_position_embeddings": 40960,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            },
+        ),
     ],
 )
 def test_real_widths(model_type: str, sizes: dict[str, Any]) -> None:
@@ -251,9 +276,11 @@ def test_real_widths(model_type: str, sizes: dict[str, Any]) -> None:
     assert isinstance(model.model.layers[0].self_attn, ResQAttention)
 
 
-def test_compiles_to_one_graph() -> None:
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "smollm3"])
+def test_compiles_to_one_graph(model_type: str) -> None:
     torch._dynamo.reset()
-    model = random_quantized("qwen2", num_hidden_layers=1)
+    # SmolLM3's is a layer without RoPE.
+    model = random_quantized(model_type, num_hidden_layers=1, no_rope_layers=[0])
     ids = tokens(1, 12)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.equal(logits(compiled, ids), logits(model, ids))

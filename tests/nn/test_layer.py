@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from resq_kernels import ops
+from resq_kernels.architecture import SUPPORTED
 from resq_kernels.nn import layer as layers
 from resq_kernels.testing.quantized_models import random_quantized
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("model_type", SUPPORTED)
 def test_layers_have_the_bits_of_the_layers_they_replace(
     model_type: str, dtype: torch.dtype
 ) -> None:
@@ -23,6 +27,26 @@ def test_layers_have_the_bits_of_the_layers_they_replace(
         assert isinstance(layer, original)  # what transformers records hidden states of
         expected = original.forward(layer, hidden, position_embeddings=rope)
         assert torch.equal(layer(hidden, position_embeddings=rope), expected)
+
+
+def test_a_pickled_layer_finds_its_class() -> None:
+    """Also in a process that has made no model of its kind."""
+    model = random_quantized("qwen3", num_hidden_layers=1)
+    data = pickle.dumps(model.model.layers)
+    layers.CLASSES.clear()
+    copied = pickle.loads(data)
+    kind = type(copied[0])
+    assert kind is layers.ResQQwen3DecoderLayer and list(layers.CLASSES.values()) == [kind]
+    with pytest.raises(AttributeError, match="has no attribute 'ResQGemmaDecoderLayer'"):
+        _ = layers.ResQGemmaDecoderLayer
+
+
+class OtherLayer(LlamaDecoderLayer):
+    """A layer of somebody else's."""
+
+
+def test_a_layer_of_another_class_stays() -> None:
+    assert layers.quantized_class(OtherLayer) is OtherLayer
 
 
 def test_a_layer_adds_once_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,8 @@ MODELS = {
         "tie_word_embeddings": True,
         "rope_parameters": LLAMA3_ROPE,
     },
+    "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral", "sliding_window": 512},
     "qwen2": {"model_type": "qwen2"},
     "qwen2-tied-bf16": {
         "model_type": "qwen2",
@@ -28,4 +30,13 @@ MODELS = {
         "dtype": torch.bfloat16,
         "max_shard_size": "150KB",
     },
+    "qwen3": {"model_type": "qwen3"},
+    "qwen3-tied-bf16-128": {
+        "model_type": "qwen3",
+        "head_dim": 128,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "dtype": torch.bfloat16,
+    },
+    "smollm3": {"model_type": "smollm3", "mlp_bias": True},
 }

@@ -12,7 +12,6 @@ from resq_kernels.architecture import (
     GATE_UP,
     KEY_ROTATION,
     LINEARS,
-    NORMS,
     O_PROJ,
     QKV,
     ModelShape,
@@ -67,7 +66,7 @@ class ReferenceLayer(DecoderLayer):
 
 
 class ReferenceModel:
-    """A quantized Llama or Qwen2 in plain float32 torch, with the kernels' rounding.
+    """A quantized model in plain float32 torch, with the kernels' rounding.
 
     Weights are dequantized; inputs of linears, keys and values are quantized and dequantized.
     The residual stream is float32, so that differences from a bfloat16 run are its rounding.
@@ -107,12 +106,13 @@ class ReferenceModel:
         return Layer(
             weights,
             biases,
-            {name: reader.load(f"{prefix}{name}.weight").float() for name in NORMS},
+            {name: reader.load(f"{prefix}{name}.weight").float() for name in self.shape.norms},
             reader.load(prefix + KEY_ROTATION) if self.config.rotates else None,
             o_column_order(self.shape, self.config.high_fraction),
             self.config.rotates,
             self.shape.hadamard_block(self.config),
             self.shape.k_hi(DOWN_PROJ, self.config),
+            index not in self.shape.unturned,
         )
 
     @torch.no_grad()

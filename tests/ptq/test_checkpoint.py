@@ -235,7 +235,8 @@ def test_other_architecture_and_tied_head(copy: Path) -> None:
     edit_config(copy, lambda content: content.update(tie_word_embeddings=True))
     assert "tie_word_embeddings: expected false, got true" in refusal(copy)
     edit_config(copy, lambda content: content.update(model_type="mamba"))
-    assert "model_type: expected one of llama, qwen2, got 'mamba'" in refusal(copy)
+    expected = "llama, mistral, qwen2, qwen3, smollm3"
+    assert f"model_type: expected one of {expected}, got 'mamba'" in refusal(copy)
 
 
 def test_files_that_are_not_there(copy: Path, tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_where_none_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_memory_that_is_asked_for() -> None:
     """Llama-3-8B in bfloat16 or float32: weights, 48 x 544 tokens of cache, logits in float32."""
-    shape = ModelShape("llama", 4096, 14336, 128256, 32, 32, 8, 128, 1e-5, False, False)
+    shape = ModelShape("llama", 4096, 14336, 128256, 32, 32, 8, 128, 1e-5, (), False)
     template = Template((0,) * 32, TWO_TURNS.between)
     sizes = []
     for dtype in (torch.float32, torch.bfloat16):

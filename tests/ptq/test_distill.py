@@ -393,7 +393,7 @@ def test_a_model_that_cannot_be_trained_in_memory_is_refused(
         head_dim=128,
         vocab=128256,
         tied=False,
-        qkv_bias=False,
+        biased=(),
         norm_eps=1e-5,
     )
     rows = 2 * 8192 + 2 * 1024 + 2 * 28672

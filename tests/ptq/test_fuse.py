@@ -93,8 +93,8 @@ def fused_transformers_model(
         prefix = layer_prefix(index)
         state |= {f"{prefix}{name}.weight": w for name, w in layer.weights.items()}
         state |= {f"{prefix}{name}.bias": b for name, b in layer.biases.items()}
-        for name in architecture.NORMS:
-            state[f"{prefix}{name}.weight"] = torch.ones(model.shape.hidden)
+        for name, width in model.shape.norms.items():
+            state[f"{prefix}{name}.weight"] = layer.norms.get(name, torch.ones(width))
         block = fused.model.layers[index]
         block.self_attn.o_proj.register_forward_pre_hook(
             lambda _, args, order=layer.o_order: (args[0][..., order],)
@@ -177,6 +177,6 @@ def test_rotations_are_undone_by_their_inverses(
 def test_o_proj_columns_are_low_then_high_per_head() -> None:
     from resq_kernels.ptq.fuse import o_column_order
 
-    shape = architecture.ModelShape("llama", 8, 8, 8, 1, 2, 1, 8, 1e-5, False, False)
+    shape = architecture.ModelShape("llama", 8, 8, 8, 1, 2, 1, 8, 1e-5, (), False)
     order = o_column_order(shape, 0.25).tolist()
     assert order == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13, 6, 7, 14, 15]

@@ -24,7 +24,8 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
 @pytest.mark.parametrize(
-    ("model_type", "tied"), [("llama", False), ("llama", True), ("qwen2", False)]
+    ("model_type", "tied"),
+    [("llama", False), ("llama", True), ("qwen2", False), ("qwen3", False)],
 )
 def test_weights_are_those_that_were_stored(
     tmp_path: Path, model_type: str, tied: bool, kind: str
@@ -60,9 +61,11 @@ def test_matrices_of_several_float_types_lose_nothing(tmp_path: Path) -> None:
     assert file._dtype() == torch.float32
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_a_converted_folder_is_what_transformers_reads(tmp_path: Path, model_type: str) -> None:
-    write_gguf(tmp_path / FILE, make_model(model_type), "Q8_0")
+    # Of a Qwen3 transformers takes 128 whatever the file says.
+    sizes = {"head_dim": 128} if model_type == "qwen3" else {}
+    write_gguf(tmp_path / FILE, make_model(model_type, **sizes), "Q8_0")
     convert(Source(tmp_path / FILE), tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=FILE, dtype=torch.bfloat16)
@@ -185,7 +188,10 @@ def test_sentence_pieces(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("facts", "sentence"),
     [
-        ({"general.architecture": "gemma2"}, "general.architecture: expected llama or qwen2, got"),
+        (
+            {"general.architecture": "gemma2"},
+            "general.architecture: expected one of llama, qwen2, qw",
+        ),
         ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type: expected none or linear"),
         ({"llama.rope.dimension_count": 16}, "llama.rope.dimension_count: expected 64, got 16"),
         ({"llama.attention.sliding_window": 9}, "llama.attention.sliding_window: not known here"),
@@ -232,7 +238,7 @@ def test_tokenizers_that_are_not_known_are_refused(
 def test_qwen2_takes_its_own_words(tmp_path: Path) -> None:
     """AutoTokenizer would take them for the folder in OUT, whatever the file says."""
     path = write_gguf(tmp_path / FILE, make_model("qwen2"), pre="gpt-2")
-    with pytest.raises(CheckpointError, match="pre: expected 'qwen2' with a Qwen2 model, got 'gpt"):
+    with pytest.raises(CheckpointError, match="pre: expected 'qwen2' with a qwen2 model, got 'gpt"):
         GgufFile(path).tokenizer()
 
 

@@ -30,7 +30,7 @@ def test_every_step_is_the_reference_s(any_model: Path, name: str) -> None:
     config, model = CONFIGS[name], SourceModel(any_model)
     shape, head = model.shape, model.shape.head_dim
     source = model.layer(0, fold_norms=config.rotates)
-    layer = Layer(source.weights, source.biases, source.norms)
+    layer = Layer(source.weights, source.biases, source.norms, turned=source.turned)
     if config.rotates:
         rotation = torch.linalg.qr(torch.randn(head, head)).Q
         layer.key_rotation = rotation.half()[None].contiguous()

@@ -19,7 +19,7 @@ from resq_kernels.ptq.decoder import rope_tables
 from resq_kernels.ptq.source import SourceModel, check_class
 from resq_kernels.testing.tiny_models import make_model, save_tiny_model
 
-MODEL_TYPES = ("llama", "qwen2")
+MODEL_TYPES = architecture.SUPPORTED
 
 
 def known(model_type: str) -> set[str]:
@@ -51,6 +51,7 @@ LOOKED_FOR = {
     },
     "experts": {"_experts_implementation", "_experts_implementation_internal"},
     "set by per_layer_config": {"_heterogeneity_spec"},
+    "a check that sizes agree": {"num_heads", "embed_dim"},
     "training": {"gradient_checkpointing"},
     "layers of other kinds, by layer_types": {"mtp_layer_types", "number_of_conv_states"},
     "pictures": {"vision_aspect_ratio", "vision_feature_layer", "vision_feature_select_strategy"},
@@ -136,10 +137,15 @@ def test_a_key_without_effect_passes(model_type: str, key: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("model_type", "change"),
     [
+        ("mistral", {"attention_bias": True, "mlp_bias": True}),
+        ("mistral", {"sliding_window": 512}),
         ("qwen2", {"attention_bias": True}),
         ("qwen2", {"attention_bias": False}),
         ("qwen2", {"mlp_bias": True}),
         ("qwen2", {"sliding_window": 64, "max_window_layers": 0}),
+        ("qwen3", {"mlp_bias": True, "sliding_window": 64}),
+        ("qwen3", {"no_rope_layers": [0, 0]}),
+        ("smollm3", {"no_rope_layers": [1, 0, 0], "no_rope_layer_interval": 5}),
         ("llama", {"use_sliding_window": True}),
         ("llama", {"layer_types": ["full_attention"] * 2}),
     ],
@@ -153,9 +159,8 @@ def test_keys_of_the_other_type_pass(model_type: str, change: dict[str, object])
     ("change", "words"),
     [
         ({"hidden_act": "gelu"}, "hidden_act: expected 'silu' or 'swish', got 'gelu'"),
-        ({"attention_bias": True}, "attention_bias: expected False, got True"),
-        ({"attention_bias": 1}, "attention_bias: expected False, got 1"),
-        ({"mlp_bias": True}, "mlp_bias: expected False, got True"),
+        ({"attention_bias": 1}, "attention_bias: expected False or True, got 1"),
+        ({"mlp_bias": None}, "mlp_bias: expected False or True, got None"),
         ({"sliding_window": 16}, "sliding_window: expected None, got 16"),
         ({"is_causal": False}, "is_causal: expected True, got False"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder: expected False or None, got True"),
@@ -169,10 +174,36 @@ def test_keys_of_the_other_type_pass(model_type: str, change: dict[str, object])
         # The embedding of transformers' class cannot be made with it.
         ({"pad_token_id": 320}, "pad_token_id: expected a token of 320 (vocab_size), got 320"),
         ({"pad_token_id": -321}, "pad_token_id: expected a token of 320 (vocab_size), got -321"),
-        ({"model_type": "mistral"}, "model_type: expected one of llama, qwen2, got 'mistral'"),
         (
-            {"model_type": "qwen2", "use_sliding_window": True},
-            "use_sliding_window: expected False, got True",
+            {"model_type": "gemma2"},
+            "model_type: expected one of llama, mistral, qwen2, qwen3, smollm3, got 'gemma2'",
+        ),
+        *(
+            (
+                {"model_type": kind, "use_sliding_window": True},
+                "use_sliding_window: expected False, ",
+            )
+            for kind in ("qwen2", "qwen3", "smollm3")
+        ),
+        *(
+            (
+                {"model_type": "mistral", "sliding_window": window},
+                "sliding_window: expected null, or at least max_position_embeddings (512) since "
+                f"our attention sees all tokens, got {window!r}",
+            )
+            for window in (511, True, "4096")
+        ),
+        ({"model_type": "qwen3", "head_dim": None}, "head_dim: expected a size, got nothing"),
+        *(
+            (
+                {"model_type": "smollm3", "no_rope_layers": turned},
+                f"no_rope_layers: expected 0 or 1 for each of 2 layers, got {turned!r}",
+            )
+            for turned in ([1], [1, 2], 4)
+        ),
+        (
+            {"model_type": "smollm3", "no_rope_layers": None, "no_rope_layer_interval": 0},
+            "no_rope_layer_interval: expected a positive integer, got 0",
         ),
         ({"rope_scaling": {"type": "mrope"}}, "rope_type: expected one of default, linear, dyna"),
         ({"rope_scaling": {"rope_type": "proportional"}}, "rope_type: expected one of default"),
@@ -225,8 +256,40 @@ def test_key_and_value_heads_that_are_not_said(model_type: str) -> None:
     del content["num_key_value_heads"]
     expected = CONFIG_MAPPING[model_type](**content).num_key_value_heads
     assert ModelShape.from_config(content).kv_heads == expected
-    assert expected == {"llama": 64, "qwen2": 32}[model_type]
+    ours = {"llama": 64, "mistral": 8, "qwen2": 32, "qwen3": 32, "smollm3": 4}
+    assert expected == ours[model_type]
     assert ModelShape.from_config(content | {"num_key_value_heads": None}).kv_heads == 64
+
+
+def test_layers_without_rope() -> None:
+    """Every fourth one, unless config.json says otherwise."""
+    for change, unturned in (
+        ({}, {3, 7}),
+        ({"no_rope_layer_interval": 2}, {1, 3, 5, 7}),
+        ({"no_rope_layers": [0, *9 * [1]]}, {0}),
+    ):
+        content = settings("smollm3", num_hidden_layers=8, layer_types=None)
+        del content["no_rope_layers"], content["no_rope_layer_interval"]
+        content |= change
+        theirs = CONFIG_MAPPING["smollm3"](**content).no_rope_layers[:8]
+        assert ModelShape.from_config(content).unturned == unturned
+        assert {layer for layer in range(8) if not theirs[layer]} == unturned
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_keys_that_are_not_there_have_the_defaults_of_the_class(model_type: str) -> None:
+    content = settings(model_type)
+    for key in ("head_dim", "tie_word_embeddings", "rms_norm_eps", "attention_bias", "mlp_bias"):
+        content.pop(key, None)
+    made, shape = CONFIG_MAPPING[model_type](**content), ModelShape.from_config(content)
+    width = content["hidden_size"] // content["num_attention_heads"]
+    assert shape.head_dim == getattr(made, "head_dim", width)
+    assert (shape.tied, shape.norm_eps) == (made.tie_word_embeddings, made.rms_norm_eps)
+    assert shape.biased == (architecture.QKV if model_type == "qwen2" else ())
+    if model_type == "mistral":  # a window of 4096 tokens
+        del content["sliding_window"], content["max_position_embeddings"]
+        with pytest.raises(ValueError, match=r"max_position_embeddings \(131072\) since .* 4096"):
+            ModelShape.from_config(content)
 
 
 @pytest.mark.parametrize("auto_map", [{"AutoConfig": "a.B"}, {"AutoModel": "a.B"}, "a.B"])

@@ -39,7 +39,7 @@ def tokens(count: int) -> torch.Tensor:
     return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "smollm3"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -52,13 +52,14 @@ def tokens(count: int) -> torch.Tensor:
     ids=str,
 )
 def test_paths_agree_along_the_same_codes(model_type: str, options: dict[str, Any]) -> None:
-    model = random_quantized(model_type, ResQConfig(**options), seed=1)
+    biases = {} if model_type == "llama" else {"attention_bias": True, "mlp_bias": True}
+    model = random_quantized(model_type, ResQConfig(**options), seed=1, **biases)
     difference, agreement = compare(model, tokens(96))
     assert agreement.refused <= 2  # attention outputs far smaller than the values they average
     assert abs(difference) < 1e-4
     # One row a token at four places of each of two layers and at the head; a key and a value per kv
     # head.
-    heads = 2 if model_type == "llama" else 1
+    heads = 1 if model_type == "qwen2" else 2
     kept = 2 * heads if model.model.layers[0].self_attn.kv_bits == 4 else 0
     assert agreement.rows == 96 * (2 * (4 + kept) + 1)
     assert 0 <= agreement.flipped < agreement.values / 500
