@@ -29,11 +29,11 @@ def test_layers_have_the_bits_of_the_layers_they_replace(
         assert torch.equal(layer(hidden, position_embeddings=rope), expected)
 
 
-def test_a_pickled_layer_finds_its_class() -> None:
+def test_a_pickled_layer_finds_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in a process that has made no model of its kind."""
     model = random_quantized("qwen3", num_hidden_layers=1)
     data = pickle.dumps(model.model.layers)
-    layers.CLASSES.clear()
+    monkeypatch.setattr(layers, "CLASSES", {})
     copied = pickle.loads(data)
     kind = type(copied[0])
     assert kind is layers.ResQQwen3DecoderLayer and list(layers.CLASSES.values()) == [kind]
