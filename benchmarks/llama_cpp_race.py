@@ -76,8 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "command": " ".join(["python benchmarks/llama_cpp_race.py", *(argv or sys.argv[1:])]),
         "machine": timing.machine() | {"llama-cpp-python": version("llama-cpp-python")},
         "lo_bits": args.lo_bits,
+        "bytes": {kind: path.stat().st_size for kind, path in files.items()},
         "rows": [],
     }
+    if args.reference:
+        parts = Path(args.model).glob("*.safetensors")
+        figures["bytes"][OURS] = sum(path.stat().st_size for path in parts)
     if args.reference:
         figures["load"] = _loads(engines)
     with ExitStack() as stack:
