@@ -70,17 +70,55 @@ class Test:
         return self.prompt or self.context + NEW_TOKENS
 
 
-class Ours:
-    """A ResQ folder, or a model of a known shape with random codes, in transformers.
+class Transformers:
+    """A model of transformers.
 
     Args:
-        source: the folder, or "NAME" or "NAME:LAYERS" of `resq_kernels.bench.models`.
+        threads: of torch.
+    """
+
+    _model: Any
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        self._torch = torch
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """float32 [tokens, vocabulary] of one window, int64 [tokens]."""
+        ids = self._torch.from_numpy(tokens)[None]
+        logits: np.ndarray = self._model(ids).logits[0].float().numpy()
+        return logits
+
+
+class Float(Transformers):
+    """The 16-bit model in float32, the reference of every divergence.
+
+    Args:
+        folder: where it lies.
+        threads: of torch.
+    """
+
+    def __init__(self, folder: str, threads: int) -> None:
+        from transformers import AutoModelForCausalLM
+
+        super().__init__(threads)
+        dtype = self._torch.float32
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+class Ours(Transformers):
+    """A ResQ folder, or a model of a known shape with random codes.
+
+    Args:
+        source: the folder, or a name of `resq_kernels.bench.models` and a number of layers or None.
         lo_bits: of the activations.
         threads: of torch.
     """
 
-    def __init__(self, source: str, lo_bits: int, threads: int) -> None:
-        import torch
+    def __init__(self, source: str | tuple[str, int | None], lo_bits: int, threads: int) -> None:
         import transformers.models.llama.modeling_llama  # noqa: F401 (imports are not the load)
         import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
@@ -90,21 +128,17 @@ class Ours:
         from resq_kernels.nn.kv_cache import cache_name
 
         transformers.utils.logging.disable_progress_bar()
-        torch.set_num_threads(threads)
-        torch.set_grad_enabled(False)
-        self._torch, self._tools = torch, bench_model
-        before, began = _resident(), time.perf_counter()
-        if Path(source).is_dir():
+        super().__init__(threads)
+        self._why_wrong = bench_model.why_wrong
+        self._before, began = _resident(), time.perf_counter()
+        if isinstance(source, str):
             self._model = resq_kernels.from_pretrained(source, lo_bits=lo_bits).eval()
         else:
-            name, _, layers = source.partition(":")
-            self._model = bench_model.build(
-                name, int(layers or 0) or None, "cpu", options=models.OPTIONS.with_lo_bits(lo_bits)
-            )
+            options = models.OPTIONS.with_lo_bits(lo_bits)
+            self._model = bench_model.build(*source, "cpu", options=options)
         self._argument = cache_name(self._model)
-        self._model(torch.zeros(1, 1, dtype=torch.int64))
+        self._model(self._torch.zeros(1, 1, dtype=self._torch.int64))
         self.load_seconds = time.perf_counter() - began
-        self._before = before
 
     def load(self) -> dict[str, float]:
         """Seconds from the call to the first token, bytes of the process and what it added."""
@@ -144,25 +178,7 @@ class Ours:
 
     def why_wrong(self) -> str | None:
         """Of random weights: how the kernels differ from the reference path, or None."""
-        return self._tools.why_wrong(self._model)
-
-    def log_probabilities(self, tokens: np.ndarray) -> np.ndarray:
-        """float32 [tokens, vocabulary] of one window, int64 [tokens]."""
-        logits = self._model(self._torch.from_numpy(tokens)[None]).logits[0].float()
-        return logits.log_softmax(-1).numpy()
-
-
-class Float(Ours):
-    """The 16-bit model in float32, the reference of every divergence."""
-
-    def __init__(self, source: str, threads: int) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        torch.set_num_threads(threads)
-        torch.set_grad_enabled(False)
-        self._torch = torch
-        self._model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        return self._why_wrong(self._model)
 
 
 class LlamaCpp:
@@ -267,15 +283,12 @@ class LlamaCpp:
             self._lib.llama_free(self._context)
             self._context = None
 
-    def log_probabilities(self, tokens: np.ndarray) -> np.ndarray:
-        """As `Ours.log_probabilities`, with the default cache."""
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """As `Transformers.logits`, with the default cache."""
         self.prepare(Test(prompt=len(tokens)), tokens[None])
         self._fill(tokens[None], 0, every=True)
         self._decode()
-        logits = self._logits(len(tokens)).astype(np.float64)
-        logits -= logits.max(-1, keepdims=True)
-        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-        return logits.astype(np.float32)
+        return self._logits(len(tokens)).copy()
 
 
 class Remote:

@@ -40,7 +40,7 @@ from resq_kernels.bench import models, report, timing
 from resq_kernels.commands.arguments import at_least
 from resq_kernels.commands.loading import load_tokenizer
 from resq_kernels.commands.output import check_target, table, write_json
-from resq_kernels.evaluate import cut_windows
+from resq_kernels.evaluate import Measured, cut_windows, window_sums
 
 TESTS = {
     "pp128": Test(prompt=128),
@@ -53,7 +53,7 @@ TESTS = {
 }
 """pp: tokens of a prompt. tg: tokens decoded one by one after a context; batch8: eight at once."""
 LONG = 1024
-"""Positions from which on a type's best cache is sought for the fastest type alone."""
+"""Positions from which on every cache is tried, of the winner of SHORT alone if that has run."""
 SHORT = {True: "pp512", False: "tg@0"}
 """The test that says which type that is, for prompts and for decoding."""
 LOADS = 3
@@ -67,9 +67,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Races, prints the tables, and writes PREFIX.json and PREFIX.md."""
     args = _arguments(argv)
     name = Path(args.reference).name if args.reference else args.model
-    source = args.gguf or random_weights(*_shape(args.model), args.work)
+    model = args.model if args.reference else _shape(args.model)
+    source = args.gguf or random_weights(*model, args.work)
     files = quantized(source, args.work, args.threads)
-    engines: dict[str, tuple[Any, ...]] = {OURS: (Ours, args.model, args.lo_bits, args.threads)}
+    engines: dict[str, tuple[Any, ...]] = {OURS: (Ours, model, args.lo_bits, args.threads)}
     engines |= {kind: (LlamaCpp, str(path), args.threads) for kind, path in files.items()}
     torch.set_num_threads(args.threads)  # for what `machine` says
     figures: dict[str, Any] = {
@@ -82,7 +83,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.reference:
         parts = Path(args.model).glob("*.safetensors")
         figures["bytes"][OURS] = sum(path.stat().st_size for path in parts)
-    if args.reference:
         figures["load"] = _loads(engines)
     with ExitStack() as stack:
         running = {
@@ -161,8 +161,8 @@ def _race(
     work = TESTS[test]
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (work.batch, work.positions))
     kinds = [kind for kind in running if kind != OURS]
-    if work.positions >= LONG:
-        kinds = [fastest.get(SHORT[work.prompt > 0], kinds[0])]
+    if work.positions >= LONG and (found := fastest.get(SHORT[work.prompt > 0])):
+        kinds = [found]
     caches = CACHES if work.positions >= LONG else [c for c in CACHES if c.kind == "f16"]
     tried: dict[tuple[str, Cache], float] = {}
     for kind in kinds:
@@ -217,22 +217,18 @@ def _quality(
     """Perplexity, KL(16-bit || engine) in nats and top-1 agreement over all targets."""
     text = texts.read_text(Path(args.text))
     ids = texts.tokenize(load_tokenizer(args.reference), text)
-    windows = cut_windows(ids, args.seqlen, args.windows).numpy()
-    sums = {kind: np.zeros(3) for kind in ("16-bit", *running)}
+    windows = cut_windows(ids, args.seqlen, args.windows)
+    found = {kind: Measured([], args.seqlen - 1, 0.0) for kind in ("16-bit", *running)}
     with closing(Remote(Float, args.reference, args.threads)) as reference:
         for window in windows:
-            true = reference("log_probabilities", window)[:-1]
-            targets = window[1:, None]
-            sums["16-bit"] += [-np.take_along_axis(true, targets, 1).mean(dtype=float), 0, 1]
-            for kind, engine in running.items():
-                found = engine("log_probabilities", window)[:-1]
-                loss = -np.take_along_axis(found, targets, 1).mean(dtype=float)
-                kl = (np.exp(true) * (true - found)).sum(1, dtype=float).mean()
-                sums[kind] += [loss, kl, (true.argmax(1) == found.argmax(1)).mean()]
-    mean = {kind: values / len(windows) for kind, values in sums.items()}
+            true = None
+            for kind, engine in {"16-bit": reference, **running}.items():
+                logits = torch.from_numpy(engine("logits", window.numpy()))[:-1]
+                found[kind].sums.append(window_sums(logits, window, true))
+                true = logits if true is None else true
     return {
-        kind: {"perplexity": float(np.exp(loss)), "kl": float(kl), "top1": float(top1)}
-        for kind, (loss, kl, top1) in mean.items()
+        kind: {"perplexity": one.perplexity, "kl": one.kl, "top1": one.top1}
+        for kind, one in found.items()
     }
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from resq_kernels.formats import MixedTensor, join_heads
-from resq_kernels.nn.batch import Batch, ForwardPass
+from resq_kernels.nn.batch import Batch, ForwardPass, rope_of
 from resq_kernels.nn.fused import FusesLinears
 from resq_kernels.nn.linear import ResQLinear, keep_dtype
 from resq_kernels.nn.norm import HeadNorm
@@ -132,9 +132,8 @@ class ResQAttention(FusesLinears):
         return q, k, v
 
     def rope(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The cosines and sines by which this layer turns, of those of the model: 1 and 0 in a
-        layer without RoPE."""
-        return (cos, sin) if self.turned else (torch.ones_like(cos), torch.zeros_like(sin))
+        """`rope_of` this layer."""
+        return rope_of(cos, sin, self.turned)
 
     def _attend_pages(
         self,

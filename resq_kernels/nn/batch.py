@@ -307,15 +307,21 @@ class ForwardPass:
             batch, held, mask: as in `Batch.append`, which lists the errors.
             shape: (B, L).
             cos, sin: [B or 1, L, D].
-            turned: False for a layer without RoPE: cosines of 1 and sines of 0 in their place.
+            turned: as in `rope_of`.
         """
         key = (cos.device, turned)
         if key not in self._made:
             if self._prepared is None:
                 self._prepared = batch.append(held, *shape, mask, cos.device)
-            rope = (cos, sin) if turned else (torch.ones_like(cos), torch.zeros_like(sin))
-            self._made[key] = self._prepared.with_rope(*rope)
+            self._made[key] = self._prepared.with_rope(*rope_of(cos, sin, turned))
         return self._made[key]
+
+
+def rope_of(
+    cos: torch.Tensor, sin: torch.Tensor, turned: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cosines and sines of a layer, of those of the model: 1 and 0 if RoPE does not turn it."""
+    return (cos, sin) if turned else (torch.ones_like(cos), torch.zeros_like(sin))
 
 
 def out_of_step(held: int, expected: int) -> str:

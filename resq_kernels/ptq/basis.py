@@ -91,10 +91,11 @@ def find_basis(model: SourceModel, moments: SecondMoments, bases: str = "balance
     else:
         grams = _value_grams(model)
         values, values_inverse, value_variances = balancing(moments.attended, grams)
-        key_factors = channel_factors(key_powers, query_powers)
         if shape.head_norms:
             # A norm undoes factors of rows, and factors in its gain brought nothing (notes/0052).
-            key_factors = torch.ones_like(key_factors)
+            key_factors = torch.ones_like(key_powers)
+        else:
+            key_factors = channel_factors(key_powers, query_powers)
         intermediate_factors = channel_factors(moments.intermediate, columns)
         both = key_factors.repeat(1, 1, 2)
         keys = (both.unsqueeze(-1) * moments.keys * both.unsqueeze(-2)).sum(1)
