@@ -118,6 +118,9 @@ class Ours(Transformers):
         threads: of torch.
     """
 
+    _kept: Any
+    _graph: Any
+
     def __init__(self, source: str | tuple[str, int | None], lo_bits: int, threads: int) -> None:
         import transformers.models.llama.modeling_llama  # noqa: F401 (imports are not the load)
         import transformers.models.qwen2.modeling_qwen2  # noqa: F401
@@ -148,13 +151,17 @@ class Ours(Transformers):
         """Fills a cache with the context of a test; `tokens` int64 [batch, positions]."""
         from transformers import DynamicCache
 
+        from resq_kernels import DecodeGraph
+
         self._test = test
         self._ids = self._torch.from_numpy(tokens)
         self._kept = DynamicCache(config=self._model.config)
-        if test.context:
-            self._step(self._ids[:, : test.context])
+        if not test.prompt:
+            # Steps are prepared for a cache that holds tokens: without a context it holds one.
+            self._read(self._ids[:, : test.context or 1])
+            self._graph = DecodeGraph(self._model, self._kept, NEW_TOKENS)
 
-    def _step(self, ids: Any) -> Any:
+    def _read(self, ids: Any) -> Any:
         given = {self._argument: self._kept, "use_cache": True}
         return self._model(ids, logits_to_keep=1, **given).logits
 
@@ -163,10 +170,10 @@ class Ours(Transformers):
         test, steps = self._test, self._ids[:, self._test.context :]
         began = time.perf_counter()
         if test.prompt:
-            logits = self._step(steps)
+            logits = self._read(steps)
         else:
             for i in range(NEW_TOKENS):
-                logits = self._step(steps[:, i : i + 1])
+                logits = self._graph.step(steps[:, i])
         seconds = time.perf_counter() - began
         assert self._torch.isfinite(logits).all(), "logits are not finite"
         self._kept.crop(-steps.shape[1])
@@ -174,7 +181,7 @@ class Ours(Transformers):
 
     def finish(self) -> None:
         """Frees what `prepare` made."""
-        del self._kept
+        self._kept = self._graph = None
 
     def why_wrong(self) -> str | None:
         """Of random weights: how the kernels differ from the reference path, or None."""

@@ -8,6 +8,7 @@
 #include "core/packed_weight.h"
 #include "cpu/isa.h"
 #include "torch/log_kernel.h"
+#include "torch/parallel.h"
 #include "torch/tensor.h"
 
 namespace resq {
@@ -27,6 +28,19 @@ class Cpu {
     return torch::stable::to(tensor, ScalarType::Float);
   }
 
+  // Calls body(), whose operators share one team of threads.
+  template <class Body>
+  void with_team(const Body& body) const {
+    resq::with_team(body);
+  }
+  // The next product is of these packed weights of n x (k_lo + k_hi); reads them ahead.
+  void read_ahead(const Tensor& packed_weight, int64_t n, int64_t k_lo, int64_t k_hi) const {
+    if (cpu::Team* team = current_team()) {
+      team->read_ahead(packed_weight.const_data_ptr(), packed_blocks(n),
+                       packed_block_bytes(k_lo, k_hi));
+    }
+  }
+
   // Checks that only the CUDA kernels need.
   void check_aligned(const char*, const Tensor&) const {}
   void check_aligned_tokens(const char*, const Tensor&) const {}
@@ -43,8 +57,8 @@ class Cpu {
   void for_rows(int64_t rows, int64_t columns, void (*kernel)(const Params&, int64_t, int64_t),
                 const Params& params) const {
     log();
-    torch::stable::parallel_for(0, rows, rows_per_thread(columns),
-                                [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+    parallel_for(rows, rows_per_thread(columns),
+                 [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
   }
 
  private:

@@ -300,10 +300,10 @@ def _token_ids(model: str) -> dict[str, object]:
 
 
 def _decoding(model: PreTrainedModel, streamer: BaseStreamer) -> dict[str, object]:
-    """The option to decode with CUDA graphs, on a GPU and if the model supports it."""
+    """The option to decode by prepared steps, if the model supports it."""
     from resq_kernels.nn.decode_graph import graph_decoding, unsupported_reason
 
-    if model.device.type != "cuda" or unsupported_reason(model) is not None:
+    if unsupported_reason(model) is not None:
         return {}
     return {"custom_generate": functools.partial(graph_decoding, streamer=streamer)}
 

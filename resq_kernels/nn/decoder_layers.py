@@ -131,10 +131,8 @@ class DecoderLayers:
         pages = paged[0].pages_per_sequence
         if any(one.pages_per_sequence != pages for one in paged):
             return None
-        norm, output, down = first.input_layernorm, attention.o_proj, first.mlp.down_proj
-        formats = [part.row_format for part in (norm, output, down)]
         assert metadata.cos is not None and metadata.sin is not None
-        out, residual = ops.decoder_layers(
+        states = self.compute(
             x.flatten(0, 1),
             metadata.cos,
             metadata.sin,
@@ -143,21 +141,47 @@ class DecoderLayers:
             metadata.block_table(pages),
             metadata.seq_lens,
             metadata.cu_seqlens_q,
-            self._weights,
-            norm.eps,
-            attention.scaling,
-            [part.k_hi for part in formats],
-            [part.clip for part in formats],
-            formats[0].lo_bits,
-            formats[0].symmetric,
-            attention.hi_bits,
-            first.mlp.hadamard,
-            first.mlp.hadamard_block,
         )
         for one in paged:
             one.advance(metadata)
         batch.advance(metadata)
-        return (residual + out).view(x.shape)
+        return states.view(x.shape)
+
+    def convert_once(self) -> None:
+        """Keeps what the CPU's operators read in float32 only, the key rotations, in float32: they
+        would convert it in every pass."""
+        rotations = {id(layer.self_attn.key_rotation) for layer in self._plan.layers}
+        self._weights = [
+            weight.float() if weight is not None and id(weight) in rotations else weight
+            for weight in self._weights
+        ]
+
+    def compute(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        pages: list[torch.Tensor],
+        slots: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+    ) -> torch.Tensor:
+        """The hidden states after all layers, like x [T, hidden]; arguments as those of
+        `ops.decoder_layers`, which lists the errors."""
+        out, residual = ops.decoder_layers(
+            x,
+            cos,
+            sin,
+            pages,
+            slots,
+            block_table,
+            seq_lens,
+            cu_seqlens_q,
+            self._weights,
+            *self._plan.options(),
+        )
+        return residual + out
 
 
 class _Plan:
@@ -204,6 +228,23 @@ class _Plan:
     def weights(self) -> list[torch.Tensor | None]:
         """Of all layers, in the order of `ops.decoder_layers`."""
         return list(map(dict.get, *self._tensors))
+
+    def options(self) -> tuple[Any, ...]:
+        """What all layers have in common, in the order of `ops.decoder_layers`."""
+        first = self.layers[0]
+        norm, attention, mlp = first.input_layernorm, first.self_attn, first.mlp
+        formats = [part.row_format for part in (norm, attention.o_proj, mlp.down_proj)]
+        return (
+            norm.eps,
+            attention.scaling,
+            [part.k_hi for part in formats],
+            [part.clip for part in formats],
+            formats[0].lo_bits,
+            formats[0].symmetric,
+            attention.hi_bits,
+            mlp.hadamard,
+            mlp.hadamard_block,
+        )
 
     def _now(self) -> tuple[list[Any], ...]:
         values = list(map(dict.get, *self._watched))

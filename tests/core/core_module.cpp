@@ -20,6 +20,8 @@
 
 namespace py = pybind11;
 
+void define_team(py::module_& m);  // core_team.cpp
+
 namespace {
 
 template <class T>
@@ -93,4 +95,5 @@ PYBIND11_MODULE(resq_core, m) {
   m.attr("PALEY_TILE") = resq::kPaleyTile;
   m.attr("PALEY_TABLES") = resq::kPaleyTables;
   define_simd(m);
+  define_team(m);
 }

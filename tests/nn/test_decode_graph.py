@@ -84,6 +84,52 @@ def test_steps_have_the_bits_of_ordinary_calls(name: str) -> None:
     assert cache.layers[0].paged.pages_per_sequence == pages  # exactly what was asked for
 
 
+def test_steps_do_without_the_model_s_own_call(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not where somebody would miss it."""
+    ids, norm = tokens(2, 20), model.model.norm
+    expected = ordinary(model, filled(model, ids[:, :16]), ids[:, 16:17])
+    called: list[str] = []
+
+    def see(name: str) -> Any:
+        return lambda *_: called.append(name)
+
+    def steps() -> list[str]:
+        called.clear()
+        graph = DecodeGraph(model, filled(model, ids[:, :16]), 1)
+        assert torch.equal(graph.step(ids[:, 16]), expected)
+        return called
+
+    places = [("model", model), ("decoder", model.model), ("embedding", model.model.embed_tokens)]
+    places += [("norm", norm), ("head", model.lm_head), ("layer", model.model.layers[1])]
+    for name, module in places:
+        remove = module.register_forward_hook(see(name)).remove
+        assert steps().count(name) == 2, name  # the prompt's and the step's
+        remove()
+        remove = module.register_forward_pre_hook(see(name)).remove
+        assert steps().count(name) == 2, name
+        remove()
+    own = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda x: called.append("replaced") or own(x))
+    assert steps() == ["replaced", "replaced"]
+    monkeypatch.undo()
+
+    # transformers' decoder refuses to run: the steps do not need it.
+    graph = DecodeGraph(model, filled(model, ids[:, :16]), 1)
+    monkeypatch.setattr(type(model.model), "forward", None)
+    assert torch.equal(graph.step(ids[:, 16]), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "smollm3"])
+@torch.no_grad()
+def test_models_whose_layers_are_called_one_by_one(family: str) -> None:
+    model, ids = random_quantized(family), tokens(2, 20)
+    cache, other = filled(model, ids[:, :16]), filled(model, ids[:, :16])
+    graph = DecodeGraph(model, cache, 4)
+    for column in range(16, 20):
+        expected = ordinary(model, other, ids[:, column : column + 1])
+        assert torch.equal(graph.step(ids[:, column]), expected)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batches_step_as_ordinary_calls(model: Any, side: str) -> None:
     lengths, width, steps = [11, 30, 4], 30, 40
@@ -181,13 +227,17 @@ class Launches(TorchDispatchMode):
 def test_launches_of_a_layer(batch: int) -> None:
     """The figures of docs/notes/0020-decode-graph.md, of layers that are called one by one: by one
     call there is no operator of torch in between."""
-    ids, steps, calls, one_call = tokens(batch, 20), [], [], []
+    ids, steps, calls, one_call, prepared = tokens(batch, 20), [], [], [], []
     for depth in (1, 2):
         model = random_quantized("llama", num_hidden_layers=depth)
         cache = filled(model, ids)
         with Launches() as together:
             ordinary(model, cache, ids[:, :1])
         one_call.append(together.count)
+        graph = DecodeGraph(model, filled(model, ids), 4)
+        with Launches() as step, torch.no_grad():
+            graph._pass()
+        prepared.append(step.count)
         model.model.layers[0].register_forward_hook(lambda module, args, output: None)
         with Launches() as call:
             ordinary(model, cache, ids[:, :1])
@@ -199,6 +249,7 @@ def test_launches_of_a_layer(batch: int) -> None:
     assert steps[1] - steps[0] == 11
     assert calls[1] - calls[0] == 11
     assert one_call[1] == one_call[0]
+    assert prepared == [17, 17]
 
 
 def fake_inputs(graph: DecodeGraph, mode: FakeTensorMode) -> None:

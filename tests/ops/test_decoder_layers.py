@@ -27,6 +27,20 @@ def test_every_option_reaches_its_operator(name: str) -> None:
     Case([40, 3], [1, 1], torch.bfloat16, **VARIANTS[name]).check()
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_bits_whatever_the_team(threads: int) -> None:
+    """Steps of few rows, a prompt, a long context: operators on one thread and on all of them."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for _ in range(4):  # threads come sooner or later
+            Case([5, 0, 70], [1, 1, 1], torch.bfloat16).check()
+            Case([0, 9], [130, 3], torch.float32).check()
+        Case([2100], [1], torch.float16).check()
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_no_token_writes_nothing() -> None:
     case = Case([], [])
     arguments = case.arguments()

@@ -219,46 +219,56 @@ std::tuple<Tensor, Tensor> decoder_layers(
   MixedGemmCall down = prepare_product(kDown, activated.out);
   const Tensor other_residual = allocate(x, sizes_of(x), x.scalar_type());
 
-  for (int64_t i = 0; i < layers; ++i) {
-    const DecoderLayer layer(weights, i);
-    const auto run_norm = [&](RmsNormQuantizeParams& params, int64_t at) {
-      const std::optional<Tensor>& gain = layer.optional(at);
-      params.weight = gain ? gain->const_data_ptr() : nullptr;
-      params.weight_type = gain ? float_type(op, "weights", *gain) : FloatType::kFloat32;
-      run(norm, params);
-    };
-    const auto multiply = [&](MixedGemmCall& call, int64_t at) {
-      const std::optional<Tensor>& bias = layer.optional(at + kBias);
-      call.params.packed_weight = layer[at + kPackedWeight].template const_data_ptr<uint8_t>();
-      call.params.weight_scale = layer[at + kWeightScale].template const_data_ptr<float>();
-      call.params.weight_sum = layer[at + kWeightSum].template const_data_ptr<int32_t>();
-      call.params.bias = bias ? bias->const_data_ptr() : nullptr;
-      call.params.bias_type = bias ? float_type(op, "weights", *bias) : FloatType::kFloat32;
-      run(product, call.params);
-    };
-    run_norm(input_norm.params, kInputNorm);
-    multiply(qkv, kQkv);
-    std::optional<Tensor> rotation = layer.optional(kKeyRotation);
-    if (rotation) rotation = device.as_float32(*rotation);
-    appended.params.rotation = RopeRotation::array(op, rotation);
-    appended.params.shared_rotation = !rotation || rotation->size(0) == 1;
-    appended.params.cache = caches[i].template mutable_data_ptr<uint8_t>();
-    run(append, appended.params);
-    attended.params.cache = caches[i].template const_data_ptr<uint8_t>();
-    run(attend, attended.params, attended.batch);
-    run(quantize, codes.params);
-    multiply(output, kOutput);
-    run_norm(attention_norm.params, kAttentionNorm);
-    multiply(gate_up, kGateUp);
-    run(activate, activated.params);
-    multiply(down, kDown);
-    // The next layer adds what this one returns to its residual; sums alternate between two
-    // tensors.
-    input_norm.params.x = down.out.const_data_ptr();
-    input_norm.params.residual = attention_norm.new_residual.const_data_ptr();
-    input_norm.params.new_residual = other_residual.mutable_data_ptr();
-    attention_norm.params.residual = other_residual.const_data_ptr();
-  }
+  device.with_team([&] {
+    for (int64_t i = 0; i < layers; ++i) {
+      const DecoderLayer layer(weights, i);
+      const auto run_norm = [&](RmsNormQuantizeParams& params, int64_t at) {
+        const std::optional<Tensor>& gain = layer.optional(at);
+        params.weight = gain ? gain->const_data_ptr() : nullptr;
+        params.weight_type = gain ? float_type(op, "weights", *gain) : FloatType::kFloat32;
+        run(norm, params);
+      };
+      const auto multiply = [&](MixedGemmCall& call, int64_t at) {
+        const std::optional<Tensor>& bias = layer.optional(at + kBias);
+        call.params.packed_weight = layer[at + kPackedWeight].template const_data_ptr<uint8_t>();
+        call.params.weight_scale = layer[at + kWeightScale].template const_data_ptr<float>();
+        call.params.weight_sum = layer[at + kWeightSum].template const_data_ptr<int32_t>();
+        call.params.bias = bias ? bias->const_data_ptr() : nullptr;
+        call.params.bias_type = bias ? float_type(op, "weights", *bias) : FloatType::kFloat32;
+        run(product, call.params);
+      };
+      const auto read_ahead = [&](const MixedGemmCall& call, int64_t at) {
+        const MixedGemmParams& p = call.params;
+        device.read_ahead(layer[at + kPackedWeight], p.n, p.k_lo, p.k_hi);
+      };
+      read_ahead(qkv, kQkv);
+      run_norm(input_norm.params, kInputNorm);
+      multiply(qkv, kQkv);
+      read_ahead(output, kOutput);
+      std::optional<Tensor> rotation = layer.optional(kKeyRotation);
+      if (rotation) rotation = device.as_float32(*rotation);
+      appended.params.rotation = RopeRotation::array(op, rotation);
+      appended.params.shared_rotation = !rotation || rotation->size(0) == 1;
+      appended.params.cache = caches[i].template mutable_data_ptr<uint8_t>();
+      run(append, appended.params);
+      attended.params.cache = caches[i].template const_data_ptr<uint8_t>();
+      run(attend, attended.params, attended.batch);
+      run(quantize, codes.params);
+      multiply(output, kOutput);
+      read_ahead(gate_up, kGateUp);
+      run_norm(attention_norm.params, kAttentionNorm);
+      multiply(gate_up, kGateUp);
+      read_ahead(down, kDown);
+      run(activate, activated.params);
+      multiply(down, kDown);
+      // The next layer adds what this one returns to its residual; sums alternate between two
+      // tensors.
+      input_norm.params.x = down.out.const_data_ptr();
+      input_norm.params.residual = attention_norm.new_residual.const_data_ptr();
+      input_norm.params.new_residual = other_residual.mutable_data_ptr();
+      attention_norm.params.residual = other_residual.const_data_ptr();
+    }
+  });
   return {down.out, attention_norm.new_residual};
 }
 

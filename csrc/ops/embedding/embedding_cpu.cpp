@@ -44,11 +44,9 @@ void run(const Cpu& device, const EmbeddingParams& p) {
     fail("embedding", "ids", "0 to " + std::to_string(p.n - 1), std::to_string(p.ids[i]));
   }
   device.log(cpu::Isa::kScalar);
-  torch::stable::parallel_for(0, p.count, rows_per_thread(p.columns()),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t index = begin; index < end; ++index)
-                                  row_of(p.type)(p, index);
-                              });
+  parallel_for(p.count, rows_per_thread(p.columns()), [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) row_of(p.type)(p, index);
+  });
 }
 
 }  // namespace resq

@@ -25,7 +25,7 @@ constexpr int64_t kGrainRows = 16;
 void for_rows(const KvAppendParams& params, const KvAppendGroups& of,
               void (*run)(const KvAppendParams&, int64_t, int64_t, int64_t)) {
   if (of.rows == 0) return;
-  torch::stable::parallel_for(0, of.groups * of.rows, kGrainRows, [&](int64_t begin, int64_t end) {
+  parallel_for(of.groups * of.rows, kGrainRows, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t group = begin / of.rows, first = begin % of.rows;
       const int64_t last = std::min(of.rows, first + end - begin);

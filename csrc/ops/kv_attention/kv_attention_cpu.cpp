@@ -72,7 +72,7 @@ template <class Work>
 void for_each_task(int64_t count, int64_t workspace_floats, const Work& work) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  parallel_for(threads, 1, [&](int64_t, int64_t) {
     float* workspace = cpu::thread_row_buffer().floats(workspace_floats);
     for (int64_t i = next++; i < count; i = next++) work(i, workspace);
   });

@@ -43,8 +43,7 @@ void run(const Cpu& device, const KvDequantizeParams& p) {
   device.log();
   const auto kernel = RESQ_ISA_CHOOSE(kv_dequantize_items);
   constexpr int64_t kGrainItems = 4;  // an item is 4096 numbers, about 2 us with AVX2
-  torch::stable::parallel_for(0, p.items(), kGrainItems,
-                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  parallel_for(p.items(), kGrainItems, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 }  // namespace resq

@@ -5,7 +5,7 @@ namespace resq {
 
 void run(const Cpu& device, const PackWeightParams& p) {
   device.log(cpu::Isa::kScalar);
-  torch::stable::parallel_for(0, packed_blocks(p.n), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(packed_blocks(p.n), 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) pack_weight_block(p, block);
   });
 }

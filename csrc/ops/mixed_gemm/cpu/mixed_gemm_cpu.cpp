@@ -14,8 +14,12 @@ void run(const Cpu& device, const MixedGemmParams& p) {
   if (tasks.plan.amx) kernel = cpu::amx::mixed_gemm_tasks;
 #endif
   device.log(tasks.plan.amx ? cpu::Isa::kAmx : cpu::vector_isa());
-  torch::stable::parallel_for(0, tasks.plan.tasks(), tasks.plan.grain,
-                              [&](int64_t begin, int64_t end) { kernel(tasks, begin, end); });
+  // A piece first unpacks the activations of its panel: with more than a tile of them, 10 % of a
+  // prompt's time (SmolLM2, 32 to 512 tokens).
+  const int64_t pieces = tasks.plan.panel_m > tasks.plan.tile_m ? cpu::kWhole : cpu::kPieces;
+  parallel_for(
+      tasks.plan.tasks(), tasks.plan.grain,
+      [&](int64_t begin, int64_t end) { kernel(tasks, begin, end); }, pieces);
 }
 
 }  // namespace resq
