@@ -1,11 +1,12 @@
 // Threads that stay awake between many short pieces of parallel work.
 //
 // A decode step of a small model is 300 operators of a few microseconds. To hand each of them to
-// the threads of OpenMP costs 2 us, and while a short operator runs on one thread, the others sleep
-// and memory idles. A team is handed out once for all of them. Its first thread runs the operators;
-// the others wait in a loop for work that it shares, and meanwhile read ahead what they will need.
+// the threads of OpenMP costs 2 us, and milliseconds where another program has one of the cores:
+// all threads must come, and leave, every time. A team is handed out once for all of them. Its
+// first thread runs the operators; the others wait in a loop for parts of the work.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -20,13 +21,12 @@
 
 namespace resq::cpu {
 
-// Bytes of its share that a waiting thread reads ahead, at most: half of a second-level cache of
-// 1 MB. Lines between two looks for work: about 0.1 us.
-inline constexpr int64_t kReadAheadBytes = 512 * 1024;
-inline constexpr int64_t kLine = 64, kLinesAtOnce = 16;
+inline constexpr int64_t kLine = 64;  // of a cache, in bytes
 // Pieces that a thread's share is cut into, so that others can take over what it does not get to;
 // kWhole where each piece would first repeat some work.
 inline constexpr int64_t kPieces = 4, kWhole = 1;
+// Pieces of a job at most, or one a thread: to take one costs a miss where the cores are many.
+inline constexpr int64_t kPiecesOfJob = 16;
 // How much less work pays for a second thread of a team than for one that must be woken.
 inline constexpr int64_t kTeamGrain = 8;
 // Turns of a waiting loop, about 20 ns each, after which it lets other programs run.
@@ -66,7 +66,8 @@ class Team {
     context_.store(context, std::memory_order_release);
     count_.store(count, std::memory_order_release);
     parts_.store(threads, std::memory_order_release);
-    piece_.store(ceil_div(count, threads * pieces), std::memory_order_release);
+    const int64_t all = std::min(pieces * threads, std::max(threads, kPiecesOfJob));
+    piece_.store(ceil_div(count, all), std::memory_order_release);
     items_done_.store(0, std::memory_order_relaxed);
     const uint64_t job = ++last_job_;
     for (int64_t part = 0; part < threads; ++part) {
@@ -79,47 +80,21 @@ class Team {
     if (failed_.exchange(false, std::memory_order_relaxed)) std::rethrow_exception(error_);
   }
 
-  // Says what the next shared work will read: item i of `count` is the `bytes` from i x `bytes` on.
-  void read_ahead(const void* data, int64_t count, int64_t bytes) {
-    if (threads_ <= 1) return;
-    ahead_data_.store(static_cast<const char*>(data), std::memory_order_relaxed);
-    ahead_count_.store(count, std::memory_order_relaxed);
-    ahead_bytes_.store(bytes, std::memory_order_relaxed);
-    ahead_.store(++last_ahead_, std::memory_order_release);
-  }
-
   // Sends the others home.
   void close() { job_.store(kClosed, std::memory_order_release); }
 
   // What thread 1, 2, ... does until the team is closed.
   void follow(int64_t thread) {
-    uint64_t seen_job = 0, seen_ahead = 0;
-    const char *at = nullptr, *end = nullptr;
+    uint64_t seen = kNone;
     for (int turns = 0;;) {
       const uint64_t job = job_.load(std::memory_order_acquire);
       if (job == kClosed) return;
-      if (job != seen_job && job != kNone) {
-        take_part(job, thread);
-        seen_job = job, at = end = nullptr, turns = 0;
+      if (job == seen || job == kNone) {
+        pause(turns);
         continue;
       }
-      if (const uint64_t ahead = ahead_.load(std::memory_order_acquire); ahead != seen_ahead) {
-        // If the first thread changes these meanwhile, lines that nobody needs are read.
-        const int64_t count = ahead_count_.load(std::memory_order_relaxed);
-        const int64_t bytes = ahead_bytes_.load(std::memory_order_relaxed);
-        const int64_t first = count * thread / threads_, last = count * (thread + 1) / threads_;
-        at = ahead_data_.load(std::memory_order_relaxed) + first * bytes;
-        const int64_t share = (last - first) * bytes;
-        end = at + (share < kReadAheadBytes ? share : kReadAheadBytes);
-        seen_ahead = ahead;
-      }
-      if (at < end) {
-        for (int64_t line = 0; line < kLinesAtOnce; ++line)
-          __builtin_prefetch(at + line * kLine, 0, 2);
-        at += kLinesAtOnce * kLine;
-      } else {
-        pause(turns);
-      }
+      take_part(job, thread);
+      seen = job, turns = 0;
     }
   }
 
@@ -146,6 +121,7 @@ class Team {
       const int64_t part = (thread + i) % parts;
       const int64_t first = count * part / parts, last = count * (part + 1) / parts;
       std::atomic<uint64_t>& next = shares_[part].next;
+      int64_t done = 0;
       uint64_t seen = next.load(std::memory_order_relaxed);
       while (true) {
         const int64_t begin = first + static_cast<int64_t>(seen & kPieceMask) * piece;
@@ -157,22 +133,23 @@ class Team {
         } catch (...) {
           if (!failed_.exchange(true, std::memory_order_relaxed)) error_ = std::current_exception();
         }
-        items_done_.fetch_add(end - begin, std::memory_order_release);
+        done += end - begin;
         ++seen;
       }
+      // With many threads each look at another's share is a miss, so the last one ends it.
+      const int64_t before = done > 0 ? items_done_.fetch_add(done, std::memory_order_release)
+                                      : items_done_.load(std::memory_order_relaxed);
+      if (before + done == count) return;
     }
   }
 
   const int64_t threads_;
   const std::unique_ptr<Share[]> shares_;
-  uint64_t last_job_ = 0, last_ahead_ = 0;  // of the first thread
+  uint64_t last_job_ = 0;  // of the first thread
   alignas(kLine) std::atomic<uint64_t> job_{0};
-  std::atomic<uint64_t> ahead_{0};
   std::atomic<int64_t> count_{0}, piece_{0}, parts_{0};
   std::atomic<Work> work_{nullptr};
   std::atomic<const void*> context_{nullptr};
-  std::atomic<const char*> ahead_data_{nullptr};
-  std::atomic<int64_t> ahead_count_{0}, ahead_bytes_{0};
   alignas(kLine) std::atomic<int64_t> items_done_{0};
   std::atomic<bool> failed_{false};
   std::exception_ptr error_;

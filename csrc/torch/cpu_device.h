@@ -33,13 +33,6 @@ class Cpu {
   void with_team(const Body& body) const {
     resq::with_team(body);
   }
-  // The next product is of these packed weights of n x (k_lo + k_hi); reads them ahead.
-  void read_ahead(const Tensor& packed_weight, int64_t n, int64_t k_lo, int64_t k_hi) const {
-    if (cpu::Team* team = current_team()) {
-      team->read_ahead(packed_weight.const_data_ptr(), packed_blocks(n),
-                       packed_block_bytes(k_lo, k_hi));
-    }
-  }
 
   // Checks that only the CUDA kernels need.
   void check_aligned(const char*, const Tensor&) const {}

@@ -54,12 +54,11 @@ class Cuda {
     return {cuda::current_stream(index_), index_, pdl};
   }
 
-  // The device's queue keeps operators together, and its products read ahead themselves.
+  // A stream keeps operators together.
   template <class Body>
   void with_team(const Body& body) const {
     body();
   }
-  void read_ahead(const Tensor&, int64_t, int64_t, int64_t) const {}
 
   // A workspace for the call.
   Tensor scratch(int64_t count, ScalarType dtype) const { return allocate(like_, {count}, dtype); }

@@ -21,7 +21,6 @@ inline int64_t team_mistakes(int64_t threads, int64_t present, int64_t jobs, uin
     std::vector<int> visits;  // every item is of one part, so no two threads write the same
     int64_t fails_at;
   };
-  const std::vector<char> weights(1 << 16);
   std::mt19937 random(seed);
   int64_t mistakes = 0;
   for (int64_t i = 0; i < jobs; ++i) {
@@ -32,7 +31,6 @@ inline int64_t team_mistakes(int64_t threads, int64_t present, int64_t jobs, uin
       for (int64_t item = begin; item < end; ++item) ++job.visits[item];
       if (begin <= job.fails_at && job.fails_at < end) throw std::runtime_error("a part");
     };
-    team.read_ahead(weights.data(), 1 + random() % 64, 64 * (1 + random() % 16));
     bool thrown = false;
     try {
       team.run(count, grain, 1 + random() % 5, visit, &job);

@@ -237,14 +237,8 @@ std::tuple<Tensor, Tensor> decoder_layers(
         call.params.bias_type = bias ? float_type(op, "weights", *bias) : FloatType::kFloat32;
         run(product, call.params);
       };
-      const auto read_ahead = [&](const MixedGemmCall& call, int64_t at) {
-        const MixedGemmParams& p = call.params;
-        device.read_ahead(layer[at + kPackedWeight], p.n, p.k_lo, p.k_hi);
-      };
-      read_ahead(qkv, kQkv);
       run_norm(input_norm.params, kInputNorm);
       multiply(qkv, kQkv);
-      read_ahead(output, kOutput);
       std::optional<Tensor> rotation = layer.optional(kKeyRotation);
       if (rotation) rotation = device.as_float32(*rotation);
       appended.params.rotation = RopeRotation::array(op, rotation);
@@ -255,10 +249,8 @@ std::tuple<Tensor, Tensor> decoder_layers(
       run(attend, attended.params, attended.batch);
       run(quantize, codes.params);
       multiply(output, kOutput);
-      read_ahead(gate_up, kGateUp);
       run_norm(attention_norm.params, kAttentionNorm);
       multiply(gate_up, kGateUp);
-      read_ahead(down, kDown);
       run(activate, activated.params);
       multiply(down, kDown);
       // The next layer adds what this one returns to its residual; sums alternate between two
