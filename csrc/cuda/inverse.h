@@ -17,4 +17,25 @@ RESQ_HOST_DEVICE constexpr int quotient_by(int a, uint32_t inverse) {
 // The same for a and b below 2^32: the high half of a * inverse64(b) is a / b.
 constexpr uint64_t inverse64(uint32_t b) { return ~uint64_t{0} / b + 1; }
 
+// The same for 0 <= a < 2^31 and b from 1 to 2^31 - 1, with two products of 32 bits: 2^63 / b
+// rounded up makes the quotient larger by less than 1 / b.
+struct Divisor {
+  int number;
+  uint32_t low, high;
+
+  constexpr explicit Divisor(int64_t b)
+      : number(static_cast<int>(b)),
+        low(static_cast<uint32_t>(inverse(b))),
+        high(static_cast<uint32_t>(inverse(b) >> 32)) {}
+
+  RESQ_HOST_DEVICE constexpr int divide(int a) const {
+    const uint64_t twice = 2 * static_cast<uint64_t>(a);
+    return static_cast<int>((twice * high + (twice * low >> 32)) >> 32);
+  }
+  RESQ_HOST_DEVICE constexpr int remainder(int a) const { return a - divide(a) * number; }
+
+ private:
+  static constexpr uint64_t inverse(int64_t b) { return ((uint64_t{1} << 63) - 1) / b + 1; }
+};
+
 }  // namespace resq::cuda

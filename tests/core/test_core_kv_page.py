@@ -81,3 +81,39 @@ def test_inverse64_divides_all_numbers_of_32_bits(core: ModuleType) -> None:
         for multiple in (b * step for step in [0, 1, last // b, *steps]):
             for a in (multiple - 1, multiple, min(multiple + b - 1, last)):
                 assert a < 0 or a * inverse >> 64 == a // b, (a, b)
+
+
+def test_divisors_divide_all_numbers_of_31_bits(core: ModuleType) -> None:
+    last = 2**31 - 1
+    rng = np.random.default_rng(1)
+    for b in [*range(1, 300), 2**16, last - 1, last, *rng.integers(1, last, 1000).tolist()]:
+        steps = rng.integers(0, last // b + 1, 20).tolist()
+        for multiple in (b * step for step in [0, 1, last // b, *steps]):
+            for a in (multiple - 1, multiple, min(multiple + b - 1, last)):
+                assert a < 0 or core.cuda_divide(a, b) == a // b, (a, b)
+
+
+def test_splits_are_a_function_of_what_a_row_sees(core: ModuleType) -> None:
+    """Short rows have short splits, and at most 32 until splits are 1024 tokens long."""
+    for visible, tokens in [(1, 256), (2048, 256), (2049, 512), (16384, 512), (16385, 1024)]:
+        assert core.kv_split_tokens(visible) == tokens
+    assert core.kv_split_count(-3) == core.kv_split_count(0) == 0
+    for visible in [*range(1, 40000, 7), 131072, 2**20]:
+        count = core.kv_split_count(visible)
+        assert count == -(-visible // core.kv_split_tokens(visible))
+        assert count <= max(32, -(-visible // 1024))
+
+
+def test_states_of_kv_attention_do_not_grow_with_the_block_table(core: ModuleType) -> None:
+    """A table of the lengths gives each row its splits, a wider one what the cache holds."""
+    state = (128 + 4) * 4
+    assert core.kv_state_capacity(1, 1, 4, 4) == 32  # one split
+    assert core.kv_state_capacity(1, 1, 16, 16) == 4 * 32
+    assert core.kv_state_capacity(1, 1, 512, 512) == 32 * 32
+    # 64 sequences of 8k.
+    needed, pages = 64 * 16 * 32, 64 * 128
+    wide = [core.kv_state_capacity(64, 64, pages, 128 * times) for times in (1, 16, 1024)]
+    assert needed <= wide[0] and wide[1] == wide[2] <= 2.1 * needed
+    # A full H200, and prompts.
+    assert core.kv_state_capacity(64, 64, 49152, 2048) * state <= 128 << 20
+    assert core.kv_state_capacity(2048, 1, 49152, 2048) * state <= 128 << 20

@@ -26,7 +26,8 @@ struct Shared {
     WarpRow<kHeadDim> rows[kAttendWarps][kTiles * kTileRows];
   };
   QueryRows<kHeadDim, kTiles * kTileRows> queries;
-  TilePlace places[kSplitTiles<kHeadDim>];
+  TilePlace places[2][kSplitTiles<kHeadDim>];
+  KvUnit units[kUnits];
 };
 
 // A warp's ring.
@@ -35,15 +36,19 @@ class Ring {
  public:
   __device__ Ring(const KvAttentionCuda& call, Shared<kHeadDim, kTiles>& shared)
       : call_(call),
-        places_(shared.places),
+        shared_(shared),
         stages_(shared.ring[threadIdx.x / 32]),
         warp_(threadIdx.x / 32) {}
 
-  __device__ void start(int tiles) {
+  __device__ void start(int which, int tiles) {
+    __syncthreads();  // all warps have merged the rows, which the ring overwrites
+    which_ = which;
     tiles_ = tiles;
 #pragma unroll
     for (int step = 0; step < kStages - 1; ++step) fetch(step);
   }
+
+  __device__ void follow(int) {}
 
   __device__ TileParts wait(int step) {
     wait_copies<kStages - 2>();
@@ -66,7 +71,7 @@ class Ring {
     using S = Stage<kHeadDim>;
     const int tile = warp_ + step * kAttendWarps;
     if (tile < tiles_) {
-      const TilePlace place = places_[tile];
+      const TilePlace place = shared_.places[which_][tile];
       const int lane_byte = threadIdx.x % 32 * 16;
       uint8_t* stage = stages_[step % kStages];
       const uint8_t* keys = call_.params.cache + place.keys + lane_byte;
@@ -86,9 +91,9 @@ class Ring {
   }
 
   const KvAttentionCuda& call_;
-  const TilePlace* places_;
+  const Shared<kHeadDim, kTiles>& shared_;
   uint8_t (*stages_)[Stage<kHeadDim>::kBytes];
-  int warp_, tiles_ = 0;
+  int warp_, which_ = 0, tiles_ = 0;
 };
 
 template <int kHeadDim, int kTiles>

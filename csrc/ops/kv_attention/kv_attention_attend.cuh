@@ -1,4 +1,4 @@
-// Attention of eight (or sixteen) query rows to splits of 1024 tokens, straight from the codes:
+// Attention of eight (or sixteen) query rows to splits of their tokens, straight from the codes:
 // everything except the copies of pages into shared memory (TileRing), which the cp.async and the
 // bulk-copy kernel each implement. kv_attention_products.cuh explains the index letters.
 //
@@ -21,11 +21,13 @@ inline constexpr int kAttendWarps = 4;
 inline constexpr int kAttendThreads = 32 * kAttendWarps;
 inline constexpr int kTileRows = 8;
 inline constexpr int kThreadsPerRow = kAttendThreads / kTileRows;
+inline constexpr int kUnits = 4;  // even; the next is found while slow warps store the one before
+inline constexpr int kFindingWarp = kAttendWarps - 1;  // looks up what the block does next
 
 template <int kHeadDim>
 inline constexpr int kTileTokens = KvLayout<kHeadDim>::kTileTokens;
 template <int kHeadDim>
-inline constexpr int kSplitTiles = kSplitTokens / kTileTokens<kHeadDim>;
+inline constexpr int kSplitTiles = kMostSplitTokens / kTileTokens<kHeadDim>;
 
 // Blocks resident on a multiprocessor, as limited by registers.
 constexpr int attend_blocks(int tiles) { return tiles == 1 ? 3 : 2; }
@@ -44,21 +46,72 @@ struct TilePlace {
   int metadata;
 };
 
-// Fills `places` for the split's tiles below `tiles`.
+// Work of a block between two merges of its warps: an item, or one of its splits in turn.
+struct KvUnit {
+  KvItem item;  // `split` is the unit's
+  int index;    // of the item
+  int first_token;
+  int tiles;         // of the split, up to the last visible token; negative: the work is done
+  bool first, last;  // of the item's units
+};
+
+// The split's tiles, of which warp `kFindingWarp` finds the places.
 template <int kHeadDim>
-__device__ inline void find_tiles(const KvAttentionCuda& call, const KvItem& item, int split,
-                                  int tiles, TilePlace* places) {
+__device__ inline void find_tiles(const KvAttentionCuda& call, const KvUnit& unit,
+                                  TilePlace* places) {
   const KvAttentionParams& p = call.params;
-  const int tile = threadIdx.x, page_size = static_cast<int>(p.page_size);
-  if (tile >= tiles) return;
-  const int token = split * kSplitTokens + tile * kTileTokens<kHeadDim>;
-  const int32_t page = p.block_table[item.sequence * p.max_pages + token / page_size];
-  if (page < 0 || page >= call.pages) __trap();
-  const int position = token % page_size;
-  const int64_t keys = kv_k_tile_byte<kHeadDim>(position);
-  places[tile] = {
-      (page * p.n_kv + item.kv_head) * page_size * KvLayout<kHeadDim>::kTokenBytes + keys,
-      static_cast<int>(kv_metadata_byte<kHeadDim>(page_size, position) - keys)};
+  const int page_size = call.page_size.number;
+#pragma unroll 1
+  for (int tile = threadIdx.x % 32; tile < unit.tiles; tile += 32) {
+    const int token = unit.first_token + tile * kTileTokens<kHeadDim>;
+    const int before = call.page_size.divide(token);
+    const int32_t page = p.block_table[unit.item.sequence * p.max_pages + before];
+    if (page < 0 || page >= call.pages) __trap();
+    const int position = token - before * page_size;
+    const int64_t keys = kv_k_tile_byte<kHeadDim>(position);
+    places[tile] = {
+        (page * p.n_kv + unit.item.kv_head) * page_size * KvLayout<kHeadDim>::kTokenBytes + keys,
+        static_cast<int>(kv_metadata_byte<kHeadDim>(page_size, position) - keys)};
+  }
+}
+
+// A warp finds the unit behind `previous` (null: the block's first one), and the places of its
+// tiles.
+template <int kHeadDim, int kRows>
+__device__ inline void find_unit(const KvAttentionCuda& call, const KvUnit* previous, KvUnit& to,
+                                 TilePlace* places) {
+  constexpr int kTokens = kTileTokens<kHeadDim>;
+  const Divisor& group = call.group;
+  KvUnit unit = {};
+  unit.tiles = -1;
+  int last = 0;  // tokens that the item's last row sees
+  if (previous && !previous->last) {
+    unit.item = previous->item;
+    unit.index = previous->index;
+    unit.item.split += 1;
+    unit.first = false;
+    unit.tiles = 0;
+    last = unit.item.last_visible(group);
+  } else {
+    unit.index = previous ? previous->index : static_cast<int>(blockIdx.x - gridDim.x);
+    unit.first = true;
+    while (unit.tiles < 0) {
+      unit.index += static_cast<int>(gridDim.x);
+      if (!find_item<kRows>(call, unit.index, unit.item)) break;
+      last = unit.item.last_visible(group);
+      // Other items have no rows, or none that sees the split.
+      const bool seen = unit.item.splits == 1 || unit.item.split * unit.item.split_tokens < last;
+      if (unit.item.rows > 0 && seen) unit.tiles = 0;
+    }
+  }
+  if (unit.tiles == 0) {
+    unit.first_token = unit.item.split * unit.item.split_tokens;
+    const int tokens = min(last - unit.first_token, unit.item.split_tokens);
+    unit.tiles = (max(tokens, 0) + kTokens - 1) / kTokens;
+    unit.last = unit.item.splits > 1 || unit.first_token + unit.item.split_tokens >= last;
+  }
+  if (threadIdx.x % 32 == 0) to = unit;
+  find_tiles<kHeadDim>(call, unit, places);
 }
 
 // A tile in shared memory.
@@ -66,17 +119,20 @@ struct TileParts {
   const uint8_t *keys, *metadata, *values;
 };
 
-// Copies the tiles of a split into shared memory, for all warps of a block or each warp for itself.
-// In step s warp w takes tile kAttendWarps s + w. All threads call
-//   start(tiles)   once `shared.places` holds the split's tiles; the first copies begin
-//   wait(step)     the warp's tile of the step, complete and visible to its lanes; if the split has
+// Copies the tiles of units into shared memory, for all warps of a block or each warp for itself.
+// In step s warp w takes tile kAttendWarps s + w. All threads call, for every unit,
+//   start(which, tiles)  once shared.places[which] holds the unit's tiles
+//   follow(tiles)  behind a barrier, once shared.places[1 - which] holds those of the unit behind
+//                  it: their copies may begin as stages become free
+//   wait(step)     the warp's tile of the step, complete and visible to its lanes; if the unit has
 //                  no such tile, memory that must not be read
 //   release(step)  after the lane's last read of that tile: it may be overwritten
-//   finish()       after the last step: no copy is in flight, and `shared.rows` may be written
+//   finish()       after the last step: `shared.rows` may be written
 // with step = 0, 1, ... in turn, and a barrier of the block between finish and the next start.
 template <class Ring>
 concept TileRing = requires(Ring ring, int number) {
-  ring.start(number);
+  ring.start(number, number);
+  ring.follow(number);
   { ring.wait(number) } -> std::same_as<TileParts>;
   ring.release(number);
   ring.finish();
@@ -108,10 +164,11 @@ struct AttendWarp {
   __device__ void read(const KvAttentionCuda& call, const KvItem& item,
                        const QueryRows<kHeadDim, kTiles * kTileRows>& rows) {
     lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;
-    const int group = static_cast<int>(call.params.group()), last = item.rows - 1;
+    const Divisor& group = call.group;
+    const int last = item.rows - 1;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      // Rows past the last one are masked, and repeat its numbers.
+      // Rows past the last one repeat its numbers.
       const int row = min(n * kTileRows + g, last);
 #pragma unroll
       for (int r = 0; r < kHeadDim / 8; ++r) queries[n].values[r] = rows.values[row][4 * r + i];
@@ -126,14 +183,14 @@ struct AttendWarp {
         columns[n].multiplier[h] = numbers.multiplier * (1.0f / kKvScaleFactor);
         columns[n].sum_low[h] = numbers.sum_low * kKvScaleFactor;
         columns[n].sum_high[h] = numbers.sum_high * kKvScaleFactor;
-        columns[n].visible[h] = column <= last ? item.visible + item.query(group, column) : 0;
+        columns[n].visible[h] = item.visible + item.query(group, min(column, last));
       }
     }
   }
 
   // 16 tokens of a tile.
   template <int kGroup>
-  __device__ void attend_group(const Tile<kHeadDim>& tile, int token,
+  __device__ void attend_group(const Tile<kHeadDim>& tile, int token, bool masked,
                                RunningSoftmax<kHeadDim> (&softmax)[kTiles]) const {
     ScoreSums sums[kTiles];
     key_products<kHeadDim, kGroup>(tile.k, queries, sums);
@@ -142,15 +199,18 @@ struct AttendWarp {
     WeightOperand weights[kTiles];
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      weights[n] = softmax[n].add(sums[n], ranges, columns[n], token + 16 * kGroup + g);
+      const int first = token + 16 * kGroup + g;
+      weights[n] = masked ? softmax[n].template add<true>(sums[n], ranges, columns[n], first)
+                          : softmax[n].template add<false>(sums[n], ranges, columns[n], first);
     }
     value_products<kHeadDim, kGroup>(tile.v, weights, softmax);
   }
 
-  __device__ void attend_tile(const Tile<kHeadDim>& tile, int token,
+  // `masked`: some row may not see all of the tile.
+  __device__ void attend_tile(const Tile<kHeadDim>& tile, int token, bool masked,
                               RunningSoftmax<kHeadDim> (&softmax)[kTiles]) const {
-    attend_group<0>(tile, token, softmax);
-    if constexpr (kTileTokens<kHeadDim> == 32) attend_group<1>(tile, token, softmax);
+    attend_group<0>(tile, token, masked, softmax);
+    if constexpr (kTileTokens<kHeadDim> == 32) attend_group<1>(tile, token, masked, softmax);
   }
 
   // Stores the warp's state of every row in shared memory.
@@ -185,55 +245,31 @@ struct AttendWarp {
 template <int kHeadDim>
 using ThreadState = RowState<kHeadDim / kThreadsPerRow>;
 
-// Starts the copies of a split's tiles, up to the last visible token; returns their number.
-template <int kHeadDim, class Shared, TileRing Ring>
-__device__ inline int start_split(const KvAttentionCuda& call, const KvItem& item, int split,
-                                  Shared& shared, Ring& ring) {
-  constexpr int kTokens = kTileTokens<kHeadDim>;
-  const int last = item.last_visible(static_cast<int>(call.params.group()));
-  const int tiles = (min(last - split * kSplitTokens, kSplitTokens) + kTokens - 1) / kTokens;
-  find_tiles<kHeadDim>(call, item, split, tiles, shared.places);
-  __syncthreads();
-  ring.start(tiles);
-  return tiles;
-}
-
-// Processes a split after start_split; sets `states` to the thread's part of its states.
-template <int kHeadDim, int kTiles, class Shared, TileRing Ring>
-__device__ inline void attend_split(int first_token, int tiles,
-                                    const AttendWarp<kHeadDim, kTiles>& self, Shared& shared,
-                                    Ring& ring, ThreadState<kHeadDim> (&states)[kTiles]) {
-  constexpr int kTokens = kTileTokens<kHeadDim>;
-  const int warp = threadIdx.x / 32;
-  RunningSoftmax<kHeadDim> softmax[kTiles];
-  for (int step = 0; step * kAttendWarps < tiles; ++step) {
-    const int index = step * kAttendWarps + warp;
-    const TileParts parts = ring.wait(step);
-    Tile<kHeadDim> tile;
-    if (index < tiles) tile.read(parts, self.lane);
-    ring.release(step);
-    if (index < tiles) self.attend_tile(tile, first_token + index * kTokens, softmax);
-  }
-  ring.finish();
-
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) self.leave(softmax[n], shared.rows[warp] + n * kTileRows);
-  __syncthreads();
-  const int dim = threadIdx.x % kThreadsPerRow * (kHeadDim / kThreadsPerRow);
+// The states of a unit's rows: the sums of the warps' states, in order, under their common maximum.
+template <int kHeadDim, int kTiles, class Shared>
+__device__ inline void merge_warps(const Shared& shared, ThreadState<kHeadDim> (&states)[kTiles]) {
+  constexpr int kDims = kHeadDim / kThreadsPerRow;
+  const int dim = threadIdx.x % kThreadsPerRow * kDims;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    states[n] = {};
-    for (int w = 0; w < kAttendWarps; ++w) {
-      const auto& row = shared.rows[w][n * kTileRows + threadIdx.x / kThreadsPerRow];
-      ThreadState<kHeadDim> part;
-      part.max = row.max;
-      part.sum = row.sum;
+    const int row = n * kTileRows + threadIdx.x / kThreadsPerRow;
+    ThreadState<kHeadDim>& state = states[n];
+    state = {};
 #pragma unroll
-      for (int d = 0; d < kHeadDim / kThreadsPerRow; ++d) part.values[d] = row.values[dim + d];
-      states[n].merge(part);
+    for (int w = 0; w < kAttendWarps; ++w) state.max = fmaxf(state.max, shared.rows[w][row].max);
+#pragma unroll
+    for (int w = 0; w < kAttendWarps; ++w) {
+      const WarpRow<kHeadDim>& part = shared.rows[w][row];
+      // A warp that has seen no token has only zeros, and no maximum.
+      const float factor =
+          part.sum == 0.0f ? 0.0f : exp2_approximate(__fsub_rn(part.max, state.max));
+      state.sum = __fmaf_rn(part.sum, factor, state.sum);
+#pragma unroll
+      for (int d = 0; d < kDims; ++d) {
+        state.values[d] = __fmaf_rn(part.values[dim + d], factor, state.values[d]);
+      }
     }
   }
-  __syncthreads();  // before shared.places and shared.rows are written again
 }
 
 template <int kHeadDim>
@@ -248,53 +284,83 @@ __device__ inline void store_state(const ThreadState<kHeadDim>& state, float* to
   if (part == 0) *reinterpret_cast<float2*>(to + kHeadDim) = {state.max, state.sum};
 }
 
-// The work of a block: `shared` holds queries, places and rows.
+// Writes an item's states, or its result if its block has taken all splits.
+template <int kHeadDim, int kTiles>
+__device__ inline void store_item(const KvAttentionCuda& call, const KvItem& item,
+                                  const ThreadState<kHeadDim> (&total)[kTiles]) {
+  const KvAttentionParams& p = call.params;
+  const Divisor& group = call.group;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    const int row = n * kTileRows + threadIdx.x / kThreadsPerRow;
+    if (row >= item.rows) continue;
+    if (item.splits > 1) {
+      const int first_state = row_state(call, item.first_state, item.splits, item.query(group, row),
+                                        item.head(group, row));
+      store_state<kHeadDim>(total[n], call.states + int64_t{first_state + item.split} *
+                                                        kv_cuda_state_floats(kHeadDim));
+    } else {
+      const int dim = threadIdx.x % kThreadsPerRow * (kHeadDim / kThreadsPerRow);
+      store_row(total[n], p, {p, item.token(group, row), item.head(group, row)}, dim);
+    }
+  }
+}
+
+// The work of a block: `shared` holds units, places, queries and rows. While a unit is computed
+// the ring already asks for the tiles of the next one, so that memory is busy while warps merge.
 template <int kHeadDim, int kTiles, class Shared, TileRing Ring>
 __device__ inline void attend_items(const KvAttentionCuda& call, Shared& shared, Ring ring) {
-  const KvAttentionParams& p = call.params;
-  const int group = static_cast<int>(p.group());
-  KvItem item;
-  for (int index = blockIdx.x; find_item<kTiles * kTileRows>(call, index, item);
-       index += gridDim.x) {
-    const int splits = (max(item.last_visible(group), 0) + kSplitTokens - 1) / kSplitTokens;
-    if (call.states && item.split >= splits) continue;  // no row sees this split
-    const int first = call.states ? item.split : 0, end = call.states ? first + 1 : splits;
+  constexpr int kTokens = kTileTokens<kHeadDim>, kRows = kTiles * kTileRows;
+  const int warp = threadIdx.x / 32;
+  const bool finds = warp == kFindingWarp;
+  if (finds) find_unit<kHeadDim, kRows>(call, nullptr, shared.units[0], shared.places[0]);
+  __syncthreads();
+  ThreadState<kHeadDim> total[kTiles];
+#pragma unroll 1
+  for (int now = 0; shared.units[now].tiles >= 0; now = (now + 1) % kUnits) {
+    const KvUnit& unit = shared.units[now];
+    KvUnit& next = shared.units[(now + 1) % kUnits];
+    ring.start(now % 2, unit.tiles);
+    if (unit.first) make_queries(call, unit.item, shared.queries);
+    if (finds) find_unit<kHeadDim, kRows>(call, &unit, next, shared.places[(now + 1) % 2]);
+    __syncthreads();
+    ring.follow(next.tiles);
 
     AttendWarp<kHeadDim, kTiles> self;
-    ThreadState<kHeadDim> total[kTiles];
-    for (int split = first; split < end; ++split) {
-      const int tiles = start_split<kHeadDim>(call, item, split, shared, ring);
-      if (split == first) {  // while the first tiles are in flight
-        make_queries(call, item, shared.queries);
-        __syncthreads();
-        self.read(call, item, shared.queries);
-      }
-      ThreadState<kHeadDim> states[kTiles];
-      attend_split(split * kSplitTokens, tiles, self, shared, ring, states);
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        if (call.states) {
-          total[n] = states[n];
-        } else {
-          total[n].merge(states[n]);
-        }
-      }
+    self.read(call, unit.item, shared.queries);
+    RunningSoftmax<kHeadDim> softmax[kTiles];
+    const int tiles = unit.tiles;
+    // The first ones, which all rows see whole.
+    const int plain_tiles =
+        (unit.item.visible + unit.item.query(call.group, 0) - unit.first_token) / kTokens;
+    for (int step = 0; step * kAttendWarps < tiles; ++step) {
+      const int index = step * kAttendWarps + warp;
+      const TileParts parts = ring.wait(step);
+      Tile<kHeadDim> tile;
+      if (index < tiles) tile.read(parts, self.lane);
+      ring.release(step);
+      if (index >= tiles) continue;
+      const int token = unit.first_token + index * kTokens;
+      // A second instance of `add` costs more registers than sixteen rows leave.
+      const bool masked = kTiles > 1 || index >= plain_tiles;
+      self.attend_tile(tile, token, masked, softmax);
     }
+    ring.finish();
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) self.leave(softmax[n], shared.rows[warp] + n * kTileRows);
+    __syncthreads();
 
+    ThreadState<kHeadDim> states[kTiles];
+    merge_warps<kHeadDim>(shared, states);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const int row = n * kTileRows + threadIdx.x / kThreadsPerRow;
-      if (row >= item.rows) continue;
-      const int64_t token = item.token(group, row), head = item.head(group, row);
-      const int64_t index = token * p.n_q + head;
-      if (call.states) {
-        store_state<kHeadDim>(total[n], call.states + (index * call.splits() + item.split) *
-                                                          kv_cuda_state_floats(kHeadDim));
+      if (unit.first) {
+        total[n] = states[n];
       } else {
-        const int dim = threadIdx.x % kThreadsPerRow * (kHeadDim / kThreadsPerRow);
-        store_row(total[n], p, {p, token, head}, dim);
+        total[n].merge(states[n]);
       }
     }
+    if (unit.last) store_item<kHeadDim>(call, unit.item, total);
   }
 }
 
@@ -306,7 +372,7 @@ inline void launch_attend(const KvAttentionCuda& call, const Device& device, Lau
   const auto with_tiles = [&](auto head_dim, auto tiles) {
     // As many blocks as there can be items, and at most as many as are resident at once.
     const int64_t groups = call.tokens * p.group() / (tiles * kTileRows) + call.sequences + 1;
-    const int64_t items = groups * p.n_kv * (call.states ? call.splits() : 1);
+    const int64_t items = groups * p.n_kv * (call.states ? call.most_splits() : 1);
     const int64_t resident = int64_t{device.sms} * attend_blocks(tiles);
     launch(head_dim, tiles, static_cast<unsigned>(items < resident ? items : resident));
   };

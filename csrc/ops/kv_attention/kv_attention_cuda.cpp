@@ -9,12 +9,16 @@ namespace resq {
 namespace {
 
 // How many splits of a row an item takes: one, with a workspace for their states, or all of them.
-constexpr const char *kOneSplit = "splits=1", *kWholeRow = "splits=whole";
+// kSomeRows is for tests: a workspace that holds the states of about half the rows, so that the
+// last sequences have no splits.
+constexpr const char *kOneSplit = "splits=1", *kWholeRow = "splits=whole",
+                     *kSomeRows = "splits=some";
 
-std::string chosen_splits(int64_t state_bytes, const ForcedKernel& forced) {
-  if (!forced) return state_bytes <= cuda::attention::kKvMaxStateBytes ? kOneSplit : kWholeRow;
-  if (forced.choice != kOneSplit && forced.choice != kWholeRow) {
-    fail("kv_attention", forced.by, std::string(kOneSplit) + " or " + kWholeRow, forced.choice);
+std::string chosen_splits(const ForcedKernel& forced) {
+  if (!forced) return kOneSplit;
+  if (forced.choice != kOneSplit && forced.choice != kWholeRow && forced.choice != kSomeRows) {
+    fail("kv_attention", forced.by, std::string(kOneSplit) + ", " + kSomeRows + " or " + kWholeRow,
+         forced.choice);
   }
   return forced.choice;
 }
@@ -30,13 +34,13 @@ void run(const Cuda& on, const KvAttentionParams& p, const KvAttentionBatch& bat
                                   .tokens = batch.tokens,
                                   .sequences = batch.sequences,
                                   .pages = batch.pages};
-  const int64_t rows = work.tokens * p.n_q;
-  const int64_t state_bytes =
-      rows * work.splits() * attention::kv_cuda_state_floats(p.head_dim) * int64_t{sizeof(float)};
   const ForcedKernel forced = forced_kernel("kv_attention");
-  const std::string splits = chosen_splits(state_bytes, forced);
-  const bool split = work.splits() > 1 && splits == kOneSplit;
-  const Tensor states = on.scratch(split ? state_bytes / 4 : 0, ScalarType::Float);
+  const std::string splits = chosen_splits(forced);
+  const bool split = work.most_splits() > 1 && splits != kWholeRow;
+  work.capacity = split ? attention::kv_state_capacity(work) : 0;
+  if (splits == kSomeRows) work.capacity /= 2;
+  const Tensor states = on.scratch(
+      int64_t{work.capacity} * attention::kv_cuda_state_floats(p.head_dim), ScalarType::Float);
   work.states = split ? states.mutable_data_ptr<float>() : nullptr;
 
   const cuda::Stream stream =

@@ -11,21 +11,36 @@ namespace {
 
 constexpr int kAhead = 8;  // splits whose loads are in flight at once
 
-// Tokens that the query in row `token` of q sees. The lengths are read before pdl_wait: what wrote
-// them was complete before the attention kernel let this one start, but nothing promises that this
-// multiprocessor's first-level cache has forgotten those of the previous step. __ldcg reads them
-// from the second level, which has them.
-__device__ inline int visible_tokens(const KvAttentionCuda& call, int token) {
-  const int lane = threadIdx.x % 32;
-  for (int64_t base = 0; base <= call.sequences; base += 32) {
-    const KvSequence s(call, base + lane, [](const int32_t* number) { return __ldcg(number); });
-    const bool holds = token >= s.begin && token < s.begin + s.queries;
-    const unsigned holders = __ballot_sync(kAllLanes, holds);
-    if (holders == 0) continue;
-    const int visible = s.length - s.queries + 1 + token - s.begin;
-    return __shfl_sync(kAllLanes, visible, __ffs(holders) - 1);
+// A row of q: what its merge needs to know.
+struct KvRow {
+  int query, visible;  // number within its sequence, tokens that it sees
+  int splits;          // of its tier; 1: attention has written its result
+  int first_state;     // see row_state
+};
+
+// The lengths are read before pdl_wait: what wrote them was complete before the attention kernel
+// let this one start, but nothing promises that this multiprocessor's first-level cache has
+// forgotten those of the previous step. __ldcg reads them from the second level, which has them.
+__device__ inline KvRow find_row(const KvAttentionCuda& call, int token) {
+  KvPlace place;
+  const bool found = find_sequence<8>(
+      call, [](const int32_t* number) { return __ldcg(number); },
+      [&](const KvSequence& s, int) { return token >= s.begin && token < s.begin + s.queries; },
+      place);
+  if (!found || place.beyond) return {0, 0, 1, 0};
+  const KvSequence s(place.begin, place.queries, place.length);
+  KvRow row = {token - s.begin, s.length - s.queries + 1 + token - s.begin, 1, place.states_before};
+  bool past = false;
+#pragma unroll
+  for (int t = 0; t < kTiers; ++t) {
+    const KvTier part = s.tier(t, place.whole);
+    if (past) continue;
+    past = row.query < part.first + part.queries;
+    const int n_q = call.group.number * call.kv_heads.number;
+    if (past) row.splits = part.splits;
+    row.first_state += past ? -part.first * n_q * part.splits : part.states(n_q);
   }
-  return 0;
+  return row;
 }
 
 // Before pdl_wait nothing is read that the attention kernel writes, and nothing through the
@@ -34,13 +49,15 @@ template <int kHeadDim>
 __global__ void __launch_bounds__(kHeadDim)
     kv_attention_merge_kernel(const __grid_constant__ KvAttentionCuda call) {
   constexpr int kFloats = kv_cuda_state_floats(kHeadDim);
-  const int64_t row = blockIdx.x, most = call.splits();
   const auto heads = static_cast<unsigned>(call.params.n_q);
   const unsigned token = blockIdx.x / heads, head = blockIdx.x % heads;
-  const int visible = visible_tokens(call, static_cast<int>(token));
-  const int splits = (max(visible, 0) + kSplitTokens - 1) / kSplitTokens;
+  const KvRow row = find_row(call, static_cast<int>(token));
   pdl_wait();
-  const float* states = call.states + row * most * kFloats;
+  if (row.splits == 1) return;
+  const int splits = split_count(row.visible);
+  const int first_state =
+      row_state(call, row.first_state, row.splits, row.query, static_cast<int>(head));
+  const float* states = call.states + int64_t{first_state} * kFloats;
   RowState<1> total;
   for (int first = 0; first < splits; first += kAhead) {
     RowState<1> parts[kAhead];

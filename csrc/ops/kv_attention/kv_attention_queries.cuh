@@ -81,7 +81,8 @@ __device__ inline void make_query(const KvAttentionCuda& call, int64_t from, int
 template <int kHeadDim, int kRows>
 __device__ inline void make_queries(const KvAttentionCuda& call, const KvItem& item,
                                     QueryRows<kHeadDim, kRows>& to) {
-  const int group = static_cast<int>(call.params.group()), warps = blockDim.x / 32;
+  const Divisor& group = call.group;
+  const int warps = blockDim.x / 32;
 #pragma unroll 1
   for (int row = threadIdx.x / 32; row < item.rows; row += warps) {
     const int64_t from =

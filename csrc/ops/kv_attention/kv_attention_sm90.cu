@@ -1,9 +1,11 @@
 // The attention kernel of sm_90: bulk copies of pages into a ring that the block's warps share.
 //
 // A page of 64 tokens is one run of the cache (10 KB at head dim 128), which one instruction of one
-// thread copies; other pages come in three runs per tile. No warp waits for an empty stage: a warp
-// reads its tile into registers before it computes, and the last of the four warps to read a stage
-// starts the copies that refill it.
+// thread copies; other pages come in three runs per tile. A warp reads its tile into registers,
+// arrives at the stage's barrier, and computes. A step later one warp of the four, each in turn,
+// refills the stage: by then the others have read it too, so that it seldom waits. (The last
+// reader, found by an atomic with a fence, refilled it at once, and the fence cost every warp 90
+// cycles a step.) Behind the last tiles of a unit the ring goes on with those of the next one.
 #include <cuda_runtime.h>
 
 #include "cuda/bulk_copy_sm90.cuh"
@@ -45,9 +47,10 @@ struct Shared {
   Stage<kHeadDim> ring[kStages];
   WarpRow<kHeadDim> rows[kAttendWarps][kTiles * kTileRows];
   QueryRows<kHeadDim, kTiles * kTileRows> queries;
-  TilePlace places[kSplitTiles<kHeadDim>];
+  TilePlace places[2][kSplitTiles<kHeadDim>];
+  KvUnit units[kUnits];
   uint64_t full[kStages];
-  uint32_t readers[kStages];  // warps that have read the stage
+  uint64_t empty[kStages];  // all warps have read the stage
 };
 
 template <int kHeadDim, int kTiles>
@@ -60,23 +63,29 @@ class Ring {
     if (threadIdx.x == 0) {
       for (int i = 0; i < kStages; ++i) {
         mbarrier_init(&shared.full[i], 1);
-        shared.readers[i] = 0;
+        mbarrier_init(&shared.empty[i], kAttendWarps);
       }
       mbarrier_init_fence();
     }
     __syncthreads();
   }
 
-  // All stages are empty: every warp has read every step of the previous splits.
-  __device__ void start(int tiles) {
+  // The copies of the first unit begin here, those of the others have.
+  __device__ void start(int which, int tiles) {
+    which_ = which;
     tiles_ = tiles;
-    if (threadIdx.x > 0) return;
-    int stage = stage_;
-#pragma unroll 1
-    for (int step = 0; step < kStages; ++step) {
-      fetch(step, stage);
-      stage = next(stage);
-    }
+    if (ahead_ > 0) return;
+    ahead_ = min(steps(tiles), kStages);
+    fetch_all(0, ahead_);
+  }
+
+  // Every warp has read all steps of the unit before: the stages behind the `ahead_` copies that
+  // have begun are free.
+  __device__ void follow(int tiles) {
+    next_tiles_ = max(tiles, 0);
+    fetch_all(ahead_, kStages);
+    // Once this unit is done, as each step but the first refills the stage of the step before.
+    ahead_ = min(steps(next_tiles_), kStages - min(steps(tiles_), 1));
   }
 
   __device__ TileParts wait(int) {
@@ -88,7 +97,14 @@ class Ring {
 
   __device__ void release(int step) {
     __syncwarp();  // all lanes have read
-    if (threadIdx.x % 32 == 0 && last_reader()) fetch(step + kStages, stage_);
+    if (threadIdx.x % 32 == 0) {
+      mbarrier_arrive(&shared_.empty[stage_]);
+      if (step > 0 && step % kAttendWarps == threadIdx.x / 32) {
+        const int before = stage_ == 0 ? kStages - 1 : stage_ - 1;
+        mbarrier_wait(&shared_.empty[before], parity_ ^ (stage_ == 0));
+        fetch(step - 1 + kStages, before);
+      }
+    }
     stage_ = next(stage_);
     parity_ ^= stage_ == 0;
   }
@@ -96,17 +112,18 @@ class Ring {
   __device__ void finish() {}
 
  private:
+  static __device__ int steps(int tiles) { return (tiles + kAttendWarps - 1) / kAttendWarps; }
   static __device__ int next(int stage) { return stage == kStages - 1 ? 0 : stage + 1; }
 
-  // Counts the warp as a reader of the stage; true for the last one only. Acquire, because what the
-  // other warps have read is overwritten next.
-  __device__ bool last_reader() {
-    uint32_t before;
-    asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "r"(shared_address(&shared_.readers[stage_])), "n"(kAttendWarps - 1)
-                 : "memory");
-    return before == kAttendWarps - 1;
+  // One thread starts the copies of steps [first, end) of this unit and the next.
+  __device__ void fetch_all(int first, int end) {
+    if (threadIdx.x > 0) return;
+    int stage = stage_ + first;
+#pragma unroll 1
+    for (int step = first; step < end; ++step, ++stage) {
+      if (stage >= kStages) stage -= kStages;
+      fetch(step, stage);
+    }
   }
 
   // In a decode step only one item of eight rows reads these bytes, and the states should stay in
@@ -119,10 +136,17 @@ class Ring {
     }
   }
 
-  // One thread starts the copies of a step, if there is one.
+  // One thread starts the copies of a step, if there is one. Steps behind this unit's are the
+  // next one's.
   __device__ void fetch(int step, int stage) {
-    const TilePlace* places = shared_.places + step * kAttendWarps;
-    const int count = min(tiles_ - step * kAttendWarps, kAttendWarps);
+    int which = which_, tiles = tiles_;
+    if (step >= steps(tiles_)) {
+      step -= steps(tiles_);
+      which ^= 1;
+      tiles = next_tiles_;
+    }
+    const TilePlace* places = &shared_.places[which][step * kAttendWarps];
+    const int count = min(tiles - step * kAttendWarps, kAttendWarps);
     if (count <= 0) return;
     uint8_t* to = shared_.ring[stage].pages[0];
     uint64_t* full = &shared_.full[stage];
@@ -151,7 +175,9 @@ class Ring {
 
   const KvAttentionCuda& call_;
   Shared<kHeadDim, kTiles>& shared_;
-  int tiles_ = 0, stage_ = 0, parity_ = 0;
+  int which_ = 0, tiles_ = 0, next_tiles_ = 0;
+  int ahead_ = 0;  // steps of the unit whose copies have begun before it starts
+  int stage_ = 0, parity_ = 0;
 };
 
 template <int kHeadDim, int kTiles>

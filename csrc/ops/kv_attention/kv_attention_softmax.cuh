@@ -4,12 +4,10 @@
 #pragma once
 
 #include "cuda/numbers.cuh"
-#include "ops/kv_attention/kv_attention.h"
+#include "ops/kv_attention/kv_attention_cuda.h"
 #include "ops/kv_attention/kv_attention_products.cuh"
 
 namespace resq::cuda::attention {
-
-inline constexpr unsigned kAllLanes = 0xffffffff;
 
 __device__ inline float exp2_approximate(float x) {
   float y;
@@ -47,10 +45,24 @@ struct QueryColumns {
   int visible[2];  // tokens that the row sees
 };
 
+// A row keeps a maximum that is raised only by a score more than kMaxSlack above it, to that score.
+// So p = 2^(score - kept) is at most 2^kMaxSlack, and 1 for the token that raised it last. With
+// independent scores a warp raises 1.0 to 1.35 times in 16 tiles, nearly always at the first one;
+// with kMaxSlack 0 it does so in 8 (4 rows) to 11 (8 rows). Whether a row is raised depends on the
+// row alone, not on what else happens in the branch.
+//
 // Weights are p * v_scale as float16, scaled by the power of two that brings the largest v_scale
-// seen into [kWeightTop / 2, kWeightTop): the smallest p that counts, 2^-24, is then far above
-// float16's subnormals, whatever the magnitude of V.
-inline constexpr float kWeightTop = 8192.0f;
+// seen into [kWeightTop / 2, kWeightTop):
+//   largest weight    below 2^kMaxSlack * kWeightTop = 2^15, half of what float16 holds
+//   sum of a row      at most 2^kMaxSlack a token, 2^18 in a split; of weights times codes, 2^15 x
+//                     255 a token, 2^33: float32
+//   smallest weight   with the largest v_scale a p from 2^-20 on has all bits of float16, and one
+//                     from 2^-31 on still counts. The row's largest p is 1 or more and a centred
+//                     code at most 8, so that what is lost below is 2^-18 of a step of V for 1024
+//                     tokens together, whatever V's magnitude.
+inline constexpr float kMaxSlack = 8.0f;
+inline constexpr float kWeightTop = 128.0f;
+static_assert(kMaxSlack == 8 && 256 * kWeightTop <= 0x1p15f);
 inline constexpr float kWeightLeast = 0x1p-24f;  // the smallest stored scale that is not 0
 inline constexpr float kWeightMost = 0x1p15f;    // the largest is below twice this
 
@@ -78,10 +90,12 @@ struct RunningSoftmax {
   }
 
   // Turns the scores of 16 tokens into the weights' operand. This lane has token `first_token`
-  // (ranges[0]) and the token 8 later (ranges[1]).
+  // (ranges[0]) and the token 8 later (ranges[1]). Without kMasked all rows see all of them, and
+  // the bits are the same.
+  template <bool kMasked>
   __device__ WeightOperand add(const ScoreSums& sums, const TokenRanges (&ranges)[2],
                                const QueryColumns& q, int first_token) {
-    float scores[4], low[4], high[4];
+    float scores[4], low[4], high[4], above[4];  // above the kept maximum
     bool visible[4], grows = false;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
@@ -90,18 +104,18 @@ struct RunningSoftmax {
       float score = __fmul_rn(sums.low[c], r.k_low.scale);
       score = fmaf(q.sum_low[h], r.k_low.offset, score);
       score = fmaf(sums.high[c], r.k_high.scale, score);
-      score = fmaf(q.sum_high[h], r.k_high.offset, score);
-      scores[c] = __fmul_rn(score, q.multiplier[h]);
+      scores[c] = fmaf(q.sum_high[h], r.k_high.offset, score);
+      above[c] = __fmaf_rn(scores[c], q.multiplier[h], -max[h]);
       low[c] = __fmul_rn(r.v_low.scale, factor_low[h]);
       high[c] = __fmul_rn(r.v_high.scale, factor_high[h]);
-      visible[c] = first_token + c / 2 * 8 < q.visible[h];
-      grows |= visible[c] & ((scores[c] > max[h]) | (fmaxf(low[c], high[c]) >= kWeightTop));
+      visible[c] = !kMasked || first_token + c / 2 * 8 < q.visible[h];
+      grows |= visible[c] & ((above[c] > kMaxSlack) | (fmaxf(low[c], high[c]) >= kWeightTop));
     }
-    // Rare after the first tiles, and without effect on rows whose extremes do not change.
     if (__any_sync(kAllLanes, grows)) {
-      raise(scores, visible, ranges);
+      raise(scores, above, visible, ranges, q);
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
+        above[c] = __fmaf_rn(scores[c], q.multiplier[c % 2], -max[c % 2]);
         low[c] = __fmul_rn(ranges[c / 2].v_low.scale, factor_low[c % 2]);
         high[c] = __fmul_rn(ranges[c / 2].v_high.scale, factor_high[c % 2]);
       }
@@ -111,7 +125,7 @@ struct RunningSoftmax {
     for (int c = 0; c < 4; ++c) {
       const int h = c % 2;
       const TokenRanges& r = ranges[c / 2];
-      const float p = exp2_approximate(__fsub_rn(scores[c], max[h]));
+      const float p = exp2_approximate(above[c]);
       // Selected, not multiplied by 0: a masked token may hold NaN.
       sum[h] = visible[c] ? __fadd_rn(sum[h], p) : sum[h];
       offset_low[h] = visible[c] ? fmaf(p, r.v_low.offset, offset_low[h]) : offset_low[h];
@@ -165,16 +179,18 @@ struct RunningSoftmax {
     return __uint_as_float((127u << 23) + __float_as_uint(a) - __float_as_uint(b));
   }
 
-  __device__ void raise(const float (&scores)[4], const bool (&visible)[4],
-                        const TokenRanges (&ranges)[2]) {
+  // Leaves rows alone for which none of these tokens is a reason to raise. `scores` are without the
+  // multiplier. A row's largest score is above the kept maximum by more than kMaxSlack if any is.
+  __device__ void raise(const float (&scores)[4], const float (&above)[4], const bool (&visible)[4],
+                        const TokenRanges (&ranges)[2], const QueryColumns& q) {
     float scale_low[2], scale_high[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float top = max[h], low = kWeightLeast, high = kWeightLeast;
+      float top = -INFINITY, low = kWeightLeast, high = kWeightLeast;
 #pragma unroll
       for (int c = h; c < 4; c += 2) {
         if (!visible[c]) continue;
-        top = fmaxf(top, scores[c]);
+        if (above[c] > kMaxSlack) top = fmaxf(top, __fmul_rn(scores[c], q.multiplier[h]));
         low = fmaxf(low, ranges[c / 2].v_low.scale);
         high = fmaxf(high, ranges[c / 2].v_high.scale);
       }
@@ -186,7 +202,9 @@ struct RunningSoftmax {
       }
       low = fminf(weight_factor(low), factor_low[h]);
       high = fminf(weight_factor(high), factor_high[h]);
-      const float factor = top == max[h] ? 1.0f : exp2_approximate(__fsub_rn(max[h], top));
+      const bool raised = top > -INFINITY;
+      if (!raised) top = max[h];
+      const float factor = raised ? exp2_approximate(__fsub_rn(max[h], top)) : 1.0f;
       scale_low[h] = __fmul_rn(factor, ratio(low, factor_low[h]));
       scale_high[h] = __fmul_rn(factor, ratio(high, factor_high[h]));
       sum[h] = __fmul_rn(sum[h], factor);
