@@ -160,6 +160,11 @@ struct AttendWarp {
   QueryColumns columns[kTiles];
   int lane, g, i;
 
+  static constexpr int kGroups = kTileTokens<kHeadDim> / 16;
+  struct TileScores {
+    ScoreSums groups[kGroups][kTiles];
+  };
+
   // From the item's rows in shared memory.
   __device__ void read(const KvAttentionCuda& call, const KvItem& item,
                        const QueryRows<kHeadDim, kTiles * kTileRows>& rows) {
@@ -188,29 +193,37 @@ struct AttendWarp {
     }
   }
 
-  // 16 tokens of a tile.
+  // Scores of 16 tokens of a tile, without their ranges.
   template <int kGroup>
-  __device__ void attend_group(const Tile<kHeadDim>& tile, int token, bool masked,
-                               RunningSoftmax<kHeadDim> (&softmax)[kTiles]) const {
-    ScoreSums sums[kTiles];
-    key_products<kHeadDim, kGroup>(tile.k, queries, sums);
+  __device__ void score_group(const Tile<kHeadDim>& tile, TileScores& scores) const {
+    key_products<kHeadDim, kGroup>(tile.k, queries, scores.groups[kGroup]);
+  }
+  __device__ void score_tile(const Tile<kHeadDim>& tile, TileScores& scores) const {
+    score_group<0>(tile, scores);
+    if constexpr (kGroups == 2) score_group<1>(tile, scores);
+  }
+
+  template <int kGroup>
+  __device__ void attend_group(const Tile<kHeadDim>& tile, const TileScores& scores, int token,
+                               bool masked, RunningSoftmax<kHeadDim> (&softmax)[kTiles]) const {
     const TokenRanges ranges[2] = {TokenRanges(tile.metadata[2 * kGroup]),
                                    TokenRanges(tile.metadata[2 * kGroup + 1])};
     WeightOperand weights[kTiles];
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int first = token + 16 * kGroup + g;
-      weights[n] = masked ? softmax[n].template add<true>(sums[n], ranges, columns[n], first)
-                          : softmax[n].template add<false>(sums[n], ranges, columns[n], first);
+      const ScoreSums& sums = scores.groups[kGroup][n];
+      weights[n] = masked ? softmax[n].template add<true>(sums, ranges, columns[n], first)
+                          : softmax[n].template add<false>(sums, ranges, columns[n], first);
     }
     value_products<kHeadDim, kGroup>(tile.v, weights, softmax);
   }
 
   // `masked`: some row may not see all of the tile.
-  __device__ void attend_tile(const Tile<kHeadDim>& tile, int token, bool masked,
-                              RunningSoftmax<kHeadDim> (&softmax)[kTiles]) const {
-    attend_group<0>(tile, token, masked, softmax);
-    if constexpr (kTileTokens<kHeadDim> == 32) attend_group<1>(tile, token, masked, softmax);
+  __device__ void attend_tile(const Tile<kHeadDim>& tile, const TileScores& scores, int token,
+                              bool masked, RunningSoftmax<kHeadDim> (&softmax)[kTiles]) const {
+    attend_group<0>(tile, scores, token, masked, softmax);
+    if constexpr (kGroups == 2) attend_group<1>(tile, scores, token, masked, softmax);
   }
 
   // Stores the warp's state of every row in shared memory.
@@ -337,13 +350,17 @@ __device__ inline void attend_items(const KvAttentionCuda& call, Shared& shared,
       const int index = step * kAttendWarps + warp;
       const TileParts parts = ring.wait(step);
       Tile<kHeadDim> tile;
-      if (index < tiles) tile.read(parts, self.lane);
-      ring.release(step);
+      typename AttendWarp<kHeadDim, kTiles>::TileScores scores;
+      if (index < tiles) {
+        tile.read(parts, self.lane);
+        self.score_tile(tile, scores);
+      }
+      ring.release(step);  // behind the first products, so that it does not wait for the reads
       if (index >= tiles) continue;
       const int token = unit.first_token + index * kTokens;
       // A second instance of `add` costs more registers than sixteen rows leave.
       const bool masked = kTiles > 1 || index >= plain_tiles;
-      self.attend_tile(tile, token, masked, softmax);
+      self.attend_tile(tile, scores, token, masked, softmax);
     }
     ring.finish();
 #pragma unroll

@@ -9,7 +9,27 @@
 namespace resq::cuda::attention {
 namespace {
 
-constexpr int kAhead = 8;  // splits whose loads are in flight at once
+constexpr int kAhead = 16;  // splits whose loads are in flight at once
+
+// state.merge(part) for all parts in turn, with the same bits. The maxima after each part do not
+// depend on the sums, so that the powers of two wait for nothing but them.
+__device__ inline void merge_in_order(RowState<1>& state, const RowState<1> (&parts)[kAhead]) {
+  float before[kAhead], after[kAhead];
+#pragma unroll
+  for (int s = 0; s < kAhead; ++s) {
+    const float common = fmaxf(state.max, parts[s].max);
+    const bool none = parts[s].sum == 0.0f;
+    before[s] = none ? 1.0f : exp2_approximate(__fsub_rn(state.max, common));
+    after[s] = none ? 0.0f : exp2_approximate(__fsub_rn(parts[s].max, common));
+    state.max = common;
+  }
+#pragma unroll
+  for (int s = 0; s < kAhead; ++s) {
+    state.sum = __fmaf_rn(state.sum, before[s], __fmul_rn(parts[s].sum, after[s]));
+    state.values[0] =
+        __fmaf_rn(state.values[0], before[s], __fmul_rn(parts[s].values[0], after[s]));
+  }
+}
 
 // A row of q: what its merge needs to know.
 struct KvRow {
@@ -70,8 +90,7 @@ __global__ void __launch_bounds__(kHeadDim)
       parts[s].max = numbers.x;
       parts[s].sum = numbers.y;
     }
-#pragma unroll
-    for (int s = 0; s < kAhead; ++s) total.merge(parts[s]);
+    merge_in_order(total, parts);
   }
   store_row(total, call.params, {call.params, token, head}, static_cast<int>(threadIdx.x));
 }
