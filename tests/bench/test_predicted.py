@@ -30,14 +30,30 @@ def test_rows() -> None:
         assert f"'{row['kernel']}_kernel" in row["command"] and f"--clock {clock}" in row["command"]
 
 
-@pytest.fixture(scope="module")
-def weights_in_l2() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "weights_in_l2", ROOT / "benchmarks/weights_in_l2.py"
-    )
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_times_of_kv_attention_are_what_the_script_predicts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No cell is faster than a copy of its pages, and none is slower than it was."""
+    script = load_script("kv_attention_times")
+    script.main(["--json", str(tmp_path / "rows.json")])
+    committed = PREDICTED / "kv_attention.json"
+    assert (tmp_path / "rows.json").read_text() == committed.read_text()
+    rows = json.loads(committed.read_text())
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) == len(script.TARGETS)
+    for row in rows:
+        assert row["copy_us"] < row["us"] < row["before_us"]
+
+
+@pytest.fixture(scope="module")
+def weights_in_l2() -> ModuleType:
+    return load_script("weights_in_l2")
 
 
 def test_weights_in_l2_are_what_the_script_predicts(
