@@ -50,6 +50,7 @@ struct TilePlace {
 struct KvUnit {
   KvItem item;  // `split` is the unit's
   int index;    // of the item
+  int items;    // there are, as far as is known
   int first_token;
   int tiles;         // of the split, up to the last visible token; negative: the work is done
   bool first, last;  // of the item's units
@@ -84,6 +85,7 @@ __device__ inline void find_unit(const KvAttentionCuda& call, const KvUnit* prev
   const Divisor& group = call.group;
   KvUnit unit = {};
   unit.tiles = -1;
+  unit.items = previous ? previous->items : kManyItems;
   int last = 0;  // tokens that the item's last row sees
   if (previous && !previous->last) {
     unit.item = previous->item;
@@ -97,7 +99,8 @@ __device__ inline void find_unit(const KvAttentionCuda& call, const KvUnit* prev
     unit.first = true;
     while (unit.tiles < 0) {
       unit.index += static_cast<int>(gridDim.x);
-      if (!find_item<kRows>(call, unit.index, unit.item)) break;
+      if (unit.index >= unit.items) break;
+      if (!find_item<kRows>(call, unit.index, unit.item, unit.items)) break;
       last = unit.item.last_visible(group);
       // Other items have no rows, or none that sees the split.
       const bool seen = unit.item.splits == 1 || unit.item.split * unit.item.split_tokens < last;

@@ -111,15 +111,19 @@ struct KvSums {
   }
 };
 
-// Finds the sequence for which `holds(sequence, items, past)` with its number of items, and of
-// those up to its end; `index` becomes what was left of it. A warp looks at 32 sequences at once.
+// A sequence that a warp has found.
+inline constexpr int kManyItems = 0x7fffffff;
 struct KvPlace {
   int number;
   int begin, queries, length;
   int items_before, states_before;
+  int items;    // of all sequences, or kManyItems if the warp has not looked at all of them
   bool whole;   // its states alone exceed the workspace: no splits
   bool beyond;  // with those before they do: blocks with the first split take all of them
 };
+
+// Finds the first sequence for which `holds(sequence, items up to its end)`. A warp looks at 32
+// sequences at once.
 template <int kRows, class Load, class Holds>
 __device__ inline bool find_sequence(const KvAttentionCuda& call, Load load, Holds holds,
                                      KvPlace& place) {
@@ -143,8 +147,10 @@ __device__ inline bool find_sequence(const KvAttentionCuda& call, Load load, Hol
     const unsigned holders = __ballot_sync(kAllLanes, holds(s, end.items));
     const int holder = holders == 0 ? 31 : __ffs(holders) - 1;
     const auto of_holder = [&](int value) { return __shfl_sync(kAllLanes, value, holder); };
+    const int items = __shfl_sync(kAllLanes, end.items, 31);
     before = {of_holder(end.items), of_holder(end.states)};
     if (holders == 0) continue;
+    place.items = base + 32 > call.sequences ? items : kManyItems;
     place.number = static_cast<int>(base) + holder;
     place.begin = of_holder(s.begin);
     place.queries = of_holder(s.queries);
@@ -158,17 +164,18 @@ __device__ inline bool find_sequence(const KvAttentionCuda& call, Load load, Hol
   return false;
 }
 
-// Finds item number `index`; false if there are fewer items. Items of a sequence: kv head fastest,
-// then split, then rows, then tier. Where the states lie beyond the workspace an item of split 0
-// takes all splits, and the others have no rows.
+// Finds item number `index`, and as much as is known of the number of items; false if there are
+// fewer. Items of a sequence: kv head fastest, then split, then rows, then tier. Where the states
+// lie beyond the workspace an item of split 0 takes all splits, and the others have no rows.
 template <int kRows>
-__device__ inline bool find_item(const KvAttentionCuda& call, int index, KvItem& item) {
+__device__ inline bool find_item(const KvAttentionCuda& call, int index, KvItem& item, int& items) {
   const int group = call.group.number, n_kv = call.kv_heads.number, n_q = group * n_kv;
   KvPlace place;
   const bool found = find_sequence<kRows>(
       call, [](const int32_t* number) { return *number; },
       [&](const KvSequence&, int past) { return index < past; }, place);
   if (!found) return false;
+  items = place.items;
   index -= place.items_before;
   const KvSequence s(place.begin, place.queries, place.length);
   int first_state = place.states_before;
