@@ -46,6 +46,7 @@ class Kernel(NamedTuple):
     raise_cycles: int  # added to a unit's first step
     first: int  # cycles to the first copy: wait, lengths, block table
     begin: int  # from the start of a unit to its first step
+    begin_last: int  # the same for a block's last unit
     end: int  # from the last step of a unit to the start of the next
     ahead: bool  # the ring goes on with the next unit
     merge: int  # cycles of the second kernel behind its wait, without its batches
@@ -61,6 +62,7 @@ BEFORE = Kernel(
     raise_cycles=0,
     first=2744,
     begin=1504,
+    begin_last=1504,
     end=1109 + 1817 + 394,  # the next item is found behind the merge
     ahead=False,
     merge=452,
@@ -74,10 +76,11 @@ NOW = Kernel(
     raise_cycles=270,  # at the first step of a unit; later ones raise in 2 of 100
     first=2168 + 394,
     begin=1730 + 310,
+    begin_last=1730 + 310 - 776,
     end=343 + 524,
     ahead=True,
-    merge=390,
-    batch=830,
+    merge=401,
+    batch=854,
     batch_splits=16,
 )
 
@@ -101,9 +104,8 @@ def attend_cycles(kernel: Kernel, batch: int, context: int) -> tuple[float, dict
     fetched = np.zeros(blocks)  # steps of all units
     done = np.zeros(blocks)
     total = left * steps
-    wait = np.full(
-        blocks, float(kernel.begin + kernel.raise_cycles)
-    )  # cycles before the next step may run
+    begin = np.where(left == 1, kernel.begin_last, kernel.begin) + float(kernel.raise_cycles)
+    wait = begin.copy()  # cycles before the next step may run
     ready = float(kernel.first + LATENCY)  # the first bytes
     spent = {"memory": 0.0, "issue": 0.0, "latency": 0.0, "between steps": 0.0}
     now = float(kernel.first)
@@ -116,9 +118,7 @@ def attend_cycles(kernel: Kernel, batch: int, context: int) -> tuple[float, dict
         known = np.floor(done / steps + 1e-9) * steps + steps * (2 if kernel.ahead else 1)
         window = np.minimum(np.minimum(done + RING, known), total)
         if not kernel.ahead:  # the copies of a unit begin when the one before is merged
-            window = np.where(
-                (done % steps < 1e-9) & (wait > kernel.begin + kernel.raise_cycles), fetched, window
-            )
+            window = np.where((done % steps < 1e-9) & (wait > begin), fetched, window)
         wants = np.clip(window - fetched, 0, None)
         budget = MEMORY * SLICE / STEP_BYTES
         granted = np.zeros(blocks)
@@ -151,7 +151,9 @@ def attend_cycles(kernel: Kernel, batch: int, context: int) -> tuple[float, dict
             unit_end - done - progress < 1e-9, np.where(in_step, unit_end, done), done + progress
         )
         ended = in_step & (done >= unit_end - 1e-9)
-        wait = np.where(ended, kernel.end + kernel.begin + kernel.raise_cycles, wait)
+        last = total - done < steps + 1e-9
+        begin = np.where(last, kernel.begin_last, kernel.begin) + float(kernel.raise_cycles)
+        wait = np.where(ended, kernel.end + begin, wait)
         now_end = ended & (done >= total - 1e-9)
         if now_end.any() and not (done < total).any():
             now += kernel.end
