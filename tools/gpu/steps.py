@@ -127,7 +127,7 @@ def figures() -> list[Step]:
         bench(
             "attention",
             90,
-            "splits of 1024 tokens, steps in the ring (note 0015)",
+            "splits of 256 to 1024 tokens, steps in the ring (note 0055)",
             f"attention {of_8b} --batch 1,8,64 --context 1024,8192,32768",
         ),
         bench(
