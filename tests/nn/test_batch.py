@@ -124,11 +124,17 @@ def test_metadata_is_made_once_a_pass(
 def test_a_prepared_step_makes_none(model: Any, made: Counter[str]) -> None:
     ids, cache = tokens(2, 12), ResQCache(model.config)
     hidden(model, ids[:, :9], cache)
-    graph = DecodeGraph(model, cache, 3)
+    graph = DecodeGraph(model, cache, 1)
     made.clear()
     graph.step(ids[:, 9])
+    assert not {"append", "with_rope"} & set(made) and list(made.values()) == [3]
+    remove = model.model.layers[1].register_forward_hook(lambda *_: None).remove
+    graph = DecodeGraph(model, cache, 2)  # by calls of the model
+    remove()
+    made.clear()
+    graph.step(ids[:, 10])
     assert "append" not in made and made.pop("with_rope") == 1 and list(made.values()) == [3]
-    assert cache.batch.state.length == 10
+    assert cache.batch.state.length == 11
 
 
 def test_a_compiled_pass_fills_a_cache_as_one_graph() -> None:
