@@ -13,6 +13,7 @@ WEIGHT_METHODS = ("gptq", "rtn")
 BASES = ("balanced", "principal")
 TOKEN_WEIGHTS = ("attention", "uniform")
 HESSIAN_INPUTS = ("rounded", "exact")
+ROTATIONS = ("random", "learned")
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {
         "bases": "principal",
@@ -22,16 +23,30 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "activation_clip": 1.0,
         "embedding_bits": 16,
         "dialogues": 0,
-    }
+    },
+    "spinquant": {
+        "method": "quarot",
+        "rotations": "learned",
+        "token_weights": "uniform",
+        "hessian_inputs": "exact",
+        "activation_clip": 1.0,
+        "embedding_bits": 16,
+        "dialogues": 0,
+    },
 }
-"""What differs from the defaults, by name. "paper": the choices of arXiv 2412.14363 as its authors'
-code makes them (docs/notes/0051-preset-paper.md)."""
+"""What differs from the defaults, by name: the choices of arXiv 2412.14363 (ResQ) and of arXiv
+2405.16406 (SpinQuant) as their authors' code makes them (docs/notes/0051-preset-paper.md,
+docs/notes/0054-learned-rotations.md)."""
 HIGH_FRACTION = 0.125
 """The share of method "resq", unless another is given."""
 HADAMARD_BLOCK = 256
 """Columns of a block of the Hadamard transform where some of down_proj's input is in INT8."""
 HADAMARD_BLOCKS = (0, 8, 16, 32, 64, 128, 256)
 """What `hadamard_block` may be."""
+ROTATION_STEPS = 100
+"""As in SpinQuant."""
+ROTATION_LR = 1.5
+"""As in SpinQuant."""
 DISTILL_LR = 0.02
 """In steps of the INT8 weights (docs/notes/0033-distillation.md)."""
 HELD_OUT = 4
@@ -56,6 +71,13 @@ class ResQConfig:
             with a factor for every rotary pair of the keys and for every channel between up_proj
             and down_proj. "principal": by their own variance alone, without factors, as in the
             paper; refused with the other methods, which have no bases.
+        rotations: those inside the INT4 part and the INT8 part. "random", or "learned": U_A and U_B
+            start as these and are then trained on the calibration windows (`ptq.learn`). Method
+            "rtn" has none.
+        rotation_steps: windows on which they are learned, one after the other, in passes over the
+            calibration windows; by default (None) 100 where they are learned, and no other value
+            than None where they are not.
+        rotation_lr: first learning rate of these steps, likewise; by default 1.5.
         token_weights: how tokens count in the basis of the hidden states and in the Hessian of q, k
             and v: "attention" (by what they receive of it, `ptq.token_weights`) or "uniform".
         hessian_inputs: on which inputs GPTQ rounds, and errors are reported: "rounded" (activations
@@ -85,7 +107,7 @@ class ResQConfig:
         distill_lr: largest learning rate of that training, in steps of the INT8 weights; by default
             (None) 0.02 where there is one, and no other value than None where there is none.
         seed: seed of the rotations, of the choice of calibration windows, and of their order in
-            the training.
+            both trainings.
 
     Raises:
         TypeError: a value is of another type; the message names the field.
@@ -99,6 +121,9 @@ class ResQConfig:
     method: str = "resq"
     weights: str = "gptq"
     bases: str = "balanced"
+    rotations: str = "random"
+    rotation_steps: int | None = None
+    rotation_lr: float | None = None
     token_weights: str = "attention"
     hessian_inputs: str = "rounded"
     high_fraction: float = cast(float, None)  # a number as soon as the object exists
@@ -120,15 +145,23 @@ class ResQConfig:
         if self.high_fraction is None:
             share = HIGH_FRACTION if self.method == "resq" else 0.0
             object.__setattr__(self, "high_fraction", share)
-        for name in ("method", "weights", "bases", "token_weights", "hessian_inputs"):
+        names = ("method", "weights", "bases", "rotations", "token_weights", "hessian_inputs")
+        for name in names:
             self._is_a(name, str, "a name")
         if self.distill_lr is None and self.distill_epochs:
             object.__setattr__(self, "distill_lr", DISTILL_LR)
+        if self.rotations == "learned":
+            if self.rotation_steps is None:
+                object.__setattr__(self, "rotation_steps", ROTATION_STEPS)
+            if self.rotation_lr is None:
+                object.__setattr__(self, "rotation_lr", ROTATION_LR)
         integers = ("lo_bits", "kv_bits", "embedding_bits", "samples", "seqlen", "distill_epochs")
-        counted = [n for n in ("hadamard_block", "dialogues") if getattr(self, n) is not None]
+        maybe = ("hadamard_block", "rotation_steps", "dialogues")
+        counted = [n for n in maybe if getattr(self, n) is not None]
         for name in (*integers, *counted, "seed"):
             self._is_a(name, int, "an integer")
-        optional = [n for n in ("activation_clip", "distill_lr") if getattr(self, n) is not None]
+        maybe = ("activation_clip", "rotation_lr", "distill_lr")
+        optional = [n for n in maybe if getattr(self, n) is not None]
         for name in ("high_fraction", *optional, "damping"):
             self._is_a(name, (int, float), "a number")
             object.__setattr__(self, name, float(getattr(self, name)))
@@ -143,6 +176,8 @@ class ResQConfig:
                 f"bases: method {self.method!r} has none, expected {BASES[0]!r} (the default), got "
                 f"{self.bases!r}"
             )
+        _one_of("rotations", self.rotations, ROTATIONS)
+        self._check_learning()
         _one_of("token_weights", self.token_weights, TOKEN_WEIGHTS)
         _one_of("hessian_inputs", self.hessian_inputs, HESSIAN_INPUTS)
         _one_of("lo_bits", self.lo_bits, (4, 8))
@@ -184,6 +219,25 @@ class ResQConfig:
                 raise ValueError(f"distill_lr: expected a positive rate, got {self.distill_lr}")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed: expected an integer of 64 bits, got {self.seed}")
+
+    def _check_learning(self) -> None:
+        if self.rotations != "learned":
+            for name in ("rotation_steps", "rotation_lr"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}: expected None with rotations {self.rotations!r}, which are not "
+                        f"learned, got {getattr(self, name)}"
+                    )
+            return
+        if not self.rotates:
+            raise ValueError(
+                f"rotations: method {self.method!r} has none to learn, expected {ROTATIONS[0]!r} "
+                f"(the default), got {self.rotations!r}"
+            )
+        if cast(int, self.rotation_steps) < 1:
+            raise ValueError(f"rotation_steps: expected at least 1, got {self.rotation_steps}")
+        if not 0.0 < cast(float, self.rotation_lr) < math.inf:
+            raise ValueError(f"rotation_lr: expected a positive rate, got {self.rotation_lr}")
 
     @classmethod
     def from_preset(cls, name: str, **options: Any) -> ResQConfig:

@@ -63,9 +63,15 @@ class Folder:
             method = self.quantization.get("quant_method", "unknown")
             return str(getattr(method, "value", method))
         report = self.report or {}
-        preset, trained = report.get("preset"), report.get("config", {}).get("distill_epochs")
-        parts = [self.options.method, self.options.weights, preset and f"preset {preset}"]
-        return ", ".join(filter(None, [*parts, "distilled" if trained else None]))
+        preset, made = report.get("preset"), report.get("config", {})
+        parts = [
+            self.options.method,
+            self.options.weights,
+            preset and f"preset {preset}",
+            "learned rotations" if made.get("rotations") == "learned" else None,
+            "distilled" if made.get("distill_epochs") else None,
+        ]
+        return ", ".join(filter(None, parts))
 
     @property
     def bits(self) -> dict[str, list[int]] | None:

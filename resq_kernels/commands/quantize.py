@@ -24,6 +24,9 @@ from resq_kernels.config import (
     HESSIAN_INPUTS,
     METHODS,
     PRESETS,
+    ROTATION_LR,
+    ROTATION_STEPS,
+    ROTATIONS,
     TOKEN_WEIGHTS,
     WEIGHT_METHODS,
     ResQConfig,
@@ -52,6 +55,7 @@ examples:
   resq quantize ./model out/model-rtn --method rtn --weights rtn --calib calibration.txt
   resq quantize model.gguf out/model-resq --calib calibration.txt
   resq quantize ./model out/model-paper --preset paper
+  resq quantize ./model out/model-learned --rotations learned
 """
 
 
@@ -102,12 +106,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="other windows of the text, on which the result is measured against the 16-bit model "
         f"(default: {HELD_OUT}; 0: no verdict)",
     )
-    choices = ", ".join(f"{_flag(name)} {value}" for name, value in PRESETS["paper"].items())
+    paper, spinquant = (
+        ", ".join(f"{_flag(name)} {value}" for name, value in PRESETS[preset].items())
+        for preset in ("paper", "spinquant")
+    )
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help=f"paper: the choices of the ResQ paper as its authors' code makes them, {choices}; "
-        "options that are given as well override them",
+        help=f"the choices of a paper as its authors' code makes them. paper: of ResQ's, {paper}; "
+        f"spinquant: of SpinQuant's, {spinquant}; options that are given as well override them",
     )
     parser.add_argument(
         "--method",
@@ -125,6 +132,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=BASES,
         help="bases of keys and values: balanced against what reads them (default), or principal, "
         "by their own variance alone",
+    )
+    parser.add_argument(
+        "--rotations",
+        choices=ROTATIONS,
+        help="rotations of the hidden states and of values inside the INT4 part and the INT8 part: "
+        "random (default), or learned on the calibration windows, with the whole model in memory",
+    )
+    parser.add_argument(
+        "--rotation-steps",
+        type=at_least(1),
+        metavar="N",
+        help=f"windows on which rotations are learned, one a step (default: {ROTATION_STEPS})",
+    )
+    parser.add_argument(
+        "--rotation-lr",
+        type=real(0.0, 100.0, open_low=True),
+        metavar="R",
+        help=f"learning rate of the first step, which falls to 0 (default: {ROTATION_LR})",
     )
     parser.add_argument(
         "--token-weights",
@@ -322,6 +347,8 @@ def _check_model(
 ) -> ModelShape:
     """The model's sizes; refuses one that is quantized in a way that cannot be turned back, of
     another architecture, or cannot be split."""
+    import torch
+
     from resq_kernels.architecture import ModelShape
     from resq_kernels.ptq.check import check_memory, check_shape
     from resq_kernels.ptq.dequantized import check_method
@@ -335,7 +362,8 @@ def _check_model(
         check_class(settings)
         shape = ModelShape.from_config(settings)
         check_shape(shape, config)
-        check_memory(shape, config, device)
+        dtype = model_config.dtype or torch.float32
+        check_memory(shape, config, device, dtype, config.seqlen)
     except (ValueError, ImportError) as error:
         raise CommandError(f"{model}: {error}") from error
     return shape
@@ -389,12 +417,13 @@ def _print(model: str, out: Path, report: dict[str, Any]) -> None:
     worst = max(layers, key=lambda layer: layer["error"])
     mean = sum(layer["error"] for layer in layers) / len(layers)
     before, after = report["bytes_before"], report["bytes_after"]
-    from resq_kernels.ptq.report import distillation_fact
+    from resq_kernels.ptq.report import distillation_fact, learning_fact
     from resq_kernels.ptq.verdict import verdict_facts
 
     rows = [
         ("model", model),
         ("quantized", f"{len(layers)} linears in {report['seconds']:.1f} s"),
+        *learning_fact(report),
         *distillation_fact(report),
         ("relative error", f"mean {mean:.4f}, worst {worst['error']:.4f} ({worst['name']})"),
         ("size", f"{output.size(before)} -> {output.size(after)} ({before / after:.2f}x smaller)"),

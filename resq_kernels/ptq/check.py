@@ -13,6 +13,7 @@ import torch
 from resq_kernels import _library, hadamard, kv_pages
 from resq_kernels.architecture import DOWN_PROJ, LINEARS, ModelShape
 from resq_kernels.config import ResQConfig
+from resq_kernels.ptq.decoder import product_dtype
 from resq_kernels.ptq.workspace import work_folder
 
 MOST_PART_COLUMNS = 65536
@@ -107,6 +108,8 @@ def work_bytes(
     trained = 28 * _trained(shape, config) if config.distill_epochs else 0
     head = shape.kv_heads * shape.head_dim**2
     moments = 8 * (3 * shape.hidden**2 + shape.layers * (7 * head + 3 * shape.intermediate))
+    if config.rotations == "learned":  # the bases, their state, and the next one
+        moments += 3 * 8 * (shape.hidden**2 + 2 * shape.layers * head)
     states = 4 * 4 * windows * seqlen * shape.hidden
     # Layers exist twice while they are joined; hidden states are deleted by then.
     vocabulary = 2 * shape.vocab * shape.hidden * item_bytes
@@ -118,23 +121,45 @@ def work_bytes(
     return moments + max(states + windows * seqlen * row + quantized + trained, joined)
 
 
-def check_memory(shape: ModelShape, config: ResQConfig, device: str) -> None:
-    """Refuses a distillation that does not fit the device's memory, however empty it is.
+def check_memory(
+    shape: ModelShape, config: ResQConfig, device: str, dtype: torch.dtype, seqlen: int
+) -> None:
+    """Refuses a training that does not fit the device's memory, however empty it is.
 
-    Formula: the codes of all linears; 12 bytes for each value that is trained: itself and Adam's
-    two moments in float32; the head in 16 bits; one layer in float32 with gradients. 17 GB for
-    Llama-3-8B.
+    Formula, for a distillation: the codes of all linears; 12 bytes for each value that is trained:
+    itself and Adam's two moments in float32; the head in 16 bits; one layer in float32 with
+    gradients. 17 GB for Llama-3-8B. For learned rotations: the float model's linears and head in
+    the dtype of its products, its embedding, one layer in float32 with a copy in float64, and for
+    a window every layer's input and 40 rows of a layer's widest activations in float32. 20 GB for
+    Llama-3-8B in bfloat16 and windows of 2048.
+
+    Args:
+        shape: sizes of the model.
+        config: the options.
+        device: where it is trained.
+        dtype: of the source's weights.
+        seqlen: tokens of a window.
 
     Raises:
         ValueError: names the option, and both sizes.
     """
+    weights = sum(math.prod(shape.linear(name)) for name in LINEARS)
+    memory = device_memory(device)
+    if config.rotations == "learned":
+        item, vocabulary = product_dtype(dtype, device).itemsize, shape.vocab * shape.hidden
+        needed = item * (shape.layers * weights + vocabulary) + dtype.itemsize * vocabulary
+        needed += 12 * weights
+        needed += 4 * seqlen * ((shape.layers + 1) * shape.hidden + 40 * shape.intermediate)
+        if needed > memory:
+            raise ValueError(
+                f"rotations: expected at least {needed / 1e9:.1f} GB of memory on {device} for "
+                f"'learned', got {memory / 1e9:.1f} GB; 'random' learns nothing"
+            )
     if not config.distill_epochs:
         return
-    weights = sum(math.prod(shape.linear(name)) for name in LINEARS)
     high = _trained(shape, config)
     needed = (shape.layers * weights + high) // 2 + 12 * high + 8 * weights
     needed += 2 * shape.vocab * shape.hidden
-    memory = device_memory(device)
     if needed > memory:
         raise ValueError(
             f"distill_epochs: expected at least {needed / 1e9:.1f} GB of memory on {device}, got "

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from resq_kernels.ptq.dialogues import Dialogues
 
 # Version of the pieces' content: a work folder of another version cannot be continued.
-PIECES = 6
+PIECES = 7
 _BLOCK_BYTES = 1 << 22
 
 

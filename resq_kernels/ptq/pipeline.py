@@ -17,13 +17,14 @@ from resq_kernels.ptq.check import check_device, check_disk, check_memory, check
 from resq_kernels.ptq.decoder import Rope, rope_tables
 from resq_kernels.ptq.dialogues import Dialogues, write_dialogues
 from resq_kernels.ptq.distill import distill
+from resq_kernels.ptq.learn import learn
 from resq_kernels.ptq.quantize import quantize
 from resq_kernels.ptq.report import finished_report, layer_errors, spectra, write_report
 from resq_kernels.ptq.rotate import Rotation, rotate
 from resq_kernels.ptq.save import companions, publish, save
 from resq_kernels.ptq.source import SourceModel
 from resq_kernels.ptq.verdict import verdict_facts, verdicts
-from resq_kernels.ptq.workspace import DISTILLED, Workspace, check_out
+from resq_kernels.ptq.workspace import DISTILLED, LEARNED, Workspace, check_out
 from resq_kernels.safetensors_io import INDEX_FILE
 
 
@@ -75,8 +76,8 @@ def quantize_folder(
     check_device(device)
     model = SourceModel(source)
     check_shape(model.shape, config)
-    check_memory(model.shape, config, device)
     check_tokens(calibration, model.shape)
+    check_memory(model.shape, config, device, model.dtype, calibration.shape[1])
     if held_out is None:
         held_out = calibration[:0]
     if len(held_out):
@@ -130,6 +131,8 @@ def quantize_folder(
             "inputs": description,
             "files": inputs.hashes(folder, filter(Path.is_file, folder.rglob("*"))),
         }
+        if config.rotations == "learned":
+            report["learning"] = work.load(LEARNED)["losses"].tolist()
         if config.distill_epochs:
             report["distillation"] = work.load(DISTILLED)["divergences"].tolist()
         if basis is not None:
@@ -164,6 +167,8 @@ def _layers(
         moments()  # for the states after the last layer
     if config.rotates:
         rotation = work.stage("rotation", Rotation, lambda: rotate(basis, model.shape, config))
+        if config.rotations == "learned":
+            rotation = learn(model, rotation, calibration, rope, config, work, device, progress)
     quantize(model, rotation, calibration, rope, config, work, device, progress)
     if distills:
         distill(model, rotation, calibration, rope, config, work, device, progress)

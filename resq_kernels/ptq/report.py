@@ -79,13 +79,21 @@ def spectra(basis: Basis) -> dict[str, object]:
 
 def distillation_fact(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a distillation did, as a row of a table; no row if there was none."""
-    divergences = report.get("distillation", [])
-    if not divergences:
+    return _training_fact("distillation", "KL", report.get("distillation", []))
+
+
+def learning_fact(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What learning the rotations did, likewise."""
+    return _training_fact("rotations", "loss", report.get("learning", []))
+
+
+def _training_fact(name: str, loss: str, values: Sequence[float]) -> list[tuple[str, str]]:
+    if not values:
         return []
-    count = min(16, -(-len(divergences) // 2))
-    first, last = (sum(d) / count for d in (divergences[:count], divergences[-count:]))
-    text = f"{len(divergences)} steps, KL {first:.3f} in the first {count}, {last:.3f} in the last"
-    return [("distillation", text)]
+    count = min(16, -(-len(values) // 2))
+    first, last = (sum(part) / count for part in (values[:count], values[-count:]))
+    text = f"{len(values)} steps, {loss} {first:.3f} in the first {count}, {last:.3f} in the last"
+    return [(name, text)]
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
@@ -102,6 +110,7 @@ def render(report: Mapping[str, Any]) -> str:
         ("method", _method(report)),
         ("size", f"{before / 1e6:.1f} MB to {after / 1e6:.1f} MB ({before / after:.2f} times)"),
         ("calibration", _calibration(report)),
+        *learning_fact(report),
         *distillation_fact(report),
         ("time", f"{report['seconds']:.1f} s"),
     ]

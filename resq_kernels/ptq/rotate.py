@@ -12,6 +12,7 @@ from resq_kernels.architecture import DOWN_PROJ, ModelShape
 from resq_kernels.config import ResQConfig
 from resq_kernels.formats import split_columns
 from resq_kernels.ptq.basis import CACHE_HIGH_FRACTION, Basis
+from resq_kernels.ptq.cayley import block_mask
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,10 @@ def rotate(basis: Basis | None, shape: ModelShape, config: ResQConfig) -> Rotati
             intermediate_factors=torch.ones(shape.layers, shape.intermediate, dtype=torch.float64),
             intermediate_order=torch.arange(shape.intermediate).repeat(shape.layers, 1),
         )
-    hidden_split = split_columns(shape.hidden, config.high_fraction)[0]
-    head_split = split_columns(head, config.high_fraction)[0]
-    cache_split = split_columns(head, CACHE_HIGH_FRACTION)[0]
-    hidden = _blocks(shape.hidden, {hidden_split}, config.seed, "hidden")
-    # Values are split twice, in the cache and at o_proj; no rotation may cross either border.
-    values = _blocks(head, {head_split, cache_split}, config.seed, "values")
-    keys = _blocks(head, {cache_split}, config.seed, "keys")
+    borders = _borders(shape, config)
+    hidden = _blocks(shape.hidden, borders["hidden"], config.seed, "hidden")
+    values = _blocks(head, borders["values"], config.seed, "values")
+    keys = _blocks(head, borders["keys"], config.seed, "keys")
     return Rotation(
         hidden=basis.hidden @ hidden,
         values=basis.values @ values,
@@ -81,6 +79,30 @@ def rotate(basis: Basis | None, shape: ModelShape, config: ResQConfig) -> Rotati
         intermediate_factors=basis.intermediate_factors,
         intermediate_order=_order(basis.intermediate_power, shape.k_hi(DOWN_PROJ, config)),
     )
+
+
+def block_masks(shape: ModelShape, config: ResQConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a rotation of the hidden states and one of values may have entries: bool [hidden,
+    hidden] and [head_dim, head_dim], blocks that no border between INT4 and INT8 crosses."""
+    borders = _borders(shape, config)
+    return (
+        block_mask(shape.hidden, borders["hidden"]),
+        block_mask(shape.head_dim, borders["values"]),
+    )
+
+
+def _borders(shape: ModelShape, config: ResQConfig) -> dict[str, set[int]]:
+    """Where the parts of the hidden states, values and keys end; nowhere without a basis."""
+    if config.method != "resq":
+        return {"hidden": set(), "values": set(), "keys": set()}
+    head_split = split_columns(shape.head_dim, config.high_fraction)[0]
+    cache_split = split_columns(shape.head_dim, CACHE_HIGH_FRACTION)[0]
+    return {
+        "hidden": {split_columns(shape.hidden, config.high_fraction)[0]},
+        # Values are split twice, in the cache and at o_proj; no rotation may cross either border.
+        "values": {head_split, cache_split},
+        "keys": {cache_split},
+    }
 
 
 def random_orthogonal(size: int, generator: torch.Generator) -> torch.Tensor:

@@ -78,6 +78,8 @@ def layer_piece(index: int) -> str:
     return f"quantize-{index:05d}"
 
 
+LEARNED = "learned"
+"""The piece with the learned bases, by the names of `Rotation`, and "losses", float64 [steps]."""
 DISTILLED = "distilled"
 """The piece that says that the distillation is finished: "divergences", float64 [steps]."""
 

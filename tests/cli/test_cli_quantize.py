@@ -197,7 +197,34 @@ def test_methods_reach_the_folder(
         stored = json.loads((out / "config.json").read_text())["quantization_config"]
         assert (stored["method"], stored["weights"], stored["kv_bits"]) == (method, weights, 16)
         assert stored["high_fraction"] == 0.0
-        assert ("rotations" in resq("info", out).out.replace(" ", "_")) == (method != "rtn")
+        sizes = re.search(r"^rotations +[\d.]+ k?B$", resq("info", out).out, re.M)
+        assert (sizes is not None) == (method != "rtn")
+
+
+def test_learned_rotations_reach_the_folder(
+    llama: Path, text_file: Path, tmp_path: Path, resq: Callable[..., Result]
+) -> None:
+    out, text = tmp_path / "out", ("--calib", text_file, "--samples", 2, "--seqlen", 32)
+    steps = ("--preset", "spinquant", "--rotation-steps", 3, "--rotation-lr", 0.5)
+    result = resq("quantize", llama, out, *text, *steps)
+    assert result.code == 0, result.err
+    assert re.search(r"^rotations +3 steps, loss \d\.\d+ in the first 2, ", result.out, re.M)
+    report = json.loads((out / "quantization_report.json").read_text())
+    assert report["preset"] == "spinquant" and len(report["learning"]) == 3
+    assert set(report) == {*KEYS, "learning"} - {"spectra"}
+    assert report["config"]["rotation_lr"] == 0.5
+    assert "3 steps, loss" in (out / "quantization_report.html").read_text()
+    options = ("--reference", llama, "--text", text_file, "--seqlen", 32, "--max-windows", 2)
+    compared = resq("compare", out, *options)
+    assert "quarot, gptq, preset spinquant, learned rotations" in compared.out
+    for more, words in (
+        (("--method", "rtn", "--rotations", "learned"), "method 'rtn' has none to learn, expected"),
+        (("--rotation-steps", 3), "rotation_steps: expected None with rotations 'random', which"),
+        (("--rotation-lr", 1), "rotation_lr: expected None with rotations 'random', which are"),
+    ):
+        refused = resq("quantize", llama, tmp_path / "refused", *text, *more)
+        assert refused.code == 2 and words in refused.sentence
+        assert not list(tmp_path.glob("refused*"))
 
 
 def test_the_block_reaches_the_folder(

@@ -403,9 +403,9 @@ def test_a_model_that_cannot_be_trained_in_memory_is_refused(
     memory = (weights + trained) // 2 + 12 * trained + weights // 10 + 2 * 128256 * 8192
     words = f"distill_epochs: expected at least {memory / 1e9:.1f} GB of memory on cpu, got"
     monkeypatch.setattr(check.os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else memory)
-    check.check_memory(shape, ResQConfig(distill_epochs=1), "cpu")
+    check.check_memory(shape, ResQConfig(distill_epochs=1), "cpu", torch.bfloat16, 2048)
     less = memory - 1
     monkeypatch.setattr(check.os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else less)
     with pytest.raises(ValueError, match=words):
-        check.check_memory(shape, ResQConfig(distill_epochs=1), "cpu")
-    check.check_memory(shape, ResQConfig(), "cpu")
+        check.check_memory(shape, ResQConfig(distill_epochs=1), "cpu", torch.bfloat16, 2048)
+    check.check_memory(shape, ResQConfig(), "cpu", torch.bfloat16, 2048)

@@ -62,7 +62,9 @@ def test_an_option_overrides_the_preset(field: str, value: object, preset: str |
 
 
 def test_what_a_preset_refuses() -> None:
-    with pytest.raises(ValueError, match=r"^preset: expected one of paper, got 'papers'$"):
+    with pytest.raises(
+        ValueError, match=r"^preset: expected one of paper, spinquant, got 'papers'$"
+    ):
         ResQConfig.from_preset("papers")
     with pytest.raises(TypeError, match="bits"):
         ResQConfig.from_preset("paper", bits=3)
