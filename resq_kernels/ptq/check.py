@@ -130,7 +130,7 @@ def check_memory(
     itself and Adam's two moments in float32; the head in 16 bits; one layer in float32 with
     gradients. 17 GB for Llama-3-8B. For learned rotations: the float model's linears and head in
     the dtype of its products, its embedding, one layer in float32 with a copy in float64, and for
-    a window every layer's input and 40 rows of a layer's widest activations in float32. 20 GB for
+    a window every layer's input and 40 rows of a layer's widest activations in float32. 25 GB for
     Llama-3-8B in bfloat16 and windows of 2048.
 
     Args:
