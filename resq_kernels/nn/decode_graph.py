@@ -154,6 +154,7 @@ class DecodeGraph:
                     self._place(state)
                     self._pass()
             torch.cuda.current_stream().wait_stream(side)
+            self._place(state)  # a warm-up's position may be the last that there is room for
             graph = torch.cuda.CUDAGraph()
             # In the default mode a cudaMalloc of any other thread would end the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):

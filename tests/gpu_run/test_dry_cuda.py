@@ -81,7 +81,7 @@ def test_the_dry_device_is_one(program: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_some_steps_of_the_run_on_it(tmp_path: Path) -> None:
     """All of them: `python tools/gpu_check.py --dry --out DIR`, some minutes."""
-    steps = ("info", "first-mixed_gemm", "latency", "capture", "profile")
+    steps = ("info", "first-mixed_gemm", "latency", "capture", "replays", "profile")
     command = [sys.executable, str(ROOT / "tools/gpu_check.py"), "--dry", "--out", str(tmp_path)]
     done = subprocess.run([*command, "--only", *steps], cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
