@@ -88,11 +88,16 @@ TARGETS = {(1, 1024): 7, (1, 32768): 15, (8, 8192): 26, (8, 32768): 90, (64, 819
 RING = 5
 
 
+def row_splits(kernel: Kernel, context: int) -> tuple[int, int]:
+    """Splits of a row, and tokens of each."""
+    tokens = next(tokens for most, tokens in kernel.tiers if context <= most)
+    return -(-context // tokens), min(tokens, context)
+
+
 def units(kernel: Kernel, batch: int, context: int) -> tuple[int, int]:
     """Units of a call, and steps of each (of equal splits)."""
-    split = next(tokens for most, tokens in kernel.tiers if context <= most)
-    splits = -(-context // split)
-    return batch * splits * KV_HEADS, -(-min(split, context) // PAGE)
+    splits, tokens = row_splits(kernel, context)
+    return batch * splits * KV_HEADS, -(-tokens // PAGE)
 
 
 def attend_cycles(kernel: Kernel, batch: int, context: int) -> tuple[float, dict[str, float]]:
@@ -162,8 +167,7 @@ def attend_cycles(kernel: Kernel, batch: int, context: int) -> tuple[float, dict
 def predict(kernel: Kernel, batch: int, context: int) -> dict:
     """A cell: microseconds of both kernels."""
     cycles, spent = attend_cycles(kernel, batch, context)
-    split = next(tokens for most, tokens in kernel.tiers if context <= most)
-    splits = -(-context // split)
+    splits, _ = row_splits(kernel, context)
     merge = kernel.merge + kernel.batch * -(-splits // kernel.batch_splits) if splits > 1 else 0
     us = cycles / MHZ + LAUNCH + (merge / MHZ + LAUNCH if splits > 1 else 0)
     return {"us": round(us, 1), "limit": max(spent, key=spent.get)}

@@ -15,7 +15,8 @@ or the name of a shape, both sides with random weights; with :LAYERS, of so many
 llama.cpp runs as Q4_0, Q4_1 and Q4_K_M, with keys and values in F16, Q8_0 and Q4_0, with and
 without flash attention. Every combination is tried once; the best of each type then runs in turn
 with ours, and the row names the fastest. Both sides get the same tokens and stop at the logits of
-the last one (of a batch: of each last one); neither samples. Both are compared with the 16-bit
+the last one (of a batch: of each last one); neither samples. Ours decodes by `DecodeGraph`, whose
+cache holds one token where the context is empty. Both are compared with the 16-bit
 model in the same run: perplexity, divergence, agreement.
 """
 

@@ -234,6 +234,11 @@ class ResQConfig:
                 f"rotations: method {self.method!r} has none to learn, expected {ROTATIONS[0]!r} "
                 f"(the default), got {self.rotations!r}"
             )
+        if self.seqlen < 2:
+            raise ValueError(
+                "seqlen: expected at least 2 with learned rotations, which predict the next token, "
+                f"got {self.seqlen}"
+            )
         if cast(int, self.rotation_steps) < 1:
             raise ValueError(f"rotation_steps: expected at least 1, got {self.rotation_steps}")
         if not 0.0 < cast(float, self.rotation_lr) < math.inf:

@@ -66,10 +66,10 @@ class DecodeGraph:
             for layer in layers:
                 layer.paged.reserve(self._limit)
             self._pages = [layer.paged.pages for layer in layers]
-            self._step = DecodeStep.of(model, layers, self._limit)
             self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
             self._lens = torch.zeros(batch, dtype=torch.int32, device=device)
             self._cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=device)
+            self._step = DecodeStep.of(model, layers, self._limit, self._metadata())
             self._arguments = {cache_name(model): cache, "use_cache": True, "logits_to_keep": 1}
             if device.type == "cuda":
                 self._capture(state)
@@ -128,21 +128,22 @@ class DecodeGraph:
 
     def _pass(self) -> torch.Tensor:
         """The step itself: returns logits [B, vocabulary] for `_ids`, and advances `_lens`."""
-        positions, lens = self._lens.long(), self._lens + 1
+        metadata = self._metadata()
         if self._step is not None:
-            logits = self._step(self._ids, positions, lens)
-            self._lens.copy_(lens)
-            return logits
-        metadata = AttentionMetadata(positions, None, lens, self._cu_seqlens_q)
-        out = self._model(
-            self._ids,
-            position_ids=positions[:, None],
-            forward_pass=ForwardPass(metadata),
-            **self._arguments,
-        )
-        self._lens.copy_(lens)
-        found: torch.Tensor = out.logits
-        return found[:, -1]
+            logits = self._step(self._ids, metadata)
+        else:
+            logits = self._model(
+                self._ids,
+                position_ids=metadata.positions[:, None],
+                forward_pass=ForwardPass(metadata),
+                **self._arguments,
+            ).logits[:, -1]
+        self._lens.copy_(metadata.seq_lens)
+        return logits
+
+    def _metadata(self) -> AttentionMetadata:
+        """Of a step at the lengths as they are now."""
+        return AttentionMetadata(self._lens.long(), None, self._lens + 1, self._cu_seqlens_q)
 
     def _capture(self, state: BatchState) -> None:
         """Captures `_pass`. The warm-up passes append at the end, where nothing is yet."""

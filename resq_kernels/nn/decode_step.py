@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from resq_kernels.architecture import FAMILIES
+from resq_kernels.nn.batch import AttentionMetadata
 from resq_kernels.nn.decoder_layers import COLLECTORS, DecoderLayers
 from resq_kernels.nn.hidden_basis import embedded
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # Where classes come from whose `forward` computes what its name says.
 KNOWN = ("transformers.models.", "torch.nn.modules.", "resq_kernels.nn.")
+# Where hooks come from that a step from ids to logits has no need of.
+IDLE = (COLLECTORS, "resq_kernels.nn.", "resq_kernels.integrations.transformers")
 
 
 class DecodeStep:
@@ -35,6 +38,7 @@ class DecodeStep:
         layers: of its decoder.
         paged: layers of the cache, which have room for `limit` columns.
         limit: columns, of which tables of RoPE are made.
+        origin: metadata of a step at position 0 of every sequence.
     """
 
     def __init__(
@@ -43,17 +47,15 @@ class DecodeStep:
         layers: DecoderLayers,
         paged: Sequence[ResQCacheLayer],
         limit: int,
+        origin: AttentionMetadata,
     ) -> None:
         decoder: Any = model.base_model
         self._decoder, self._head, self._layers = decoder, model.lm_head, layers
         self._pages = [layer.paged.held() for layer in paged]
-        first = paged[0].paged
-        own, device = first.pages_per_sequence, self._pages[0].device
-        batch = len(self._pages[0]) // own
-        self._starts = torch.arange(batch, device=device) * own * first.page_size
-        table = torch.arange(batch * own, dtype=torch.int32, device=device)
-        self._block_table = table.view(batch, own)
-        self._cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        pages, page_size = paged[0].paged.pages_per_sequence, paged[0].paged.page_size
+        self._first_slots = origin.slots(pages * page_size)
+        self._block_table = origin.block_table(pages)
+        device = origin.positions.device
         like = embedded(decoder, torch.zeros(1, 1, dtype=torch.int64, device=device), None)
         positions = torch.arange(limit, device=device)[None]
         cos, sin = decoder.rotary_emb(like, position_ids=positions)
@@ -64,37 +66,38 @@ class DecodeStep:
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel, paged: Sequence[ResQCacheLayer], limit: int
+        cls,
+        model: PreTrainedModel,
+        paged: Sequence[ResQCacheLayer],
+        limit: int,
+        origin: AttentionMetadata,
     ) -> DecodeStep | None:
         """The step of a model, or None where something could see or change what modules compute:
         then the model is to be called."""
-        decoder: Any = model.base_model
-        parts = (decoder.embed_tokens, decoder.norm, model.get_output_embeddings())
-        name = f"{FAMILIES.get(model.config.model_type)}ForCausalLM"
-        if type(model).__name__ != name or any(map(_is_watched, (model, decoder, *parts))):
+        if type(model).__name__ != f"{FAMILIES.get(model.config.model_type)}ForCausalLM":
             return None
-        layers = DecoderLayers.of(decoder, {})
-        return None if layers is None else cls(model, layers, paged, limit)
+        decoder: Any = model.base_model
+        parts = (model, decoder, decoder.embed_tokens, decoder.norm, model.lm_head)
+        layers = None if any(map(_is_watched, parts)) else DecoderLayers.of(decoder, {})
+        return None if layers is None else cls(model, layers, paged, limit, origin)
 
-    def __call__(
-        self, ids: torch.Tensor, positions: torch.Tensor, seq_lens: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, ids: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """Logits [B, vocabulary] in the model's dtype.
 
         Args:
             ids: int64 [B, 1].
-            positions: int64 [B], of these tokens in their sequences.
-            seq_lens: int32 [B], lengths after them.
+            metadata: of these tokens, which have no padding.
         """
+        positions = metadata.positions
         hidden = self._layers.compute(
             embedded(self._decoder, ids, None).flatten(0, 1),
             self._cos.index_select(0, positions),
             self._sin.index_select(0, positions),
             self._pages,
-            self._starts + positions,
+            self._first_slots + positions,
             self._block_table,
-            seq_lens,
-            self._cu_seqlens_q,
+            metadata.seq_lens,
+            metadata.cu_seqlens_q,
         )
         # Not by a call, in which hooks turn what others than the model give it.
         logits: torch.Tensor = self._head.forward(self._decoder.norm(hidden))
@@ -102,9 +105,9 @@ class DecodeStep:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether a module computes more than its class says, or something of ours does not know it."""
+    """Whether a module does more than its class says, or is of a class that is not known."""
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     functions = (hook.func if isinstance(hook, partial) else hook for hook in hooks)
     homes = (str(getattr(function, "__module__", None)) for function in functions)
-    foreign = any(not home.startswith((COLLECTORS, "resq_kernels.")) for home in homes)
+    foreign = any(not home.startswith(IDLE) for home in homes)
     return foreign or "forward" in vars(module) or not type(module).__module__.startswith(KNOWN)

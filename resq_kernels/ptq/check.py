@@ -144,27 +144,24 @@ def check_memory(
         ValueError: names the option, and both sizes.
     """
     weights = sum(math.prod(shape.linear(name)) for name in LINEARS)
-    memory = device_memory(device)
+    needs: list[tuple[str, int, str, str]] = []  # option, bytes, for what, what needs less
     if config.rotations == "learned":
         item, vocabulary = product_dtype(dtype, device).itemsize, shape.vocab * shape.hidden
         needed = item * (shape.layers * weights + vocabulary) + dtype.itemsize * vocabulary
         needed += 12 * weights
         needed += 4 * seqlen * ((shape.layers + 1) * shape.hidden + 40 * shape.intermediate)
-        if needed > memory:
+        needs.append(("rotations", needed, " for 'learned'", "'random' learns nothing"))
+    if config.distill_epochs:
+        high = _trained(shape, config)
+        needed = (shape.layers * weights + high) // 2 + 12 * high + 8 * weights
+        needed += 2 * shape.vocab * shape.hidden
+        needs.append(("distill_epochs", needed, "", "0 trains nothing"))
+    for option, needed, purpose, instead in needs:
+        if needed > (memory := device_memory(device)):
             raise ValueError(
-                f"rotations: expected at least {needed / 1e9:.1f} GB of memory on {device} for "
-                f"'learned', got {memory / 1e9:.1f} GB; 'random' learns nothing"
+                f"{option}: expected at least {needed / 1e9:.1f} GB of memory on {device}{purpose},"
+                f" got {memory / 1e9:.1f} GB; {instead}"
             )
-    if not config.distill_epochs:
-        return
-    high = _trained(shape, config)
-    needed = (shape.layers * weights + high) // 2 + 12 * high + 8 * weights
-    needed += 2 * shape.vocab * shape.hidden
-    if needed > memory:
-        raise ValueError(
-            f"distill_epochs: expected at least {needed / 1e9:.1f} GB of memory on {device}, got "
-            f"{memory / 1e9:.1f} GB; 0 trains nothing"
-        )
 
 
 def device_memory(device: str) -> int:

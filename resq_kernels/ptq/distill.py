@@ -4,11 +4,10 @@ the 16-bit model does."""
 from __future__ import annotations
 
 import math
-import time
+from functools import partial
 
 import torch
 from torch.nn import functional
-from tqdm import tqdm
 
 from resq_kernels.architecture import layer_prefix
 from resq_kernels.config import ResQConfig
@@ -19,7 +18,8 @@ from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.rounded import stored_layer
 from resq_kernels.ptq.source import SourceModel
 from resq_kernels.ptq.student import StudentLayer
-from resq_kernels.ptq.vocabulary import LOGIT_ROWS, FloatHead
+from resq_kernels.ptq.training import passes, train
+from resq_kernels.ptq.vocabulary import FloatHead
 from resq_kernels.ptq.workspace import (
     DISTILLED,
     Workspace,
@@ -30,10 +30,6 @@ from resq_kernels.ptq.workspace import (
 
 WARMUP_STEPS = 5
 STATE = "distill-state"
-STATE_SECONDS = 600.0
-"""Seconds between two states from which an interrupted training continues."""
-MEAN_OF = 8
-"""Windows whose mean divergence the progress bar shows."""
 
 
 @torch.no_grad()
@@ -74,24 +70,19 @@ def distill(
         _student(model, index, rope, config, work, device) for index in range(model.shape.layers)
     ]
     divergences = _restore(layers, work)
-    order = _order(len(tokens), config)
-    saved = time.monotonic()
-    with tqdm(total=len(order), desc="distill", unit="window", disable=not progress) as bar:
-        bar.update(len(divergences))
-        for step in range(len(divergences), len(order)):
-            x, target = (t[order[step]].to(device) for t in (inputs, targets))
-            rate = learning_rate(step, len(order), config.distill_lr or 0.0)
-            divergences.append(_step(layers, head, x, target, rate))
-            if not math.isfinite(divergences[-1]):
-                raise ValueError(
-                    f"distill: expected a finite divergence, got {divergences[-1]} in step {step}; "
-                    f"distill_lr {config.distill_lr} is too large for this model"
-                )
-            bar.update()
-            bar.set_postfix_str(f"KL {torch.tensor(divergences[-MEAN_OF:]).mean():.3f}")
-            if time.monotonic() - saved > STATE_SECONDS:
-                _save(layers, divergences, work)
-                saved = time.monotonic()
+    order = passes(len(tokens), config.distill_epochs, config.seed)
+
+    def step(number: int, window: int) -> float:
+        x, target = (t[window].to(device) for t in (inputs, targets))
+        rate = learning_rate(number, len(order), config.distill_lr or 0.0)
+        return _step(layers, head, x, target, rate)
+
+    failure = (
+        "distill: expected a finite divergence, got {loss} in step {step}; "
+        f"distill_lr {config.distill_lr} is too large for this model"
+    )
+    save = partial(_save, layers, divergences, work)
+    train("distill", "KL", order, divergences, step, save, failure, progress)
     for index, layer in enumerate(layers):
         tensors: dict[str, torch.Tensor] = {}
         for name, weight in layer.weights().items():
@@ -160,33 +151,21 @@ class _Head:
     def divergence(self, states: torch.Tensor, targets: torch.Tensor) -> tuple[float, torch.Tensor]:
         """Mean KL(p || q) over the tokens, and its gradient by the student's states.
 
-        Formula: the gradient by the logits of a token is (q - p) / tokens; logits exist for
-        `LOGIT_ROWS` tokens at a time.
+        Formula: the gradient by the logits of a token is (q - p) / tokens.
 
         Args:
             states: float32 [tokens, hidden] after the student's last layer.
             targets: the same of the float model.
         """
-        states = states.detach().requires_grad_()
-        with torch.enable_grad():
-            normed = self._float.norm(states, self._back)
-        wanted, matrix = self._float.norm(targets), self._float.matrix
-        total, gradients = 0.0, []
-        for rows in zip(normed.detach().split(LOGIT_ROWS), wanted.split(LOGIT_ROWS), strict=True):
-            student, teacher = (functional.log_softmax(self._float.logits(x), -1) for x in rows)
+        wanted = self._float.norm(targets)
+
+        def of_rows(student: torch.Tensor, rows: slice) -> tuple[float, torch.Tensor]:
+            teacher = functional.log_softmax(self._float.logits(wanted[rows]), -1)
             p = teacher.exp()
-            total += float((p * (teacher - student)).sum(dtype=torch.float64))
-            gradients.append((student.exp_().sub_(p).to(matrix.dtype) @ matrix).float())
-        normed.backward(torch.cat(gradients) / len(states))
-        assert states.grad is not None
-        return total / len(states), states.grad
+            total = float((p * (teacher - student)).sum(dtype=torch.float64))
+            return total, student.exp_().sub_(p)
 
-
-def _order(windows: int, config: ResQConfig) -> list[int]:
-    """The window of every step: each epoch a permutation."""
-    generator = torch.Generator().manual_seed(config.seed)
-    epochs = range(config.distill_epochs)
-    return [int(i) for _ in epochs for i in torch.randperm(windows, generator=generator)]
+        return self._float.mean_loss(states, of_rows, self._back)
 
 
 def _save(layers: list[StudentLayer], divergences: list[float], work: Workspace) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 
 import torch
 from torch.nn import functional
-from tqdm import tqdm
 
 from resq_kernels.architecture import EMBEDDING
 from resq_kernels.config import ResQConfig
@@ -17,15 +15,12 @@ from resq_kernels.ptq.cayley import cayley, direction, step_size
 from resq_kernels.ptq.decoder import Rope, product_dtype
 from resq_kernels.ptq.rotate import Rotation, block_masks
 from resq_kernels.ptq.source import SourceModel
+from resq_kernels.ptq.training import passes, train
 from resq_kernels.ptq.turned import TurnedLayer, Turns
-from resq_kernels.ptq.vocabulary import LOGIT_ROWS, FloatHead
+from resq_kernels.ptq.vocabulary import FloatHead
 from resq_kernels.ptq.workspace import LEARNED, Workspace
 
 STATE = "learn-state"
-STATE_SECONDS = 600.0
-"""Seconds between two states from which an interrupted run continues."""
-MEAN_OF = 8
-"""Windows whose mean loss the progress bar shows."""
 
 
 @torch.no_grad()
@@ -72,22 +67,21 @@ def learn(
     losses = _restore(turns, work)
     masks = [mask.to(device) for mask in block_masks(model.shape, config)]
     order = _order(len(tokens), config)
-    saved = time.monotonic()
-    with tqdm(total=len(order), desc="rotations", unit="window", disable=not progress) as bar:
-        bar.update(len(losses))
-        for step in range(len(losses), len(order)):
-            losses.append(_gradients(layers, head, turns, tokens[order[step]].to(device)))
-            if not math.isfinite(losses[-1]):
-                raise ValueError(
-                    f"rotations: expected a finite loss, got {losses[-1]} in step {step}; the "
-                    "model overflows on these tokens"
-                )
-            _step(turns, masks, learning_rate(step, len(order), config.rotation_lr or 0.0))
-            bar.update()
-            bar.set_postfix_str(f"loss {torch.tensor(losses[-MEAN_OF:]).mean():.3f}")
-            if time.monotonic() - saved > STATE_SECONDS:
-                work.save(STATE, _state(turns, losses))
-                saved = time.monotonic()
+
+    def step(number: int, window: int) -> float:
+        loss = _gradients(layers, head, turns, tokens[window].to(device))
+        if math.isfinite(loss):
+            _step(turns, masks, learning_rate(number, len(order), config.rotation_lr or 0.0))
+        return loss
+
+    def save() -> None:
+        work.save(STATE, _state(turns, losses))
+
+    failure = (
+        "rotations: expected a finite loss, got {loss} in step {step}; the model overflows on "
+        "these tokens"
+    )
+    train("rotations", "loss", order, losses, step, save, failure, progress)
     work.save(LEARNED, _state(turns, losses))
     work.delete(STATE)
     return dataclasses.replace(rotation, **turns.matrices())
@@ -149,35 +143,27 @@ class _Head:
     def loss(self, states: torch.Tensor, tokens: torch.Tensor) -> tuple[float, torch.Tensor]:
         """Mean cross entropy of the next tokens, and its gradient by the states.
 
-        Formula: the gradient by the logits of a token is (q - [next token]) / (tokens - 1); logits
-        exist for `LOGIT_ROWS` tokens at a time.
+        Formula: the gradient by the logits of a token is (q - [next token]) / (tokens - 1).
 
         Args:
             states: float32 [tokens, hidden] after the last layer.
             tokens: int64 [tokens].
         """
-        states = states.detach().requires_grad_()
-        with torch.enable_grad():
-            normed = self._float.norm(states[:-1])
-        matrix, total, gradients = self._float.matrix, 0.0, []
-        pairs = zip(normed.detach().split(LOGIT_ROWS), tokens[1:].split(LOGIT_ROWS), strict=True)
-        for rows, wanted in pairs:
-            q = functional.log_softmax(self._float.logits(rows), -1)
-            total -= float(q.gather(1, wanted[:, None]).sum(dtype=torch.float64))
+
+        def of_rows(q: torch.Tensor, rows: slice) -> tuple[float, torch.Tensor]:
+            wanted = tokens[1:][rows]
+            total = -float(q.gather(1, wanted[:, None]).sum(dtype=torch.float64))
             q.exp_()[torch.arange(len(wanted), device=q.device), wanted] -= 1
-            gradients.append((q.to(matrix.dtype) @ matrix).float())
-        normed.backward(torch.cat(gradients) / len(normed))
-        assert states.grad is not None
-        return total / len(normed), states.grad
+            return total, q
+
+        loss, gradient = self._float.mean_loss(states[:-1], of_rows)
+        return loss, functional.pad(gradient, (0, 0, 0, 1))  # the last token predicts none
 
 
 def _order(windows: int, config: ResQConfig) -> list[int]:
-    """The window of every step: each pass a permutation."""
-    generator = torch.Generator().manual_seed(config.seed)
+    """The window of every step."""
     steps = config.rotation_steps or 0
-    passes = range(-(-steps // windows))
-    order = [int(i) for _ in passes for i in torch.randperm(windows, generator=generator)]
-    return order[:steps]
+    return passes(windows, -(-steps // windows), config.seed)[:steps]
 
 
 def _state(turns: Turns, losses: list[float]) -> dict[str, torch.Tensor]:

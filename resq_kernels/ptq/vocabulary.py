@@ -52,6 +52,35 @@ class FloatHead:
         """Float32 [..., vocabulary] of what `norm` returns."""
         return functional.linear(normed.to(self.matrix.dtype), self.matrix).float()
 
+    def mean_loss(
+        self,
+        states: torch.Tensor,
+        of_rows: Callable[[torch.Tensor, slice], tuple[float, torch.Tensor]],
+        back: torch.Tensor | None = None,
+    ) -> tuple[float, torch.Tensor]:
+        """The mean of a loss over tokens, and its gradient by their states; logits exist for
+        `LOGIT_ROWS` tokens at a time.
+
+        Args:
+            states: float32 [tokens, hidden] after the last layer.
+            of_rows: the sum of the losses of some tokens, and its gradient by their logits, of log
+                probabilities [rows, vocabulary], which it may overwrite, and of which tokens.
+            back: as in `norm`.
+        """
+        states = states.detach().requires_grad_()
+        with torch.enable_grad():
+            normed = self.norm(states, back)
+        total, gradients = 0.0, []
+        for first in range(0, len(states), LOGIT_ROWS):
+            rows = slice(first, first + LOGIT_ROWS)
+            logits = self.logits(normed.detach()[rows])
+            loss, by_logits = of_rows(functional.log_softmax(logits, -1), rows)
+            total += loss
+            gradients.append((by_logits.to(self.matrix.dtype) @ self.matrix).float())
+        normed.backward(torch.cat(gradients) / len(states))
+        assert states.grad is not None
+        return total / len(states), states.grad
+
 
 class RoundedVocabulary:
     """Embedding, final norm and head of a quantized folder, by the operators that run them.

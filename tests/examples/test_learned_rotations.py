@@ -69,5 +69,4 @@ def test_learning_lowers_the_loss(
     before, after = (mean_loss(model, r, rope, config, tokens) for r in (random, learned))
     exact = dataclasses.replace(config, lo_bits=8, kv_bits=16, activation_clip=1.0)
     least = mean_loss(model, random, rope, exact, tokens)
-    print(before, after, least)
     assert after - least < 0.95 * (before - least)

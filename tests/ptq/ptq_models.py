@@ -1,8 +1,10 @@
-"""Tiny source models by name: arguments of `tiny_models.save_tiny_model`."""
+"""Tiny source models by name: arguments of `tiny_models.save_tiny_model`; one large shape."""
 
 from __future__ import annotations
 
 import torch
+
+from resq_kernels.architecture import ModelShape
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -40,3 +42,17 @@ MODELS = {
     },
     "smollm3": {"model_type": "smollm3", "mlp_bias": True},
 }
+
+LLAMA_3_70B = ModelShape(
+    model_type="llama",
+    layers=80,
+    hidden=8192,
+    intermediate=28672,
+    heads=64,
+    kv_heads=8,
+    head_dim=128,
+    vocab=128256,
+    tied=False,
+    biased=(),
+    norm_eps=1e-5,
+)

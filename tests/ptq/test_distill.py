@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from ptq_models import LLAMA_3_70B
 from reference_model import ReferenceModel
 from torch.nn import functional
 
 from resq_kernels.architecture import (
     FINAL_NORM,
     LINEARS,
-    ModelShape,
     layer_prefix,
 )
 from resq_kernels.config import DISTILL_LR, ResQConfig
 from resq_kernels.formats import QuantizedWeight, unpack_int4
-from resq_kernels.ptq import check, distill, student
+from resq_kernels.ptq import check, distill, student, training
 from resq_kernels.ptq.basis import find_basis
 from resq_kernels.ptq.calibrate import calibrate
 from resq_kernels.ptq.decoder import DecoderLayer, rope_tables
@@ -322,7 +322,7 @@ def test_an_interrupted_training_continues_to_the_same_bits(
 
     monkeypatch.setattr(distill, "_step", step)
     if saves:
-        monkeypatch.setattr(distill, "STATE_SECONDS", -1.0)
+        monkeypatch.setattr(training, "STATE_SECONDS", -1.0)
     with pytest.raises(Interruption):
         quantize_folder(qwen2, tmp_path / "out", windows, config, progress=False)
     quantize_folder(qwen2, tmp_path / "out", windows, config, resume=True, progress=False)
@@ -383,19 +383,7 @@ def test_a_model_that_cannot_be_trained_in_memory_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Llama-3-70B, eighths of all inputs in INT8."""
-    shape = ModelShape(
-        model_type="llama",
-        layers=80,
-        hidden=8192,
-        intermediate=28672,
-        heads=64,
-        kv_heads=8,
-        head_dim=128,
-        vocab=128256,
-        tied=False,
-        biased=(),
-        norm_eps=1e-5,
-    )
+    shape = LLAMA_3_70B
     rows = 2 * 8192 + 2 * 1024 + 2 * 28672
     weights = 80 * 8192 * (rows + 28672)
     high = 80 * (rows * 1024 + 8192 * 3584)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from ptq_models import LLAMA_3_70B
 from test_fuse import fused_transformers_model, reference_logits, relative, rotation_of
 from torch.nn import functional
 
 from resq_kernels import from_pretrained
-from resq_kernels.architecture import ModelShape
 from resq_kernels.config import PRESETS, ROTATION_LR, ROTATION_STEPS, ResQConfig
 from resq_kernels.formats import RowFormat
-from resq_kernels.ptq import check, learn, pipeline, straight
+from resq_kernels.ptq import check, learn, pipeline, straight, training
 from resq_kernels.ptq.cayley import block_mask, cayley, direction, step_size
 from resq_kernels.ptq.decoder import rope_tables
 from resq_kernels.ptq.pipeline import quantize_folder
@@ -268,7 +268,7 @@ def test_interrupted_learning_continues_to_the_same_bits(
 
     monkeypatch.setattr(learn, "_gradients", gradients)
     if saves:
-        monkeypatch.setattr(learn, "STATE_SECONDS", -1.0)
+        monkeypatch.setattr(training, "STATE_SECONDS", -1.0)
     out = tmp_path / "out"
     with pytest.raises(Interruption):
         quantize_folder(qwen2, out, windows, config, progress=False)
@@ -321,6 +321,8 @@ def test_options_of_learning() -> None:
         for method in ("resq", "rtn"):
             with pytest.raises(ValueError, match=words):
                 ResQConfig(method=method, **{field: value})
+    with pytest.raises(ValueError, match="^seqlen: expected at least 2 with learned rotations"):
+        ResQConfig(rotations="learned", seqlen=1)
     for value in (0, -1, 2.0, True, "3"):
         with pytest.raises((TypeError, ValueError), match="^rotation_steps: expected"):
             ResQConfig(rotations="learned", rotation_steps=value)
@@ -352,19 +354,7 @@ def test_a_model_that_cannot_be_learned_in_memory_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Llama-3-70B, products in float32."""
-    shape = ModelShape(
-        model_type="llama",
-        layers=80,
-        hidden=8192,
-        intermediate=28672,
-        heads=64,
-        kv_heads=8,
-        head_dim=128,
-        vocab=128256,
-        tied=False,
-        biased=(),
-        norm_eps=1e-5,
-    )
+    shape = LLAMA_3_70B
     layer = 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672)
     memory = 4 * (80 * layer + 128256 * 8192) + 2 * 128256 * 8192 + 12 * layer
     memory += 4 * 2048 * (81 * 8192 + 40 * 28672)

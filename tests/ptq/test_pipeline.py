@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from resq_kernels.checkpoint import validate
 from resq_kernels.config import ResQConfig
-from resq_kernels.ptq import check, distill
+from resq_kernels.ptq import check, training
 from resq_kernels.ptq.pipeline import quantize_folder
 from resq_kernels.safetensors_io import CheckpointError, CheckpointReader
 from resq_kernels.testing.tiny_models import save_tiny_model
@@ -192,7 +192,7 @@ def test_disk_estimate_covers_the_work_folder(
     monkeypatch.setattr(pipeline, "publish", lambda *args: (measure(), publish(*args)))
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda *args: (measure(), replace(*args)))
-    monkeypatch.setattr(distill, "STATE_SECONDS", 0.3)
+    monkeypatch.setattr(training, "STATE_SECONDS", 0.3)
     windows, config = torch.randint(0, 256, (64, 48)), ResQConfig(**options)
     quantize_folder(llama, tmp_path / "out", windows, config, progress=False)
     model = SourceModel(llama)
