@@ -151,29 +151,41 @@ def test_mixed_gemm_does_not_depend_on_the_thread_count() -> None:
         assert torch.equal(single, double)
 
 
-@pytest.mark.parametrize("q", [-128, 127])
-@pytest.mark.parametrize("zero", [-128, 127])
-@pytest.mark.parametrize("w_lo", [-8, 7])
-@pytest.mark.parametrize("w_hi", [-128, 127])
+EXTREMES = [
+    (q, zero, w_lo, w_hi)
+    for q in (-128, -8, 7, 127)
+    for zero in (-128, 127)
+    for w_lo in (-8, 7)
+    for w_hi in (-128, 127)
+]
+
+
+def extreme_case(part: int, q: int, zero: int, w_lo: int, w_hi: int) -> Case:
+    """Seven rows of one code each, of which the scale of the other part is 0.
+
+    K_hi = 65536 is the documented limit: |d_hi| reaches 65536 * 255 * 128 < 2^31. 29568 is the
+    widest model's input.
+    """
+    m, n, k_lo, k_hi = 7, 2, 29568, 65536
+    params = torch.tensor([[0.0, float(zero), 0.0, float(zero)]]).repeat(m, 1)
+    params[:, 2 * part] = 1.0
+    return Case(
+        torch.full((m, k_lo), q, dtype=torch.int8),
+        torch.full((m, k_hi), q, dtype=torch.int8),
+        params,
+        pack_int4(torch.full((n, k_lo), w_lo, dtype=torch.int8)),
+        torch.full((n, k_hi), w_hi, dtype=torch.int8),
+        torch.ones(n, 2),
+        None,
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize(("q", "zero", "w_lo", "w_hi"), EXTREMES)
 def test_mixed_gemm_is_exact_with_extreme_codes(q: int, zero: int, w_lo: int, w_hi: int) -> None:
-    # K_hi = 65536 is the documented limit: |d_hi| reaches 65536 * 255 * 128 < 2^31. The two parts
-    # are read apart by zeroing the scale of the other; 29568 is the widest model's input.
-    n, k_lo, k_hi = 2, 29568, 65536
-    for part in range(2):
-        params = torch.tensor([[0.0, float(zero), 0.0, float(zero)]])
-        params[0, 2 * part] = 1.0
-        case = Case(
-            torch.full((1, k_lo), q, dtype=torch.int8),
-            torch.full((1, k_hi), q, dtype=torch.int8),
-            params,
-            pack_int4(torch.full((n, k_lo), w_lo, dtype=torch.int8)),
-            torch.full((n, k_hi), w_hi, dtype=torch.int8),
-            torch.ones(n, 2),
-            None,
-            torch.float32,
-        )
-        exact = (q - zero) * (w_lo * k_lo if part == 0 else w_hi * k_hi)
-        assert torch.equal(case.call(), torch.full((1, n), float(exact)))
+    for part, (w, columns) in enumerate([(w_lo, 29568), (w_hi, 65536)]):
+        result = extreme_case(part, q, zero, w_lo, w_hi).call()
+        assert torch.equal(result, torch.full((7, 2), float((q - zero) * w * columns)))
 
 
 def test_mixed_gemm_propagates_nan_scales() -> None:
@@ -224,6 +236,9 @@ def digest() -> str:
             dtype = DTYPES[(index + batch) % 3]
             case = make_case(batch, weight, packed=batch % 2 == 0, bias=dtype, out_dtype=dtype)
             sha.update(case.call().view(torch.uint8).numpy().tobytes())
+    for codes in EXTREMES[::3]:
+        for part in range(2):
+            sha.update(extreme_case(part, *codes).call().numpy().tobytes())
     return sha.hexdigest()
 
 

@@ -4,11 +4,15 @@
 // A set's tile_*.h offers
 //   kTileM                            M of the largest tile
 //   kPrefetchBytes                    how far ahead a single tile prefetches its weights; 0: off
-//   Tile<kM>                          kM x 32 int32 sums, initially zero, with
-//     add_group<kHigh>(weight, words)   adds 8 of K; `weight` is a group of the packed layout (128
-//                                       bytes, or 256 of the high part), `words` the activation
-//                                       codes in the order [2][kM][4]
-//     store(uint32_t[kM][32])
+//   sum_products<kM, kHigh>(weight, words, groups, largest, prefetch, out)
+//                                     sums of kM rows x 32 of N over `groups` of 8 of K, to
+//                                     uint32_t[kM][32]; `weight`: groups of the packed layout (128
+//                                     bytes, or 256 of the high part), `words`: activation codes in
+//                                     the order [K / 4][kM][4], of a magnitude of at most
+//                                     `largest`; calls prefetch(group) once for each of them
+
+// Bytes of a group of a block.
+constexpr int64_t group_bytes(bool high) { return kPackedGroupK * kPackedBlockN / (high ? 1 : 2); }
 
 #if defined(RESQ_ISA_AVX512VNNI)
 #include "ops/mixed_gemm/cpu/tile_avx512vnni.h"
@@ -24,6 +28,7 @@
 // that a tile reads one stream whatever kM is. The low parts of all tiles come first.
 struct Panel {
   int64_t index = -1, first_m = 0, m = 0, tiles = 0;
+  int largest_lo = 0, largest_hi = 0;  // magnitude of a code
   RowScales* scales;
   int8_t* lo;
   int8_t* hi;
@@ -51,20 +56,33 @@ void spread_words(const int8_t* codes, int64_t padded_k, int64_t tile_m, int8_t*
   }
 }
 
+// The largest magnitude of `count` codes.
+int largest(const int8_t* codes, int64_t count) {
+  int8_t low = 0, high = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    low = std::min(low, codes[i]);
+    high = std::max(high, codes[i]);
+  }
+  return std::max<int>(-low, high);
+}
+
 void fill_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t index, Panel& panel) {
   const int64_t padded_k_lo = packed_k(p.k_lo), padded_k_hi = packed_k(p.k_hi);
   panel.index = index;
   panel.first_m = plan.first_m(index);
   panel.m = std::min(plan.panel_m, p.m - panel.first_m);
   panel.tiles = ceil_div(panel.m, plan.tile_m);
+  panel.largest_lo = panel.largest_hi = 0;
   for (int64_t tile = 0; tile < panel.tiles; ++tile) {
     const int64_t begin = panel.tile_begin(tile), end = panel.tile_begin(tile + 1);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tile_m = end - begin, word = (i - begin) * kPackedWordBytes;
       panel.scales[i] = read_row(p, panel.first_m + i, padded_k_lo, padded_k_hi, panel.row_codes);
+      const int8_t* hi = panel.row_codes + padded_k_lo;
+      panel.largest_lo = std::max(panel.largest_lo, largest(panel.row_codes, padded_k_lo));
+      panel.largest_hi = std::max(panel.largest_hi, largest(hi, padded_k_hi));
       spread_words(panel.row_codes, padded_k_lo, tile_m, panel.lo + begin * padded_k_lo + word);
-      spread_words(panel.row_codes + padded_k_lo, padded_k_hi, tile_m,
-                   panel.hi + begin * padded_k_hi + word);
+      spread_words(hi, padded_k_hi, tile_m, panel.hi + begin * padded_k_hi + word);
     }
   }
 }
@@ -72,36 +90,38 @@ void fill_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t ind
 // Sums of kM rows of activations x 32 of N over one part of K: [kM][kBlockN]. Prefetches `ahead` at
 // half the rate at which `weight` is consumed; without `ahead`, this stream of weights itself.
 template <int kM, bool kHigh>
-inline void accumulate(const uint8_t* weight, const int8_t* words, int64_t k, const uint8_t* ahead,
-                       uint32_t* out) {
-  Tile<kM> tile;
-  constexpr int64_t kGroupBytes = kPackedGroupK * kBlockN / (kHigh ? 1 : 2);
-  const int64_t groups = packed_k(k) / kPackedGroupK;
-  for (int64_t group = 0; group < groups; ++group) {
+inline void accumulate(const uint8_t* weight, const int8_t* words, int64_t k, int largest,
+                       const uint8_t* ahead, uint32_t* out) {
+  constexpr int64_t kBytes = group_bytes(kHigh);
+  const auto prefetch = [=](int64_t group) {
     if (ahead) {
-      for (int64_t line = 0; line < kGroupBytes / 2; line += 64) {
-        __builtin_prefetch(ahead + group * kGroupBytes / 2 + line, 0, 2);
+      for (int64_t line = 0; line < kBytes / 2; line += 64) {
+        __builtin_prefetch(ahead + group * kBytes / 2 + line, 0, 2);
       }
     } else if constexpr (kPrefetchBytes > 0) {
-      for (int64_t line = 0; line < kGroupBytes; line += 64) {
-        __builtin_prefetch(weight + kPrefetchBytes + line);
+      for (int64_t line = 0; line < kBytes; line += 64) {
+        __builtin_prefetch(weight + group * kBytes + kPrefetchBytes + line);
       }
     }
-    tile.template add_group<kHigh>(weight, words);
-    weight += kGroupBytes;
-    words += kPackedGroupK * kM;
-  }
-  tile.store(out);
+  };
+  sum_products<kM, kHigh>(weight, words, packed_k(k) / kPackedGroupK, largest, prefetch, out);
 }
 
 template <int kM>
 void run_tile(const MixedGemmParams& p, const Panel& panel, int64_t first, const uint8_t* weight,
               const uint8_t* ahead, const BlockScales& c) {
   alignas(64) uint32_t sums_lo[kM][kBlockN], sums_hi[kM][kBlockN];
-  accumulate<kM, false>(weight, panel.lo + first * packed_k(p.k_lo), p.k_lo, ahead, sums_lo[0]);
+  // Else finish_row waits for every line that it writes (AVX2, K = 576: 12 %).
+  const int64_t bytes = p.out_type == FloatType::kFloat32 ? 4 : 2;
+  const char* out = static_cast<const char*>(p.out) + c.first * bytes;
+  for (int m = 0; m < kM; ++m) {
+    __builtin_prefetch(out + (panel.first_m + first + m) * p.n * bytes, 1);
+  }
+  accumulate<kM, false>(weight, panel.lo + first * packed_k(p.k_lo), p.k_lo, panel.largest_lo,
+                        ahead, sums_lo[0]);
   accumulate<kM, true>(weight + packed_block_lo_bytes(p.k_lo), panel.hi + first * packed_k(p.k_hi),
-                       p.k_hi, ahead ? ahead + packed_block_lo_bytes(p.k_lo) / 2 : nullptr,
-                       sums_hi[0]);
+                       p.k_hi, panel.largest_hi,
+                       ahead ? ahead + packed_block_lo_bytes(p.k_lo) / 2 : nullptr, sums_hi[0]);
   for (int m = 0; m < kM; ++m) {
     finish_row(p, panel.first_m + first + m, panel.scales[first + m], sums_lo[m], sums_hi[m], c);
   }

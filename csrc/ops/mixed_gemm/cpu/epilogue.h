@@ -80,28 +80,40 @@ void load_block_scales(const MixedGemmParams& p, int64_t block, BlockScales& c) 
   }
 }
 
-// One part of the epilogue, without the sum of the two parts.
-void scale_sums(const uint32_t* sums, const RowPart& row, const uint32_t* weight_sum,
-                const float* weight_scale, float* y) {
-  for (int64_t j = 0; j < kBlockN; ++j) {
-    const uint32_t d = sums[j] - row.correction - row.zero * weight_sum[j];
-    y[j] = (static_cast<float>(static_cast<int32_t>(d)) * row.scale) * weight_scale[j];
+// One part of the epilogue for kLanes of N, without the sum of the two parts.
+inline Vec scale_sums(const uint32_t* sums, const RowPart& row, const uint32_t* weight_sum,
+                      const float* weight_scale) {
+  typedef uint32_t UVec __attribute__((vector_size(sizeof(IVec))));
+  const UVec offsets = row.correction + row.zero * load_bits<UVec>(weight_sum);
+  const UVec d = load_bits<UVec>(sums) - offsets;
+  return (__builtin_convertvector((IVec)d, Vec) * row.scale) * load(weight_scale);
+}
+
+template <class T>
+inline void finish_row(const MixedGemmParams& p, const RowScales& row, const uint32_t* sums_lo,
+                       const uint32_t* sums_hi, const BlockScales& c, T* out) {
+  for (int64_t j = 0; j < c.count; j += kLanes) {
+    Vec y{};
+    if (p.k_lo) y = scale_sums(sums_lo + j, row.lo, c.sum_lo + j, c.scale_lo + j);
+    if (p.k_hi) {
+      const Vec hi = scale_sums(sums_hi + j, row.hi, c.sum_hi + j, c.scale_hi + j);
+      y = p.k_lo ? y + hi : hi;
+    }
+    if (p.bias) y = y + load(c.bias + j);
+    store_up_to(out + j, y, c.count - j);
   }
 }
 
 // The epilogue of row m: sums of both parts [kBlockN] -> out.
 void finish_row(const MixedGemmParams& p, int64_t m, const RowScales& row, const uint32_t* sums_lo,
                 const uint32_t* sums_hi, const BlockScales& c) {
-  alignas(64) float y[kBlockN] = {}, y_hi[kBlockN];
-  if (p.k_lo) scale_sums(sums_lo, row.lo, c.sum_lo, c.scale_lo, y);
-  if (p.k_hi) {
-    scale_sums(sums_hi, row.hi, c.sum_hi, c.scale_hi, p.k_lo ? y_hi : y);
-    if (p.k_lo) {
-      for (int64_t j = 0; j < kBlockN; ++j) y[j] = y[j] + y_hi[j];
-    }
+  const int64_t first = m * p.n + c.first;
+  switch (p.out_type) {
+    case FloatType::kFloat32:
+      return finish_row(p, row, sums_lo, sums_hi, c, static_cast<float*>(p.out) + first);
+    case FloatType::kFloat16:
+      return finish_row(p, row, sums_lo, sums_hi, c, static_cast<Half*>(p.out) + first);
+    case FloatType::kBFloat16:
+      return finish_row(p, row, sums_lo, sums_hi, c, static_cast<BFloat16*>(p.out) + first);
   }
-  if (p.bias) {
-    for (int64_t j = 0; j < kBlockN; ++j) y[j] = y[j] + c.bias[j];
-  }
-  store_row(y, c.count, p.out_type, p.out, m * p.n + c.first);
 }

@@ -63,7 +63,9 @@ constexpr bool mixed_gemm_uses_tiles(cpu::Isa isa, int64_t m) {
 }
 
 // M of the largest tile of the vector bodies: as many as keep their sums in registers.
-constexpr int mixed_gemm_tile_m(cpu::Isa isa) { return isa >= cpu::Isa::kAvx512Vnni ? 12 : 2; }
+constexpr int mixed_gemm_tile_m(cpu::Isa isa) {
+  return isa >= cpu::Isa::kAvx512Vnni ? 12 : isa == cpu::Isa::kAvx2 ? 6 : 2;
+}
 
 constexpr MixedGemmPlan mixed_gemm_plan(int64_t m, int64_t n, int64_t k_lo, int64_t k_hi,
                                         cpu::Isa isa) {

@@ -1,65 +1,113 @@
-// AVX2: pmaddubsw for 4-bit codes, widening to 16 bits for 8-bit codes.
+// AVX2: vpmaddubsw multiplies unsigned nibbles of weights by signed activation codes and adds pairs
+// of products in 16 bits. The sums stay in 16 bits for as many groups as they fit, since to widen
+// them after every step would take half as many instructions again. An 8-bit weight code is two
+// nibbles, each of which has sums of its own: 16 d_high + d_low.
 
 inline constexpr int kTileM = mixed_gemm_tile_m(Isa::kAvx2);
 inline constexpr int64_t kPrefetchBytes = 0;
 
-template <int kM>
-class Tile {
- public:
-  Tile() {
-    for (auto& row : sums_) {
-      for (auto& sum : row) sum = _mm256_setzero_si256();
+// Groups of 8 of K that a 16-bit sum holds: a step of 4 of K adds a pair of products, each at most
+// 15 times the largest activation code, and a group has two steps.
+constexpr int64_t exact_groups(int largest) { return 0x7fff / (2 * 2 * 15 * std::max(largest, 1)); }
+static_assert(exact_groups(128) == 4 && exact_groups(8) == 68);
+
+// Calls f with constants 0 to kCount - 1. Loops, even unrolled by pragma, leave g++ 12 with the
+// sums on the stack, from where each step loads them and stores them back.
+template <int kCount, class F>
+[[gnu::always_inline]] inline void unrolled(const F& f) {
+  [&]<int... kI>(std::integer_sequence<int, kI...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, kI>()), ...);
+  }(std::make_integer_sequence<int, kCount>());
+}
+
+// The instructions of a step are inline assembly, whose order g++ keeps. It would compute all
+// products before the sums, and keep the mask, and has no registers for that.
+// The attribute repeats the pragma for clang-tidy.
+#define RESQ_AVX2 [[gnu::target("avx2"), gnu::always_inline]] inline
+RESQ_AVX2 __m256i nibble_mask() {
+  alignas(32) static constexpr uint64_t kMask[4] = {~0ull / 17, ~0ull / 17, ~0ull / 17, ~0ull / 17};
+  __m256i mask;
+  asm volatile("vmovdqa %1, %0" : "=x"(mask) : "m"(kMask));
+  return mask;
+}
+// Products of unsigned codes and the signed ones of a word, added in pairs of 16 bits.
+RESQ_AVX2 __m256i multiply(__m256i codes, __m256i word) {
+  __m256i product;
+  asm volatile("vpmaddubsw %1, %2, %0" : "=x"(product) : "x"(word), "x"(codes));
+  return product;
+}
+RESQ_AVX2 __m256i add(__m256i sum, __m256i product) {
+  asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(product));
+  return sum;
+}
+#undef RESQ_AVX2
+
+// Products of kM rows x kVectors x 8 of N: 4 of K, with one nibble of the weights at `bytes`.
+// `sums` of 16 bits, weights, a word and a product or the mask are the 16 registers that there are.
+template <int kM, int kVectors, bool kUpper, bool kFirst>
+[[gnu::always_inline]] inline void add_step(const uint8_t* bytes, const int8_t* words,
+                                            __m256i (&sums)[kM * kVectors]) {
+  const __m256i mask = nibble_mask();
+  __m256i codes[kVectors];
+  unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes) + v);
+    codes[v] = _mm256_and_si256(kUpper ? _mm256_srli_epi16(both, 4) : both, mask);
+  });
+  unrolled<kM>([&](auto m) __attribute__((always_inline)) {
+    const __m256i word = _mm256_set1_epi32(load_bits<int32_t>(words + m * kPackedWordBytes));
+    unrolled<kVectors>([&](auto v) __attribute__((always_inline)) {
+      constexpr int kI = m * kVectors + v;
+      const __m256i product = multiply(codes[v], word);
+      sums[kI] = kFirst ? product : add(sums[kI], product);
+    });
+  });
+}
+
+// Adds the products of kM rows x kVectors x 8 of N to `sums`, of which `out` is the first: of a
+// part of 4 bits, or of nibble kNibble of a part of 8. Groups are as many as 16 bits hold.
+template <int kM, bool kHigh, int kNibble, int kVectors, class Prefetch>
+inline void add_products(const uint8_t* weight, const int8_t* words, int64_t groups,
+                         const Prefetch& prefetch, __m256i* out) {
+  constexpr int64_t kHalf = kHigh ? kPackedWordBytes * kPackedBlockN : 0;
+  constexpr bool kUpper = kHigh && kNibble == 1;
+  constexpr int64_t kWords = kM * kPackedWordBytes;
+  __m256i sums[kM * kVectors];
+  prefetch(0);
+  add_step<kM, kVectors, kUpper, true>(weight, words, sums);
+  for (int64_t group = 1;; ++group) {
+    add_step<kM, kVectors, kHigh ? kUpper : true, false>(weight + kHalf, words + kWords, sums);
+    if (group == groups) break;
+    weight += group_bytes(kHigh);
+    words += 2 * kWords;
+    prefetch(group);
+    add_step<kM, kVectors, kUpper, false>(weight, words, sums);
+  }
+  const __m256i factor = _mm256_set1_epi16(kNibble ? 16 : 1);
+  unrolled<kM * kVectors>([&](auto i) __attribute__((always_inline)) {
+    __m256i& sum = out[i / kVectors * 4 + i % kVectors];
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(sums[i], factor));
+  });
+}
+
+template <int kM, bool kHigh, class Prefetch>
+inline void sum_products(const uint8_t* weight, const int8_t* words, int64_t groups, int largest,
+                         const Prefetch& prefetch, uint32_t* out) {
+  constexpr int kVectors = kM <= 2 ? 4 : 2;  // of 8 of N at once
+  __m256i sums[kM * 4] = {};
+  const int64_t most = exact_groups(largest);
+  for (int64_t group = 0; group < groups; group += most) {
+    const int64_t count = std::min(groups - group, most);
+    const auto fetch = [&](int64_t i) { prefetch(group + i); };
+    const auto nothing = [](int64_t) {};
+    add_products<kM, kHigh, 0, kVectors>(weight, words, count, fetch, sums);
+    if constexpr (kHigh) add_products<kM, true, 1, kVectors>(weight, words, count, nothing, sums);
+    if constexpr (kVectors == 2) {
+      const uint8_t* right = weight + 64;
+      add_products<kM, kHigh, 0, 2>(right, words, count, nothing, sums + 2);
+      if constexpr (kHigh) add_products<kM, true, 1, 2>(right, words, count, nothing, sums + 2);
     }
+    weight += count * group_bytes(kHigh);
+    words += count * kPackedGroupK * kM;
   }
-
-  template <bool kHigh>
-  void add_group(const uint8_t* weight, const int8_t* words) {
-    for (int v = 0; v < 4; ++v) {
-      const uint8_t* bytes = weight + 32 * v;
-      for (int m = 0; m < kM; ++m) {
-        const __m256i q0 = word(words + m * kPackedWordBytes);
-        const __m256i q1 = word(words + (kM + m) * kPackedWordBytes);
-        __m256i& sum = sums_[m][v];
-        if constexpr (kHigh) {
-          sum = add_wide(add_wide(sum, load(bytes), q0), load(bytes + 128), q1);
-        } else {
-          sum = add_nibbles(sum, load(bytes), q0, q1);
-        }
-      }
-    }
-  }
-
-  void store(uint32_t* out) const { std::memcpy(out, sums_, sizeof(sums_)); }
-
- private:
-  static __m256i load(const uint8_t* p) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  }
-  static __m256i word(const int8_t* q) {
-    int32_t bits;
-    std::memcpy(&bits, q, sizeof(bits));
-    return _mm256_set1_epi32(bits);
-  }
-
-  // pmaddubsw saturates at 16 bits: a pair is at most 2 x 15 x 128 = 3840 in magnitude, the sum of
-  // two pairs 7680, so neither it nor the 16-bit sum can overflow, with 8-bit activations too.
-  static __m256i add_nibbles(__m256i sum, __m256i w, __m256i q0, __m256i q1) {
-    const __m256i nibble = _mm256_set1_epi8(15);
-    const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(w, nibble), q0);
-    const __m256i high =
-        _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(w, 4), nibble), q1);
-    const __m256i pairs = _mm256_add_epi16(low, high);
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-  }
-
-  // With codes up to 255 a pair reaches 65280: even and odd columns are multiplied separately, as
-  // 16-bit numbers with 32-bit results.
-  static __m256i add_wide(__m256i sum, __m256i w, __m256i q) {
-    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0xff)),
-                                           _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8));
-    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(q, 8));
-    return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
-  }
-
-  __m256i sums_[kM][4];  // 8 output columns each
-};
+  std::memcpy(out, sums, sizeof(sums));
+}

@@ -74,3 +74,16 @@ class Tile {
   static constexpr int kChains = kM == 1 ? 2 : 1;
   __m512i sums_[kChains][kM][2];
 };
+
+template <int kM, bool kHigh, class Prefetch>
+inline void sum_products(const uint8_t* weight, const int8_t* words, int64_t groups, int,
+                         const Prefetch& prefetch, uint32_t* out) {
+  Tile<kM> tile;
+  for (int64_t group = 0; group < groups; ++group) {
+    prefetch(group);
+    tile.template add_group<kHigh>(weight, words);
+    weight += group_bytes(kHigh);
+    words += kPackedGroupK * kM;
+  }
+  tile.store(out);
+}

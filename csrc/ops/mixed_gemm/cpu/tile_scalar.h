@@ -3,11 +3,12 @@
 inline constexpr int kTileM = mixed_gemm_tile_m(Isa::kScalar);
 inline constexpr int64_t kPrefetchBytes = 0;
 
-template <int kM>
-class Tile {
- public:
-  template <bool kHigh>
-  void add_group(const uint8_t* weight, const int8_t* words) {
+template <int kM, bool kHigh, class Prefetch>
+void sum_products(const uint8_t* weight, const int8_t* words, int64_t groups, int,
+                  const Prefetch& prefetch, uint32_t* out) {
+  uint32_t sums[kM][kPackedBlockN] = {};
+  for (int64_t group = 0; group < groups; ++group) {
+    prefetch(group);
     for (int m = 0; m < kM; ++m) {
       const int8_t* q0 = words + m * kPackedWordBytes;
       const int8_t* q1 = words + (kM + m) * kPackedWordBytes;
@@ -19,13 +20,11 @@ class Tile {
           const int w1 = kHigh ? weight[128 + 4 * n + j] : byte >> 4;
           sum += w0 * q0[j] + w1 * q1[j];
         }
-        sums_[m][n] += static_cast<uint32_t>(sum);
+        sums[m][n] += static_cast<uint32_t>(sum);
       }
     }
+    weight += group_bytes(kHigh);
+    words += kPackedGroupK * kM;
   }
-
-  void store(uint32_t* out) const { std::memcpy(out, sums_, sizeof(sums_)); }
-
- private:
-  uint32_t sums_[kM][kPackedBlockN] = {};
-};
+  std::memcpy(out, sums, sizeof(sums));
+}
