@@ -247,7 +247,7 @@ class ModelShape:
     def k_hi(self, name: str, config: ResQConfig) -> int:
         """INT8 columns of a linear.
 
-        In down_proj, whose input is transformed online: those that are left of whole blocks
+        In down_proj, where its input is transformed online: those that are left of whole blocks
         (`hadamard_block`); none where the whole row is transformed.
 
         Raises:
@@ -256,7 +256,7 @@ class ModelShape:
         from resq_kernels.formats import split_columns  # needs torch, `resq bench --help` does not
 
         high_fraction = config.high_fraction
-        if name == DOWN_PROJ:
+        if name == DOWN_PROJ and config.rotates:
             block = self.hadamard_block(config)
             return self._beside_blocks(high_fraction, block) if block else 0
         if name == O_PROJ:
@@ -265,14 +265,15 @@ class ModelShape:
         return split_columns(self.linear(name)[1], high_fraction, name)[1]
 
     def hadamard_block(self, config: ResQConfig) -> int:
-        """Columns of a block of the Hadamard transform of down_proj's input; 0: the whole row.
+        """Columns of a block of the Hadamard transform of down_proj's input; 0: the whole row, or
+        nothing is transformed.
 
         The largest power of two from 8 to `config.hadamard_block` (256 by default) that costs at
         most a third more INT8 columns than `config.high_fraction` of the row, or else 8.
         """
         block = config.hadamard_block
         if block is None:
-            block = HADAMARD_BLOCK if config.high_fraction else 0
+            block = HADAMARD_BLOCK if config.high_fraction and config.rotates else 0
         most = 4 / 3 * config.high_fraction * self.intermediate + 1e-6
         while block > 8 and self._beside_blocks(config.high_fraction, block) > most:
             block //= 2

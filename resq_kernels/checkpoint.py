@@ -60,7 +60,7 @@ class StoredFormat(NamedTuple):
     @property
     def has_basis(self) -> bool:
         """Whether the rotation of the hidden states is stored."""
-        return self.version >= 3 and self.config.rotates
+        return self.version >= 3 and self.config.has_basis
 
     @property
     def has_guard(self) -> bool:
@@ -191,7 +191,7 @@ def quantized_tensors(
         linear(architecture.EMBEDDING_MODULE, shape.vocab, 0, shape.hidden)
         if not tied_head:
             linear(architecture.HEAD_MODULE, shape.vocab, 0, shape.hidden)
-        elif config.rotates:
+        elif config.has_basis:
             expected[architecture.HEAD_GAIN] = ((shape.hidden, shape.hidden), FLOAT_DTYPES)
     else:
         for name in (architecture.EMBEDDING, architecture.HEAD):
@@ -207,7 +207,7 @@ def quantized_tensors(
             linear(prefix + name, rows, columns - k_hi, k_hi)
         for name in shape.biased:
             expected[f"{prefix}{name}.bias"] = ((shape.linear(name)[0],), FLOAT_DTYPES)
-        if config.rotates:
+        if config.has_basis:
             rotation = (1, shape.head_dim, shape.head_dim)
             expected[prefix + architecture.KEY_ROTATION] = (rotation, (torch.float16,))
     return expected

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
-METHODS = ("resq", "quarot", "rtn")
+METHODS = ("resq", "quarot", "quik", "rtn")
 WEIGHT_METHODS = ("gptq", "rtn")
 BASES = ("balanced", "principal")
 TOKEN_WEIGHTS = ("attention", "uniform")
@@ -33,12 +33,20 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "embedding_bits": 16,
         "dialogues": 0,
     },
+    "quik": {
+        "method": "quik",
+        "token_weights": "uniform",
+        "hessian_inputs": "exact",
+        "activation_clip": 1.0,
+        "embedding_bits": 16,
+        "dialogues": 0,
+    },
 }
-"""What differs from the defaults, by name: the choices of arXiv 2412.14363 (ResQ) and of arXiv
-2405.16406 (SpinQuant) as their authors' code makes them (docs/notes/0051-preset-paper.md,
-docs/notes/0054-learned-rotations.md)."""
+"""What differs from the defaults, by name: the choices of arXiv 2412.14363 (ResQ), of arXiv
+2405.16406 (SpinQuant) and of arXiv 2310.09259 (QUIK) as their authors' code makes them
+(docs/notes/0051-preset-paper.md, docs/notes/0054-learned-rotations.md, docs/notes/0058-quik.md)."""
 HIGH_FRACTION = 0.125
-"""The share of method "resq", unless another is given."""
+"""The share of the methods "resq" and "quik", unless another is given."""
 HADAMARD_BLOCK = 256
 """Columns of a block of the Hadamard transform where some of down_proj's input is in INT8."""
 HADAMARD_BLOCKS = (0, 8, 16, 32, 64, 128, 256)
@@ -63,17 +71,18 @@ class ResQConfig:
 
     Args:
         method: "resq" (PCA bases, random rotation inside each subspace, INT8 + INT4), "quarot"
-            (random rotation only, uniform INT4) or "rtn" (no rotation, uniform INT4).
+            (random rotation only, uniform INT4), "quik" (no rotation, the channels of the largest
+            amplitude in INT8, the others in INT4) or "rtn" (no rotation, uniform INT4).
         weights: "gptq" or "rtn" (round to nearest); both search the clipping range by MSE.
         high_fraction: share of every input dimension kept in INT8. By default (None) 0.125 with
-            method "resq", and 0 with the uniform methods, which take no other.
+            methods "resq" and "quik", and 0 with the uniform methods, which take no other.
         bases: those of keys and values. "balanced": against what reads them, queries and o_proj,
             with a factor for every rotary pair of the keys and for every channel between up_proj
             and down_proj. "principal": by their own variance alone, without factors, as in the
             paper; refused with the other methods, which have no bases.
         rotations: those inside the INT4 part and the INT8 part. "random", or "learned": U_A and U_B
-            start as these and are then trained on the calibration windows (`ptq.learn`). Method
-            "rtn" has none.
+            start as these and are then trained on the calibration windows (`ptq.learn`). Methods
+            "quik" and "rtn" have none.
         rotation_steps: windows on which they are learned, one after the other, in passes over the
             calibration windows; by default (None) 100 where they are learned, and no other value
             than None where they are not.
@@ -88,13 +97,15 @@ class ResQConfig:
             that matter most stay in INT8 as they are, `high_fraction` of them and what is left of
             whole blocks; the others are transformed in blocks and go to INT4. 0: the whole row is
             transformed and goes to INT4. None, the default: 256, or 0 without INT8 columns. The
-            uniform methods take neither blocks nor INT8 columns.
+            uniform methods take neither blocks nor INT8 columns; method "quik" takes no blocks, and
+            keeps `high_fraction` in INT8 as everywhere.
         lo_bits: bits of the low part of the activations, 4 or 8 (weights stay INT4); a finished
             model can be loaded with either (`from_pretrained`).
         symmetric: symmetric instead of asymmetric activations.
         activation_clip: factor on the range of the low part of the activations, in (0, 1], or None
             (the default): what fits each width (`clip`).
-        kv_bits: 4 (mixed 4/8 with method "resq", uniform 4 otherwise) or 16 (cache not quantized).
+        kv_bits: 4 (mixed 4/8 with methods "resq" and "quik", uniform 4 otherwise) or 16 (cache not
+            quantized).
         embedding_bits: 8 (embedding and head in INT8, one scale a row) or 16 (not quantized).
         samples, seqlen: calibration windows and their length in tokens.
         dialogues: how many of those windows the 16-bit model writes itself, in its chat template
@@ -143,7 +154,7 @@ class ResQConfig:
 
     def __post_init__(self) -> None:
         if self.high_fraction is None:
-            share = HIGH_FRACTION if self.method == "resq" else 0.0
+            share = HIGH_FRACTION if self.mixed else 0.0
             object.__setattr__(self, "high_fraction", share)
         names = ("method", "weights", "bases", "rotations", "token_weights", "hessian_inputs")
         for name in names:
@@ -185,16 +196,17 @@ class ResQConfig:
         _one_of("embedding_bits", self.embedding_bits, (8, 16))
         if not 0.0 <= self.high_fraction < 1.0:
             raise ValueError(f"high_fraction: expected a share in [0, 1), got {self.high_fraction}")
-        if self.method != "resq" and self.high_fraction != 0.0:
+        if not self.mixed and self.high_fraction != 0.0:
             raise ValueError(
                 f"high_fraction: method {self.method!r} is uniform 4-bit, expected 0, "
                 f"got {self.high_fraction}"
             )
         _one_of("hadamard_block", self.hadamard_block, (None, *HADAMARD_BLOCKS))
         if self.method != "resq" and self.hadamard_block:
+            why = "transforms nothing" if self.mixed else "is uniform 4-bit"
             raise ValueError(
-                f"hadamard_block: method {self.method!r} is uniform 4-bit, expected 0, "
-                f"got {self.hadamard_block}"
+                f"hadamard_block: method {self.method!r} {why}, expected 0, got "
+                f"{self.hadamard_block}"
             )
         if self.activation_clip is not None and not 0.0 < self.activation_clip <= 1.0:
             raise ValueError(f"activation_clip: expected (0, 1], got {self.activation_clip}")
@@ -277,7 +289,18 @@ class ResQConfig:
     @property
     def rotates(self) -> bool:
         """Whether the model is rotated offline and down_proj's input goes through a Hadamard."""
+        return self.method in ("resq", "quarot")
+
+    @property
+    def has_basis(self) -> bool:
+        """Whether hidden states, keys and values are in a basis that is not the source's: rotated,
+        or with method "quik" permuted."""
         return self.method != "rtn"
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the method keeps a part of inputs, keys and values in INT8."""
+        return self.method in ("resq", "quik")
 
     def with_lo_bits(self, lo_bits: int) -> ResQConfig:
         """The options of the same weights with activations in other bits.

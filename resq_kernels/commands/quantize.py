@@ -56,6 +56,7 @@ examples:
   resq quantize model.gguf out/model-resq --calib calibration.txt
   resq quantize ./model out/model-paper --preset paper
   resq quantize ./model out/model-learned --rotations learned
+  resq quantize ./model out/model-quik --preset quik
 """
 
 
@@ -106,21 +107,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="other windows of the text, on which the result is measured against the 16-bit model "
         f"(default: {HELD_OUT}; 0: no verdict)",
     )
-    paper, spinquant = (
+    paper, spinquant, quik = (
         ", ".join(f"{_flag(name)} {value}" for name, value in PRESETS[preset].items())
-        for preset in ("paper", "spinquant")
+        for preset in ("paper", "spinquant", "quik")
     )
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
         help=f"the choices of a paper as its authors' code makes them. paper: of ResQ's, {paper}; "
-        f"spinquant: of SpinQuant's, {spinquant}; options that are given as well override them",
+        f"spinquant: of SpinQuant's, {spinquant}; quik: of QUIK's, {quik}; options "
+        "that are given as well override them",
     )
     parser.add_argument(
         "--method",
         choices=METHODS,
         help="resq: PCA bases, rotated inside each part, INT4 and INT8 (default); quarot: rotation "
-        "only, INT4; rtn: plain INT4",
+        "only, INT4; quik: no rotation, the channels of the largest amplitude in INT8, the others "
+        "in INT4; rtn: plain INT4",
     )
     parser.add_argument(
         "--weights",
@@ -167,7 +170,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=real(0.0, 1.0),
         metavar="F",
         help=f"share of every input dimension in INT8 (default: {defaults.high_fraction} with "
-        "method resq, 0 otherwise)",
+        "methods resq and quik, 0 otherwise)",
     )
     parser.add_argument(
         "--hadamard-block",
@@ -207,7 +210,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=real(0.0, 1.0, open_low=True),
         metavar="C",
         help="factor on the range of the low part of the activations (default: what fits each "
-        "width; 1 with method rtn and with --lo-bits 8)",
+        "width; 1 with methods quik and rtn and with --lo-bits 8)",
     )
     parser.add_argument(
         "--damping",

@@ -62,7 +62,7 @@ def convert(
     decoder.register_forward_pre_hook(_share_metadata, with_kwargs=True)
     like = decoder.embed_tokens.weight
     basis = None
-    if config.rotates:
+    if config.has_basis:
         basis = HiddenBasis(shape.hidden, stored=stores_basis, dtype=like.dtype, device=like.device)
     if config.embedding_bits == 8:
         _convert_embedding(model, decoder, config, tied_head, basis)
@@ -216,8 +216,8 @@ def _convert_layer(layer: Any, index: int, shape: ModelShape, config: ResQConfig
         head_dim=shape.head_dim,
         layer_idx=index,
         kv_bits=config.kv_bits,
-        hi_bits=8 if config.method == "resq" else 4,
-        rotated=config.rotates,
+        hi_bits=8 if config.mixed else 4,
+        rotated=config.has_basis,
         q_norm=head_norm(),
         k_norm=head_norm(),
         turned=index not in shape.unturned,
@@ -247,7 +247,7 @@ def _convert_embedding(
     if not hasattr(model, "lm_head"):
         return
     model.lm_head = (
-        TiedHead(decoder.embed_tokens, config.rotates)
+        TiedHead(decoder.embed_tokens, config.has_basis)
         if tied_head
         else ResQLinear(
             hidden, vocabulary, high_columns=hidden, dtype=like.dtype, device=like.device

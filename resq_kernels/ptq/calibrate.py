@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -139,7 +139,102 @@ def float_states(
     return work.hidden(f"float-{layer:05d}", (*tokens.shape, shape.hidden))
 
 
+class Inputs(NamedTuple):
+    """What the linears of a decoder layer read in one batch, float32, and what they make of it.
+
+    Attributes:
+        qkv, gate_up: [windows, seqlen, hidden].
+        queries, keys: after RoPE, [windows, heads or kv_heads, seqlen, head_dim].
+        values: [windows, kv_heads, seqlen, head_dim].
+        attended: o_proj's, [windows, seqlen, heads * head_dim].
+        down: [windows, seqlen, intermediate], before any Hadamard transform.
+    """
+
+    qkv: torch.Tensor
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    attended: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+Measured = dict[str, torch.Tensor]
+
+
 @torch.no_grad()
+def measure_layers(
+    model: SourceModel,
+    tokens: torch.Tensor,
+    rope: Rope,
+    work: Workspace,
+    piece: str,
+    measure: Callable[[Iterable[Inputs]], Measured],
+    keep: Callable[[int, Measured], None],
+    *,
+    fold_norms: bool,
+    device: str,
+    progress: bool,
+    keep_states: bool,
+) -> list[Measured]:
+    """Runs the float model layer by layer over the windows and measures the inputs of its linears.
+
+    Its linears are computed in `product_dtype`, everything else in float32. Memory: one layer and
+    `BATCH_TOKENS` tokens of activations; hidden states live in the work folder, in one piece per
+    layer, so that a killed run can continue. With `keep_states` those after the last layer stay
+    there (`float_states`).
+
+    Args:
+        model: the source.
+        tokens: calibration windows, int64 [windows, seqlen].
+        rope: tables of `rope_tables`.
+        work: the work folder.
+        piece: the finished pieces of the layers are called "piece-00000" and so on.
+        measure: of the batches of one layer.
+        keep: saves what was measured of a layer, the piece itself last.
+        fold_norms: whether gains of norms are multiplied into the linears first.
+        device: where the layers are computed.
+        progress: bars on stderr.
+        keep_states: as above.
+
+    Returns:
+        The piece of every layer.
+    """
+    shape = model.shape
+    names = [f"{piece}-{index:05d}" for index in range(shape.layers)]
+    for index in layer_bar(range(shape.layers), "calibrate", progress):
+        if work.has(names[index]):
+            continue
+        states = float_states(work, tokens, shape, index)
+        if index == 0 and not states.exists:
+            states.begin().copy_(model.embed(tokens))
+            states.finish()
+        after = float_states(work, tokens, shape, index + 1)
+        layer = model.layer(index, fold_norms).to(device, product_dtype(model.dtype, device))
+        decoder = DecoderLayer(shape, layer, rope)
+        measured = measure(_inputs(decoder, states.read(), after.begin(), device))
+        after.finish()
+        keep(index, measured)
+        states.delete()
+    if not keep_states:
+        float_states(work, tokens, shape, shape.layers).delete()
+    return [work.load(name) for name in names]
+
+
+def check_finite(index: int, measured: Measured, what: str) -> None:
+    """Refuses a layer on whose inputs nothing can be based.
+
+    Raises:
+        ValueError: names the layer, `what` was measured, and of what.
+    """
+    for name, tensor in measured.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"calibration: layer {index}: expected a finite {what} ({name}), got "
+                "NaN or infinity; the model overflows on these tokens"
+            )
+
+
 def calibrate(
     model: SourceModel,
     tokens: torch.Tensor,
@@ -150,38 +245,18 @@ def calibrate(
     keep_states: bool = False,
     weighted: bool = True,
 ) -> SecondMoments:
-    """Runs the float model layer by layer over the windows and sums second moments (`Gram`).
-
-    Its linears are computed in `product_dtype`, everything else in float32. Without `weighted` all
-    tokens count alike.
+    """Sums second moments of the float model over the windows (`measure_layers`, `Gram`).
 
     Norm gains are folded into the linears first, so the inputs are those of the model that is then
-    rotated. Memory: one layer and `BATCH_TOKENS` tokens of activations; hidden states live in the
-    work folder, in one piece per layer, so that a killed run can continue. With `keep_states` those
-    after the last layer stay there (`float_states`).
+    rotated. Without `weighted` all tokens count alike.
 
     Raises:
         ValueError: a weight or a moment is not finite.
     """
     shape = model.shape
-    for index in layer_bar(range(shape.layers), "calibrate", progress):
-        if work.has(f"moments-{index:05d}"):
-            continue
-        states = float_states(work, tokens, shape, index)
-        if index == 0 and not states.exists:
-            states.begin().copy_(model.embed(tokens))
-            states.finish()
-        after = float_states(work, tokens, shape, index + 1)
-        layer = model.layer(index, fold_norms=True).to(device, product_dtype(model.dtype, device))
-        decoder = DecoderLayer(shape, layer, rope)
-        moments = _run_layer(decoder, states.read(), after.begin(), device, weighted)
-        after.finish()
-        for name, moment in moments.items():
-            if not torch.isfinite(moment).all():
-                raise ValueError(
-                    f"calibration: layer {index}: expected a finite second moment ({name}), got "
-                    "NaN or infinity; the model overflows on these tokens"
-                )
+
+    def keep(index: int, moments: Measured) -> None:
+        check_finite(index, moments, "second moment")
         # The largest moment is kept as a running sum: one file, for any number of layers.
         hidden = moments.pop("hidden")
         if index > 0:
@@ -189,43 +264,56 @@ def calibrate(
         work.save(f"hidden-moment-{index:05d}", {"hidden": hidden})
         work.save(f"moments-{index:05d}", moments)
         work.delete(f"hidden-moment-{index - 1:05d}")
-        states.delete()
-    if not keep_states:
-        float_states(work, tokens, shape, shape.layers).delete()
-    pieces = [work.load(f"moments-{index:05d}") for index in range(shape.layers)]
+
+    pieces = measure_layers(
+        model,
+        tokens,
+        rope,
+        work,
+        "moments",
+        lambda batches: _moments(batches, shape, device, weighted),
+        keep,
+        fold_norms=True,
+        device=device,
+        progress=progress,
+        keep_states=keep_states,
+    )
     hidden = work.load(f"hidden-moment-{shape.layers - 1:05d}")["hidden"] / shape.layers
     stacked = {name: torch.stack([piece[name] for piece in pieces]) for name in pieces[0]}
     return SecondMoments(hidden=hidden, **stacked)
 
 
-def _run_layer(
-    decoder: DecoderLayer,
-    states: torch.Tensor,
-    after: torch.Tensor,
-    device: str,
-    weighted: bool,
-) -> dict[str, torch.Tensor]:
-    """Fills `after` with the layer's output and returns the moments of one layer."""
-    shape = decoder.shape
-    hidden = Gram(shape.hidden, device)
-    moments = _zero_moments(shape, device)
+def _inputs(
+    decoder: DecoderLayer, states: torch.Tensor, after: torch.Tensor, device: str
+) -> Iterator[Inputs]:
+    """Fills `after` with the layer's output, and gives what its linears read."""
     for part in batches(*states.shape[:2]):
         x = states[part].to(device)
-        qkv_input = decoder.qkv_input(x)
-        queries, keys, values = decoder.heads(qkv_input)
+        qkv = decoder.qkv_input(x)
+        queries, keys, values = decoder.heads(qkv)
         attended = decoder.attend(queries, keys, values)
         between = decoder.after_attention(x, attended)
-        gate_up_input = decoder.gate_up_input(between)
-        down_input = decoder.down_input(gate_up_input)
-        after[part] = decoder.output(between, down_input).cpu()
-        hidden.add(qkv_input, attention_weights(queries, keys) if weighted else None)
-        hidden.add(gate_up_input)
-        moments["values"] += gram_per_head(values, shape.kv_heads)
-        moments["attended"] += gram_per_head(decoder.split_heads(attended), shape.kv_heads)
-        moments["keys"] += gram_per_head(keys, shape.kv_heads)
-        moments["queries"] += gram_per_head(queries, shape.kv_heads)
-        moments["intermediate"] += down_input.square().sum((0, 1))
-    moments = {name: m / states.shape[:2].numel() for name, m in moments.items()}
+        gate_up = decoder.gate_up_input(between)
+        down = decoder.down_input(gate_up)
+        after[part] = decoder.output(between, down).cpu()
+        yield Inputs(qkv, queries, keys, values, attended, gate_up, down)
+
+
+def _moments(batches: Iterable[Inputs], shape: ModelShape, device: str, weighted: bool) -> Measured:
+    """The moments of one layer."""
+    hidden, tokens = Gram(shape.hidden, device), 0
+    moments = _zero_moments(shape, device)
+    for x in batches:
+        hidden.add(x.qkv, attention_weights(x.queries, x.keys) if weighted else None)
+        hidden.add(x.gate_up)
+        attended = x.attended.unflatten(-1, (shape.heads, shape.head_dim)).transpose(1, 2)
+        moments["values"] += gram_per_head(x.values, shape.kv_heads)
+        moments["attended"] += gram_per_head(attended, shape.kv_heads)
+        moments["keys"] += gram_per_head(x.keys, shape.kv_heads)
+        moments["queries"] += gram_per_head(x.queries, shape.kv_heads)
+        moments["intermediate"] += x.down.square().sum((0, 1))
+        tokens += x.qkv.shape[:2].numel()
+    moments = {name: m / tokens for name, m in moments.items()}
     return {"hidden": hidden.mean().cpu()} | {name: m.cpu() for name, m in moments.items()}
 
 

@@ -75,7 +75,7 @@ def write_card(
         preset=f" Preset: {config.preset}." if config.preset else "",
         options="\n".join(f"| {key} | {value} |" for key, value in config.to_dict().items()),
     )
-    if config.method != "resq":
+    if not config.mixed:
         text = text.replace(", with 1/8 of every dimension in 8", "")
     from huggingface_hub import ModelCardData
 

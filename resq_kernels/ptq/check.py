@@ -70,10 +70,11 @@ def check_shape(shape: ModelShape, config: ResQConfig) -> None:
             f"head_dim: expected {allowed} with kv_bits 4, got {shape.head_dim}; kv_bits 16 leaves "
             "keys and values as they are"
         )
-    if config.method == "resq" and shape.head_dim % 16:
+    if config.mixed and shape.head_dim % 16:
         # The bases of keys and values are split at 1/8 of a head whatever the cache holds.
         raise ValueError(
-            f"head_dim: expected a multiple of 16 with method 'resq', got {shape.head_dim}"
+            f"head_dim: expected a multiple of 16 with method {config.method!r}, got "
+            f"{shape.head_dim}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from resq_kernels import hadamard
-from resq_kernels.architecture import DOWN_PROJ, GATE_UP, O_PROJ, QKV, ModelShape
+from resq_kernels.architecture import DOWN_PROJ, GATE_UP, NORMS, O_PROJ, QKV, ModelShape
 from resq_kernels.config import ResQConfig
 from resq_kernels.formats import split_columns
 from resq_kernels.ptq.decoder import Layer
@@ -30,7 +30,7 @@ def fuse_layer(
     config: ResQConfig,
     device: str = "cpu",
 ) -> Layer:
-    """A decoder layer of the rotated model, float32; products are computed in float64.
+    """A decoder layer of the model in its basis, float32; products are computed in float64.
 
     Formula, with U_A, U_B (of the kv head), H, the norms' gains g, key factors k (of the pair) and
     intermediate factors f: q: diag(1/k) W diag(g) U_A; k: diag(k) W diag(g) U_A;
@@ -41,6 +41,9 @@ def fuse_layer(
     Biases change as the rows of their weights: those of o and down become U_A^T b. Norms of
     queries and keys stay; k is 1 where they are (`Basis.key_factors`).
 
+    Method "quik", whose U_A only permutes, has no H, and keeps the gains: they become g U_A, and
+    diag(g) above is left out.
+
     Args:
         model: the source.
         index: which layer.
@@ -48,7 +51,8 @@ def fuse_layer(
         config: `high_fraction` and `hadamard_block` decide how columns are split.
         device: where the products are computed and the layer stays.
     """
-    layer = model.layer(index, fold_norms=rotation is not None).to(device)
+    folds = rotation is not None and config.rotates
+    layer = model.layer(index, folds).to(device)
     if rotation is None:
         return layer
     shape = model.shape
@@ -81,14 +85,18 @@ def fuse_layer(
             rows[name] = rows[name][channels]
     down = (u_a.T @ (weights[DOWN_PROJ] / intermediate))[:, channels]
     block, down_high = shape.hadamard_block(config), shape.k_hi(DOWN_PROJ, config)
-    weights[DOWN_PROJ] = hadamard.transform_low(down, down_high, block)
+    if config.rotates:
+        down = hadamard.transform_low(down, down_high, block)
+    weights[DOWN_PROJ] = down
+    for name in layer.norms.keys() & set(NORMS):
+        layer.norms[name] = (layer.norms[name].double() @ u_a).float()
     return Layer(
         weights={name: weight.float() for name, weight in weights.items()},
         biases={name: bias.flatten().float() for name, bias in biases.items()},
         norms=layer.norms,
         key_rotation=rotation.keys[index][None].to(device),
         o_order=order,
-        hadamard=True,
+        hadamard=config.rotates,
         hadamard_block=block,
         down_high=down_high,
         turned=layer.turned,

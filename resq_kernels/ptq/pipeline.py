@@ -10,6 +10,7 @@ import torch
 
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq import inputs
+from resq_kernels.ptq.amplitudes import measure_amplitudes, permutations
 from resq_kernels.ptq.basis import Basis, find_basis
 from resq_kernels.ptq.calibrate import SecondMoments, calibrate, check_tokens
 from resq_kernels.ptq.card import source_name, write_card
@@ -161,8 +162,14 @@ def _layers(
         weighted = config.token_weights == "attention"
         return calibrate(model, calibration, rope, work, device, progress, distills, weighted)
 
+    def permutation() -> Rotation:
+        found = measure_amplitudes(model, calibration, rope, work, device, progress, distills)
+        return permutations(found, model.shape)
+
     if config.method == "resq":
         basis = work.stage("basis", Basis, lambda: find_basis(model, moments(), config.bases))
+    elif config.method == "quik":
+        rotation = work.stage("rotation", Rotation, permutation)
     elif distills and not work.has(DISTILLED):
         moments()  # for the states after the last layer
     if config.rotates:

@@ -18,6 +18,7 @@ from resq_kernels.ptq.cayley import block_mask
 @dataclass(frozen=True)
 class Rotation:
     """The matrices multiplied into the weights (`fuse`); orthogonal up to the balancing of `Basis`.
+    With method "quik" they are permutations (`ptq.amplitudes`).
 
     Attributes:
         hidden: U_A, float64 [hidden, hidden]: the residual stream x becomes x U_A.
@@ -26,7 +27,7 @@ class Rotation:
         key_factors, intermediate_factors: as in `Basis`.
         intermediate_order: int64 [layers, intermediate]: down_proj's columns, those of the INT4
             part, then those of the INT8 part, which carry most (`Basis.intermediate_power`), both
-            in ascending order.
+            in ascending order; with method "quik" all of them by amplitude.
     """
 
     hidden: torch.Tensor

@@ -43,7 +43,7 @@ def stored_layer(
         weights={},
         biases={name: load(f"{prefix}{name}.bias").float() for name in shape.biased},
         norms={name: load(f"{prefix}{name}.weight").float() for name in shape.norms},
-        key_rotation=load(prefix + KEY_ROTATION) if config.rotates else None,
+        key_rotation=load(prefix + KEY_ROTATION) if config.has_basis else None,
         hadamard=config.rotates,
         hadamard_block=shape.hadamard_block(config),
         down_high=shape.k_hi(DOWN_PROJ, config),
@@ -144,7 +144,7 @@ class RoundedLayer:
         slots = (table[:, :1] * size + torch.arange(seqlen, device=device)).flatten()
         cos, sin = (side[:seqlen].to(device).repeat(windows, 1) for side in self.rope)
         queries, keys, values = (t.flatten(0, 1) for t in (queries, keys, values))
-        hi_bits = 8 if self.config.method == "resq" else 4
+        hi_bits = 8 if self.config.mixed else 4
         rotation = self.layer.key_rotation
         rotated = ops.kv_append(keys, values, cos, sin, rotation, cache, slots, hi_bits, queries)
         assert rotated is not None

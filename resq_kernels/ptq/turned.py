@@ -130,7 +130,7 @@ class TurnedLayer(DecoderLayer):
         queries, keys = self.rotate(queries, keys)
         values = values @ matrix @ turn
         if self._config.kv_bits == 4:
-            hi_bits = 8 if self._config.method == "resq" else 4
+            hi_bits = 8 if self._config.mixed else 4
             keys, values = (round_cache(x, hi_bits) for x in (keys, values))
         attended = self.mix(queries, keys, values).flatten(2)[..., layer.o_order]
         rounded = round_rows(attended, self._format(O_PROJ))[..., self._natural]

@@ -112,7 +112,7 @@ class RoundedVocabulary:
             self._head = PackedWeight.pack(QuantizedWeight.read(load, HEAD_MODULE))
             return
         self._head = self._embedding
-        if config.rotates:
+        if config.has_basis:
             self._turn = load(HEAD_GAIN).float()
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:

@@ -189,14 +189,14 @@ def test_dialogues_of_a_chat_model(
 def test_methods_reach_the_folder(
     llama: Path, text_file: Path, tmp_path: Path, resq: Callable[..., Result]
 ) -> None:
-    for method, weights in (("rtn", "rtn"), ("quarot", "gptq")):
+    for method, weights in (("rtn", "rtn"), ("quarot", "gptq"), ("quik", "gptq")):
         out = tmp_path / method
         options = ("--method", method, "--weights", weights, "--samples", 2, "--kv-bits", 16)
         result = resq("quantize", llama, out, "--calib", text_file, *options)
         assert result.code == 0, result.err
         stored = json.loads((out / "config.json").read_text())["quantization_config"]
         assert (stored["method"], stored["weights"], stored["kv_bits"]) == (method, weights, 16)
-        assert stored["high_fraction"] == 0.0
+        assert stored["high_fraction"] == (0.125 if method == "quik" else 0.0)
         sizes = re.search(r"^rotations +[\d.]+ k?B$", resq("info", out).out, re.M)
         assert (sizes is not None) == (method != "rtn")
 

@@ -107,6 +107,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], torch.dtype]] = {
     "llama": ("llama", {}, {"rope_parameters": LLAMA3_ROPE}, torch.float32),
     "llama-128": ("llama", {"embedding_bits": 16}, {"head_dim": 128}, torch.bfloat16),
     "qwen2-tied": ("qwen2", {"lo_bits": 8}, {"tie_word_embeddings": True}, torch.bfloat16),
+    "llama-quik": ("llama", {"method": "quik"}, {}, torch.bfloat16),
     "qwen2-rtn": ("qwen2", {"method": "rtn"}, {}, torch.float16),
     "qwen3": ("qwen3", {}, {"head_dim": 128, "attention_bias": True}, torch.bfloat16),
     "mistral": ("mistral", {}, {}, torch.bfloat16),

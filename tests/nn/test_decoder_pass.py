@@ -25,6 +25,7 @@ MODELS: dict[str, tuple[str, ResQConfig, dict[str, Any]]] = {
     "qwen2, with biases": ("qwen2", ResQConfig(), {}),
     "8-bit activations": ("llama", ResQConfig(lo_bits=8), {}),
     "quarot": ("llama", ResQConfig(method="quarot", high_fraction=0.0), {}),
+    "quik": ("qwen2", ResQConfig(method="quik"), {}),
     "rtn": ("qwen2", ResQConfig(method="rtn", high_fraction=0.0), {}),
     "llama, all biases": ("llama", ResQConfig(), {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", ResQConfig(), {}),

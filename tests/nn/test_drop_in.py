@@ -85,6 +85,7 @@ def row_errors(model: Any, ids: torch.Tensor, other: Any = None) -> dict[str, to
     [
         {},
         {"method": "quarot"},
+        {"method": "quik"},
         {"method": "rtn"},
         {"lo_bits": 8, "activation_clip": 0.9},
         {"symmetric": True, "high_fraction": 0.25},

@@ -13,7 +13,7 @@ from resq_kernels.nn.hidden_basis import HiddenBasis
 from resq_kernels.testing.quantized_models import random_quantized
 
 IDS = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(1))
-ALL = [{}, {"embedding_bits": 16}, {"method": "quarot"}, {"kv_bits": 16}]
+ALL = [{}, {"embedding_bits": 16}, {"method": "quarot"}, {"method": "quik"}, {"kv_bits": 16}]
 
 
 @torch.no_grad()

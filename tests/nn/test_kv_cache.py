@@ -43,8 +43,8 @@ def test_chunks_give_the_bits_of_the_full_pass(
     assert torch.equal(torch.cat(got, dim=1), hidden(model, ids))
 
 
-@pytest.mark.parametrize("method", ["quarot", "rtn"])
-def test_uniform_methods_decode_too(method: str) -> None:
+@pytest.mark.parametrize("method", ["quarot", "quik", "rtn"])
+def test_other_methods_decode_too(method: str) -> None:
     uniform = random_quantized("llama", ResQConfig(method=method))
     ids = tokens(1, 20)
     cache = ResQCache(uniform.config)

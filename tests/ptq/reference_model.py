@@ -50,7 +50,7 @@ class ReferenceLayer(DecoderLayer):
     ) -> torch.Tensor:
         queries, keys = self.rotate(queries, keys)
         if self.config.kv_bits == 4:
-            hi_bits = 8 if self.config.method == "resq" else 4
+            hi_bits = 8 if self.config.mixed else 4
             keys = reference.kv_fake_quantize(keys, hi_bits)
             values = reference.kv_fake_quantize(values, hi_bits)
         attended = self.mix(queries, keys, values).flatten(2)
@@ -107,7 +107,7 @@ class ReferenceModel:
             weights,
             biases,
             {name: reader.load(f"{prefix}{name}.weight").float() for name in self.shape.norms},
-            reader.load(prefix + KEY_ROTATION) if self.config.rotates else None,
+            reader.load(prefix + KEY_ROTATION) if self.config.has_basis else None,
             o_column_order(self.shape, self.config.high_fraction),
             self.config.rotates,
             self.shape.hadamard_block(self.config),

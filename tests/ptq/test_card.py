@@ -18,7 +18,11 @@ def card(folder: Path) -> ModelCard:
     return ModelCard.load(folder / "README.md")
 
 
-@pytest.mark.parametrize("config", [ResQConfig(), ResQConfig(method="rtn", kv_bits=16)], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [ResQConfig(), ResQConfig(method="quik"), ResQConfig(method="rtn", kv_bits=16)],
+    ids=str,
+)
 def test_it_keeps_the_licence_and_says_what_it_is(tmp_path: Path, config: ResQConfig) -> None:
     source = tmp_path / "models--some--model-1B" / "snapshots" / "0123abcd"
     source.mkdir(parents=True)
@@ -33,7 +37,7 @@ def test_it_keeps_the_licence_and_says_what_it_is(tmp_path: Path, config: ResQCo
     assert data["library_name"] == "transformers" and "resq" in data["tags"]
     assert "# some/model-1B, quantized with ResQ" in written.text
     assert "pip install resq_kernels" in written.text and "Of the source" not in written.text
-    assert ("1/8 of every dimension" in written.text) == (config.method == "resq")
+    assert ("1/8 of every dimension" in written.text) == (config.method != "rtn")
     assert f"| kv_bits | {config.kv_bits} |" in written.text
     assert "\n\n- verdict: close\n- perplexity: 10 -> 11\n\n" in written.text
 

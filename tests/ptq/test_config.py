@@ -24,7 +24,9 @@ from resq_kernels.ptq.pipeline import quantize_folder
 from resq_kernels.testing.tiny_models import make_model, make_tokenizer, save_tiny_model
 
 
-@pytest.mark.parametrize(("method", "share"), [("resq", 0.125), ("quarot", 0.0), ("rtn", 0.0)])
+@pytest.mark.parametrize(
+    ("method", "share"), [("resq", 0.125), ("quarot", 0.0), ("quik", 0.125), ("rtn", 0.0)]
+)
 def test_the_share_of_a_method(method: str, share: float) -> None:
     for config in (
         ResQConfig(method=method),
@@ -53,6 +55,21 @@ def test_uniform_methods_transform_whole_rows(method: str) -> None:
     words = f"^hadamard_block: method '{method}' is uniform 4-bit, expected 0, got 64$"
     with pytest.raises(ValueError, match=words):
         ResQConfig(method=method, hadamard_block=64)
+
+
+def test_quik_transforms_nothing_and_keeps_the_share_everywhere() -> None:
+    config = ResQConfig(method="quik", hadamard_block=0)
+    assert not config.rotates and config.has_basis and config.mixed
+    for linear, k_hi in (("mlp.down_proj", 32), ("self_attn.q_proj", 16), ("self_attn.o_proj", 32)):
+        assert shape(intermediate=256).k_hi(linear, config) == k_hi
+    assert shape().hadamard_block(config) == shape().hadamard_block(ResQConfig(method="quik")) == 0
+    for field, value, words in (
+        ("hadamard_block", 64, "method 'quik' transforms nothing, expected 0, got 64"),
+        ("bases", "principal", "method 'quik' has none, expected 'balanced' (the default), got"),
+        ("rotations", "learned", "method 'quik' has none to learn, expected 'random' (the defau"),
+    ):
+        with pytest.raises(ValueError, match=f"^{field}: {re.escape(words)}"):
+            ResQConfig(method="quik", **{field: value})
 
 
 @pytest.mark.parametrize(
@@ -87,7 +104,7 @@ def test_blocks_of_down_proj(intermediate: int, options: dict, block: int, k_hi:
 @pytest.mark.parametrize("lo_bits", [4, 8])
 def test_rotated_rows_of_4_bits_are_clipped_by_default(method: str, lo_bits: int) -> None:
     config = ResQConfig(method=method, lo_bits=lo_bits)
-    rotated = method != "rtn" and lo_bits == 4
+    rotated = method in ("resq", "quarot") and lo_bits == 4
     widths = {0: 1.0, 1: 1.0, 64: 1.0, 504: 0.91, 3584: 0.77, 14336: 0.7}
     assert {k_lo: config.clip(k_lo) for k_lo in widths} == (
         widths if rotated else dict.fromkeys(widths, 1.0)
@@ -214,6 +231,16 @@ SIZES = (
         ResQConfig(kv_bits=16, high_fraction=0.25),
         "head_dim: expected a multiple of 16 with method 'resq', got 24",
     ),
+    (
+        shape(head_dim=24),
+        ResQConfig(method="quik", kv_bits=16, high_fraction=0.25),
+        "head_dim: expected a multiple of 16 with method 'quik', got 24",
+    ),
+    (
+        shape(intermediate=252),
+        ResQConfig(method="quik"),
+        "mlp.down_proj: high_fraction 0.125 of 252 columns",
+    ),
     (shape(hidden=132), ResQConfig(), "self_attn.q_proj: high_fraction 0.125 of 132 columns"),
     (shape(), ResQConfig(high_fraction=0.3), "self_attn.q_proj: high_fraction 0.3 of 128 columns"),
 )
@@ -246,6 +273,7 @@ def test_a_model_in_memory_is_refused_before_the_text_is_read() -> None:
         ({"head_dim": 48}, {"method": "resq", "high_fraction": 0.75}),
         ({"head_dim": 16}, {"method": "resq", "high_fraction": 0.0}),
         ({"head_dim": 12, "intermediate_size": 28}, {"method": "quarot"}),
+        ({"head_dim": 48, "intermediate_size": 304}, {"method": "quik"}),
     ],
 )
 def test_what_passes_the_check_runs(

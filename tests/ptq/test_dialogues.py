@@ -132,7 +132,13 @@ def test_a_seed_is_a_draw(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "chosen", [{"method": "resq"}, {"method": "rtn"}, {"method": "quarot", "weights": "rtn"}]
+    "chosen",
+    [
+        {"method": "resq"},
+        {"method": "rtn"},
+        {"method": "quarot", "weights": "rtn"},
+        {"method": "quik", "weights": "rtn"},
+    ],
 )
 def test_a_quarter_of_the_windows_is_the_default(chosen: dict[str, str]) -> None:
     shape = ModelShape.from_config(make_model().config.to_dict())

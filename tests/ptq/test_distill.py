@@ -19,6 +19,7 @@ from resq_kernels.architecture import (
 from resq_kernels.config import DISTILL_LR, ResQConfig
 from resq_kernels.formats import QuantizedWeight, unpack_int4
 from resq_kernels.ptq import check, distill, student, training
+from resq_kernels.ptq.amplitudes import measure_amplitudes, permutations
 from resq_kernels.ptq.basis import find_basis
 from resq_kernels.ptq.calibrate import calibrate
 from resq_kernels.ptq.decoder import DecoderLayer, rope_tables
@@ -37,6 +38,7 @@ CONFIGS = {
     "resq-8-bit-rows": {"lo_bits": 8, "kv_bits": 16},
     "resq-symmetric": {"symmetric": True, "high_fraction": 0.25},
     "quarot": {"method": "quarot"},
+    "quik": {"method": "quik"},
     "rtn": {"method": "rtn"},
 }
 
@@ -45,10 +47,14 @@ def rotation_of(
     model: SourceModel, config: ResQConfig, tokens: torch.Tensor, folder: Path
 ) -> Rotation | None:
     basis = None
+    rope = rope_tables(model.reader.config, model.reader.folder, tokens.shape[1])
+    work = Workspace(folder)
+    folder.mkdir()
+    if config.method == "quik":
+        return permutations(
+            measure_amplitudes(model, tokens, rope, work, progress=False), model.shape
+        )
     if config.method == "resq":
-        rope = rope_tables(model.reader.config, model.reader.folder, tokens.shape[1])
-        work = Workspace(folder)
-        folder.mkdir()
         basis = find_basis(model, calibrate(model, tokens, rope, work, progress=False))
     return rotate(basis, model.shape, config) if config.rotates else None
 
@@ -271,7 +277,8 @@ def divergence(folder: Path, model: SourceModel, tokens: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("method", "weights"), [("resq", "gptq"), ("resq", "rtn"), ("quarot", "gptq"), ("rtn", "gptq")]
+    ("method", "weights"),
+    [("resq", "gptq"), ("resq", "rtn"), ("quarot", "gptq"), ("quik", "gptq"), ("rtn", "gptq")],
 )
 def test_training_brings_the_quantized_model_closer(
     llama: Path, tmp_path: Path, method: str, weights: str

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from resq_kernels import architecture, hadamard
 from resq_kernels.architecture import DOWN_PROJ, layer_prefix
 from resq_kernels.config import ResQConfig
+from resq_kernels.ptq.amplitudes import measure_amplitudes, permutations
 from resq_kernels.ptq.basis import find_basis
 from resq_kernels.ptq.calibrate import calibrate
 from resq_kernels.ptq.decoder import DecoderLayer, rope_tables
@@ -25,6 +26,7 @@ CONFIGS = {
     "resq-quarter": ResQConfig(high_fraction=0.25),
     "resq-whole-rows": ResQConfig(hadamard_block=0),
     "quarot": ResQConfig(method="quarot"),
+    "quik": ResQConfig(method="quik"),
 }
 
 
@@ -32,8 +34,12 @@ def rotation_of(
     model: SourceModel, tokens: torch.Tensor, config: ResQConfig, folder: Path
 ) -> Rotation:
     basis = None
+    rope = rope_tables(model.reader.config, model.reader.folder, tokens.shape[1])
+    if config.method == "quik":
+        return permutations(
+            measure_amplitudes(model, tokens, rope, Workspace(folder), progress=False), model.shape
+        )
     if config.method == "resq":
-        rope = rope_tables(model.reader.config, model.reader.folder, tokens.shape[1])
         moments = calibrate(model, tokens, rope, Workspace(folder), progress=False)
         basis = find_basis(model, moments)
     return rotate(basis, model.shape, config)
@@ -99,6 +105,8 @@ def fused_transformers_model(
         block.self_attn.o_proj.register_forward_pre_hook(
             lambda _, args, order=layer.o_order: (args[0][..., order],)
         )
+        if not config.rotates:
+            continue
         kinds = (model.shape.k_hi(DOWN_PROJ, config), model.shape.hadamard_block(config))
         block.mlp.down_proj.register_forward_pre_hook(
             lambda _, args, kinds=kinds: (hadamard.transform_low(args[0], *kinds),)
@@ -145,10 +153,11 @@ def test_decoder_layers_compute_the_source_model(any_model: Path, tokens: torch.
     assert relative(logits, reference_logits(any_model, tokens)) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["resq", "quik"])
 def test_decoder_layers_compute_the_rotated_model(
-    any_model: Path, tokens: torch.Tensor, tmp_path: Path
+    any_model: Path, tokens: torch.Tensor, tmp_path: Path, name: str
 ) -> None:
-    model, config = SourceModel(any_model), CONFIGS["resq"]
+    model, config = SourceModel(any_model), CONFIGS[name]
     rotation = rotation_of(model, tokens, config, tmp_path)
     logits = run_layers(model, tokens, rotation, config)
     # Key rotations are stored in float16: R R^T = I to 2^-11, which scores feel.

@@ -15,15 +15,16 @@ import torch
 from reference_model import ReferenceModel
 from transformers import AutoModelForCausalLM
 
+from resq_kernels.architecture import BASIS_ROTATION
 from resq_kernels.checkpoint import validate
-from resq_kernels.config import ResQConfig
+from resq_kernels.config import METHODS, ResQConfig
 from resq_kernels.ptq import check, training
 from resq_kernels.ptq.pipeline import quantize_folder
 from resq_kernels.safetensors_io import CheckpointError, CheckpointReader
 from resq_kernels.testing.tiny_models import save_tiny_model
 
 
-@pytest.mark.parametrize("method", ["resq", "quarot", "rtn"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("weights", ["rtn", "gptq"])
 def test_quantized_folder_is_complete(
     any_model: Path, tokens: torch.Tensor, tmp_path: Path, method: str, weights: str
@@ -41,16 +42,20 @@ def test_quantized_folder_is_complete(
     assert (out / "tokenizer.json").read_bytes() == (any_model / "tokenizer.json").read_bytes()
     before, after = CheckpointReader(any_model), CheckpointReader(out)
     assert after.config["tie_word_embeddings"] is False
-    rotated, tied = method != "rtn", before.config["tie_word_embeddings"]
+    turned, tied = method != "rtn", before.config["tie_word_embeddings"]
     assert after.config["quantization_config"]["tied_head"] is tied
     assert ("lm_head.weight_hi" in after) is not tied
-    assert ("lm_head.gain" in after) is (tied and rotated)
-    if tied and rotated:
+    assert ("lm_head.gain" in after) is (tied and turned)
+    if tied and turned:
         assert after.info("lm_head.gain").dtype == before.info("model.embed_tokens.weight").dtype
-    assert ("model.layers.1.self_attn.key_rotation" in after) == rotated
+    assert ("model.layers.1.self_attn.key_rotation" in after) == turned
     name = "model.layers.1.input_layernorm.weight"
-    gain = after.load(name)
-    assert torch.equal(gain, torch.ones_like(gain) if rotated else before.load(name))
+    gain, expected = after.load(name), before.load(name)
+    if config.rotates:
+        expected = torch.ones_like(gain)
+    elif method == "quik":
+        expected = (expected.float() @ after.load(BASIS_ROTATION).float()).to(gain.dtype)
+    assert torch.equal(gain, expected)
 
 
 def divergence(folder: Path, source: Path, tokens: torch.Tensor) -> float:

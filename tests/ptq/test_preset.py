@@ -63,12 +63,12 @@ def test_an_option_overrides_the_preset(field: str, value: object, preset: str |
 
 def test_what_a_preset_refuses() -> None:
     with pytest.raises(
-        ValueError, match=r"^preset: expected one of paper, spinquant, got 'papers'$"
+        ValueError, match=r"^preset: expected one of paper, spinquant, quik, got 'papers'$"
     ):
         ResQConfig.from_preset("papers")
     with pytest.raises(TypeError, match="bits"):
         ResQConfig.from_preset("paper", bits=3)
-    for method in ("quarot", "rtn"):
+    for method in ("quarot", "quik", "rtn"):
         words = f"^bases: method '{method}' has none, expected 'balanced' .*, got 'principal'$"
         with pytest.raises(ValueError, match=words):
             ResQConfig.from_preset("paper", method=method)

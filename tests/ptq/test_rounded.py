@@ -21,6 +21,7 @@ CONFIGS = {
     "resq": ResQConfig(),
     "options": ResQConfig(lo_bits=8, symmetric=True, activation_clip=0.9, kv_bits=16),
     "quarot": ResQConfig(method="quarot"),
+    "quik": ResQConfig(method="quik"),
     "rtn": ResQConfig(method="rtn"),
 }
 
@@ -31,11 +32,11 @@ def test_every_step_is_the_reference_s(any_model: Path, name: str) -> None:
     shape, head = model.shape, model.shape.head_dim
     source = model.layer(0, fold_norms=config.rotates)
     layer = Layer(source.weights, source.biases, source.norms, turned=source.turned)
-    if config.rotates:
+    if config.has_basis:
         rotation = torch.linalg.qr(torch.randn(head, head)).Q
         layer.key_rotation = rotation.half()[None].contiguous()
         layer.o_order = o_column_order(shape, config.high_fraction)
-        layer.hadamard, layer.hadamard_block = True, shape.hadamard_block(config)
+        layer.hadamard, layer.hadamard_block = config.rotates, shape.hadamard_block(config)
         layer.down_high = shape.k_hi(DOWN_PROJ, config)
     rope = rope_tables(model.reader.config, any_model, 70)  # more than a page
     weights = {n: quantize_weight(w, shape.k_hi(n, config)) for n, w in layer.weights.items()}

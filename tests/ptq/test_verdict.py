@@ -24,6 +24,7 @@ CONFIGS = {
     "resq": {},
     "resq-16-bit-vocabulary": {"embedding_bits": 16, "lo_bits": 8},
     "quarot": {"method": "quarot"},
+    "quik": {"method": "quik"},
     "rtn": {"method": "rtn", "weights": "rtn", "kv_bits": 16},
     "distilled": {"distill_epochs": 1},
 }
@@ -46,7 +47,7 @@ def measured(
     [
         *(("resq", name) for name in ("llama", "llama-tied-rope", "qwen2", "qwen2-tied-bf16")),
         *(("resq-16-bit-vocabulary", name) for name in ("llama", "qwen2-tied-bf16")),
-        *(("quarot", name) for name in ("llama-tied-rope", "qwen2")),
+        *((m, name) for m in ("quarot", "quik") for name in ("llama-tied-rope", "qwen2")),
         *(("rtn", name) for name in ("llama", "llama-tied-rope")),
         ("distilled", "qwen2-tied-bf16"),
     ],

@@ -45,6 +45,7 @@ def tokens(count: int) -> torch.Tensor:
     [
         {},
         {"method": "quarot"},
+        {"method": "quik"},
         {"method": "rtn", "symmetric": True},
         {"lo_bits": 8, "activation_clip": 0.9},
         {"kv_bits": 16},
