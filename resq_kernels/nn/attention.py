@@ -14,6 +14,8 @@ from resq_kernels.nn.fused import FusesLinears
 from resq_kernels.nn.linear import ResQLinear, keep_dtype
 from resq_kernels.nn.norm import HeadNorm
 from resq_kernels.nn.paged import PagedKeysValues
+from resq_kernels.nn.straight import StraightRows, needs_gradient
+from resq_kernels.nn.straight import attention as straight_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,7 +90,7 @@ class ResQAttention(FusesLinears):
 
     def forward(
         self,
-        hidden_states: torch.Tensor | MixedTensor,
+        hidden_states: torch.Tensor | MixedTensor | StraightRows,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
@@ -98,7 +100,7 @@ class ResQAttention(FusesLinears):
         """[B, L, K] -> ([B, L, K], None): called as in a decoder layer of transformers.
 
         Args:
-            hidden_states: [B, L, K], or the `MixedTensor` of `ResQRMSNorm`.
+            hidden_states: [B, L, K], or the rounded rows of `ResQRMSNorm`.
             position_embeddings: (cos, sin), each [B or 1, L, D].
             attention_mask: [B, columns], true where a token is, or None. With kv_bits 16: what
                 `scaled_dot_product_attention` takes.
@@ -109,7 +111,8 @@ class ResQAttention(FusesLinears):
 
         Raises:
             ValueError: a mask of another shape, a cache of another kind, or a cache whose layers
-                hold different columns.
+                hold different columns, or one of 4-bit pages that holds tokens while a gradient is
+                asked for.
             TypeError: a cache is passed under an unknown name.
         """
         cache = named_cache(cache, kwargs)
@@ -122,7 +125,7 @@ class ResQAttention(FusesLinears):
         return self.o_proj(out), None
 
     def project_heads(
-        self, hidden_states: torch.Tensor | MixedTensor
+        self, hidden_states: torch.Tensor | MixedTensor | StraightRows
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[..., K] -> q [..., n_q, D], k and v [..., n_kv, D], normalized, before RoPE."""
         heads = self.project(hidden_states).unflatten(-1, (-1, self.head_dim))
@@ -156,7 +159,16 @@ class ResQAttention(FusesLinears):
             layer = paged_layer(cache, self.layer_idx)
             batch, paged = layer.batch, layer.paged
         given = (shape, mask, cos, sin, self.turned)
+        if (straight := needs_gradient(q, k, v)) and paged.length:
+            raise ValueError(
+                "ResQAttention: cache: expected an empty one or None where a gradient is asked "
+                f"for, got one with {paged.length} columns: its 4-bit pages pass none on to the "
+                "tokens that they hold"
+            )
         metadata = forward_pass.metadata(batch, paged.length, *given)
+        exact = (q, k, v)
+        if straight:
+            q, k, v = (x.detach() for x in exact)
         q_rows, k_rows, v_rows = (x.flatten(0, 1) for x in (q, k, v))
         rotated = paged.append(metadata, k_rows, v_rows, self.key_rotation, self.hi_bits, q_rows)
         batch.advance(metadata)
@@ -164,7 +176,10 @@ class ResQAttention(FusesLinears):
         out = paged.attend(
             metadata, rotated, self.scaling, q.dtype, self.head_dim_hi, self.batch_invariant
         )
-        return out.view(*shape, -1)
+        out = out.view(*shape, -1)
+        if straight:
+            out = straight_attention(out, rotated, exact, self, paged, metadata)
+        return out
 
     def _attend_float(
         self,

@@ -10,6 +10,7 @@ from torch import nn
 
 from resq_kernels.formats import MixedTensor, PackedWeight, QuantizedWeight
 from resq_kernels.nn.linear import ResQLinear
+from resq_kernels.nn.straight import StraightRows
 
 
 class FusedLinear(ResQLinear):
@@ -170,7 +171,7 @@ class FusesLinears(nn.Module):
             for part, linear in parts.items():
                 setattr(self, part, linear)
 
-    def project(self, x: torch.Tensor | MixedTensor) -> torch.Tensor:
+    def project(self, x: torch.Tensor | MixedTensor | StraightRows) -> torch.Tensor:
         """The outputs of all parts for x [..., K], concatenated: [..., N_1 + N_2 + ...]."""
         if (fused := self.fused) is not None:
             joined: torch.Tensor = fused(x)

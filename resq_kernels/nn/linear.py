@@ -10,6 +10,7 @@ from torch import nn
 
 from resq_kernels import ops
 from resq_kernels.formats import MixedTensor, PackedWeight, QuantizedWeight, RowFormat
+from resq_kernels.nn.straight import StraightRows, needs_gradient, product
 from resq_kernels.nn.weight_view import WeightView
 from resq_kernels.weights import quantize_weight
 
@@ -199,18 +200,25 @@ class ResQLinear(nn.Module):
         """`mixed_quantize` with this layer's `row_format`."""
         return ops.mixed_quantize(x, *self.row_format)
 
-    def forward(self, x: torch.Tensor | MixedTensor) -> torch.Tensor:
-        """y [..., N] of x [..., K], in x's dtype, or the compute dtype for a `MixedTensor`.
+    def forward(self, x: torch.Tensor | MixedTensor | StraightRows) -> torch.Tensor:
+        """y [..., N] of x [..., K], in x's dtype, or the compute dtype for rounded rows; with the
+        gradient by x, if x needs one.
 
         Raises:
             RuntimeError: not packed, or x has another K.
         """
+        through: torch.Tensor | None = None
         if isinstance(x, MixedTensor):
             codes, dtype = x, self.dtype
+        elif isinstance(x, StraightRows):
+            (codes, through), dtype = x, self.dtype
+        elif needs_gradient(x):
+            codes, through, dtype = self.quantize_input(x.detach()), x, x.dtype
         else:
             codes, dtype = self.quantize_input(x), x.dtype
         data, scale, sums, _, _ = self.packed()
-        return ops.mixed_gemm(*codes, data, scale, sums, self.bias, dtype)
+        y = ops.mixed_gemm(*codes, data, scale, sums, self.bias, dtype)
+        return y if through is None else product(y, through, self)
 
     def extra_repr(self) -> str:
         return (

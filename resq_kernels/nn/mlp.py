@@ -8,6 +8,7 @@ from resq_kernels import ops
 from resq_kernels.formats import MixedTensor
 from resq_kernels.nn.fused import FusesLinears
 from resq_kernels.nn.linear import ResQLinear
+from resq_kernels.nn.straight import StraightRows, needs_gradient, straight_rows, swiglu
 
 
 class ResQMLP(FusesLinears):
@@ -38,11 +39,21 @@ class ResQMLP(FusesLinears):
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
         self.hadamard, self.hadamard_block = hadamard, hadamard_block
 
-    def forward(self, x: torch.Tensor | MixedTensor) -> torch.Tensor:
-        """[..., K] -> [..., K], in x's dtype, or the compute dtype for a `MixedTensor`."""
-        hidden = ops.silu_mul_hadamard_quantize(
-            self.project(x), self.hadamard, *self.down_proj.row_format, self.hadamard_block
+    def forward(self, x: torch.Tensor | MixedTensor | StraightRows) -> torch.Tensor:
+        """[..., K] -> [..., K], in x's dtype, or the compute dtype for rounded rows; with the
+        gradient by x, if x needs one."""
+        gate_up, row_format = self.project(x), self.down_proj.row_format
+        straight = needs_gradient(gate_up)
+        codes = ops.silu_mul_hadamard_quantize(
+            gate_up.detach() if straight else gate_up,
+            self.hadamard,
+            *row_format,
+            self.hadamard_block,
         )
+        hidden: MixedTensor | StraightRows = codes
+        if straight:
+            exact = swiglu(gate_up, self.hadamard, row_format.k_hi, self.hadamard_block)
+            hidden = straight_rows(codes, exact)
         out: torch.Tensor = self.down_proj(hidden)
         return out
 

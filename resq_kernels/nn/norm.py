@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from resq_kernels import ops
 from resq_kernels.formats import MixedTensor, RowFormat
 from resq_kernels.head_norm import head_norm
+from resq_kernels.nn.straight import StraightRows, needs_gradient, straight_rows
 
 
 class ResQRMSNorm(nn.Module):
@@ -57,16 +59,27 @@ class ResQRMSNorm(nn.Module):
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> MixedTensor | tuple[MixedTensor, torch.Tensor]:
-        """x [..., K] -> codes and scales of the normalized rows.
+    ) -> MixedTensor | StraightRows | tuple[MixedTensor | StraightRows, torch.Tensor]:
+        """x [..., K] -> codes and scales of the normalized rows; with the gradient by x, if x needs
+        one.
 
         With a residual [..., K]: codes and scales of the normalized x + residual, and that sum in
         x's dtype.
         """
+        if needs_gradient(x, residual, self.weight):
+            total = x if residual is None else x + residual
+            rows = self._straight(total)
+            return rows if residual is None else (rows, total)
         quantized, new_residual = ops.rms_norm_quantize(
             x, residual, None if self.gain_is_one else self.weight, self.eps, *self.row_format
         )
         return quantized if residual is None else (quantized, new_residual)
+
+    def _straight(self, x: torch.Tensor) -> StraightRows:
+        # The weight goes to the operator even if it is ones, so that one in training is refused.
+        codes = ops.rms_norm_quantize(x.detach(), None, self.weight, self.eps, *self.row_format)[0]
+        exact = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return straight_rows(codes, exact)
 
     def extra_repr(self) -> str:
         columns = f"high_columns={self.row_format.k_hi}"

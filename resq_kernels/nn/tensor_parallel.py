@@ -21,6 +21,7 @@ from resq_kernels.nn.attention import ResQAttention
 from resq_kernels.nn.embedding import ResQEmbedding, TiedHead
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.mlp import ResQMLP
+from resq_kernels.nn.straight import StraightRows, needs_gradient
 
 
 class TensorParallel:
@@ -54,7 +55,15 @@ class TensorParallel:
             x: of any dtype, with the same shape on every rank.
             widths: if x consists of several matrices of these widths, one after the other, so does
                 the result.
+
+        Raises:
+            RuntimeError: x needs a gradient.
         """
+        if needs_gradient(x):
+            raise RuntimeError(
+                "tensor parallel: expected a tensor that needs no gradient, got one that requires "
+                "it: ranks exchange no gradients; train on a model without tp_plan"
+            )
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         found = rows.new_empty(self.degree * len(rows), rows.shape[1])
         # torch 2.13 calls the older name deprecated.
@@ -90,7 +99,7 @@ class SplitLinear(ResQLinear):
     parallel: TensorParallel
     input_widths: tuple[int, ...]
 
-    def forward(self, x: torch.Tensor | MixedTensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | MixedTensor | StraightRows) -> torch.Tensor:
         """y [..., degree N] of x [..., K], or of x [..., K / degree] with `input_widths`."""
         if self.input_widths and isinstance(x, torch.Tensor):
             x = self.parallel.gather(x, *self.input_widths)
@@ -106,7 +115,7 @@ class SplitMLP(ResQMLP):
 
     parallel: TensorParallel
 
-    def project(self, x: torch.Tensor | MixedTensor) -> torch.Tensor:
+    def project(self, x: torch.Tensor | MixedTensor | StraightRows) -> torch.Tensor:
         """gate [..., I] and up [..., I] of all ranks for x [..., K], concatenated."""
         own = super().project(x)
         return self.parallel.gather(own, own.shape[-1] // 2, own.shape[-1] // 2)
