@@ -12,6 +12,7 @@ from resq_kernels.config import ResQConfig
 if TYPE_CHECKING:
     from resq_kernels import ops as ops
     from resq_kernels.api import from_pretrained, quantize
+    from resq_kernels.integrations.float_model import dequantize
     from resq_kernels.nn.decode_graph import DecodeGraph, graph_decoding
     from resq_kernels.nn.kv_cache import ResQCache
     from resq_kernels.nn.linear import ResQLinear
@@ -22,6 +23,7 @@ __all__ = [
     "ResQCache",
     "ResQConfig",
     "ResQLinear",
+    "dequantize",
     "from_pretrained",
     "graph_decoding",
     "quantize",
@@ -32,6 +34,7 @@ _LAZY = {
     "DecodeGraph": "resq_kernels.nn.decode_graph",
     "ResQCache": "resq_kernels.nn.kv_cache",
     "ResQLinear": "resq_kernels.nn.linear",
+    "dequantize": "resq_kernels.integrations.float_model",
     "from_pretrained": "resq_kernels.api",
     "graph_decoding": "resq_kernels.nn.decode_graph",
     "quantize": "resq_kernels.api",

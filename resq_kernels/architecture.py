@@ -29,6 +29,7 @@ HEAD = f"{HEAD_MODULE}.weight"
 HEAD_GAIN = f"{HEAD_MODULE}.gain"
 BASIS_MODULE = f"{EMBEDDING_MODULE}.basis"
 BASIS_ROTATION, BASIS_GAIN = f"{BASIS_MODULE}.rotation", f"{BASIS_MODULE}.gain"
+BASIS_LINEARS = f"{BASIS_MODULE}.linears"
 GUARD = "model.layers.0.self_attn.q_proj.weight"
 """A tensor without elements under the name of a float weight: a loader that does not know the
 format would fill in random weights, and stops at its shape."""

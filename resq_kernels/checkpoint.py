@@ -63,6 +63,11 @@ class StoredFormat(NamedTuple):
         return self.version >= 3 and self.config.has_basis
 
     @property
+    def has_linear_bases(self) -> bool:
+        """Whether what the bases of the linears take besides that is stored."""
+        return self.version >= 6 and self.config.rotates
+
+    @property
     def has_guard(self) -> bool:
         """Whether there is an empty tensor that stops loaders which do not know the format."""
         return self.version >= 3
@@ -181,6 +186,18 @@ def quantized_tensors(
     if stored.has_basis:
         expected[architecture.BASIS_ROTATION] = ((shape.hidden, shape.hidden), (torch.float16,))
         expected[architecture.BASIS_GAIN] = ((shape.hidden,), FLOAT_DTYPES)
+
+    if stored.has_linear_bases:
+        heads, dim, width = shape.kv_heads, shape.head_dim, shape.intermediate
+        for name, sizes in {
+            "norm_gains": (len(architecture.NORMS), shape.hidden),
+            "key_factors": (heads, dim // 2),
+            "values": (heads, dim, dim),
+            "intermediate_factors": (width,),
+            "intermediate_order": (width,),
+        }.items():
+            kind = ((shape.layers, *sizes), (torch.float32,))
+            expected[f"{architecture.BASIS_LINEARS}.{name}"] = kind
 
     def linear(stem: str, rows: int, k_lo: int, k_hi: int) -> None:
         expected[f"{stem}.weight_lo"] = ((rows, k_lo // 2), (torch.uint8,))

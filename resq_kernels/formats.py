@@ -12,7 +12,7 @@ import torch
 
 from resq_kernels.config import ResQConfig
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 _SUM_ROWS = 1024
 # Packed weights consist of blocks of 32 rows on CPUs and of 64 on CUDA. Packed weights of whole

@@ -137,10 +137,10 @@ def test_a_fault_of_the_adapter_is_said(
 ) -> None:
     """Where warnings are errors, too: raised, one would break the import of transformers."""
     words = "models quantized with ResQ do not load in this program: No module named 'missing'"
-    monkeypatch.setattr(resq_kernels_autoload, "ADAPTER", "missing")
+    monkeypatch.setattr(resq_kernels_autoload, "_TRANSFORMERS", "missing")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter(action)
-        resq_kernels_autoload._import_adapter.__wrapped__()
+        resq_kernels_autoload._import_adapter.__wrapped__("missing")
     said = [str(warning.message) for warning in seen] + capsys.readouterr().err.splitlines()
     assert said == [f"resq_kernels: {words}"]
 
@@ -158,8 +158,8 @@ def test_other_import_hooks_see_the_modules(
             asked.append(name)
             return importlib.machinery.PathFinder.find_spec(name, [str(tmp_path)], target)
 
-    monkeypatch.setattr(resq_kernels_autoload, "TRIGGERS", ("awaited",))
-    monkeypatch.setattr(resq_kernels_autoload, "_import_adapter", lambda: imported.append(1))
+    monkeypatch.setattr(resq_kernels_autoload, "TRIGGERS", {"awaited": 1})
+    monkeypatch.setattr(resq_kernels_autoload, "_import_adapter", imported.append)
     ours = resq_kernels_autoload._Finder()
     monkeypatch.setattr(sys, "meta_path", [ours, object(), Other, *sys.meta_path])
     module = importlib.import_module("awaited")

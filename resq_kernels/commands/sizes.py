@@ -30,7 +30,7 @@ def part_sizes(folder: Path) -> dict[str, int]:
 
 def part_of(name: str) -> str:
     """The part that a tensor belongs to, by its name (docs/formats.md, section 6)."""
-    if name.endswith((".key_rotation", ".basis.rotation")):
+    if name.endswith((".key_rotation", ".basis.rotation")) or ".basis.linears." in name:
         return "rotations"
     if "embed_tokens" in name:
         return "embedding"

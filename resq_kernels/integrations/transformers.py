@@ -199,8 +199,8 @@ class ResQQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the weights can be trained."""
-        return False
+        """Whether adapters on the weights can be trained, which stay as they are."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
@@ -237,7 +237,7 @@ def prepare(model: PreTrainedModel, stored: checkpoint.StoredFormat) -> None:
             f"ResQ: sliding_window: expected null, as `resq quantize` writes it, got {window}"
         )
     check_degree(shape, stored.config, transformers_parallel.degree_of(model.config))
-    convert(model, stored.config, stored.tied_head, stored.has_basis)
+    convert(model, stored.config, stored.tied_head, stored.has_basis, stored.has_linear_bases)
     _ignore(model, re.escape(architecture.GUARD.removeprefix(prefix)) + "$")
     register_attention()
     attention = attention_of(stored.config)
@@ -346,6 +346,7 @@ def num_parameters(
     from resq_kernels.nn.embedding import ResQEmbedding, TiedHead
     from resq_kernels.nn.hidden_basis import HiddenBasis
     from resq_kernels.nn.linear import ResQLinear
+    from resq_kernels.nn.linear_basis import LinearBases
     from resq_kernels.nn.tensor_parallel import parallel_of
 
     parallel = parallel_of(model)
@@ -360,7 +361,7 @@ def num_parameters(
         elif isinstance(module, ResQLinear):
             bias = 0 if module.bias is None else module.out_features
             count += degree * (module.out_features * module.in_features + bias)
-        elif not isinstance(module, (ResQAttention, TiedHead, HiddenBasis)):
+        elif not isinstance(module, (ResQAttention, TiedHead, HiddenBasis, LinearBases)):
             count += sum(parameter.numel() for parameter in own)
     return count
 

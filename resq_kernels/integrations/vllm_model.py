@@ -61,7 +61,7 @@ class ResQForCausalLM(nn.Module):
             inner: Any = AutoModelForCausalLM.from_config(
                 config, dtype=vllm_config.model_config.dtype
             )
-        convert(inner, options, tied_head, stored.has_basis)
+        convert(inner, options, tied_head, stored.has_basis, stored.has_linear_bases)
         # Its table is computed, not loaded: on the device that vLLM has made the default.
         inner.model.rotary_emb = type(inner.model.rotary_emb)(config)
         if inner.model.rotary_emb.rope_type in ("dynamic", "longrope"):

@@ -22,6 +22,7 @@ from resq_kernels.nn.fused import FusesLinears
 from resq_kernels.nn.hidden_basis import HiddenBasis, RotatedEmbedding, attach
 from resq_kernels.nn.layer import quantized_class
 from resq_kernels.nn.linear import ResQLinear
+from resq_kernels.nn.linear_basis import LinearBases
 from resq_kernels.nn.mlp import ResQMLP
 from resq_kernels.nn.norm import HeadNorm, ResQRMSNorm
 
@@ -37,7 +38,11 @@ up_proj in Llama-3-8B."""
 
 
 def convert(
-    model: PreTrainedModel, config: ResQConfig, tied_head: bool, stores_basis: bool = True
+    model: PreTrainedModel,
+    config: ResQConfig,
+    tied_head: bool,
+    stores_basis: bool = True,
+    stores_linears: bool = True,
 ) -> None:
     """Replaces modules of a model in place: norms, attention and MLP of every decoder layer, the
     layer's `forward`, and embedding and lm_head if they are in 8 bits. The last norm stays.
@@ -51,6 +56,7 @@ def convert(
         config: how the checkpoint was quantized.
         tied_head: whether the head reads the embedding's matrix; with `embedding_bits` 8 only.
         stores_basis: whether the checkpoint of a rotated model holds the rotation.
+        stores_linears: whether it holds the bases of the linears.
 
     Raises:
         ValueError: another architecture, or columns that do not split as `high_fraction` demands.
@@ -64,6 +70,8 @@ def convert(
     basis = None
     if config.has_basis:
         basis = HiddenBasis(shape.hidden, stored=stores_basis, dtype=like.dtype, device=like.device)
+        if stores_linears:
+            basis.linears = LinearBases(shape, like.device)
     if config.embedding_bits == 8:
         _convert_embedding(model, decoder, config, tied_head, basis)
     elif basis is not None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from resq_kernels.nn.linear import keep_dtype
+
+if TYPE_CHECKING:
+    from resq_kernels.nn.linear_basis import LinearBases
 
 # The attribute of a restored tensor that holds what it was restored from.
 _ROTATED = "resq_rotated"
@@ -32,12 +35,15 @@ class HiddenBasis(nn.Module):
     Attributes:
         rotation: U_A, float16 [K, K], or None if it is not stored; no `.to(dtype)` casts it.
         gain: g [K], or None.
+        linears: what the bases of the linears take besides, or None; formats before 6 do not hold
+            it.
 
     Source: arXiv 2412.14363, section 4.2 (U_A).
     """
 
     rotation: nn.Parameter | None
     gain: nn.Parameter | None
+    linears: LinearBases | None
 
     def __init__(
         self,
@@ -50,6 +56,7 @@ class HiddenBasis(nn.Module):
         super().__init__()
         self.register_parameter("rotation", None)
         self.register_parameter("gain", None)
+        self.register_module("linears", None)
         if stored:
             eye = torch.eye(hidden_size, dtype=torch.float16, device=device)
             self.rotation = nn.Parameter(eye, requires_grad=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from resq_kernels import architecture
+from resq_kernels.architecture import layer_prefix
 from resq_kernels.checkpoint import quantization_config, validate
 from resq_kernels.config import ResQConfig
 from resq_kernels.ptq.basis import Basis
@@ -133,6 +134,7 @@ def save(
         rotations += [*rotation.keys[:, None], rotation.hidden.half()]
         writer.add(architecture.BASIS_ROTATION, rotations[-1])
         writer.add(architecture.BASIS_GAIN, norm)
+        writer.add_all(linear_bases(model, rotation))
     writer.add(architecture.GUARD, torch.empty(0, dtype=torch.uint8))
     writer.finish()
     settings = dict(model.reader.config)
@@ -156,6 +158,23 @@ def save(
     write_json(folder / "config.json", settings)
     validate(folder)
     return folder
+
+
+def linear_bases(model: SourceModel, rotation: Rotation) -> dict[str, torch.Tensor]:
+    """What the bases of the linears take besides U_A (docs/formats.md section 6), by name."""
+    gains = [
+        model.reader.load(f"{layer_prefix(index)}{norm}.weight")
+        for index in range(model.shape.layers)
+        for norm in architecture.NORMS
+    ]
+    tensors = {
+        "norm_gains": torch.stack(gains).unflatten(0, (-1, len(architecture.NORMS))),
+        "key_factors": rotation.key_factors,
+        "values": rotation.values,
+        "intermediate_factors": rotation.intermediate_factors,
+        "intermediate_order": rotation.intermediate_order,
+    }
+    return {f"{architecture.BASIS_LINEARS}.{name}": t.float() for name, t in tensors.items()}
 
 
 def publish(folder: Path, out: Path, work: Workspace) -> None:

@@ -16,6 +16,7 @@ from resq_kernels.nn.attention import ResQAttention
 from resq_kernels.nn.convert import pack
 from resq_kernels.nn.embedding import ResQEmbedding, TiedHead
 from resq_kernels.nn.linear import ResQLinear
+from resq_kernels.nn.linear_basis import LinearBases
 from resq_kernels.safetensors_io import (
     SINGLE_FILE,
     read_json,
@@ -92,12 +93,24 @@ def randomize(model: Any, options: ResQConfig, seed: int = 0) -> None:
         basis.rotation.copy_(_orthogonal(len(basis.rotation)))
         basis.gain.uniform_(0.5, 1.5)
         rotations.append(basis.rotation)
+        _randomize_bases(basis.linears, layer.self_attn.q_norm is not None)
     pack(model)
     hashes = tensors_hash(()), tensors_hash(rotations)
     entry = checkpoint.quantization_config(options, *hashes, tied_head)
     model.config.quantization_config = ResQQuantizationConfig(**entry)
     model.hf_quantizer = ResQQuantizer(model.config.quantization_config, pre_quantized=True)
     model.is_quantized = True
+
+
+def _randomize_bases(linears: LinearBases, has_head_norms: bool) -> None:
+    linears.norm_gains.uniform_(0.5, 1.5)
+    if not has_head_norms:  # a norm undoes them
+        linears.key_factors.uniform_(0.5, 1.5)
+    linears.intermediate_factors.uniform_(0.5, 1.5)
+    for index in range(len(linears.values)):
+        for matrix in linears.values[index]:
+            matrix.copy_(_orthogonal(len(matrix)) * (0.5 + torch.rand(len(matrix))))
+        linears.intermediate_order[index] = torch.randperm(linears.intermediate_order.shape[1])
 
 
 def _orthogonal(size: int) -> torch.Tensor:
@@ -121,16 +134,20 @@ def head_input(model: Any, ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
 def make_older(folder: Path, version: int) -> None:
     """Rewrites a quantized folder of one file in an older format.
 
-    Before 5 there was no `hadamard_block`, so the model must have been made with 0; before 3 no
-    basis and no guard.
+    Before 6 there were no bases of linears; before 5 no `hadamard_block`, so the model must have
+    been made with 0; before 3 no basis and no guard.
     """
     content = read_json(folder / "config.json")
-    assert not content["quantization_config"].pop("hadamard_block"), "a format of whole rows"
+    if version < 5:
+        block = content["quantization_config"].pop("hadamard_block")
+        assert not block, "a format of whole rows"
     tensors = load_file(folder / SINGLE_FILE)
+    missing = [name for name in tensors if name.startswith(architecture.BASIS_LINEARS)]
     if version < 3:
-        for name in (architecture.GUARD, architecture.BASIS_ROTATION, architecture.BASIS_GAIN):
-            tensors.pop(name, None)
-        save_tensors(folder / SINGLE_FILE, tensors)
+        missing += [architecture.GUARD, architecture.BASIS_ROTATION, architecture.BASIS_GAIN]
+    for name in missing:
+        tensors.pop(name, None)
+    save_tensors(folder / SINGLE_FILE, tensors)
     layers = range(content["num_hidden_layers"])
     keys = [architecture.layer_prefix(layer) + architecture.KEY_ROTATION for layer in layers]
     keys += [architecture.BASIS_ROTATION]

@@ -86,6 +86,7 @@ def test_info_of_a_model_counts_every_byte(tmp_path: Path, resq: Callable[..., R
         ("model.layers.3.self_attn.key_rotation", "rotations"),
         ("model.embed_tokens.basis.rotation", "rotations"),
         ("model.embed_tokens.basis.gain", "embedding"),
+        ("model.embed_tokens.basis.linears.values", "rotations"),
         ("model.embed_tokens.weight", "embedding"),
         ("lm_head.weight", "head"),
         ("model.norm.weight", "other"),

@@ -48,7 +48,8 @@ def test_quantize_writes_a_whole_folder_and_the_documented_keys(
     rows = {112 // 2 + 16: 256 + 128 + 128 + 192 + 192, 224 // 2 + 32: 128, 160 // 2 + 32: 128}
     assert sizes["linears"] == 2 * sum(width * count for width, count in rows.items())
     assert sizes["linear_scales"] == 2 * sum(rows.values()) * 2 * 4
-    assert sizes["rotations"] == 2 * 64 * 64 * 2 + 128 * 128 * 2
+    of_linears = 2 * 128 + 2 * 32 + 2 * 64 * 64 + 2 * 192  # gains, key factors, U_B, factors, order
+    assert sizes["rotations"] == 2 * 64 * 64 * 2 + 128 * 128 * 2 + 2 * of_linears * 4
     assert f"{out}" in result.out and "14 linears" in result.out
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
     info = resq("info", out)
@@ -236,7 +237,7 @@ def test_the_block_reaches_the_folder(
         result = resq("quantize", llama, out, *options, "--hadamard-block", block)
         assert result.code == 0, result.err
         stored = json.loads((out / "config.json").read_text())["quantization_config"]
-        assert (stored["hadamard_block"], stored["format_version"]) == (block, 5)
+        assert (stored["hadamard_block"], stored["format_version"]) == (block, 6)
         mlp = from_pretrained(out).model.layers[0].mlp
         assert (mlp.hadamard_block, mlp.down_proj.row_format.k_hi) == (block, high)
     for more, words in (

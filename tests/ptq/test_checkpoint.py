@@ -167,8 +167,8 @@ def test_rotation_of_another_model(copy: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("format_version", 6, "format_version: expected 1 to 5, got 6; a newer resq_kernels"),
-        ("format_version", "1", "format_version: expected 1 to 5, got '1'"),
+        ("format_version", 7, "format_version: expected 1 to 6, got 7; a newer resq_kernels"),
+        ("format_version", "1", "format_version: expected 1 to 6, got '1'"),
         ("format_version", 3, "activation_clip: expected 1 in format_version 3"),
         ("activation_clip", 0.0, "activation_clip: expected (0, 1], got 0.0"),
         ("quant_method", "gptq", "quant_method: expected 'resq', got 'gptq'"),
