@@ -65,7 +65,7 @@ class StoredFormat(NamedTuple):
     @property
     def has_linear_bases(self) -> bool:
         """Whether what the bases of the linears take besides that is stored."""
-        return self.version >= 6 and self.config.rotates
+        return self.version >= 6 and self.config.has_basis
 
     @property
     def has_guard(self) -> bool:

@@ -1,6 +1,7 @@
 """LoRA of peft over the quantized linears: `peft.get_peft_model(quantized, LoraConfig(...))`.
 
-Importing it puts `ResQLoraModel` in the place of peft's `LoraModel`, which it is for other models.
+Importing it puts the classes of this module in the places of peft's own, which they are for models
+that are not quantized.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensModel
 from peft.utils import PeftType
 from torch import nn
 from torch.nn import functional as F
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 from resq_kernels.architecture import LINEARS
 from resq_kernels.formats import MixedTensor
 from resq_kernels.nn.fused import FusesLinears
+from resq_kernels.nn.hidden_basis import RotatedEmbedding
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.linear_basis import LinearBasis, bases_of, turned
 from resq_kernels.nn.straight import StraightRows, needs_gradient
@@ -93,6 +96,23 @@ class ResQLoraModel(LoraModel):
                     f"LoRA: target_modules: {name}: expected a quantized linear, got a rotated "
                     f"{type(module).__name__} in 16 bits (embedding_bits)"
                 )
+
+
+class ResQTrainableTokensModel(TrainableTokensModel):
+    """`TrainableTokensModel`, which reads the weight of an embedding and does not call it."""
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Refuses rotated embeddings.
+
+        Raises:
+            ValueError: an embedding in 16 bits is rotated; one in 8 bits refuses by itself.
+        """
+        if any(isinstance(module, RotatedEmbedding) for module in model.modules()):
+            raise ValueError(
+                "TrainableTokens: expected the float model's embedding, got a rotated one in 16 "
+                "bits (embedding_bits), whose rows are not the float model's: train them there"
+            )
+        super()._prepare_model(peft_config, model)
 
 
 class AdaptedLinear(nn.Module, LoraLayer):
@@ -278,3 +298,4 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = ResQLoraModel
+PEFT_TYPE_TO_TUNER_MAPPING[PeftType.TRAINABLE_TOKENS] = ResQTrainableTokensModel

@@ -13,6 +13,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+import resq_kernels_autoload
 from resq_kernels import architecture, checkpoint
 from resq_kernels.config import ResQConfig
 from resq_kernels.formats import QuantizedWeight
@@ -224,6 +225,8 @@ def prepare(model: PreTrainedModel, stored: checkpoint.StoredFormat) -> None:
     from resq_kernels.nn.convert import convert
     from resq_kernels.nn.tensor_parallel import check_degree
 
+    # peft may have imported torch, which called this while there was nothing of peft yet.
+    resq_kernels_autoload.register()
     prefix = architecture.DECODER_PREFIX
     if f"{model.base_model_prefix}." != prefix:
         raise ValueError(

@@ -69,7 +69,7 @@ class LinearBasis:
     columns low | high, for o; W diag(1/f), then columns low | high, the low ones times H^T, for
     down. R W is diag(1/k) W for q; diag(k) W for k; U_B^T W for v; W for gate and diag(f) W for up,
     then rows in the order of down's columns; U_A^T W for o and down. An update B A of W is
-    therefore (R B) (A C).
+    therefore (R B) (A C). With method "quik" g stays in the norms, and there is no H.
 
     Attributes:
         name: one of `architecture.LINEARS`.
@@ -77,7 +77,8 @@ class LinearBasis:
         hidden: U_A, and the rest in `linears`.
         heads: query heads.
         k_hi: INT8 columns of the linear.
-        block: of the Hadamard transform before down_proj, as in `hadamard.transform_low`.
+        rotated: whether the linears hold the gains, and a Hadamard transform is before down_proj.
+        block: of that transform, as in `hadamard.transform_low`.
 
     Source: `ptq.fuse`; tests/ptq/test_linear_basis.py keeps the two together.
     """
@@ -87,6 +88,7 @@ class LinearBasis:
     hidden: HiddenBasis
     heads: int
     k_hi: int
+    rotated: bool
     block: int
 
     def check(self) -> LinearBases:
@@ -166,14 +168,15 @@ class LinearBasis:
         return tensor.to(like)
 
     def _gain(self, like: torch.Tensor) -> torch.Tensor:
-        return self._of("norm_gains", like)[int(self.name in GATE_UP)]
+        gain = self._of("norm_gains", like)[int(self.name in GATE_UP)]
+        return gain if self.rotated else torch.ones_like(gain)
 
     def _rotation(self, like: torch.Tensor) -> torch.Tensor:
         assert self.hidden.rotation is not None
         return self.hidden.rotation.to(like)
 
     def _transform(self, w: torch.Tensor) -> torch.Tensor:
-        return hadamard.transform_low(w, self.k_hi, self.block)
+        return hadamard.transform_low(w, self.k_hi, self.block) if self.rotated else w
 
     def _order(self, like: torch.Tensor) -> torch.Tensor:
         return self.check().intermediate_order[self.layer].to(like.device, torch.int64)
@@ -192,7 +195,7 @@ def bases_of(decoder: Any) -> Iterator[tuple[str, LinearBasis | None]]:
         for name in LINEARS:
             basis = None
             if hidden is not None:
-                own = (attention.heads, k_hi.get(name, 0), mlp.hadamard_block)
+                own = (attention.heads, k_hi.get(name, 0), mlp.hadamard, mlp.hadamard_block)
                 basis = LinearBasis(name, index, hidden, *own)
             yield f"layers.{index}.{name}", basis
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +115,17 @@ def test_adapters_are_the_float_model_s(model_type: str) -> None:
     assert relative(logits(adapted), logits(expected)) > 0.5 * effect
 
 
-def test_an_adapter_of_the_float_model_over_its_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["resq", "quik"])
+def test_an_adapter_of_the_float_model_over_its_folder(tmp_path: Path, method: str) -> None:
     """From a real run of the quantizer, through files in both directions."""
     source = save_tiny_model(tmp_path / "source")
     tokens = torch.randint(0, 256, (2, 32))
-    config = ResQConfig(weights="rtn", lo_bits=8, kv_bits=16)
+    config = ResQConfig(method=method, weights="rtn", lo_bits=8, kv_bits=16)
     quantize_folder(source, tmp_path / "out", tokens, config, progress=False)
     load = AutoModelForCausalLM.from_pretrained
     trained, quantized = adapt(load(source), 0.05), load(tmp_path / "out")
     error = relative(logits(quantized), logits(load(source)))
+    assert relative(logits(resq_kernels.dequantize(quantized)), logits(load(source))) < 1.2 * error
     trained.save_pretrained(tmp_path / "adapter")
     adapted = peft.PeftModel.from_pretrained(quantized, tmp_path / "adapter")
     found = relative(logits(adapted), logits(trained))
@@ -393,3 +397,20 @@ def test_a_dequantized_model_is_an_ordinary_one(tmp_path: Path) -> None:
         again = AutoModelForCausalLM.from_pretrained(tmp_path / f"{tied}")
         assert torch.equal(logits(again), logits(source))
         assert not any("resq" in type(module).__module__ for module in again.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["peft", "torch", "transformers", "resq_kernels"])
+def test_whatever_is_imported_first(model: Any, tmp_path: Path, first: str) -> None:
+    """peft imports torch, which calls our entry point before there is anything of peft."""
+    model.save_pretrained(tmp_path)
+    script = (
+        f"import {first}\nimport transformers, peft\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained('.')\n"
+        "adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=['q_proj']))\n"
+        "print(type(adapted.base_model).__name__)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.stdout.split() == ["ResQLoraModel"], run.stderr

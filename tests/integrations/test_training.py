@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from resq_kernels import ResQConfig
 from resq_kernels.testing.quantized_models import random_quantized
 
 IDS = torch.arange(5, 30)[None]
@@ -77,6 +78,16 @@ def test_adapters_of_peft(model: Any, kind: str) -> None:
         peft.get_peft_model(model, config)(input_ids=IDS, labels=IDS).loss.backward()
 
 
+def test_tokens_of_an_embedding_in_16_bits() -> None:
+    """peft reads its weight, which is rotated."""
+    config = peft.TrainableTokensConfig(token_indices=[3])
+    with pytest.raises(ValueError, match="TrainableTokens: expected the float model's embedding"):
+        peft.get_peft_model(random_quantized("llama", ResQConfig(embedding_bits=16)), config)
+    plain = random_quantized("llama", ResQConfig(method="rtn", embedding_bits=16))
+    expected = plain(IDS).logits
+    assert torch.equal(peft.get_peft_model(plain, config)(input_ids=IDS).logits, expected)
+
+
 @pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PromptEncoderConfig])
 def test_a_soft_prompt_is_trained(model: Any, kind: Any) -> None:
     """Its vectors are the float model's embeddings, so that it serves the float model too."""
@@ -89,7 +100,7 @@ def test_a_soft_prompt_is_trained(model: Any, kind: Any) -> None:
         loss = prompted(input_ids=IDS, labels=IDS).loss
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.05
 
 

@@ -60,10 +60,15 @@ def linear_basis(
 ) -> LinearBasis:
     shape = model.shape
     k_hi = shape.k_hi(name, config) if name in (O_PROJ, DOWN_PROJ) else 0
-    return LinearBasis(name, 1, basis, shape.heads, k_hi, shape.hadamard_block(config))
+    block = shape.hadamard_block(config)
+    return LinearBasis(name, 1, basis, shape.heads, k_hi, config.rotates, block)
 
 
-CONFIGS = {"blocks": ResQConfig(), "whole rows": ResQConfig(method="quarot", weights="rtn")}
+CONFIGS = {
+    "blocks": ResQConfig(),
+    "whole rows": ResQConfig(method="quarot", weights="rtn"),
+    "no transform": ResQConfig(method="quik", weights="rtn"),
+}
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
