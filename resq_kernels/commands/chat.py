@@ -30,6 +30,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `resq chat`."""
     loading.add_model_arguments(parser)
+    loading.add_adapter_argument(parser)
     add_system_argument(parser)
     streaming.add_sampling_arguments(parser, new_tokens=512)
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         CommandError: the model cannot be used, or its chat template refuses the system message.
         UsageError: the input is not text, or (where it is not a terminal) a message does not fit.
     """
-    output.check_target(args.json, reads=[args.model])
+    output.check_target(args.json, reads=[args.model, args.adapter])
     if args.system is not None:
         streaming.check_text(args.system, "--system")
     device = loading.choose_device(args.device)
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
         }
         for turn in turns
     ]
-    output.write_json(args.json, {"model": args.model, "turns": figures})
+    output.write_json(args.json, {"model": args.model, "adapter": args.adapter, "turns": figures})
 
 
 def _messages(terminal: bool) -> Iterator[str]:

@@ -28,6 +28,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `resq generate`."""
     loading.add_model_arguments(parser)
+    loading.add_adapter_argument(parser)
     parser.add_argument(
         "--prompt", required=True, metavar="TEXT", help="text to continue; - reads stdin"
     )
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
         CommandError: the model cannot be used.
         UsageError: the prompt is empty, too long or not text, or --system comes without --chat.
     """
-    output.check_target(args.json, reads=[args.model])
+    output.check_target(args.json, reads=[args.model, args.adapter])
     if args.system is not None and not args.chat:
         raise UsageError("--system: needs --chat")
     prompt = _prompt(args.prompt)
@@ -77,8 +78,8 @@ def run(args: argparse.Namespace) -> None:
             out=sys.stdout,
         )
         text = tokenizer.decode([*ids, *done.shown], skip_special_tokens=True)
-        said = tokenizer.decode(done.shown, skip_special_tokens=True)
-        if tokenizer.chat_template and not said.strip():
+        new_text = tokenizer.decode(done.shown, skip_special_tokens=True)
+        if tokenizer.chat_template and not new_text.strip():
             sys.stderr.write(
                 "resq: the model ended the text without a word; its tokenizer has a chat template, "
                 "and an instruct model wants --chat\n"
@@ -88,7 +89,8 @@ def run(args: argparse.Namespace) -> None:
         f"resq: {done.prompt_tokens} prompt tokens in {done.prefill_seconds:.2f} s, "
         f"{len(done.ids)} new tokens{speed}\n"
     )
-    output.write_json(args.json, {"model": args.model, "text": text, **done.figures()})
+    said = {"model": args.model, "adapter": args.adapter, "text": text}
+    output.write_json(args.json, {**said, **done.figures()})
 
 
 def _tokens(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -62,6 +62,16 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    """--adapter, as every command that generates text takes it."""
+    parser.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        help="a LoRA adapter of peft, folder or hub name, that was trained on the float model or "
+        "on a quantized one",
+    )
+
+
 def choose_device(asked: str | None) -> str:
     """The device that was asked for, or "cuda" where its kernels run, else "cpu".
 
@@ -215,6 +225,40 @@ def load_model(
             + (f" and {len(missing) - 1} other tensors" if len(missing) > 1 else "")
         )
     return loaded.to(device).eval()
+
+
+def check_adapter(adapter: str) -> None:
+    """Refuses what is not an adapter of peft, before a model is loaded.
+
+    Raises:
+        CommandError: peft is missing, or it is a folder of something else.
+    """
+    if not _installed("peft"):
+        raise CommandError("--adapter: needs peft; run `pip install peft`")
+    folder = Path(adapter)
+    if folder.exists() and not (folder / "adapter_config.json").is_file():
+        raise CommandError(f"{adapter}: not a folder of a peft adapter (no adapter_config.json)")
+
+
+def load_adapter(model: PreTrainedModel, adapter: str) -> None:
+    """Puts an adapter of peft on a loaded model, and makes it the active one.
+
+    Raises:
+        CommandError: there is no such adapter, or it is another model's; the message says why.
+    """
+    try:
+        report = model.load_adapter(adapter)
+    except Exception as error:
+        if "ignore_mismatched_sizes" in str(error):  # "see the above report", which is silenced
+            raise CommandError(
+                f"{adapter}: the adapter has tensors of other shapes than this model's"
+            ) from error
+        raise CommandError(_why(adapter, error)) from error
+    # The library fills a missing tensor with what training begins with, and says so in a warning.
+    for names, what in ((report.missing_keys, "lacks"), (report.unexpected_keys, "has an unknown")):
+        if names:
+            raise CommandError(f"{adapter}: the adapter {what} {min(names)}")
+    model.eval()
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

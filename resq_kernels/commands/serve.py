@@ -30,6 +30,7 @@ PACKAGES = ("accelerate", "fastapi", "openai", "pydantic", "uvicorn")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `resq serve`."""
     loading.add_model_arguments(parser)
+    loading.add_adapter_argument(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: this machine's own)"
     )
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         CommandError: the model cannot be used, a package is missing, or the port is taken.
     """
-    output.check_target(args.json, reads=[args.model])
+    output.check_target(args.json, reads=[args.model, args.adapter])
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandError(
@@ -67,7 +68,9 @@ def run(args: argparse.Namespace) -> None:
         # The signal that ended the server is raised again once it has ended.
         with contextlib.suppress(KeyboardInterrupt):
             Server(app).run(sockets=[listener])
-    output.write_json(args.json, {"model": args.model, "requests": app.requests})
+    output.write_json(
+        args.json, {"model": args.model, "adapter": args.adapter, "requests": app.requests}
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -151,16 +151,21 @@ def check_text(text: str, what: str) -> None:
 
 
 def load(args: argparse.Namespace, device: str) -> PreTrainedModel:
-    """The model of MODEL with the ids of special tokens that its generation_config.json names.
+    """The model of MODEL, with --adapter and the ids of special tokens that its
+    generation_config.json names.
 
     Says on stderr which other settings of that file are not used.
 
     Raises:
-        CommandError: the model does not load.
+        CommandError: the model or the adapter does not load.
         CheckpointError: the file is not a JSON object.
     """
+    if args.adapter is not None:
+        loading.check_adapter(args.adapter)
     ids = _token_ids(args.model)
     model = loading.load_model(args.model, args.dtype, device, args.lo_bits)
+    if args.adapter is not None:
+        loading.load_adapter(model, args.adapter)
     for name, value in ids.items():
         setattr(model.generation_config, name, value)
     return model

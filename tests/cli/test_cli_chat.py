@@ -194,7 +194,7 @@ def test_lines_of_a_pipe_are_turns(
     result = resq("chat", folder, "--max-new-tokens", 6, "--json", target)
     assert result.code == 0, result.err
     figures = json.loads(target.read_text())
-    assert set(figures) == {"model", "turns"}
+    assert set(figures) == {"model", "adapter", "turns"}
     turns = figures["turns"]
     assert [turn["user"] for turn in turns] == ["hi", "you", "hi"]
     assert set(turns[0]) == {

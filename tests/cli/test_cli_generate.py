@@ -18,6 +18,7 @@ from resq_kernels.commands import streaming
 
 KEYS = {
     "model",
+    "adapter",
     "text",
     "prompt_tokens",
     "new_tokens",
