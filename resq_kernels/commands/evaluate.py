@@ -42,6 +42,7 @@ TASK_OPTIONS = ("num_fewshot", "limit", "batch_size", "include_path")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `resq eval`."""
     loading.add_model_arguments(parser)
+    loading.add_adapter_argument(parser)
     add_text_arguments(parser, "without --text and --tasks")
     parser.add_argument(
         "--reference",
@@ -135,6 +136,10 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("--needle-contexts: needs --needle")
     if args.needle and not wants_perplexity:
         raise UsageError("--needle: needs a text, add --text FILE or --dataset wikitext2")
+    if args.adapter is not None:
+        if args.fake_quant:
+            raise UsageError("--fake-quant: expected a model without --adapter")
+        loading.check_adapter(args.adapter)
     device = loading.choose_device(args.device)
     config = loading.load_config(args.model, args.lo_bits)
     source = texts.WIKITEXT2 if args.text is None else args.text
@@ -153,7 +158,7 @@ def run(args: argparse.Namespace) -> None:
     tasks = None if harness is None else _find_tasks(harness, args)
     tokenizer = loading.load_tokenizer(args.model)
     bits = None if stored is None else stored.get("lo_bits")
-    figures: dict[str, Any] = {"model": args.model, "lo_bits": bits}
+    figures: dict[str, Any] = {"model": args.model, "adapter": args.adapter, "lo_bits": bits}
     tokens, seqlen, contexts = None, 0, []
     if wants_perplexity:
         seqlen = loading.choose_seqlen(args.seqlen, config)
@@ -171,6 +176,9 @@ def run(args: argparse.Namespace) -> None:
     model = loading.load_model(args.model, args.dtype, device, args.lo_bits)
     if args.reference is not None:
         reference = loading.load_model(args.reference, args.dtype, device)
+    if args.adapter is not None:
+        for loaded in filter(None, (model, reference)):
+            loading.load_adapter(loaded, args.adapter)
     figures["fake_quant"] = args.fake_quant
     with _path(model, args.fake_quant):
         if tokens is not None:
@@ -225,6 +233,8 @@ def _needle(
 
 def _print(figures: dict[str, Any]) -> None:
     rows = [("model", str(figures["model"]))]
+    if figures["adapter"] is not None:
+        rows.append(("adapter", figures["adapter"]))
     if figures["lo_bits"] is not None:
         rows.append(("activations", f"low part in {figures['lo_bits']} bits"))
     if figures["fake_quant"]:

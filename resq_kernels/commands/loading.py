@@ -63,7 +63,7 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
-    """--adapter, as every command that generates text takes it."""
+    """--adapter, as every command that runs one model takes it."""
     parser.add_argument(
         "--adapter",
         metavar="FOLDER",

@@ -89,6 +89,22 @@ def test_a_conversation_with_an_adapter(
     assert answers[0]["turns"][0]["assistant"] != answers[1]["turns"][0]["assistant"]
 
 
+def test_an_evaluation_puts_it_on_both_models(
+    llama: Path, text_file: Path, adapter: Path, tmp_path: Path, resq: Callable[..., Result]
+) -> None:
+    given = ("eval", llama, "--text", text_file, "--seqlen", 32, "--reference", llama)
+    target, found = tmp_path / "out.json", []
+    for options in ((), ("--adapter", adapter)):
+        result = resq(*given, *options, "--json", target)
+        assert result.code == 0, result.err
+        found.append(json.loads(target.read_text()))
+    assert found[1]["adapter"] == str(adapter) and str(adapter) in result.out
+    assert found[1]["kl_to_reference"] == 0.0
+    assert found[1]["perplexity"] != found[0]["perplexity"]
+    result = resq("eval", llama, "--text", text_file, "--adapter", adapter, "--fake-quant")
+    assert result.code == 2 and "--fake-quant: expected a model without --adapter" in result.err
+
+
 def test_adapters_that_do_not_fit(
     llama: Path, adapter: Path, tmp_path: Path, resq: Callable[..., Result]
 ) -> None:

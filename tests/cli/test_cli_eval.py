@@ -20,6 +20,7 @@ from resq_kernels.evaluate import cut_windows, perplexity
 
 KEYS = {
     "model",
+    "adapter",
     "lo_bits",
     "text",
     "fake_quant",
