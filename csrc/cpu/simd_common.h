@@ -36,6 +36,8 @@ namespace resq::cpu {
 // x + kRoundMagic rounds |x| < 2^22 half to even and leaves the integer in the low mantissa bits.
 inline constexpr float kRoundMagic = 0x1.8p23f;
 
+constexpr int64_t float_bytes(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
+
 // GNU vectors of kWidth numbers, a power of two: a register, or a narrower or wider part of a row.
 template <int kWidth>
 struct Vectors {

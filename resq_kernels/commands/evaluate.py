@@ -136,10 +136,8 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("--needle-contexts: needs --needle")
     if args.needle and not wants_perplexity:
         raise UsageError("--needle: needs a text, add --text FILE or --dataset wikitext2")
-    if args.adapter is not None:
-        if args.fake_quant:
-            raise UsageError("--fake-quant: expected a model without --adapter")
-        loading.check_adapter(args.adapter)
+    if args.adapter is not None and args.fake_quant:
+        raise UsageError("--fake-quant: expected a model without --adapter")
     device = loading.choose_device(args.device)
     config = loading.load_config(args.model, args.lo_bits)
     source = texts.WIKITEXT2 if args.text is None else args.text
@@ -173,12 +171,9 @@ def run(args: argparse.Namespace) -> None:
             count = args.needle_contexts or NEEDLE_CONTEXTS
             contexts = [make_contexts(tokenizer, tokens, length, count) for length in args.needle]
     reference = None
-    model = loading.load_model(args.model, args.dtype, device, args.lo_bits)
+    model = loading.load_model(args.model, args.dtype, device, args.lo_bits, args.adapter)
     if args.reference is not None:
-        reference = loading.load_model(args.reference, args.dtype, device)
-    if args.adapter is not None:
-        for loaded in filter(None, (model, reference)):
-            loading.load_adapter(loaded, args.adapter)
+        reference = loading.load_model(args.reference, args.dtype, device, adapter=args.adapter)
     figures["fake_quant"] = args.fake_quant
     with _path(model, args.fake_quant):
         if tokens is not None:

@@ -180,7 +180,11 @@ def check_folder(folder: Path) -> None:
 
 
 def load_model(
-    model: str, dtype: str = "auto", device: str = "cpu", lo_bits: int | None = None
+    model: str,
+    dtype: str = "auto",
+    device: str = "cpu",
+    lo_bits: int | None = None,
+    adapter: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model in eval mode; quantized folders run their kernels.
 
@@ -188,13 +192,17 @@ def load_model(
         model, lo_bits: as `load_config` takes them.
         dtype: one of DTYPES.
         device: where it computes.
+        adapter: a LoRA adapter of peft that is put on it.
 
     Raises:
-        CommandError: as `load_config`, or the checkpoint does not load; the message says why.
+        CommandError: as `load_config`, or the checkpoint or the adapter does not load; the message
+            says why.
     """
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig
 
+    if adapter is not None:
+        _check_adapter(adapter)
     config = load_config(model, lo_bits)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     loader = AutoModelForCausalLM
@@ -224,10 +232,13 @@ def load_model(
             f"{model}: the checkpoint lacks {missing[0]}"
             + (f" and {len(missing) - 1} other tensors" if len(missing) > 1 else "")
         )
-    return loaded.to(device).eval()
+    loaded.to(device)
+    if adapter is not None:
+        _load_adapter(loaded, adapter)
+    return loaded.eval()
 
 
-def check_adapter(adapter: str) -> None:
+def _check_adapter(adapter: str) -> None:
     """Refuses what is not an adapter of peft, before a model is loaded.
 
     Raises:
@@ -240,7 +251,7 @@ def check_adapter(adapter: str) -> None:
         raise CommandError(f"{adapter}: not a folder of a peft adapter (no adapter_config.json)")
 
 
-def load_adapter(model: PreTrainedModel, adapter: str) -> None:
+def _load_adapter(model: PreTrainedModel, adapter: str) -> None:
     """Puts an adapter of peft on a loaded model, and makes it the active one.
 
     Raises:
@@ -258,7 +269,6 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> None:
     for names, what in ((report.missing_keys, "lacks"), (report.unexpected_keys, "has an unknown")):
         if names:
             raise CommandError(f"{adapter}: the adapter {what} {min(names)}")
-    model.eval()
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

@@ -160,12 +160,8 @@ def load(args: argparse.Namespace, device: str) -> PreTrainedModel:
         CommandError: the model or the adapter does not load.
         CheckpointError: the file is not a JSON object.
     """
-    if args.adapter is not None:
-        loading.check_adapter(args.adapter)
     ids = _token_ids(args.model)
-    model = loading.load_model(args.model, args.dtype, device, args.lo_bits)
-    if args.adapter is not None:
-        loading.load_adapter(model, args.adapter)
+    model = loading.load_model(args.model, args.dtype, device, args.lo_bits, args.adapter)
     for name, value in ids.items():
         setattr(model.generation_config, name, value)
     return model

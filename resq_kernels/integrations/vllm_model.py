@@ -23,7 +23,8 @@ from resq_kernels import checkpoint, ops
 from resq_kernels.architecture import ModelShape
 from resq_kernels.formats import join_heads
 from resq_kernels.kv_pages import tile_tokens, token_bytes
-from resq_kernels.nn.attention import ResQAttention, apply_rope
+from resq_kernels.nn.attention import ResQAttention
+from resq_kernels.nn.batch import apply_rope
 from resq_kernels.nn.convert import convert, pack
 from resq_kernels.nn.hidden_basis import embedded
 

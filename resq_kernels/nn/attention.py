@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from resq_kernels.formats import MixedTensor, join_heads
-from resq_kernels.nn.batch import Batch, ForwardPass, rope_of
+from resq_kernels.nn.batch import Batch, ForwardPass, apply_rope, rope_of
 from resq_kernels.nn.fused import FusesLinears
 from resq_kernels.nn.linear import ResQLinear, keep_dtype
 from resq_kernels.nn.norm import HeadNorm
@@ -237,10 +237,3 @@ def named_cache(cache: Cache | None, kwargs: dict[str, object]) -> Cache | None:
             f"under {', '.join(given) or ' and '.join(names)}"
         )
     return old if cache is None else cache
-
-
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE: x cos + rotate_half(x) sin of x [B, L, n, D] with cos, sin [B or 1, L, D]."""
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return x * cos.unsqueeze(2) + turned * sin.unsqueeze(2)

@@ -324,6 +324,13 @@ def rope_of(
     return (cos, sin) if turned else (torch.ones_like(cos), torch.zeros_like(sin))
 
 
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE: x cos + rotate_half(x) sin of x [B, L, n, D] with cos, sin [B or 1, L, D]."""
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return x * cos.unsqueeze(2) + turned * sin.unsqueeze(2)
+
+
 def out_of_step(held: int, expected: int) -> str:
     """The error text for a layer that missed a pass or a change of its cache."""
     return (

@@ -25,6 +25,7 @@ from resq_kernels.nn.layer import CLASSES
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.mlp import ResQMLP
 from resq_kernels.nn.norm import ResQRMSNorm
+from resq_kernels.nn.straight import needs_gradient
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -116,8 +117,7 @@ class DecoderLayers:
 
         plan, first = self._plan, self._plan.layers[0]
         attention: ResQAttention = first.self_attn
-        needs_gradient = torch.is_grad_enabled() and x.requires_grad
-        if x.dtype != attention.o_proj.dtype or needs_gradient:
+        if x.dtype != attention.o_proj.dtype or needs_gradient(x):
             return None
         held = [paged_layer(cache, index) for index in plan.indices]
         batch, paged = held[0].batch, [layer.paged for layer in held]

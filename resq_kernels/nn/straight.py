@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from resq_kernels import hadamard, ops
 from resq_kernels.formats import MixedTensor, join_heads
-from resq_kernels.nn.batch import AttentionMetadata
+from resq_kernels.nn.batch import AttentionMetadata, apply_rope
 
 if TYPE_CHECKING:
     from resq_kernels.nn.attention import ResQAttention
@@ -87,9 +87,11 @@ def attention(
         module, paged, metadata: that `out` was computed with; the pages hold this pass alone.
     """
     batch, new = metadata.batch, metadata.new
-    cos, sin = (side.view(batch, new, 1, -1).float() for side in (metadata.cos, metadata.sin))  # type: ignore[union-attr]
+    rope = [side.view(batch, new, -1).float() for side in (metadata.cos, metadata.sin)]  # type: ignore[union-attr]
     q, k, v = (x.float() for x in exact)
-    q, k = (_turn(x, cos, sin, module.key_rotation) for x in (q, k))
+    q, k = (apply_rope(x, *rope) for x in (q, k))
+    if module.key_rotation is not None:
+        q, k = (x @ module.key_rotation[0].float() for x in (q, k))
     length = max(length for _, length in metadata.lengths)
     table = metadata.block_table(paged.pages_per_sequence)
     lens, dim = metadata.seq_lens, module.head_dim
@@ -117,15 +119,6 @@ def attention(
     if mask is not None:
         joined = joined.masked_fill(positions[..., None] < 0, 0)
     return straight(out, joined)
-
-
-def _turn(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotation: torch.Tensor | None
-) -> torch.Tensor:
-    """RoPE, then the key rotation, of x [B, L, n, D]."""
-    first, second = x.chunk(2, dim=-1)
-    turned = x * cos + torch.cat([-second, first], dim=-1) * sin
-    return turned if rotation is None else turned @ rotation[0].float()
 
 
 class _Straight(torch.autograd.Function):

@@ -61,7 +61,7 @@ def measure_amplitudes(
         check_finite(index, amplitudes, "amplitude")
         work.save(f"amplitudes-{index:05d}", amplitudes)
 
-    pieces = measure_layers(
+    amplitudes = measure_layers(
         model,
         tokens,
         rope,
@@ -74,9 +74,7 @@ def measure_amplitudes(
         progress=progress,
         keep_states=keep_states,
     )
-    return Amplitudes(
-        **{name: torch.stack([piece[name] for piece in pieces]) for name in pieces[0]}
-    )
+    return Amplitudes(**amplitudes)
 
 
 def permutations(amplitudes: Amplitudes, shape: ModelShape) -> Rotation:

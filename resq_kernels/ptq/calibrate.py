@@ -176,7 +176,7 @@ def measure_layers(
     device: str,
     progress: bool,
     keep_states: bool,
-) -> list[Measured]:
+) -> Measured:
     """Runs the float model layer by layer over the windows and measures the inputs of its linears.
 
     Its linears are computed in `product_dtype`, everything else in float32. Memory: one layer and
@@ -198,7 +198,7 @@ def measure_layers(
         keep_states: as above.
 
     Returns:
-        The piece of every layer.
+        The pieces of all layers, stacked.
     """
     shape = model.shape
     names = [f"{piece}-{index:05d}" for index in range(shape.layers)]
@@ -218,7 +218,8 @@ def measure_layers(
         states.delete()
     if not keep_states:
         float_states(work, tokens, shape, shape.layers).delete()
-    return [work.load(name) for name in names]
+    pieces = [work.load(name) for name in names]
+    return {name: torch.stack([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def check_finite(index: int, measured: Measured, what: str) -> None:
@@ -265,7 +266,7 @@ def calibrate(
         work.save(f"moments-{index:05d}", moments)
         work.delete(f"hidden-moment-{index - 1:05d}")
 
-    pieces = measure_layers(
+    moments = measure_layers(
         model,
         tokens,
         rope,
@@ -279,8 +280,7 @@ def calibrate(
         keep_states=keep_states,
     )
     hidden = work.load(f"hidden-moment-{shape.layers - 1:05d}")["hidden"] / shape.layers
-    stacked = {name: torch.stack([piece[name] for piece in pieces]) for name in pieces[0]}
-    return SecondMoments(hidden=hidden, **stacked)
+    return SecondMoments(hidden=hidden, **moments)
 
 
 def _inputs(

@@ -16,7 +16,7 @@ from resq_kernels import hadamard, reference
 from resq_kernels.config import ResQConfig
 from resq_kernels.formats import RowFormat, join_heads
 from resq_kernels.nn import straight
-from resq_kernels.nn.attention import apply_rope
+from resq_kernels.nn.batch import apply_rope
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.norm import ResQRMSNorm
 from resq_kernels.testing.quantized_models import random_quantized

@@ -55,7 +55,7 @@ inline void dequantize_item(const KvDequantizeParams& p, const KvDequantizeItem&
   for (int64_t token = item.first_token; token < end; ++token) {
     const int64_t out = ((item.sequence * p.max_tokens + token) * p.n_kv + item.head) * kHeadDim;
     if (token >= length) {
-      const int64_t bytes = p.type == FloatType::kFloat32 ? 4 : 2;
+      const int64_t bytes = float_bytes(p.type);
       for (void* rows : {p.k, p.v}) {
         __builtin_memset(static_cast<uint8_t*>(rows) + out * bytes, 0, kHeadDim * bytes);
       }

@@ -4,6 +4,7 @@
 // A set's tile_*.h offers
 //   kTileM                            M of the largest tile
 //   kPrefetchBytes                    how far ahead a single tile prefetches its weights; 0: off
+//   kUsesLargest                      whether sum_products reads `largest`
 //   sum_products<kM, kHigh>(weight, words, groups, largest, prefetch, out)
 //                                     sums of kM rows x 32 of N over `groups` of 8 of K, to
 //                                     uint32_t[kM][32]; `weight`: groups of the packed layout (128
@@ -28,7 +29,7 @@ constexpr int64_t group_bytes(bool high) { return kPackedGroupK * kPackedBlockN 
 // that a tile reads one stream whatever kM is. The low parts of all tiles come first.
 struct Panel {
   int64_t index = -1, first_m = 0, m = 0, tiles = 0;
-  int largest_lo = 0, largest_hi = 0;  // magnitude of a code
+  int largest_lo = 0, largest_hi = 0;  // magnitude of a code, with kUsesLargest
   RowScales* scales;
   int8_t* lo;
   int8_t* hi;
@@ -79,8 +80,10 @@ void fill_panel(const MixedGemmParams& p, const MixedGemmPlan& plan, int64_t ind
       const int64_t tile_m = end - begin, word = (i - begin) * kPackedWordBytes;
       panel.scales[i] = read_row(p, panel.first_m + i, padded_k_lo, padded_k_hi, panel.row_codes);
       const int8_t* hi = panel.row_codes + padded_k_lo;
-      panel.largest_lo = std::max(panel.largest_lo, largest(panel.row_codes, padded_k_lo));
-      panel.largest_hi = std::max(panel.largest_hi, largest(hi, padded_k_hi));
+      if constexpr (kUsesLargest) {
+        panel.largest_lo = std::max(panel.largest_lo, largest(panel.row_codes, padded_k_lo));
+        panel.largest_hi = std::max(panel.largest_hi, largest(hi, padded_k_hi));
+      }
       spread_words(panel.row_codes, padded_k_lo, tile_m, panel.lo + begin * padded_k_lo + word);
       spread_words(hi, padded_k_hi, tile_m, panel.hi + begin * padded_k_hi + word);
     }
@@ -112,7 +115,7 @@ void run_tile(const MixedGemmParams& p, const Panel& panel, int64_t first, const
               const uint8_t* ahead, const BlockScales& c) {
   alignas(64) uint32_t sums_lo[kM][kBlockN], sums_hi[kM][kBlockN];
   // Else finish_row waits for every line that it writes (AVX2, K = 576: 12 %).
-  const int64_t bytes = p.out_type == FloatType::kFloat32 ? 4 : 2;
+  const int64_t bytes = float_bytes(p.out_type);
   const char* out = static_cast<const char*>(p.out) + c.first * bytes;
   for (int m = 0; m < kM; ++m) {
     __builtin_prefetch(out + (panel.first_m + first + m) * p.n * bytes, 1);

@@ -4,6 +4,7 @@
 // nibbles, each of which has sums of its own: 16 d_high + d_low.
 
 inline constexpr int kTileM = mixed_gemm_tile_m(Isa::kAvx2);
+inline constexpr bool kUsesLargest = true;
 inline constexpr int64_t kPrefetchBytes = 0;
 
 // Groups of 8 of K that a 16-bit sum holds: a step of 4 of K adds a pair of products, each at most

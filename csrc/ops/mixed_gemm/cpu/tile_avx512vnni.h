@@ -4,6 +4,7 @@
 // 12 rows x 2 vectors of sums, 2 vectors of weights as loaded, 2 of codes, the nibble mask and a
 // word: 30 of the 32 registers.
 inline constexpr int kTileM = mixed_gemm_tile_m(Isa::kAvx512Vnni);
+inline constexpr bool kUsesLargest = false;
 
 // Hardware prefetchers stop at the end of a page of 4 KB. Zen 5, one row: 10 to 20 % faster with 3
 // or 4 KB, slower again from 8 KB on (docs/notes/0024).

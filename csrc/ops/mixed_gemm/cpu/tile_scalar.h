@@ -1,6 +1,7 @@
 // Portable C++: what a machine without AVX2 runs, and the plainest statement of the two dots.
 
 inline constexpr int kTileM = mixed_gemm_tile_m(Isa::kScalar);
+inline constexpr bool kUsesLargest = false;
 inline constexpr int64_t kPrefetchBytes = 0;
 
 template <int kM, bool kHigh, class Prefetch>
