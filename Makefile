@@ -12,7 +12,7 @@ CXX_FILES = $(shell find csrc tests resq_kernels -name '*.cpp' -o -name '*.cu' -
 # What a change of an operator or of a format meets first.
 QUICK = tests/ops tests/test_*.py tests/nn/test_weights.py tests/nn/test_resq_linear.py
 
-.PHONY: help demo demo-small test test-quick test-vllm sanitize lint bench format wheel-check docs gpu-check gpu-check-dry clean
+.PHONY: help demo demo-small test test-quick test-vllm test-hub sanitize lint bench format wheel-check docs gpu-check gpu-check-dry clean
 
 help:
 	@echo "make demo         quantize SmolLM2-135M-Instruct, compare, ask it, write out/demo/report.html"
@@ -20,6 +20,7 @@ help:
 	@echo "make test         run the test suite"
 	@echo "make test-quick   values of every operator on the CPU, formats, layers, docs (a minute)"
 	@echo "make test-vllm    a quantized folder in vLLM on the CPU: tokens, refusals, HTTP (three minutes)"
+	@echo "make test-hub     the operators as a kernel of the Hugging Face hub: bits, files (three minutes)"
 	@echo "make sanitize     operators' tests under AddressSanitizer and UBSan"
 	@echo "make bench        benchmark the kernels on this machine, results under benchmarks/results/"
 	@echo "make gpu-check    on a machine with a GPU: values, times, compute-sanitizer, one report"
@@ -89,6 +90,18 @@ $(VLLM_VENV)/.built: $(VLLM_VENV)/.dependencies $(SOURCES)
 
 test-vllm: $(VLLM_VENV)/.built
 	$(VLLM_BIN)/python -m pytest tests/integrations/test_vllm.py
+
+# The package `kernels` stays out of .venv, where transformers would find it.
+HUB := out/hub/site
+
+$(HUB)/.dependencies: $(VENV)/.dependencies
+	@$(BIN)/pip install --quiet --disable-pip-version-check --target $(HUB) --upgrade kernels==0.17.2
+	@touch $@
+
+test-hub: $(VENV)/.built $(HUB)/.dependencies
+	$(BIN)/python tools/hub_kernel.py --backends cpu --out out/hub/resq-kernels
+	PYTHONPATH=$(CURDIR)/$(HUB) RESQ_HUB_KERNEL=$(CURDIR)/out/hub/resq-kernels \
+	  $(BIN)/python -m pytest tests/ops/test_hub_kernel.py
 
 sanitize: $(VENV)/.dependencies
 	$(BIN)/python tools/sanitize.py

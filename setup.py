@@ -7,7 +7,8 @@ for. tools/build_backend.py finds torch, CUTLASS and nvcc.
 
 Knobs: CXX, MAX_JOBS, RESQ_SANITIZE=address,undefined (CPU test builds); RESQ_CUDA=auto|0|1,
 CUDA_HOME, CUTLASS_PATH, RESQ_CUDA_ARCHS (default "80;86;89;90a;ptx"); RESQ_CUDA_BENCHMARKS=1 with
---inplace also builds what `resq bench` compares with (benchmarks/cuda/*.so).
+--inplace also builds what `resq bench` compares with (benchmarks/cuda/*.so); RESQ_NAMESPACE=name
+registers torch.ops.<name>.* in the place of torch.ops.resq.* (tools/hub_kernel.py).
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def ninja_file(extensions: list[tuple[list[str], Path]], build: Path, nvcc: str 
         f"cxx = {CXX}",
         "cxxflags = -O3 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra "
         f"-Werror=return-type -ffile-prefix-map={ROOT}/= -ffile-prefix-map={torch.parent}/= "
-        f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -isystem {torch}/include -I{ROOT}/csrc {extra}",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -DRESQ_NAMESPACE={NAMESPACE} "
+        f"-isystem {torch}/include -I{ROOT}/csrc {extra}",
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $cxxflags -c $in -o $out",
         "  depfile = $out.d",
@@ -116,7 +118,8 @@ def ninja_file(extensions: list[tuple[list[str], Path]], build: Path, nvcc: str 
             "-Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden "
             f"-I{ROOT}/csrc -isystem {cutlass_include()}",
             "rule compile_cuda",
-            f"  command = {sys.executable} {ROOT}/tools/compile_cuda.py $out "
+            # Whatever pip or a user calls it: another command would compile all kernels again.
+            f"  command = {Path(sys.executable).resolve()} {ROOT}/tools/compile_cuda.py $out "
             "$nvcc -MD -MF $out.d $nvccflags $gencode -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
@@ -127,7 +130,9 @@ def ninja_file(extensions: list[tuple[list[str], Path]], build: Path, nvcc: str 
     for files, output in extensions:
         objects = []
         for source in files:
-            objects.append(f"{build}/{source.replace('/', '_')}.o")
+            # nvcc's objects, which take minutes, know nothing of torch and serve every namespace.
+            place = build if source.endswith(".cu") else build / NAMESPACE
+            objects.append(f"{place}/{source.replace('/', '_')}.o")
             if source.endswith(".cu"):
                 lines.append(f"build {objects[-1]}: compile_cuda {ROOT / source}")
                 lines.append(f"  gencode = {gencode(source)}")
@@ -186,6 +191,9 @@ class PlatformWheel(bdist_wheel):
 
 
 CXX = os.environ.get("CXX", "g++")
+NAMESPACE = os.environ.get("RESQ_NAMESPACE", "resq")
+if not NAMESPACE.isidentifier():
+    sys.exit(f"resq_kernels: RESQ_NAMESPACE: expected a name of C++ and Python, got {NAMESPACE!r}")
 NVCC = find_nvcc()
 CUDA_SOURCES = sources(cuda=True)
 EXTENSIONS = [Extension("resq_kernels._C_cpu", sources(cuda=False))]

@@ -103,7 +103,7 @@ RESQ_CUDA_IMPL(m) {
   m.impl("kv_dequantize", TORCH_BOX(&resq::kv_dequantize<Cuda>));
 }
 
-RESQ_IMPL_EXPANDED(RESQ_NAMESPACE, CompositeExplicitAutograd, m) {
+RESQ_IMPL(CompositeExplicitAutograd, m) {
   m.impl("cuda_family", TORCH_BOX(&resq::cuda_family));
   m.impl("cuda_pdl", TORCH_BOX(&resq::cuda_pdl));
   m.impl("cuda_device", TORCH_BOX(&resq::cuda_device));

@@ -1,13 +1,8 @@
 // The only place that declares operators: the table of contents of the library. Formulas, shapes
 // and dtypes are in each op's header (csrc/ops/<op>/<op>.h) and in docs/ops.md.
-#include <torch/csrc/stable/library.h>
+#include "torch/registration.h"
 
-#ifndef RESQ_NAMESPACE  // tests build the CUDA operators for an emulator under other names
-#define RESQ_NAMESPACE resq
-#endif
-#define RESQ_LIBRARY_EXPANDED(ns, m) STABLE_TORCH_LIBRARY(ns, m)
-
-RESQ_LIBRARY_EXPANDED(RESQ_NAMESPACE, m) {
+RESQ_LIBRARY(m) {
   m.def(
       "mixed_quantize(Tensor x, SymInt n_hi, int lo_bits=4, bool? packed=None, "
       "bool symmetric=False, float clip=1.0) -> (Tensor q_lo, Tensor q_hi, Tensor params)");

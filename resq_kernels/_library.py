@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch.autograd import forward_ad
 
+NAMESPACE = "resq"  # of the operators, in torch.ops
 _CPU_LIBRARY = Path(__file__).with_name("_C_cpu.so")
 CUDA_LIBRARY = Path(__file__).with_name("_C_cuda.so")
 MINIMUM_TORCH = (2, 11)
@@ -69,7 +70,7 @@ def refuse_cuda(why: str) -> torch.library.Library:
     Returns:
         The registrations, kept alive by the cache until their `_destroy`.
     """
-    library = torch.library.Library("resq", "IMPL", "CUDA")
+    library = torch.library.Library(NAMESPACE, "IMPL", "CUDA")
     for name in _operators():
         library.impl(name, _refusal(name, why))
     return library
@@ -91,14 +92,14 @@ def refuse_gradients() -> torch.library.Library:
     Returns:
         The registrations, kept alive by the cache.
     """
-    library = torch.library.Library("resq", "IMPL")
+    library = torch.library.Library(NAMESPACE, "IMPL")
     for name in _operators():
         library.impl(name, _without_backward(name), "Autograd", with_keyset=True)
     return library
 
 
 def _without_backward(name: str) -> Callable[..., Any]:
-    op = getattr(torch.ops.resq, name).default
+    op = _operator(name)
     names = [argument.name for argument in op._schema.arguments]
 
     def check_and_compute(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +161,7 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     A call with one tensor on the meta device comes here too. The fake would answer it with memory
     that nothing has written, so it first checks that all tensors are on one device.
     """
-    names = [argument.name for argument in getattr(torch.ops.resq, name).default._schema.arguments]
+    names = [argument.name for argument in _operator(name)._schema.arguments]
 
     def decorate(fake: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(fake)
@@ -169,7 +170,7 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
             _check_devices(name, [pair for k, v in given.items() for pair in _tensors(k, v)])
             return fake(*args, **kwargs)
 
-        torch.library.register_fake(f"resq::{name}", checked)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", checked)
         return checked
 
     return decorate
@@ -188,8 +189,12 @@ def _check_devices(name: str, tensors: list[tuple[str, torch.Tensor]]) -> None:
 def _operators() -> list[str]:
     """The names of the operators on tensors."""
     registered = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
-    found = sorted(name for name in registered if name.startswith("resq::"))
-    return [name.removeprefix("resq::") for name in found]
+    found = sorted(name for name in registered if name.startswith(f"{NAMESPACE}::"))
+    return [name.removeprefix(f"{NAMESPACE}::") for name in found]
+
+
+def _operator(name: str) -> Any:
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def _load(library: Path) -> None:

@@ -6,11 +6,12 @@ docs/formats.md specifies the bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from resq_kernels.config import ResQConfig
+if TYPE_CHECKING:
+    from resq_kernels.config import ResQConfig
 
 FORMAT_VERSION = 6
 

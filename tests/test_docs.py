@@ -27,8 +27,10 @@ SNIPPETS = [
     for page, text in PAGES.items()
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.S))
 ]
-# Those about vLLM are run where it is installed (tests/integrations/test_vllm.py).
-SNIPPETS = [snippet for snippet in SNIPPETS if not re.search("from (vllm|openai) ", snippet[2])]
+# Others are run where what they are about is installed (tests/integrations/test_vllm.py,
+# tests/ops/test_hub_kernel.py).
+ELSEWHERE = re.compile("from (vllm|openai|kernels) ")
+SNIPPETS = [snippet for snippet in SNIPPETS if not ELSEWHERE.search(snippet[2])]
 # What a snippet is run with instead, to take seconds.
 SMALLER = [
     ("samples=64, seqlen=512", "samples=2, seqlen=32"),

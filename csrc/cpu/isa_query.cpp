@@ -1,7 +1,6 @@
 // The private operators by which Python asks for the instruction set.
-#include <torch/csrc/stable/library.h>
-
 #include "cpu/isa.h"
+#include "torch/registration.h"
 
 namespace {
 
@@ -23,7 +22,7 @@ std::string cpu_isa_missing() {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(resq, CompositeExplicitAutograd, m) {
+RESQ_IMPL(CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("cpu_isa_missing", TORCH_BOX(&cpu_isa_missing));
 }

@@ -1,14 +1,13 @@
 // The CPU as the Device of an operator (ops/<op>/<op>_torch.h).
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-
 #include <string>
 
 #include "core/packed_weight.h"
 #include "cpu/isa.h"
 #include "torch/log_kernel.h"
 #include "torch/parallel.h"
+#include "torch/registration.h"
 #include "torch/tensor.h"
 
 namespace resq {

@@ -2,8 +2,6 @@
 // call.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-
 #include <string>
 
 #include "core/packed_weight_cuda.h"
@@ -11,15 +9,11 @@
 #include "torch/cuda_stream.h"
 #include "torch/environment.h"
 #include "torch/log_kernel.h"
+#include "torch/registration.h"
 #include "torch/tensor.h"
 
 // RESQ_CUDA_IMPL(m) { m.impl("op", TORCH_BOX(&resq::op<resq::Cuda>)); } registers CUDA kernels.
-// Tests compile the same files for an emulator, in a namespace of its own (see schema.cpp).
-#ifndef RESQ_NAMESPACE
-#define RESQ_NAMESPACE resq
-#endif
-#define RESQ_IMPL_EXPANDED(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
-#define RESQ_CUDA_IMPL(m) RESQ_IMPL_EXPANDED(RESQ_NAMESPACE, RESQ_CUDA_KEY, m)
+#define RESQ_CUDA_IMPL(m) RESQ_IMPL(RESQ_CUDA_KEY, m)
 
 namespace resq {
 

@@ -13,6 +13,4 @@ void run(const Cpu&, const SiluMulHadamardQuantizeParams&);
 
 }  // namespace resq
 
-STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
-  m.impl("decoder_layers", TORCH_BOX(&resq::decoder_layers<resq::Cpu>));
-}
+RESQ_IMPL(CPU, m) { m.impl("decoder_layers", TORCH_BOX(&resq::decoder_layers<resq::Cpu>)); }

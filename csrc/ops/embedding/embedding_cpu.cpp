@@ -51,6 +51,4 @@ void run(const Cpu& device, const EmbeddingParams& p) {
 
 }  // namespace resq
 
-STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
-  m.impl("embedding", TORCH_BOX(&resq::embedding<resq::Cpu>));
-}
+RESQ_IMPL(CPU, m) { m.impl("embedding", TORCH_BOX(&resq::embedding<resq::Cpu>)); }

@@ -12,6 +12,4 @@ void run(const Cpu& device, const HadamardParams& p) {
 
 }  // namespace resq
 
-STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
-  m.impl("hadamard", TORCH_BOX(&resq::hadamard<resq::Cpu>));
-}
+RESQ_IMPL(CPU, m) { m.impl("hadamard", TORCH_BOX(&resq::hadamard<resq::Cpu>)); }

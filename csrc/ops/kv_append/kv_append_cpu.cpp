@@ -47,6 +47,4 @@ void run(const Cpu& device, const KvAppendParams& p) {
 
 }  // namespace resq
 
-STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
-  m.impl("kv_append", TORCH_BOX(&resq::kv_append<resq::Cpu>));
-}
+RESQ_IMPL(CPU, m) { m.impl("kv_append", TORCH_BOX(&resq::kv_append<resq::Cpu>)); }

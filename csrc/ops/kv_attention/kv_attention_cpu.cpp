@@ -133,6 +133,4 @@ void run(const Cpu& device, const KvAttentionParams& p, const KvAttentionBatch& 
 
 }  // namespace resq
 
-STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
-  m.impl("kv_attention", TORCH_BOX(&resq::kv_attention<resq::Cpu>));
-}
+RESQ_IMPL(CPU, m) { m.impl("kv_attention", TORCH_BOX(&resq::kv_attention<resq::Cpu>)); }

@@ -48,6 +48,4 @@ void run(const Cpu& device, const KvDequantizeParams& p) {
 
 }  // namespace resq
 
-STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
-  m.impl("kv_dequantize", TORCH_BOX(&resq::kv_dequantize<resq::Cpu>));
-}
+RESQ_IMPL(CPU, m) { m.impl("kv_dequantize", TORCH_BOX(&resq::kv_dequantize<resq::Cpu>)); }

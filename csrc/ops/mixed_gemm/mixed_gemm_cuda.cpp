@@ -70,7 +70,7 @@ void run(const Cuda& on, const MixedGemmParams& p) {
 
 RESQ_CUDA_IMPL(m) { m.impl("mixed_gemm", TORCH_BOX(&resq::mixed_gemm<resq::Cuda>)); }
 
-RESQ_IMPL_EXPANDED(RESQ_NAMESPACE, CompositeExplicitAutograd, m) {
+RESQ_IMPL(CompositeExplicitAutograd, m) {
   m.impl("mixed_gemm_kernel", TORCH_BOX(&resq::mixed_gemm_kernel));
   m.impl("mixed_gemm_choices", TORCH_BOX(&resq::mixed_gemm_choices));
 }

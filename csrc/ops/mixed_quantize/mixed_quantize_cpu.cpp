@@ -12,6 +12,4 @@ void run(const Cpu& device, const MixedQuantizeParams& p) {
 
 }  // namespace resq
 
-STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
-  m.impl("mixed_quantize", TORCH_BOX(&resq::mixed_quantize<resq::Cpu>));
-}
+RESQ_IMPL(CPU, m) { m.impl("mixed_quantize", TORCH_BOX(&resq::mixed_quantize<resq::Cpu>)); }

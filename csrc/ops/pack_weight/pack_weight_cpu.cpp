@@ -12,6 +12,4 @@ void run(const Cpu& device, const PackWeightParams& p) {
 
 }  // namespace resq
 
-STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
-  m.impl("pack_weight", TORCH_BOX(&resq::pack_weight<resq::Cpu>));
-}
+RESQ_IMPL(CPU, m) { m.impl("pack_weight", TORCH_BOX(&resq::pack_weight<resq::Cpu>)); }

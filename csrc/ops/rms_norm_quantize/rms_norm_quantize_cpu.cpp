@@ -12,6 +12,4 @@ void run(const Cpu& device, const RmsNormQuantizeParams& p) {
 
 }  // namespace resq
 
-STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
-  m.impl("rms_norm_quantize", TORCH_BOX(&resq::rms_norm_quantize<resq::Cpu>));
-}
+RESQ_IMPL(CPU, m) { m.impl("rms_norm_quantize", TORCH_BOX(&resq::rms_norm_quantize<resq::Cpu>)); }

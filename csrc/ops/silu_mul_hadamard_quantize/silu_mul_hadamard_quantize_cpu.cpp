@@ -12,6 +12,6 @@ void run(const Cpu& device, const SiluMulHadamardQuantizeParams& p) {
 
 }  // namespace resq
 
-STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
+RESQ_IMPL(CPU, m) {
   m.impl("silu_mul_hadamard_quantize", TORCH_BOX(&resq::silu_mul_hadamard_quantize<resq::Cpu>));
 }

@@ -12,6 +12,4 @@ void run(const Cpu& device, const UnpackWeightParams& p) {
 
 }  // namespace resq
 
-STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
-  m.impl("unpack_weight", TORCH_BOX(&resq::unpack_weight<resq::Cpu>));
-}
+RESQ_IMPL(CPU, m) { m.impl("unpack_weight", TORCH_BOX(&resq::unpack_weight<resq::Cpu>)); }

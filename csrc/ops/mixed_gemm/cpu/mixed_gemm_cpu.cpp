@@ -24,6 +24,4 @@ void run(const Cpu& device, const MixedGemmParams& p) {
 
 }  // namespace resq
 
-STABLE_TORCH_LIBRARY_IMPL(resq, CPU, m) {
-  m.impl("mixed_gemm", TORCH_BOX(&resq::mixed_gemm<resq::Cpu>));
-}
+RESQ_IMPL(CPU, m) { m.impl("mixed_gemm", TORCH_BOX(&resq::mixed_gemm<resq::Cpu>)); }
