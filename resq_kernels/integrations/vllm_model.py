@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from vllm.distributed import get_tp_group
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -27,6 +28,8 @@ from resq_kernels.nn.attention import ResQAttention
 from resq_kernels.nn.batch import apply_rope
 from resq_kernels.nn.convert import convert, pack
 from resq_kernels.nn.hidden_basis import embedded
+from resq_kernels.nn.linear import ResQLinear
+from resq_kernels.nn.tensor_parallel import TensorParallel, check_degree, distribute
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -72,6 +75,11 @@ class ResQForCausalLM(nn.Module):
             )
         self.inner = inner
         self.shape = ModelShape.from_config(config.to_dict())
+        self.parallel = None
+        if (degree := vllm_config.parallel_config.tensor_parallel_size) > 1:
+            check_degree(self.shape, options, degree)
+            self.parallel = TensorParallel(get_tp_group().device_group)
+            distribute(inner, self.parallel)
         kind = PagedAttention if options.kv_bits == 4 else FloatAttention
         layers = maybe_prefix(prefix, "model.layers")
         self.attention = nn.ModuleList(
@@ -121,6 +129,8 @@ class ResQForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Takes the tensors of a folder by their names (docs/formats.md section 6) and packs them.
 
+        Every rank of tensor parallel reads all of them, and keeps its rows.
+
         Raises:
             CheckpointError: the folder is damaged or incomplete.
         """
@@ -128,9 +138,12 @@ class ResQForCausalLM(nn.Module):
         device = self.inner.model.rotary_emb.inv_freq.device
         names = set()
         for name, tensor in checkpoint.checked(weights, self.shape, self.entry, self.folder):
-            module, _, leaf = name.rpartition(".")
+            owner, _, leaf = name.rpartition(".")
+            module = self.inner.get_submodule(owner)
+            if self.parallel is not None and isinstance(module, ResQLinear):
+                tensor = tensor[self.parallel.share(len(tensor))]
             placed = nn.Parameter(tensor.to(device, parameters[name].dtype), requires_grad=False)
-            setattr(self.inner.get_submodule(module), leaf, placed)
+            setattr(module, leaf, placed)
             names.add(name)
         pack(self.inner)
         return names
@@ -140,8 +153,9 @@ def _check_options(vllm_config: VllmConfig, kv_bits: int) -> None:
     """Refuses what this model would otherwise not do as it was asked."""
     parallel = vllm_config.parallel_config
     checks: list[tuple[str, Any, Any]] = [
-        ("tensor_parallel_size", parallel.tensor_parallel_size, 1),
         ("pipeline_parallel_size", parallel.pipeline_parallel_size, 1),
+        ("decode_context_parallel_size", parallel.decode_context_parallel_size, 1),
+        ("prefill_context_parallel_size", parallel.prefill_context_parallel_size, 1),
         ("runner", vllm_config.model_config.runner_type, "generate"),
     ]
     if kv_bits == 4:

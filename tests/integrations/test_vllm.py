@@ -132,6 +132,25 @@ def test_bits_are_those_of_transformers(tmp_path: Path, case: str) -> None:
         assert cached == known
 
 
+@pytest.mark.parametrize("case", ["llama", "qwen2-tied", "llama-128"])
+def test_bits_of_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Tensor parallel: each has a key/value head, with pages of its own."""
+    model_type, options, sizes, dtype = CASES[case]
+    save(tmp_path, model_type, options, **sizes, vocab_size=258, num_key_value_heads=2)
+    tokens, logprobs = by_transformers(tmp_path, dtype)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # of `heads`, below
+    llm = LLM(str(tmp_path), dtype=dtype, tensor_parallel_size=2, **SMALL)
+    found, found_logprobs, _ = by_vllm(llm)
+    assert found == tokens
+    assert all(map(torch.equal, found_logprobs, logprobs))
+
+    def heads(worker: Any) -> list[int]:
+        return [cache.shape[1] for cache in worker.model_runner.kv_caches]
+
+    assert llm.collective_rpc(heads) == [[1, 1]] * 2
+
+
 def test_bits_after_a_preemption(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """6 pages of 32 tokens: vLLM takes those of a request away and computes its tokens again."""
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -157,11 +176,17 @@ def test_bits_after_a_preemption(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert preempted
 
 
-def test_a_float_cache_is_vllms(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_float_cache_is_vllms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
     """Whose attention sums in another order, so that bits differ; in float32 tokens do not."""
-    save(tmp_path, "llama", {"kv_bits": 16})
+    save(tmp_path, "llama", {"kv_bits": 16}, vocab_size=258)
     tokens, logprobs = by_transformers(tmp_path, torch.float32)
-    found, found_logprobs, _ = by_vllm(LLM(str(tmp_path), dtype="float32", **SMALL))
+    if processes == 2:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    llm = LLM(str(tmp_path), dtype="float32", tensor_parallel_size=processes, **SMALL)
+    found, found_logprobs, _ = by_vllm(llm)
     assert found == tokens
     for a, b in zip(found_logprobs, logprobs, strict=True):
         torch.testing.assert_close(a, b, atol=0.02, rtol=0)
@@ -205,14 +230,24 @@ def test_what_vllm_cannot_do_with_it_is_refused(
         LLM(str(folder), **SMALL, **option)
 
 
-def test_tensor_parallel_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"tensor_parallel_size": 2}, r"expected a degree that divides vocab_size \(257\), got 2"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size: expected 1 .*, got 2"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_how_it_cannot_be_split_is_refused(
+    folder: Path, option: dict[str, Any], words: str
+) -> None:
     """By the model, where a machine has a place for two processes."""
     from vllm.engine.arg_utils import EngineArgs
 
     from resq_kernels.integrations.vllm_model import ResQForCausalLM
 
-    config = EngineArgs(str(folder), tensor_parallel_size=2).create_engine_config()
-    with pytest.raises(ValueError, match="tensor_parallel_size: expected 1 .*, got 2"):
+    config = EngineArgs(str(folder), **option).create_engine_config()
+    with pytest.raises(ValueError, match=words):
         ResQForCausalLM(vllm_config=config)
 
 
