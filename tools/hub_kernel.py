@@ -40,6 +40,7 @@ VARIANTS = {
     "cpu": "torch-stable-abi211-cpu-x86_64-linux",
     "cuda": "torch-stable-abi211-cu130-x86_64-linux",
 }
+CONTENTS = {"README.md", "LICENSE", "build"}
 LIBRARIES = {"cpu": ("_C_cpu.so",), "cuda": ("_C_cpu.so", "_C_cuda.so")}
 # Newer symbols than these are not on every machine that the hub's kernels are meant for.
 OLDEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> None:
     if "cuda" in options.backends and not find_nvcc():
         sys.exit("hub_kernel: --backends: expected nvcc for cuda, found none")
     out: Path = options.out
-    if out.exists() and not (out / "build").is_dir():
+    if out.exists() and not is_ours(out):
         sys.exit(f"hub_kernel: --out: expected a folder that this program wrote, got {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as name:
@@ -64,13 +65,10 @@ def main(arguments: list[str]) -> None:
         shutil.rmtree(out, ignore_errors=True)
         folder.rename(out)
     for path in sorted(out.glob("build/*")):
-        print(
-            f"{path}: {sum(f.stat().st_size for f in path.rglob('*') if f.is_file()) / 1e6:.1f} MB"
-        )
-    if newer := newer_symbols(out):
-        print(
-            f"for this machine: {', '.join(newer)} are newer than what the hub's kernels may need"
-        )
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        print(f"{path}: {size / 1e6:.1f} MB")
+    if newer := ", ".join(newer_symbols(out)):
+        print(f"for this machine: {newer} are newer than what the hub's kernels may need")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -88,6 +86,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="default: cpu, and cuda where nvcc is found",
     )
     return parser.parse_args(arguments)
+
+
+def is_ours(out: Path) -> bool:
+    """Whether a folder holds nothing but what this program writes into it."""
+    if not out.is_dir() or not {path.name for path in out.iterdir()} <= CONTENTS:
+        return False
+    builds = list((out / "build").iterdir()) if (out / "build").is_dir() else []
+    return all(path.name in VARIANTS.values() for path in builds)
 
 
 def identifier(backend: str) -> str:

@@ -85,11 +85,17 @@ def test_symbols_of_a_newer_system_are_named(tmp_path: Path) -> None:
     assert hub_kernel.newer_symbols(tmp_path) == ["CXXABI_1.3.13", "GLIBC_2.34"]
 
 
-def test_another_folder_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "mine").touch()
-    with pytest.raises(SystemExit, match="--out: expected a folder that this program wrote, got "):
-        hub_kernel.main(["--out", str(tmp_path), "--backends", "cpu"])
-    assert (tmp_path / "mine").exists()
+@pytest.mark.parametrize("name", ["mine", "build/mine/x"])
+def test_another_folder_is_not_overwritten(tmp_path: Path, name: str) -> None:
+    (tmp_path / "build" / hub_kernel.VARIANTS["cpu"]).mkdir(parents=True)
+    (tmp_path / "README.md").touch()
+    assert hub_kernel.is_ours(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    for folder in (tmp_path, tmp_path / "README.md", ROOT):
+        with pytest.raises(SystemExit, match="--out: expected a folder that this program wrote, "):
+            hub_kernel.main(["--out", str(folder), "--backends", "cpu"])
+    assert (tmp_path / name).exists()
 
 
 @pytest.fixture(scope="module")
