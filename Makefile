@@ -20,7 +20,7 @@ help:
 	@echo "make test         run the test suite"
 	@echo "make test-quick   values of every operator on the CPU, formats, layers, docs (a minute)"
 	@echo "make test-vllm    a quantized folder in vLLM on the CPU: tokens, refusals, HTTP (six minutes)"
-	@echo "make test-hub     the operators as a kernel of the Hugging Face hub: bits, files (three minutes)"
+	@echo "make test-hub     the operators as a kernel of the Hugging Face hub: bits, files (two minutes)"
 	@echo "make sanitize     operators' tests under AddressSanitizer and UBSan"
 	@echo "make bench        benchmark the kernels on this machine, results under benchmarks/results/"
 	@echo "make gpu-check    on a machine with a GPU: values, times, compute-sanitizer, one report"

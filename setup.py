@@ -35,10 +35,9 @@ from setuptools.command.build_ext import build_ext  # noqa: E402
 
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "tools"))
-from build_backend import find_cutlass, find_nvcc, find_torch  # noqa: E402
+from build_backend import cuda_archs, find_cutlass, find_nvcc, find_torch  # noqa: E402
 
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11, our floor
-DEFAULT_ARCHS = "80;86;89;90a;ptx"
 BENCHMARKS = ("benchmarks/cuda/cutlass_s4s8.cu", "benchmarks/cuda/int8_ceiling.cu")
 NO_COMPILER = """resq_kernels: expected a C++20 compiler named {}, found none; either of
   apt-get install g++           # or dnf install gcc-c++
@@ -69,10 +68,7 @@ def sources(cuda: bool) -> list[str]:
 
 def gencode(source: str) -> str:
     """nvcc's architectures for a file: those its name ends with, or all and PTX for newer ones."""
-    archs = [a for a in os.environ.get("RESQ_CUDA_ARCHS", DEFAULT_ARCHS).split(";") if a]
-    unknown = [arch for arch in archs if not arch.rstrip("a").isdigit() and arch != "ptx"]
-    if unknown:
-        sys.exit(f"resq_kernels: RESQ_CUDA_ARCHS: expected like {DEFAULT_ARCHS}, got {unknown[0]}")
+    archs = cuda_archs()
     real = [arch for arch in archs if arch != "ptx"]
     if source.endswith("_sm80.cu"):
         flags = [f"arch=compute_{a},code=sm_{a}" for a in real if a.startswith("8")]

@@ -20,6 +20,7 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  the other hooks are setuptools' own
 
 ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_ARCHS = "80;86;89;90a;ptx"
 
 
 def package_root(name: str) -> Path | None:
@@ -57,6 +58,15 @@ def find_nvcc() -> str | None:
     if wish == "1" and nvcc is None:
         sys.exit(f"resq_kernels: RESQ_CUDA=1: expected nvcc in {home or 'PATH'}, found none")
     return nvcc if wish != "0" and not os.environ.get("RESQ_SANITIZE") else None
+
+
+def cuda_archs() -> list[str]:
+    """What the CUDA library is compiled for, RESQ_CUDA_ARCHS: like "90a", and "ptx" for newer."""
+    archs = [a for a in os.environ.get("RESQ_CUDA_ARCHS", DEFAULT_ARCHS).split(";") if a]
+    unknown = [arch for arch in archs if not arch.rstrip("a").isdigit() and arch != "ptx"]
+    if unknown:
+        sys.exit(f"resq_kernels: RESQ_CUDA_ARCHS: expected like {DEFAULT_ARCHS}, got {unknown[0]}")
+    return archs
 
 
 def missing() -> list[str]:

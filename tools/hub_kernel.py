@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "resq_kernels"
 TEMPLATE = ROOT / "tools/hub"
 sys.path.insert(0, str(ROOT / "tools"))
-from build_backend import find_nvcc  # noqa: E402
+from build_backend import cuda_archs, find_nvcc  # noqa: E402
 
 NAME = "resq-kernels"
 VERSION = 0  # of the interface; the hub's number for one that still changes
@@ -100,7 +100,7 @@ def identifier(backend: str) -> str:
     """The id of a build, by all that it is made of."""
     made_of = [ROOT / "setup.py", Path(__file__), TEMPLATE / "__init__.py", *python_files()]
     made_of += [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    digest = hashlib.sha256(os.environ.get("RESQ_CUDA_ARCHS", "").encode())
+    digest = hashlib.sha256(";".join(cuda_archs()).encode())
     for path in sorted(made_of):
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return f"_{NAME.replace('-', '_')}_{backend}_{digest.hexdigest()[:7]}"
@@ -125,7 +125,7 @@ def write_variant(folder: Path, backend: str, name: str) -> None:
         "version": VERSION,
         "license": "apache-2.0",
         "python-depends": [],
-        "backend": {"type": backend} | ({"archs": cuda_archs()} if backend == "cuda" else {}),
+        "backend": {"type": backend} | ({"archs": hub_archs()} if backend == "cuda" else {}),
         "digest": {"algorithm": "sha256", "files": hashes(folder)},
     }
     (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
@@ -147,7 +147,7 @@ def standalone(path: Path, name: str) -> str:
     for node in ast.parse(text).body:
         if isinstance(node, ast.ImportFrom) and node.level:
             for module in [node.module] if node.module else [alias.name for alias in node.names]:
-                if module not in there and f"{module}.__init__" not in there:
+                if module not in there:
                     raise ValueError(f"{path.name}: {module}: expected a module of {FILES}")
     return text
 
@@ -165,14 +165,11 @@ def compile_libraries(folder: Path, backend: str, name: str) -> None:
             shutil.copy(Path(built) / PACKAGE.name / library, folder)
 
 
-def cuda_archs() -> list[str]:
-    """What the CUDA library was compiled for, in the hub's words: "9.0", "8.0+PTX"."""
-    default = re.search(r'DEFAULT_ARCHS = "(.*)"', (ROOT / "setup.py").read_text())
-    assert default is not None
-    archs = os.environ.get("RESQ_CUDA_ARCHS", default[1]).split(";")
-    real = [f"{arch.rstrip('a')[:-1]}.{arch.rstrip('a')[-1]}" for arch in archs if arch != "ptx"]
+def hub_archs() -> list[str]:
+    """What the CUDA library is compiled for, in the hub's words: "9.0", "8.0+PTX"."""
     # Kernels that need sm_90a have portable siblings, and PTX is that of 8.0 (setup.py, gencode).
-    return sorted({*real, *(["8.0+PTX"] if "ptx" in archs else [])})
+    numbers = [arch.rstrip("a") for arch in cuda_archs()]
+    return sorted({"8.0+PTX" if n == "ptx" else f"{n[:-1]}.{n[-1]}" for n in numbers})
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -72,9 +72,9 @@ def test_an_id_is_that_of_the_contents(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_archs_in_the_hub_s_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RESQ_CUDA_ARCHS", raising=False)
-    assert hub_kernel.cuda_archs() == ["8.0", "8.0+PTX", "8.6", "8.9", "9.0"]
+    assert hub_kernel.hub_archs() == ["8.0", "8.0+PTX", "8.6", "8.9", "9.0"]
     monkeypatch.setenv("RESQ_CUDA_ARCHS", "90a;120")
-    assert hub_kernel.cuda_archs() == ["12.0", "9.0"]
+    assert hub_kernel.hub_archs() == ["12.0", "9.0"]
 
 
 def test_symbols_of_a_newer_system_are_named(tmp_path: Path) -> None:
