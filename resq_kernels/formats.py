@@ -6,6 +6,7 @@ docs/formats.md specifies the bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 6
 
+_READ_BYTES = 4 << 20  # codes that are read at a time, counted as one byte each
 _SUM_ROWS = 1024
 # Packed weights consist of blocks of 32 rows on CPUs and of 64 on CUDA. Packed weights of whole
 # blocks, concatenated, are therefore the packed weight of all their rows (docs/formats.md
@@ -155,6 +157,32 @@ class PackedWeight(NamedTuple):
         on_cpu = data.device.type == "cpu"
         sums = packed_weight_sums(data, *weight.sizes) if on_cpu else weight_sums(lo, hi)
         return cls(data, scale, sums, weight.k_lo, weight.k_hi)
+
+    @classmethod
+    def read(
+        cls, read: Callable[[int, int], QuantizedWeight], n: int, columns: int
+    ) -> PackedWeight:
+        """The packed weight of rows that are read, and packed, some megabytes at a time.
+
+        Args:
+            read: gives rows start <= row < stop; its tensors may be overwritten by the next call.
+            n, columns: N and K_lo + K_hi.
+        """
+        rows = max(_READ_BYTES // columns // _BLOCK_ROWS, 1) * _BLOCK_ROWS
+        if n <= rows:
+            weight = cls.pack(read(0, n))
+            return weight._replace(scale=weight.scale.clone())
+        part = cls.pack(read(0, rows))
+        size = partial(packed_weight_bytes, device_type=part.data.device.type)
+        data = part.data.new_empty(size(n, *part[3:]))
+        scale, sums = part.scale.new_empty(n, 2), part.sums.new_empty(n, 2)
+        for start in range(0, n, rows):
+            if start > 0:
+                part = cls.pack(read(start, min(start + rows, n)))
+            place, stop = size(start, *part[3:]), start + part.n
+            data[place : place + len(part.data)] = part.data
+            scale[start:stop], sums[start:stop] = part.scale, part.sums
+        return cls(data, scale, sums, *part[3:])
 
     @classmethod
     def cat(cls, weights: Sequence[PackedWeight]) -> PackedWeight:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -385,27 +384,6 @@ class CheckpointReader:
                 if info.file not in streams:
                     streams[info.file] = stack.enter_context(safe_open(info.file, framework="pt"))
                 yield name, streams[info.file].get_tensor(info.name)
-
-    @contextmanager
-    def reading(self) -> Iterator[Callable[[str], torch.Tensor]]:
-        """A function that reads a tensor into its own memory, on any thread: some network file
-        systems stand still when threads read a mapping, as `load` makes one."""
-        with ExitStack() as stack:
-            files = {file: stack.enter_context(file.open("rb")).fileno() for file in self.files}
-
-            def read(name: str) -> torch.Tensor:
-                info = self.info(name)
-                # From 4 MB on numpy asks for huge pages: 14 faults for 28 MB and not 7,000.
-                data = np.empty(info.bytes, dtype=np.uint8)
-                left = data.data
-                while left:  # a call reads 2 GB at most
-                    got = os.preadv(files[info.file], [left], info.start + info.bytes - len(left))
-                    if got == 0:
-                        raise CheckpointError(f"{info.file}: {info.name}: truncated")
-                    left = left[got:]
-                return torch.from_numpy(data).view(info.dtype).view(info.shape)
-
-            yield read
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start <= row < stop of a matrix, in its stored dtype."""

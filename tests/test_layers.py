@@ -27,6 +27,7 @@ ALLOWED = {
     "weights": LEAVES,
     "safetensors_io": set(),
     "checkpoint": LEAVES | {"safetensors_io"},
+    "weight_reader": LEAVES | {"safetensors_io"},
     "chat_template": set(),
     "texts": set(),
     "evaluate": set(),
@@ -39,7 +40,7 @@ ALLOWED = {
     "ptq": LEAVES
     | {"checkpoint", "safetensors_io", "weights", "reference", "ops", "_library", "html_page"}
     | {"evaluate", "intervals", "chat_template"},
-    "integrations": LEAVES | {"nn", "ops", "checkpoint"},
+    "integrations": LEAVES | {"nn", "ops", "checkpoint", "weight_reader"},
     "api": LEAVES | {"ptq", "checkpoint", "safetensors_io"},
     "testing": LEAVES
     | {"integrations", "checkpoint", "safetensors_io", "nn", "ops", "reference", "fake_quant"},

@@ -13,7 +13,7 @@ from torch import nn
 from resq_kernels import architecture
 from resq_kernels.architecture import ModelShape
 from resq_kernels.config import ResQConfig
-from resq_kernels.formats import QuantizedWeight, RowFormat
+from resq_kernels.formats import PackedWeight, QuantizedWeight, RowFormat
 from resq_kernels.nn.attention import ResQAttention
 from resq_kernels.nn.batch import ForwardPass
 from resq_kernels.nn.decoder_layers import DecoderLayers
@@ -31,10 +31,13 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    # Rows start <= row < stop of the matrix that has the rows of all these linears.
+    ReadsRows = Callable[[Sequence[str], int, int], QuantizedWeight]
+
 
 WORKERS = 4
-"""Threads that pack modules, at most: each of them holds a module's codes, 0.13 GB of gate_proj and
-up_proj in Llama-3-8B."""
+"""Threads that pack modules, at most. Of weights that transformers has loaded each of them holds a
+module's codes, 0.13 GB of gate_proj and up_proj in Llama-3-8B."""
 
 
 def convert(
@@ -91,7 +94,7 @@ def _share_metadata(
     return args, {**kwargs, "forward_pass": forward_pass}
 
 
-def pack(model: nn.Module, read: Callable[[str], torch.Tensor] | None = None) -> None:
+def pack(model: nn.Module, read: ReadsRows | None = None) -> None:
     """Fuses the linears that read the same rows and packs every `ResQLinear` for the kernel of its
     device; no parameter is left trainable.
 
@@ -102,9 +105,10 @@ def pack(model: nn.Module, read: Callable[[str], torch.Tensor] | None = None) ->
 
     Args:
         model: a model that `convert` made, with its tensors loaded.
-        read: a function that reads a tensor by its name in the model, or a rank's rows of it
-            (`nn.tensor_parallel.distribute`), to the linear's device, for the linears that have no
-            weight yet; several threads call it. None if all linears have theirs.
+        read: `read(linears, start, stop)` reads rows of the linears that have no weight yet, or of
+            a rank's rows of them (`nn.tensor_parallel.distribute`), to their device; several
+            threads call it, and are done with the result when they call it again. None if all
+            linears have theirs.
 
     Raises:
         RuntimeError: a tensor is on meta: not loaded, or offloaded.
@@ -134,24 +138,27 @@ def pack(model: nn.Module, read: Callable[[str], torch.Tensor] | None = None) ->
     _return_freed_memory()
 
 
-def _pack_fused(
-    module: FusesLinears, name: str, read: Callable[[str], torch.Tensor] | None
-) -> None:
-    for part in module.PARTS:
-        _read_weight(getattr(module, part), f"{name}.{part}", read)
-    module.fuse()
+def _pack_fused(module: FusesLinears, name: str, read: ReadsRows | None) -> None:
+    parts = [getattr(module, part) for part in module.PARTS]
+    module.fuse(_packed(parts, [f"{name}.{part}" for part in module.PARTS], read))
     assert module.fused is not None
     module.fused.pack()
 
 
-def _pack_linear(linear: ResQLinear, name: str, read: Callable[[str], torch.Tensor] | None) -> None:
-    _read_weight(linear, name, read)
+def _pack_linear(linear: ResQLinear, name: str, read: ReadsRows | None) -> None:
+    if (weight := _packed([linear], [name], read)) is not None:
+        linear.hold(weight, linear.bias)
     linear.pack()
 
 
-def _read_weight(linear: ResQLinear, name: str, read: Callable[[str], torch.Tensor] | None) -> None:
-    if read is not None and linear.weight_lo is None and not linear.is_packed:
-        linear.hold(QuantizedWeight.read(read, name), linear.bias)
+def _packed(
+    linears: Sequence[ResQLinear], names: Sequence[str], read: ReadsRows | None
+) -> PackedWeight | None:
+    """The weight of all rows of the linears from a file, or None if they have theirs."""
+    if read is None or any(linear.weight_lo is not None or linear.is_packed for linear in linears):
+        return None
+    rows = sum(linear.out_features for linear in linears)
+    return PackedWeight.read(partial(read, names), rows, linears[0].in_features)
 
 
 def _run(tasks: Sequence[Callable[[], None]], workers: int) -> None:

@@ -25,6 +25,7 @@ class FusedLinear(ResQLinear):
         parts: the linears by name, in the order of the result. They have the same K, K_hi, row
             format, dtype and device, and all or none have a bias. Their tensors are copied. It is
             packed if all of them are; call `pack` on it otherwise.
+        weight: the rows of all parts, if the parts have no weights.
 
     Attributes:
         rows: name of a part -> its N.
@@ -34,7 +35,9 @@ class FusedLinear(ResQLinear):
         RuntimeError: a linear is packed for another kind of device.
     """
 
-    def __init__(self, name: str, parts: Mapping[str, ResQLinear]) -> None:
+    def __init__(
+        self, name: str, parts: Mapping[str, ResQLinear], weight: PackedWeight | None = None
+    ) -> None:
         _check_parts(parts)
         linears = list(parts.values())
         first = linears[0]
@@ -47,7 +50,7 @@ class FusedLinear(ResQLinear):
         )
         self.name, self.row_format = name, first.row_format
         self.rows = {part: linear.out_features for part, linear in parts.items()}
-        self._join(linears)
+        self._take(_joined(linears) if weight is None else weight, linears)
 
     def hold(self, weight: PackedWeight | QuantizedWeight, bias: torch.Tensor | None) -> None:
         """Takes these tensors in place of its own, scale and bias as buffers."""
@@ -57,13 +60,8 @@ class FusedLinear(ResQLinear):
                 del self._parameters[name]
                 self.register_buffer(name, parameter.data, persistent=False)
 
-    def _join(self, linears: list[ResQLinear]) -> None:
-        """Holds the concatenated tensors of the parts; packed if all of them are."""
-        weight: PackedWeight | QuantizedWeight
-        if all(linear.is_packed for linear in linears):
-            weight = PackedWeight.cat([linear.packed() for linear in linears])
-        else:
-            weight = QuantizedWeight.cat([linear.codes() for linear in linears])
+    def _take(self, weight: PackedWeight | QuantizedWeight, linears: list[ResQLinear]) -> None:
+        """Holds a weight with the rows of all parts, and their biases."""
         biases: list[torch.Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         self.hold(weight, torch.cat(biases) if biases else None)
 
@@ -121,7 +119,14 @@ class FusedLinear(ResQLinear):
                 f"{' and '.join(sorted(map(str, devices)))}; load every part, or unfuse() first"
             )
         else:
-            self._join(linears)
+            self._take(_joined(linears), linears)
+
+
+def _joined(linears: list[ResQLinear]) -> PackedWeight | QuantizedWeight:
+    """The rows of all linears, packed if all of them are."""
+    if all(linear.is_packed for linear in linears):
+        return PackedWeight.cat([linear.packed() for linear in linears])
+    return QuantizedWeight.cat([linear.codes() for linear in linears])
 
 
 class FusesLinears(nn.Module):
@@ -145,8 +150,11 @@ class FusesLinears(nn.Module):
         found: Any = self._modules.get(self.FUSED)
         return found if isinstance(found, FusedLinear) else None
 
-    def fuse(self) -> None:
+    def fuse(self, weight: PackedWeight | None = None) -> None:
         """Replaces the parts by a `FusedLinear`, which is packed if all of them are.
+
+        Args:
+            weight: the rows of all parts, if the parts have no weights; it is not copied.
 
         Raises:
             ValueError: a part has a hook or is not a `ResQLinear`, or the parts differ in more than
@@ -157,7 +165,7 @@ class FusesLinears(nn.Module):
             # These tensors must outlive the caller's inference mode.
             with torch.inference_mode(False):
                 parts = {part: getattr(self, part) for part in self.PARTS}
-                fused = FusedLinear(self.FUSED, parts)
+                fused = FusedLinear(self.FUSED, parts, weight)
             for part in self.PARTS:
                 delattr(self, part)
             setattr(self, self.FUSED, fused)
@@ -238,5 +246,5 @@ def _kind(linear: ResQLinear) -> dict[str, Any]:
         "row_format": tuple(linear.row_format),
         "bias": linear.bias is not None,
         "dtype": linear.dtype,
-        "device": linear.weight_scale.device,
+        "device": getattr(linear.weight_scale, "device", None),  # None without a weight
     }

@@ -3,8 +3,9 @@ error. tests/ptq/test_checkpoint.py has the errors of damaged folders."""
 
 from __future__ import annotations
 
+import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from resq_kernels import architecture
+from resq_kernels import architecture, formats
 from resq_kernels.checkpoint import keep_rows, open_folder
-from resq_kernels.formats import PackedWeight
+from resq_kernels.formats import PackedWeight, QuantizedWeight
 from resq_kernels.nn import convert
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.safetensors_io import CheckpointError, CheckpointReader
 from resq_kernels.testing.quantized_models import random_quantized
+from resq_kernels.weight_reader import reading
+from resq_kernels.weights import quantize_weight
 
 IDS = torch.arange(5, 30)[None]
 
@@ -78,13 +81,14 @@ def test_weights_that_transformers_loads_are_the_same(
 ) -> None:
     """With a device map transformers loads them, tensor by tensor; else they are read here."""
     read: list[str] = []
-    whole = convert._read_weight
+    whole = convert._packed
 
-    def count(linear: ResQLinear, name: str, reader: Any) -> None:
-        read.extend([name] if reader is not None and linear.weight_lo is None else [])
-        whole(linear, name, reader)
+    def count(linears: Any, names: list[str], reader: Any) -> PackedWeight | None:
+        weight = whole(linears, names, reader)
+        read.extend(names if weight is not None else [])
+        return weight
 
-    monkeypatch.setattr(convert, "_read_weight", count)
+    monkeypatch.setattr(convert, "_packed", count)
     theirs = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
     assert read == []
     ours = AutoModelForCausalLM.from_pretrained(folder)
@@ -101,10 +105,10 @@ def test_workers_compute_alone(threads: int) -> None:
 def test_what_a_worker_raises_is_raised(
     folder: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
-    def refuse(linear: ResQLinear) -> None:
+    def refuse(weight: QuantizedWeight) -> None:
         raise RuntimeError("no memory for this one")
 
-    monkeypatch.setattr(ResQLinear, "pack", refuse)
+    monkeypatch.setattr(PackedWeight, "pack", refuse)
     with pytest.raises(RuntimeError, match="no memory for this one"):
         AutoModelForCausalLM.from_pretrained(folder)
 
@@ -122,33 +126,87 @@ def test_other_tensors_are_still_reported(folder: Path, tmp_path: Path) -> None:
     assert set(info["unexpected_keys"]) == {*unknown, *head}
 
 
-def test_a_tensor_is_read_as_it_is_stored(folder: Path) -> None:
+def rows_of(linears: tuple[str, ...], stored: dict[str, torch.Tensor]) -> QuantizedWeight:
+    parts = [QuantizedWeight.read(stored.__getitem__, linear) for linear in linears]
+    return QuantizedWeight.cat(parts)
+
+
+def read_by(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """The linears that are read at once."""
+    linears = {name.rpartition(".")[0] for name in names if name.endswith(".weight_lo")}
+    apart = [(linear,) for linear in linears]
+    layers = {linear.partition(".self_attn.")[0] for linear in linears if ".q_proj" in linear}
+    qkv = [tuple(f"{layer}.{part}" for part in architecture.QKV) for layer in layers]
+    return apart + qkv
+
+
+def test_rows_are_read_as_they_are_stored(folder: Path) -> None:
     reader = CheckpointReader(folder)
-    names = list(reader.tensors)
-    assert any(reader.info(name).bytes == 0 for name in names)
-    expected = dict(reader.load_each(names))
-    with reader.reading() as read, ThreadPoolExecutor(4) as pool:
-        for name, tensor in zip(names * 5, pool.map(read, names * 5), strict=True):
-            assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name])
+    stored = dict(reader.load_each(reader.tensors))
+    assert any(tensor.numel() == 0 for name, tensor in stored.items() if ".weight_lo" in name)
+    rng = random.Random(torch.initial_seed())
+    cases = []
+    for linears in read_by(stored):
+        n = rows_of(linears, stored).n
+        cuts = [sorted(rng.sample(range(n + 1), 2)) for _ in range(4)]
+        cases += [(linears, start, stop) for start, stop in [(0, n), (n - 1, n), *cuts]]
+    with reading(reader) as read, ThreadPoolExecutor(4) as pool:
+
+        def same(case: tuple[tuple[str, ...], int, int]) -> bool:
+            linears, start, stop = case
+            expected = [tensor[start:stop] for tensor in rows_of(linears, stored)]
+            pairs = zip(read(*case), expected, strict=True)
+            return all(got.dtype == want.dtype and torch.equal(got, want) for got, want in pairs)
+
+        assert all(pool.map(same, cases * 3))
 
 
 def test_a_part_of_the_rows_is_read(folder: Path) -> None:
-    whole = dict(open_folder(folder).reader.load_each(open_folder(folder).names))
-    weights = {name for name in whole if ".weight_" in name}
+    stored = dict(open_folder(folder).reader.load_each(open_folder(folder).names))
     for index in range(4):
         opened = open_folder(folder)
         keep_rows(opened, index, 4)
-        with opened.reader.reading() as read:
-            for name, tensor in whole.items():
-                expected = tensor.chunk(4)[index] if name in weights else tensor
-                assert torch.equal(read(name), expected)
+        own = {
+            name: tensor.chunk(4)[index] for name, tensor in stored.items() if ".weight_" in name
+        }
+        with reading(opened.reader) as read:
+            for linears in read_by(own):
+                expected = rows_of(linears, own)
+                pairs = zip(read(linears, 0, expected.n), expected, strict=True)
+                assert all(torch.equal(got, want) for got, want in pairs)
+
+
+@pytest.mark.parametrize("n", [1, 64, 65, 128, 200])
+def test_a_weight_packed_in_pieces_is_the_weight(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """And is nobody else's memory: the pieces are overwritten while it is read."""
+    whole = quantize_weight(torch.randn(n, 40), 8)
+    memory = QuantizedWeight(*(torch.empty_like(tensor) for tensor in whole))
+    pieces: list[tuple[int, int]] = []
+
+    def read(start: int, stop: int) -> QuantizedWeight:
+        pieces.append((start, stop))
+        for kept, tensor in zip(memory, whole, strict=True):
+            kept[: stop - start] = tensor[start:stop]
+        return QuantizedWeight(*(kept[: stop - start] for kept in memory))
+
+    monkeypatch.setattr(formats, "_READ_BYTES", 40 * 100)
+    got, expected = PackedWeight.read(read, n, 40), PackedWeight.pack(whole)
+    for tensor in memory:
+        tensor.fill_(1)
+    assert pieces == [(a, min(a + 64, n)) for a in range(0, n, 64)]
+    assert all(torch.equal(a, b) for a, b in zip(got[:3], expected[:3], strict=True))
+    assert got[3:] == expected[3:]
 
 
 def test_a_file_that_shrinks_while_it_is_loaded(folder: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
     reader = CheckpointReader(tmp_path)
-    last = max(reader.tensors.values(), key=lambda info: info.start)
+    weights = [info for info in reader.tensors.values() if ".weight_" in info.name]
+    last = max(weights, key=lambda info: info.start)
     with last.file.open("r+b") as stream:
-        stream.truncate(last.file.stat().st_size - 1)
-    with reader.reading() as read, pytest.raises(CheckpointError, match=f"{last.name}: truncated"):
-        read(last.name)
+        stream.truncate(last.start + last.bytes - 1)
+    linear, rows = last.name.rpartition(".")[0], last.shape[0]
+    with reading(reader) as read:
+        with pytest.raises(CheckpointError, match=f"{last.name}: truncated"):
+            read([linear], 0, rows)
+        read([linear], 0, rows - 1)
