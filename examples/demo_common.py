@@ -30,11 +30,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import resq_kernels
-from resq_kernels import ResQConfig, evaluate, graph_decoding
+from resq_kernels import ResQConfig, evaluate
 from resq_kernels.commands.info import machine
 from resq_kernels.commands.output import size, table, write_json
 from resq_kernels.commands.sizes import part_sizes
-from resq_kernels.nn.decode_graph import unsupported_reason
 from resq_kernels.ptq.pipeline import quantize_folder
 from resq_kernels.safetensors_io import write_bytes
 from resq_kernels.testing.lockstep import lockstep
@@ -218,15 +217,11 @@ def speeds(
 ) -> dict[str, tuple[float, float]]:
     """Decode and prefill tokens/s of each model: medians of rounds in which all take turns.
 
-    Quantized models decode by prepared steps, as in `resq generate`.
+    All decode by `generate`, which prepares the steps of quantized models.
     """
     prompt, window = tokens[None, :32], tokens[None, : settings.seqlen]
     times: dict[str, tuple[list, list]] = {name: ([], []) for name in models}
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    loops = {
-        name: graph_decoding if unsupported_reason(model) is None else None
-        for name, model in models.items()
-    }
     for turn in tqdm(range(settings.rounds + 1), desc="speed", delay=2, leave=False):
         for name, model in models.items():
             with torch.inference_mode():
@@ -237,7 +232,6 @@ def speeds(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     max_new_tokens=settings.new_tokens,
-                    custom_generate=loops[name],
                     **options,
                 )
                 done = time.perf_counter()

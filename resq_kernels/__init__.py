@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from resq_kernels import ops as ops
     from resq_kernels.api import from_pretrained, quantize
     from resq_kernels.integrations.float_model import dequantize
-    from resq_kernels.nn.decode_graph import DecodeGraph, graph_decoding
+    from resq_kernels.nn.decode_graph import DecodeGraph
+    from resq_kernels.nn.generation import graph_decoding
     from resq_kernels.nn.kv_cache import ResQCache
     from resq_kernels.nn.linear import ResQLinear
 
@@ -36,7 +37,7 @@ _LAZY = {
     "ResQLinear": "resq_kernels.nn.linear",
     "dequantize": "resq_kernels.integrations.float_model",
     "from_pretrained": "resq_kernels.api",
-    "graph_decoding": "resq_kernels.nn.decode_graph",
+    "graph_decoding": "resq_kernels.nn.generation",
     "quantize": "resq_kernels.api",
 }
 

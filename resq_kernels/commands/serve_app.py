@@ -5,11 +5,13 @@ Imported by `resq serve` alone: it needs the packages of the extra `serve`.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import socket
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 import uvicorn
 from fastapi import Request
 from fastapi.responses import JSONResponse
@@ -25,6 +27,8 @@ from resq_kernels.commands import conversation, loading, streaming
 from resq_kernels.commands.output import CommandError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.types import Message, Receive, Scope, Send
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -115,7 +119,7 @@ class Application:
         # The server changes that for temperature 0, which `_read` asks for if a request does not.
         # top_k=0: the library's default of 50 would cut the distribution unasked.
         config.do_sample, config.top_k = True, 0
-        model.register_forward_pre_hook(self._refuse_if_stopped)
+        model.generate = functools.partial(self._generate, model.generate)
         manager = ModelManager()
         manager.force_model = name
         key = manager.process_model_name(name)
@@ -132,7 +136,18 @@ class Application:
         """Returns when nothing is generated any more."""
         await self._generations.async_submit(lambda: None)
 
-    def _refuse_if_stopped(self, *unused: object) -> None:
+    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`model.generate`, which a stopped server ends before its first token and after each."""
+        self._refuse_if_stopped()
+        return generate(*args, stopping_criteria=[self._never], **kwargs)
+
+    def _never(self, input_ids: torch.Tensor, scores: object, **unused: object) -> torch.Tensor:
+        """A criterion that ends no row. Not a hook of the model, which would be called for every
+        token instead of a prepared step."""
+        self._refuse_if_stopped()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def _refuse_if_stopped(self) -> None:
         if self._stopped:
             raise _Stopped("the server is being stopped")
 

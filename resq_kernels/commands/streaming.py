@@ -302,7 +302,8 @@ def _token_ids(model: str) -> dict[str, object]:
 
 def _decoding(model: PreTrainedModel, streamer: BaseStreamer) -> dict[str, object]:
     """The option to decode by prepared steps, if the model supports it."""
-    from resq_kernels.nn.decode_graph import graph_decoding, unsupported_reason
+    from resq_kernels.nn.decode_graph import unsupported_reason
+    from resq_kernels.nn.generation import graph_decoding
 
     if unsupported_reason(model) is not None:
         return {}

@@ -19,6 +19,7 @@ from resq_kernels.nn.batch import ForwardPass
 from resq_kernels.nn.decoder_layers import DecoderLayers
 from resq_kernels.nn.embedding import ResQEmbedding, TiedHead
 from resq_kernels.nn.fused import FusesLinears
+from resq_kernels.nn.generation import generating_class
 from resq_kernels.nn.hidden_basis import HiddenBasis, RotatedEmbedding, attach
 from resq_kernels.nn.layer import quantized_class
 from resq_kernels.nn.linear import ResQLinear
@@ -69,6 +70,7 @@ def convert(
     for index, layer in enumerate(decoder.layers):
         _convert_layer(layer, index, shape, config)
     decoder.register_forward_pre_hook(_share_metadata, with_kwargs=True)
+    model.__class__ = generating_class(type(model))  # keeps all that it holds
     like = decoder.embed_tokens.weight
     basis = None
     if config.has_basis:

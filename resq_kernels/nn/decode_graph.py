@@ -9,7 +9,7 @@ reserved beforehand (docs/notes/0020-decode-graph.md).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,7 +20,7 @@ from resq_kernels.nn.kv_cache import ResQCacheLayer, cache_name
 from resq_kernels.nn.tensor_parallel import parallel_of
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
 
 # Passes before the capture: the first loads kernels and makes workspaces; the second runs under the
@@ -126,6 +126,11 @@ class DecodeGraph:
         self._account(BatchState(length, valid))
         return logits
 
+    @property
+    def room(self) -> int:
+        """Steps that pages are reserved for still."""
+        return self._limit - self._batch.state.length
+
     def _pass(self) -> torch.Tensor:
         """The step itself: returns logits [B, vocabulary] for `_ids`, and advances `_lens`."""
         metadata = self._metadata()
@@ -216,78 +221,3 @@ def _checked_layers(
     if max_new_tokens < 1:
         raise ValueError(f"DecodeGraph: max_new_tokens: expected at least 1, got {max_new_tokens}")
     return layers
-
-
-@torch.no_grad()
-def graph_decoding(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    logits_processor: Any,
-    stopping_criteria: Any,
-    generation_config: GenerationConfig,
-    streamer: Any = None,
-    **kwargs: Any,
-) -> torch.Tensor:
-    """Greedy search and sampling by `DecodeGraph`: for `model.generate`'s `custom_generate`.
-
-        model.generate(ids, max_new_tokens=100, custom_generate=graph_decoding)
-
-    Returns the same tokens as `generate` without it, for every seed. The cache may be used
-    afterwards, as after any `generate`.
-
-    Args:
-        model: a quantized model.
-        input_ids: int64 [B, prompt].
-        logits_processor, stopping_criteria, generation_config: as generate makes them.
-        streamer: gets the new tokens. transformers 5.24 passes generate's streamer only to its own
-            loops: bind it here with `functools.partial` as well.
-        kwargs: the cache, under either name, and attention_mask [B, prompt], nonzero where a token
-            is; other arguments of generate are ignored.
-
-    Returns:
-        int64 [B, prompt + new tokens].
-
-    Raises:
-        ValueError: beam search, or a result other than tokens is asked for.
-    """
-    if generation_config.num_beams != 1 or generation_config.return_dict_in_generate:
-        raise ValueError(
-            "graph_decoding: expected one beam and a result of tokens, got "
-            f"num_beams={generation_config.num_beams}, "
-            f"return_dict_in_generate={generation_config.return_dict_in_generate}"
-        )
-    name = cache_name(model)
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))
-    first: dict[str, Any] = {name: cache, "use_cache": True, "logits_to_keep": 1}
-    seen = 0 if cache is None else cache.get_seq_length()
-    if (attention_mask := kwargs.get("attention_mask")) is not None:
-        positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
-        first |= {"attention_mask": attention_mask, "position_ids": positions[:, seen:]}
-    out = model(input_ids[:, seen:], **first)
-    logits, cache = out.logits[:, -1], out[name]
-    graph: DecodeGraph | None = None
-    pad = generation_config.pad_token_id
-    if pad is None:
-        ends = generation_config.eos_token_id
-        pad = ends[0] if ends and not isinstance(ends, int) else ends
-    running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    while True:
-        scores = logits_processor(input_ids, logits.float())
-        if generation_config.do_sample:
-            new = torch.multinomial(scores.softmax(dim=-1), 1)[:, 0]
-        else:
-            new = scores.argmax(dim=-1)
-        if pad is not None:
-            new = new.where(running, pad)
-        input_ids = torch.cat([input_ids, new[:, None]], dim=1)
-        if streamer is not None:
-            streamer.put(new.cpu())
-        running &= ~stopping_criteria(input_ids, scores)
-        if not running.any():
-            break
-        if graph is None:
-            graph = DecodeGraph(model, cache, generation_config.max_length - input_ids.shape[1])
-        logits = graph.step(new)
-    if streamer is not None:
-        streamer.end()
-    return input_ids

@@ -72,14 +72,19 @@ class DecodeStep:
         limit: int,
         origin: AttentionMetadata,
     ) -> DecodeStep | None:
-        """The step of a model, or None where something could see or change what modules compute:
-        then the model is to be called."""
+        """The step of a model, or None where the model is to be called (`layers_of`)."""
+        layers = cls.layers_of(model)
+        return None if layers is None else cls(model, layers, paged, limit, origin)
+
+    @staticmethod
+    def layers_of(model: PreTrainedModel) -> DecoderLayers | None:
+        """The layers of a model whose step can be prepared, or None where something could see or
+        change what modules compute: then the model is to be called."""
         if type(model).__name__ != f"{FAMILIES.get(model.config.model_type)}ForCausalLM":
             return None
         decoder: Any = model.base_model
         parts = (model, decoder, decoder.embed_tokens, decoder.norm, model.lm_head)
-        layers = None if any(map(_is_watched, parts)) else DecoderLayers.of(decoder, {})
-        return None if layers is None else cls(model, layers, paged, limit, origin)
+        return None if any(map(_is_watched, parts)) else DecoderLayers.of(decoder, {})
 
     def __call__(self, ids: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """Logits [B, vocabulary] in the model's dtype.

@@ -22,6 +22,7 @@ import pytest
 import torch
 from cli_support import Result
 
+from resq_kernels import DecodeGraph
 from resq_kernels.commands import serve
 from resq_kernels.testing.quantized_models import random_quantized
 from resq_kernels.testing.tiny_models import make_model, make_tokenizer
@@ -292,14 +293,9 @@ def test_a_signal_ends_the_server_within_an_answer(server: Server) -> None:
     assert "Traceback" not in log
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_failure_is_said(stream: bool) -> None:
-    from resq_kernels.commands.serve_app import Application
-
-    model = make_model("llama")
-    app = Application("tiny", model, make_tokenizer())
-    model.forward = lambda **unused: (_ for _ in ()).throw(RuntimeError("no memory"))
-    asked = [json.dumps({"prompt": "x", "stream": stream}).encode()]
+def answer(app: Any, stream: bool) -> list[Any]:
+    """What an application in this process sends to a client that asks for a completion."""
+    asked = [json.dumps({"prompt": "x", "stream": stream, "max_tokens": 9}).encode()]
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -312,8 +308,32 @@ def test_a_failure_is_said(stream: bool) -> None:
 
     scope = {"type": "http", "method": "POST", "path": COMPLETION, "query_string": b""}
     # What is not in a stream is raised again, and uvicorn logs it.
-    with contextlib.nullcontext() if stream else pytest.raises(RuntimeError, match="no memory"):
+    with contextlib.nullcontext() if stream else contextlib.suppress(RuntimeError):
         asyncio.run(app(scope | {"headers": []}, receive, send))
+    return sent
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_come_by_prepared_steps(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from resq_kernels.commands.serve_app import Application
+
+    steps: list[int] = []
+    step = DecodeGraph.step
+    monkeypatch.setattr(DecodeGraph, "step", lambda *given: steps.append(1) or step(*given))
+    model = random_quantized("llama")
+    model.generation_config.eos_token_id = None
+    sent = answer(Application("tiny", model, make_tokenizer()), stream)
+    assert sent[0]["status"] == 200 and len(steps) == 8
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_is_said(stream: bool) -> None:
+    from resq_kernels.commands.serve_app import Application
+
+    model = make_model("llama")
+    app = Application("tiny", model, make_tokenizer())
+    model.forward = lambda **unused: (_ for _ in ()).throw(RuntimeError("no memory"))
+    sent = answer(app, stream)
     assert sent[0]["status"] == (200 if stream else 500)
     text = b"".join(message["body"] for message in sent[1:]).decode()
     error = json.loads(text.removeprefix("data: "))["error"]  # and nothing else: no [DONE]

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from resq_kernels import DecodeGraph, ResQCache, ResQConfig, graph_decoding
+from resq_kernels import DecodeGraph, ResQCache, ResQConfig
 from resq_kernels.testing.quantized_models import random_quantized
 
 PAGE = 32
@@ -307,47 +307,3 @@ def test_what_cannot_be_prepared_is_refused(model: Any) -> None:
     for wrong in (ids[:, :1], torch.zeros(2, dtype=torch.int64), torch.zeros(1)):
         with pytest.raises(ValueError, match=r"token_ids: expected int64 \[1\], got "):
             graph.step(wrong)
-
-
-def generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-    torch.manual_seed(5)
-    options = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, **options}
-    return model.generate(ids, max_new_tokens=40, **options)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"do_sample": False},
-        {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "top_k": 0},
-        {"do_sample": True, "num_return_sequences": 2},
-        {"do_sample": True, "top_k": 3, "eos_token_id": list(range(0, 320, 40))},
-    ],
-    ids=str,
-)
-def test_generate_returns_the_same_tokens(model: Any, options: dict[str, Any]) -> None:
-    ids = tokens(3, 20)
-    mask = torch.ones_like(ids)
-    mask[1, :7] = 0
-    for extra in ({}, {"attention_mask": mask}):
-        expected = generate(model, ids * extra.get("attention_mask", 1), **options, **extra)
-        options["custom_generate"] = graph_decoding
-        got = generate(model, ids * extra.get("attention_mask", 1), **options, **extra)
-        del options["custom_generate"]
-        assert torch.equal(got, expected)
-
-
-def test_generate_goes_on_with_a_cache(model: Any) -> None:
-    cache, ids = ResQCache(model.config), tokens(1, 9)
-    options = {"do_sample": False, "custom_generate": graph_decoding}
-    first = generate(model, ids, past_key_values=cache, **options)
-    longer = torch.cat([first, tokens(1, 5)], dim=1)
-    got = generate(model, longer, past_key_values=cache, **options)
-    assert torch.equal(got, generate(model, longer, do_sample=False))
-    assert cache.get_seq_length() == got.shape[1] - 1
-
-
-@pytest.mark.parametrize("options", [{"num_beams": 2}, {"return_dict_in_generate": True}], ids=str)
-def test_generate_refuses_what_it_does_not_do(model: Any, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="graph_decoding: expected one beam and a result of"):
-        generate(model, tokens(1, 4), do_sample=False, custom_generate=graph_decoding, **options)
