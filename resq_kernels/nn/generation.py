@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from resq_kernels.architecture import FAMILIES
 from resq_kernels.nn.decode_graph import DecodeGraph, unsupported_reason
 from resq_kernels.nn.decode_step import DecodeStep
 from resq_kernels.nn.kv_cache import cache_name
+from resq_kernels.nn.layer import family_class
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -177,7 +176,7 @@ def _pad_token(config: GenerationConfig, stopping_criteria: Any) -> int | None:
 def generating_class(kind: type) -> type:
     """What a causal language model of transformers becomes: a class of the same name, in this
     module. Another class stays as it is."""
-    if kind is not _model_of(kind.__name__):
+    if kind is not family_class(kind.__name__, "ForCausalLM"):
         return kind
     if kind not in CLASSES:
         own = {"__doc__": kind.__doc__, "__module__": __name__}
@@ -187,16 +186,7 @@ def generating_class(kind: type) -> type:
 
 def __getattr__(name: str) -> type:
     """The class of that name, which a pickled model refers to."""
-    kind = _model_of(name)
+    kind = family_class(name, "ForCausalLM")
     if kind is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return generating_class(kind)
-
-
-def _model_of(name: str) -> Any:
-    """The model of transformers that has this name; None for other names."""
-    for model_type, prefix in FAMILIES.items():
-        if name == f"{prefix}ForCausalLM":
-            module = f"transformers.models.{model_type}.modeling_{model_type}"
-            return getattr(importlib.import_module(module), name)
-    return None

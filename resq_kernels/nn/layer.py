@@ -79,8 +79,15 @@ def __getattr__(name: str) -> type[nn.Module]:
 
 def _layer_of(name: str) -> Any:
     """The layer of transformers that becomes the class of this name; None for other names."""
+    theirs = name.removeprefix("ResQ")
+    return None if theirs == name else family_class(theirs, "DecoderLayer")
+
+
+def family_class(name: str, kind: str) -> Any:
+    """The class of transformers that has this name, a prefix of `FAMILIES` and "DecoderLayer" or
+    "ForCausalLM"; None for other names."""
     for model_type, prefix in FAMILIES.items():
-        if name == f"ResQ{prefix}DecoderLayer":
+        if name == f"{prefix}{kind}":
             module = f"transformers.models.{model_type}.modeling_{model_type}"
-            return getattr(importlib.import_module(module), name.removeprefix("ResQ"))
+            return getattr(importlib.import_module(module), name)
     return None
