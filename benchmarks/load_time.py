@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,9 @@ from typing import Any
 
 import torch
 
-from resq_kernels.commands.output import table
+from resq_kernels.bench import timing
+from resq_kernels.commands.arguments import at_least
+from resq_kernels.commands.output import check_target, table, write_json
 
 _TOKENS = 64
 _FIGURES = ("load_s", "first_logits_s", "load_cpu_s", "peak_mib", "files_mib")
@@ -110,8 +111,7 @@ def race(folders: dict[str, Path], text: Path, turns: int) -> dict[str, Any]:
         "median": {name: dict(zip(_FIGURES, row, strict=True)) for name, row in medians.items()},
         "ratio": {name: ours / theirs for name, ours, theirs in pairs},
         "kl_nats": (exact.exp() * (exact - rounded)).sum(-1).mean().item(),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
+        "machine": timing.machine(),
     }
 
 
@@ -122,11 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("quantized", type=Path, help="a quantized folder")
     parser.add_argument("source", type=Path, help="the 16-bit folder that it was made from")
     parser.add_argument("--text", type=Path, required=True, help="a text of some pages")
-    parser.add_argument("--turns", type=int, default=10, help="loads of each (default: 10)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    parser.add_argument("--turns", type=at_least(1), default=10, help="loads of each (default: 10)")
+    parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     options = parser.parse_args(arguments)
-    if options.turns < 1:
-        parser.error(f"--turns: expected at least 1, got {options.turns}")
+    check_target(options.json)
     folders = {"quantized": options.quantized, "16-bit": options.source}
     result = race(folders, options.text, options.turns)
     formats = (".3f", ".3f", ".3f", ".0f", ".0f")
@@ -137,8 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows.append(["ratio", *(f"{value:.2f}" for value in result["ratio"].values())])
     print(table(rows, ["", "load, s", "to logits, s", "CPU, s", "peak, MiB", "files, MiB"]))
     print(f"KL {result['kl_nats']:.4f} nats; medians of {options.turns} turns")
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, result)
 
 
 if __name__ == "__main__":
