@@ -8,6 +8,7 @@
 #include "ops/mixed_quantize/mixed_quantize_torch.h"
 #include "ops/pack_weight/pack_weight_torch.h"
 #include "ops/rms_norm_quantize/rms_norm_quantize_torch.h"
+#include "ops/search_scale/search_scale_torch.h"
 #include "ops/silu_mul_hadamard_quantize/silu_mul_hadamard_quantize_torch.h"
 #include "ops/unpack_weight/unpack_weight_torch.h"
 #include "torch/cuda_device.h"
@@ -43,6 +44,10 @@ void run(const Cuda& on, const SiluMulHadamardQuantizeParams& p) {
          std::to_string(p.out.k_hi));
   }
   if (p.rows > 0) cuda::silu_mul_hadamard_quantize(p, layout, on.device(), on.stream());
+}
+
+void run(const Cuda& on, const SearchScaleParams& p) {
+  if (p.rows > 0) cuda::search_scale(p, on.stream());
 }
 
 void run(const Cuda& on, const PackWeightParams& p) {
@@ -96,6 +101,7 @@ RESQ_CUDA_IMPL(m) {
   m.impl("rms_norm_quantize", TORCH_BOX(&resq::rms_norm_quantize<Cuda>));
   m.impl("silu_mul_hadamard_quantize", TORCH_BOX(&resq::silu_mul_hadamard_quantize<Cuda>));
   m.impl("hadamard", TORCH_BOX(&resq::hadamard<Cuda>));
+  m.impl("search_scale", TORCH_BOX(&resq::search_scale<Cuda>));
   m.impl("pack_weight", TORCH_BOX(&resq::pack_weight<Cuda>));
   m.impl("unpack_weight", TORCH_BOX(&resq::unpack_weight<Cuda>));
   m.impl("embedding", TORCH_BOX(&resq::embedding<Cuda>));

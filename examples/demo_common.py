@@ -81,7 +81,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of a model's table; times are medians.
+    """One row of a model's table.
 
     Attributes:
         name: "16-bit", a key of VARIANTS, or RESQ_WIDE.
@@ -91,8 +91,8 @@ class Row:
         kl_to_baseline: mean KL(16-bit || row) over the same targets, in nats.
         top1_agreement: share of them whose likeliest token is that of the 16-bit model.
         bytes_total, bytes_linears: of the checkpoint; of the decoder's linears with their scales.
-        decode_tokens_per_second: greedy generation, batch 1.
-        prefill_tokens_per_second: one window at once.
+        decode_tokens_per_second: greedy generation, batch 1, median of the rounds.
+        prefill_tokens_per_second: one window at once, mean of the windows of the evaluation.
         quantize_seconds: calibration included; None for the 16-bit row.
         layers: name and relative output error of every quantized linear.
     """
@@ -186,8 +186,8 @@ def measure(
     say(f"{label}: perplexity and divergence on the held-out text")
     windows = evaluate.cut_windows(heldout, settings.seqlen, settings.windows)
     measured = evaluate.measure(models, windows, progress="perplexity")
-    say(f"{label}: speed")
-    speed = speeds(models, heldout, settings)
+    say(f"{label}: speed of generation")
+    speed = decode_speeds(models, heldout, settings)
     rows = []
     for name, model in models.items():
         parts = part_sizes(folders[name])
@@ -203,8 +203,8 @@ def measure(
                 top1_agreement=found.top1,
                 bytes_total=parts["total"],
                 bytes_linears=parts["linears"] + parts["linear_scales"],
-                decode_tokens_per_second=speed[name][0],
-                prefill_tokens_per_second=speed[name][1],
+                decode_tokens_per_second=speed[name],
+                prefill_tokens_per_second=windows.numel() / found.seconds,
                 quantize_seconds=reports[name]["seconds"] if name in reports else None,
                 layers=reports[name]["layers"] if name in reports else [],
             )
@@ -212,36 +212,29 @@ def measure(
     return rows
 
 
-def speeds(
+def decode_speeds(
     models: Mapping[str, PreTrainedModel], tokens: torch.Tensor, settings: Settings
-) -> dict[str, tuple[float, float]]:
-    """Decode and prefill tokens/s of each model: medians of rounds in which all take turns.
+) -> dict[str, float]:
+    """Tokens/s of greedy generation of each model: medians of rounds in which all take turns.
 
     All decode by `generate`, which prepares the steps of quantized models.
     """
-    prompt, window = tokens[None, :32], tokens[None, : settings.seqlen]
-    times: dict[str, tuple[list, list]] = {name: ([], []) for name in models}
+    prompt = tokens[None, :32]
+    times: dict[str, list[float]] = {name: [] for name in models}
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     for turn in tqdm(range(settings.rounds + 1), desc="speed", delay=2, leave=False):
         for name, model in models.items():
+            began = time.perf_counter()
             with torch.inference_mode():
-                began = time.perf_counter()
-                model(input_ids=window, use_cache=False)
-                prefilled = time.perf_counter()
                 model.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     max_new_tokens=settings.new_tokens,
                     **options,
                 )
-                done = time.perf_counter()
             if turn:  # the first round warms up
-                times[name][0].append(settings.new_tokens / (done - prefilled))
-                times[name][1].append(settings.seqlen / (prefilled - began))
-    return {
-        name: (statistics.median(decode), statistics.median(prefill))
-        for name, (decode, prefill) in times.items()
-    }
+                times[name].append(settings.new_tokens / (time.perf_counter() - began))
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def reference_check(label: str, folder: Path, heldout: torch.Tensor, settings: Settings) -> Check:

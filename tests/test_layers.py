@@ -24,7 +24,7 @@ ALLOWED = {
     "architecture": {"config", "formats"},
     "kv_pages": {"formats"},
     "reference": LEAVES,
-    "weights": LEAVES,
+    "weights": LEAVES | {"ops"},
     "safetensors_io": set(),
     "checkpoint": LEAVES | {"safetensors_io"},
     "weight_reader": LEAVES | {"safetensors_io"},

@@ -10,6 +10,7 @@ from resq_kernels.ops.mixed_gemm import mixed_gemm
 from resq_kernels.ops.mixed_quantize import mixed_quantize
 from resq_kernels.ops.pack_weight import pack_weight
 from resq_kernels.ops.rms_norm_quantize import rms_norm_quantize
+from resq_kernels.ops.search_scale import search_scale
 from resq_kernels.ops.silu_mul_hadamard_quantize import silu_mul_hadamard_quantize
 from resq_kernels.ops.unpack_weight import unpack_weight
 
@@ -24,6 +25,7 @@ __all__ = [
     "mixed_quantize",
     "pack_weight",
     "rms_norm_quantize",
+    "search_scale",
     "silu_mul_hadamard_quantize",
     "unpack_weight",
 ]

@@ -166,6 +166,8 @@ def write_dialogues(
             model.reader.folder, dtype=product_dtype(model.dtype, device)
         ).to(device)
         writer.generation_config = GenerationConfig()  # nothing of how its makers draw
+        if writer.device.type == "cpu" and writer.dtype == torch.float32:
+            _multiply_few_rows(writer)
         steps = len(missing) * (length - len(dialogues.template.start))
         bar = tqdm(total=steps, desc="dialogues", unit="token", disable=not progress)
         with bar, torch.random.fork_rng([device] if device.startswith("cuda") else []):
@@ -186,9 +188,7 @@ def _write(writer: Any, dialogues: Dialogues, count: int, bar: tqdm[Any]) -> tor
     """A batch of dialogues, int64 [count, length]."""
     start = torch.tensor([dialogues.template.start]).repeat(count, 1).to(writer.device)
     settings = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=TOP_K,
+        do_sample=False,  # `_Draws` does
         max_new_tokens=dialogues.length - start.shape[1],
         pad_token_id=0,
         cache_implementation="static",  # 4/3 as fast as one that grows: SmolLM2, 20 dialogues
@@ -198,9 +198,43 @@ def _write(writer: Any, dialogues: Dialogues, count: int, bar: tqdm[Any]) -> tor
         start,
         attention_mask=torch.ones_like(start),
         generation_config=settings,
-        logits_processor=[_Messages(dialogues.template, count, bar)],
+        logits_processor=[_Draws(), _Messages(dialogues.template, count, bar)],
     )
     return written.cpu()
+
+
+class _FewRows(torch.nn.Linear):
+    """A linear as (W x^T)^T: of MKL's ways to the same product the faster one for few rows.
+
+    SmolLM2's products of a step of 2, 20, 48 rows, float32, two Zen 3 cores: 62, 143, 249 ms, and
+    151, 179, 326 as x W^T.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        columns = x.reshape(-1, x.shape[-1]).t()
+        y = torch.mm(self.weight, columns).t().contiguous().view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def _multiply_few_rows(writer: torch.nn.Module) -> None:
+    """Makes every linear a `_FewRows`, with the same parameters."""
+    for module in writer.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = _FewRows
+
+
+class _Draws(LogitsProcessor):
+    """Leaves one token of each row, drawn among the `TOP_K` likeliest at temperature 1.
+
+    transformers draws among the whole vocabulary, whose other tokens it has given no probability:
+    29 ms a step of 20 dialogues with 49,152 tokens.
+    """
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        likeliest = scores.topk(min(TOP_K, scores.shape[-1]))
+        drawn = torch.multinomial(likeliest.values.softmax(-1), 1)
+        chosen = likeliest.indices.gather(-1, drawn)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
 
 
 class _Messages(LogitsProcessor):

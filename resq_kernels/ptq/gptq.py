@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from resq_kernels.formats import QuantizedWeight, pack_int4
-from resq_kernels.weights import search_scale
+from resq_kernels.ops.search_scale import search_scale
 
 BLOCK = 32
 """Columns between two matrix products: inside a block, errors are fed back column by column."""

@@ -21,6 +21,7 @@ from resq_kernels.reference.ops import (
     mixed_quantize,
     rms_norm,
     rms_norm_quantize,
+    search_scale,
     silu_mul_hadamard_quantize,
 )
 
@@ -36,5 +37,6 @@ __all__ = [
     "mixed_quantize",
     "rms_norm",
     "rms_norm_quantize",
+    "search_scale",
     "silu_mul_hadamard_quantize",
 ]

@@ -105,6 +105,23 @@ def silu_mul_hadamard_quantize(
     return mixed_quantize(product, n_hi, lo_bits, packed, symmetric, clip)
 
 
+def search_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """The scale of every row among 80 ranges with the smallest 2.4-norm error, in float64."""
+    half = 2 ** (bits - 1)
+    if weight.shape[-1] == 0:
+        return weight.new_zeros(weight.shape[:-1], dtype=torch.float32)
+    weight = weight.double()
+    amax = weight.abs().amax(-1)
+    best_error, best_scale = torch.full_like(amax, torch.inf), amax / (half - 1)
+    for step in range(80):
+        scale = (amax * (1 - 0.01 * step) / (half - 1)).unsqueeze(-1)
+        codes = torch.round(weight / scale).clamp(-half, half - 1)
+        error = (codes * scale - weight).abs().pow(2.4).sum(-1)
+        best_scale = torch.where(error < best_error, scale[..., 0], best_scale)
+        best_error = torch.minimum(error, best_error)
+    return torch.where(amax == 0, 1.0, best_scale).float()
+
+
 def embedding(
     ids: torch.Tensor,
     codes_lo: torch.Tensor,

@@ -176,7 +176,7 @@ def test_a_chain_of_quantizers_and_products_waits_for_all_before(sm90: Emulated)
 
 
 def test_kernels_that_do_not_wait_are_launched_as_usual(new: Emulated) -> None:
-    for name in ("pack_weight", "unpack_weight", "embedding", "kv_dequantize"):
+    for name in ("search_scale", "pack_weight", "unpack_weight", "embedding", "kv_dequantize"):
         getattr(new, name)(*OPERATORS[name](new))
     assert set(events("cudaLaunch")) == {"cudaLaunchKernelExC"}
 

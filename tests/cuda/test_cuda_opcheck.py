@@ -67,6 +67,7 @@ def embedding_arguments(device: emulation.Emulated) -> tuple:
 
 # operator -> its arguments; `packed` is given, because its default depends on the device.
 SAMPLES = {
+    "search_scale": lambda _: (torch.randn(ROWS, K), 4),
     "mixed_quantize": lambda _: (torch.randn(ROWS, K), HIGH, 4, True),
     "rms_norm_quantize": lambda _: (
         torch.randn(2, ROWS, K).half(),

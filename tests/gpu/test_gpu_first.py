@@ -33,6 +33,12 @@ def test_pack_weight() -> None:
     assert all(same_bits(a.cpu(), b) for a, b in zip(back, weight.codes, strict=True))
 
 
+def test_search_scale() -> None:
+    for bits in (4, 8):
+        expected, result = cpu_and_cuda("search_scale", torch.randn(9, 250), bits)
+        assert same_bits(result, expected)
+
+
 def test_mixed_quantize() -> None:
     x = torch.randn(5, 256, dtype=torch.bfloat16)
     for packed in (False, True):

@@ -138,6 +138,7 @@ def test_opcheck() -> None:
         "rms_norm_quantize": (x, x.clone(), None, 1e-5, HIGH),
         "silu_mul_hadamard_quantize": (gate_up,),
         "hadamard": (gate_up,),
+        "search_scale": (gate_up, 4),
         "pack_weight": on("cuda", weight.codes),
         "unpack_weight": (weight.arguments("cuda")[0], 96, 448, 64),
         "embedding": (tokens, *weight.arguments("cuda")[:2], 448, 64, torch.bfloat16),

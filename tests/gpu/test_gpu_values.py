@@ -110,6 +110,17 @@ def test_embedding_has_the_cpu_s_bits(n: int, k_lo: int, k_hi: int, dtype: torch
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, k", [(3, 1), (70, 250), (4096, 3584), (9, 28672)])
+def test_search_scale_has_the_cpu_s_bits(rows: int, k: int, dtype: torch.dtype) -> None:
+    weight = torch.distributions.StudentT(3.0).sample((rows, k)).to(dtype)
+    weight[0], weight[1, k // 2] = 0, float("nan")
+    for bits in (4, 8):
+        expected, result = cpu_and_cuda("search_scale", weight, bits)
+        assert same_bits(result, expected)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "rows, k, n_hi", [(3, 1, 0), (5, 250, 30), (130, 4096, 512), (7, 8192, 1024)]
 )

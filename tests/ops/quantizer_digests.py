@@ -46,6 +46,9 @@ def digests() -> dict[str, str]:
         for k in SIZES:
             x, residual = rows(generator, k, dtype), rows(generator, k, dtype)
             weight = torch.randn(k, generator=generator).to(dtype)
+            for bits in (4, 8):
+                scale = ops.search_scale(x, bits)
+                result[f"search_scale {dtype} {k} {bits}"] = digest((scale,))
             n_hi = k // 8 if (k - k // 8) % 2 == 0 else k % 2
             for packed in (False, True):
                 for symmetric in (False, True):

@@ -37,6 +37,7 @@ def test_kernels_are_named_once(value: str, logged: bool) -> None:
     assert run.returncode == 0, run.stderr
     lines = [line for line in run.stderr.splitlines() if line.startswith("resq_kernels:")]
     expected = [
+        f"resq_kernels: search_scale: cpu {isa}",
         "resq_kernels: pack_weight: cpu scalar",
         f"resq_kernels: mixed_gemm: cpu {isa}",  # sums the rows of the weight
         f"resq_kernels: mixed_quantize: cpu {isa}",

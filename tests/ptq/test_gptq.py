@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from resq_kernels.formats import unpack_int4
+from resq_kernels.ops import search_scale
 from resq_kernels.ptq.gptq import feedback_factor, gptq
 from resq_kernels.ptq.quantize import output_error
-from resq_kernels.weights import quantize_weight, search_scale
+from resq_kernels.weights import quantize_weight
 
 DAMPING = 0.01
 

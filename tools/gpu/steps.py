@@ -28,6 +28,7 @@ OPERATORS = (
     "kv_attention",
     "kv_dequantize",
     "prefill",
+    "search_scale",
 )
 
 
