@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from resq_kernels import ops
 from resq_kernels.formats import QuantizedWeight, pack_int4
-from resq_kernels.ops.search_scale import search_scale
 
 BLOCK = 32
 """Columns between two matrix products: inside a block, errors are fed back column by column."""
@@ -41,7 +41,7 @@ def gptq(
     rows, columns = weight.shape
     k_lo = columns - k_hi
     scale = torch.stack(
-        [search_scale(weight[:, :k_lo], 4), search_scale(weight[:, k_lo:], 8)], dim=1
+        [ops.search_scale(weight[:, :k_lo], 4), ops.search_scale(weight[:, k_lo:], 8)], dim=1
     )
     feedback = feedback_factor(hessian, damping)
     # Transposed: a column of the weight is contiguous.

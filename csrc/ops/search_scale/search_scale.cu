@@ -2,7 +2,7 @@
 // have the partial sums of a CPU's; the row comes from the first cache after the first pass.
 #include <cuda_runtime.h>
 
-#include "cuda/numbers.cuh"
+#include "cuda/row_block.cuh"
 #include "ops/search_scale/search_scale.h"
 
 namespace resq::cuda {
@@ -37,18 +37,10 @@ __device__ float fold_half_warp(float sum) {
 // The largest absolute value of a row, NaN if any number is no finite one.
 template <class T>
 __device__ float largest(const T* row, int columns) {
-  float most = 0.0f, nothing = 0.0f;
-  for (int k = threadIdx.x % 32; k < columns; k += 32) {
-    const float x = number(row[k]);
-    most = fmaxf(most, fabsf(x));
-    nothing = __fadd_rn(nothing, __fmul_rn(x, 0.0f));
-  }
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    most = fmaxf(most, __shfl_xor_sync(~0u, most, distance));
-    nothing = __fadd_rn(nothing, __shfl_xor_sync(~0u, nothing, distance));
-  }
-  return __fadd_rn(most, nothing);
+  Range ranges[2];  // of one part: the second stays empty
+  for (int k = threadIdx.x % 32; k < columns; k += 32) ranges[0].add(number(row[k]));
+  set_ranges(ranges, reduce_warp(ordered_ranges(ranges)));
+  return ranges[0].finite() ? fmaxf(-ranges[0].min, ranges[0].max) : NAN;
 }
 
 template <class T>
@@ -59,7 +51,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int columns = static_cast<int>(p.columns);
   const int lane = threadIdx.x % 32, half_warp = lane / kClipSums;
   const T* row = static_cast<const T*>(p.weight) + index * columns;
-  const float amax = largest(row, columns), lowest = -p.half, highest = p.half - 1.0f;
+  const float amax = largest(row, columns), lowest = -p.grid.half, highest = p.grid.half - 1.0f;
   ClipSearch search;
   if (amax >= kClipSmallest) {
     const float inverse = 1.0f / amax;
@@ -85,7 +77,7 @@ __global__ void __launch_bounds__(kWarps * 32)
       if (!goes_on) break;
     }
   }
-  if (lane == 0) p.scale[index] = search.scale(p, amax);
+  if (lane == 0) p.scale[index] = search.scale(p.grid, amax);
 }
 
 }  // namespace

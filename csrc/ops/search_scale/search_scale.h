@@ -35,17 +35,18 @@ inline constexpr float kClipSmallest = 0x1p-126f;
 // Taken off the errors beyond the largest code before they end a search: rounding of the sums.
 inline constexpr float kClipSlack = 1.0f - 1e-5f;
 
-// What depends on the step alone.
+// What depends on the bits and the step alone.
 struct ClipGrid {
+  float half;                // 2^(bits - 1)
   float range[kClipSteps];   // range_j
   float levels[kClipSteps];  // (half - 1) / range_j
   float power[kClipSteps];   // range_j^2.4
 
-  explicit ClipGrid(int bits) {
+  explicit ClipGrid(int bits) : half(static_cast<float>(1 << (bits - 1))) {
     for (int j = 0; j < kClipSteps; ++j) {
       const double r = 1.0 - 0.01 * j;
       range[j] = static_cast<float>(r);
-      levels[j] = static_cast<float>(((1 << (bits - 1)) - 1) / r);
+      levels[j] = static_cast<float>((half - 1.0) / r);
       power[j] = static_cast<float>(std::pow(r, 2.4));
     }
   }
@@ -56,7 +57,6 @@ struct SearchScaleParams {
   const void* weight;     // [rows, columns] of type
   float* scale;           // [rows]
   FloatType type;
-  float half;  // 2^(bits - 1)
   ClipGrid grid;
 };
 
@@ -76,8 +76,8 @@ struct ClipSearch {
     return !(beyond * grid.power[j] * kClipSlack > error);
   }
 
-  RESQ_HOST_DEVICE float scale(const SearchScaleParams& p, float amax) const {
-    return amax == 0.0f ? 1.0f : amax * p.grid.range[step] / (p.half - 1.0f);
+  RESQ_HOST_DEVICE float scale(const ClipGrid& grid, float amax) const {
+    return amax == 0.0f ? 1.0f : amax * grid.range[step] / (grid.half - 1.0f);
   }
 };
 

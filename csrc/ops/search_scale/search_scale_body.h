@@ -1,6 +1,8 @@
 // The one CPU body of search_scale.
 // Included inside the namespace of an instruction set.
 
+#include "cpu/row_quantize.h"
+
 struct ClipErrors {
   float all, beyond;
 };
@@ -45,38 +47,23 @@ inline ClipErrors clip_errors(const float* row, int64_t count, float levels, flo
   return {fold_sums(all), fold_sums(beyond)};
 }
 
-// The largest absolute value of a row, NaN if any number is no finite one.
-inline float largest(const float* row, int64_t count) {
-  Vec most{}, nothing{};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec x = load(row + i);
-    most = max(most, max(x, -x));
-    nothing = nothing + x * 0.0f;
-  }
-  float amax = most[0], poison = nothing[0];
-  for (int lane = 1; lane < kLanes; ++lane) {
-    amax = most[lane] > amax ? most[lane] : amax;
-    poison += nothing[lane];
-  }
-  return amax + poison;
-}
-
 void search_scale_rows(const SearchScaleParams& p, int64_t begin, int64_t end) {
   const int64_t padded = align_up(p.columns, kClipSums);
   float* row = thread_row_buffer().floats(padded);
   for (int64_t i = begin; i < end; ++i) {
     std::fill(row + p.columns, row + padded, 0.0f);
     load_row(p.weight, p.type, i * p.columns, p.columns, row);
-    const float amax = largest(row, padded);
+    const Range range = row_range(row, p.columns);
+    const float amax = range.finite ? std::max(-range.min, range.max) : NAN;
     ClipSearch search;
     if (amax >= kClipSmallest) {
       const float inverse = 1.0f / amax;
       for (int64_t k = 0; k < padded; k += kLanes) store(row + k, load(row + k) * inverse);
       for (int j = 0; j < kClipSteps; ++j) {
-        const ClipErrors errors = clip_errors(row, padded, p.grid.levels[j], p.half);
+        const ClipErrors errors = clip_errors(row, padded, p.grid.levels[j], p.grid.half);
         if (!search.add(p.grid, j, errors.all, errors.beyond)) break;
       }
     }
-    p.scale[i] = search.scale(p, amax);
+    p.scale[i] = search.scale(p.grid, amax);
   }
 }

@@ -24,10 +24,9 @@ Tensor search_scale(const Tensor& weight, int64_t bits) {
     return scale;
   }
   const Tensor input = contiguous_rows(weight);
-  run(device,
-      SearchScaleParams{rows, columns, input.const_data_ptr(),
-                        static_cast<float*>(scale.mutable_data_ptr()), type,
-                        static_cast<float>(1 << (bits - 1)), ClipGrid(static_cast<int>(bits))});
+  run(device, SearchScaleParams{rows, columns, input.const_data_ptr(),
+                                static_cast<float*>(scale.mutable_data_ptr()), type,
+                                ClipGrid(static_cast<int>(bits))});
   return scale;
 }
 
