@@ -146,10 +146,10 @@ def float_folder(source: Source, out: Path, shape: ModelShape, resume: bool) -> 
         _convert_once(source, folder, work, out, shape, resume and begun.exists())
         with named_as(folder, str(source.path)), _warnings_name(folder, str(source.path)):
             yield folder
-        work.remove()
+        _discard(work)
     except BaseException:
         if not begun.exists():
-            work.remove()
+            _discard(work)
         raise
     finally:
         work.close()
@@ -182,6 +182,12 @@ def _warnings_name(folder: Path, name: str) -> Iterator[None]:
         warnings.showwarning = shown
 
 
+def _discard(work: Workspace) -> None:
+    """Deletes what is converted, its record first: what a kill leaves must not pass for whole."""
+    (work.root / INPUTS_FILE).unlink(missing_ok=True)
+    work.clear()
+
+
 def _convert_once(
     source: Source, folder: Path, work: Workspace, out: Path, shape: ModelShape, begun: bool
 ) -> None:
@@ -204,10 +210,7 @@ def _convert_once(
                 f"{', '.join(changed)}; use the same ones, or remove {work_folder(out)} and "
                 f"{work.root}"
             )
-        record.unlink()
-    for path in work.root.iterdir():
-        if path.name != LOCK_FILE:
-            shutil.rmtree(path)
+    _discard(work)
     # float32 stays what it is, everything else has 16 bits then.
     halves = 2 * sum(map(math.prod, shape.source_tensors().values()))
     stored = sum(path.stat().st_size for path in files if path.is_file())

@@ -236,8 +236,18 @@ class Workspace:
         path.unlink()
         return tensor
 
+    def clear(self) -> None:
+        """Deletes all but the lock, the inputs last: what a kill leaves is still a work folder."""
+        for path in self.root.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name not in (INPUTS_FILE, LOCK_FILE):
+                path.unlink()
+        (self.root / INPUTS_FILE).unlink(missing_ok=True)
+
     def remove(self) -> None:
-        """Deletes the folder and gives the lock back."""
+        """Deletes the folder, the lock last, and gives the lock back."""
+        self.clear()
         # Errors: a process that comes now puts its own lock into the folder, and removes it.
         shutil.rmtree(self.root, ignore_errors=True)
         self._unlock()

@@ -101,6 +101,7 @@ def test_two_processes_do_not_take_each_others_source(
     assert (other.root / "inputs.json").exists()
     # What a process that was killed while it converted leaves is overwritten.
     (other.root / "inputs.json").unlink()
+    (other.root / "inputs.json.tmp").touch()
     (other.root / "model.1.unfinished").mkdir()
     assert resq("quantize", source, tmp_path / "out", *options).code == 0
     assert not other.root.exists()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,9 @@ import torch
 
 from resq_kernels.checkpoint import validate
 from resq_kernels.config import ResQConfig
-from resq_kernels.ptq import pipeline
+from resq_kernels.ptq import float_folder, pipeline
 from resq_kernels.ptq.pipeline import quantize_folder
-from resq_kernels.ptq.workspace import LOCK_FILE
+from resq_kernels.ptq.workspace import INPUTS_FILE, LOCK_FILE, Workspace, check_out
 from resq_kernels.safetensors_io import CheckpointError
 
 OPTIONS = ResQConfig(weights="rtn")
@@ -117,6 +119,78 @@ def test_a_run_killed_at_its_start_is_no_obstacle(
     quantize_folder(llama, tmp_path / "out", windows, OPTIONS, progress=False)
     validate(tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+class Killed(BaseException):
+    pass
+
+
+@contextlib.contextmanager
+def killed_at_deletion(survived: int) -> Iterator[None]:
+    """Ends the block where it would delete one file or folder more than so many."""
+    calls = iter(range(100))
+
+    def ending(original: Callable[..., None]) -> Callable[..., None]:
+        def delete(*args: object, **kwargs: object) -> None:
+            if next(calls) == survived:
+                raise Killed
+            original(*args, **kwargs)
+
+        return delete
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("unlink", "rmdir"):  # pathlib and shutil call these
+            patch.setattr(os, name, ending(getattr(os, name)))
+        yield
+
+
+def filled(root: Path) -> Workspace:
+    """A locked work folder with a record, a piece, unfinished states and a folder."""
+    work = Workspace(root)
+    root.mkdir(exist_ok=True)
+    work.lock()
+    (root / INPUTS_FILE).touch()
+    work.save("basis", {"x": torch.ones(1)})
+    work.hidden("states", (1, 1, 1)).begin()
+    (root / "folder").mkdir(exist_ok=True)
+    (root / "folder" / "config.json").touch()
+    return work
+
+
+@pytest.mark.parametrize("survived", range(8))
+def test_a_removal_that_is_killed_leaves_a_work_folder(tmp_path: Path, survived: int) -> None:
+    """After each of its seven deletions: of three files, two folders, the inputs and the lock."""
+    work = filled(tmp_path / "out.partial")
+    with killed_at_deletion(survived):
+        if survived == 7:
+            work.remove()
+            assert not list(tmp_path.iterdir())
+            return
+        with pytest.raises(Killed):
+            work.remove()
+    work._unlock()
+    check_out(tmp_path / "out", resume=True)
+    if (work.root / INPUTS_FILE).exists():
+        with pytest.raises(FileExistsError, match="an interrupted quantization is here"):
+            check_out(tmp_path / "out", resume=False)
+    else:
+        check_out(tmp_path / "out", resume=False)
+    filled(work.root).remove()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("survived", range(5))
+def test_a_converted_source_that_is_half_deleted_does_not_pass_for_whole(
+    tmp_path: Path, survived: int
+) -> None:
+    work = filled(tmp_path / "out.source")
+    with killed_at_deletion(survived), pytest.raises(Killed):
+        float_folder._discard(work)
+    whole = (work.root / "folder" / "config.json").exists()
+    assert whole or not (work.root / INPUTS_FILE).exists()
+    float_folder.check_root(tmp_path / "out")
+    work.close()
+    float_folder._discard(filled(work.root))
 
 
 @pytest.mark.usefixtures("no_work")
