@@ -67,17 +67,20 @@ float load_float(const void* data, FloatType type, int64_t i) {
 }
 
 void load_block_scales(const MixedGemmParams& p, int64_t block, BlockScales& c) {
-  c.first = block * kBlockN;
-  c.count = std::min(kBlockN, p.n - c.first);
-  for (int64_t j = 0; j < kBlockN; ++j) {
-    const bool inside = j < c.count;
-    const int64_t n = inside ? c.first + j : 0;
-    c.scale_lo[j] = inside ? p.weight_scale[2 * n] : 0.0f;
-    c.scale_hi[j] = inside ? p.weight_scale[2 * n + 1] : 0.0f;
-    c.sum_lo[j] = inside ? static_cast<uint32_t>(p.weight_sum[2 * n]) : 0u;
-    c.sum_hi[j] = inside ? static_cast<uint32_t>(p.weight_sum[2 * n + 1]) : 0u;
-    c.bias[j] = inside && p.bias ? load_float(p.bias, p.bias_type, n) : 0.0f;
+  const int64_t first = block * kBlockN, count = std::min(kBlockN, p.n - first);
+  if (count < kBlockN) c = {};
+  c.first = first;
+  c.count = count;
+  const float* scale = p.weight_scale + 2 * first;
+  const int32_t* sum = p.weight_sum + 2 * first;
+  for (int64_t j = 0; j < count; ++j) {
+    c.scale_lo[j] = scale[2 * j];
+    c.scale_hi[j] = scale[2 * j + 1];
+    c.sum_lo[j] = static_cast<uint32_t>(sum[2 * j]);
+    c.sum_hi[j] = static_cast<uint32_t>(sum[2 * j + 1]);
   }
+  if (!p.bias) return;
+  for (int64_t j = 0; j < count; ++j) c.bias[j] = load_float(p.bias, p.bias_type, first + j);
 }
 
 // One part of the epilogue for kLanes of N, without the sum of the two parts.
