@@ -146,10 +146,10 @@ def float_folder(source: Source, out: Path, shape: ModelShape, resume: bool) -> 
         _convert_once(source, folder, work, out, shape, resume and begun.exists())
         with named_as(folder, str(source.path)), _warnings_name(folder, str(source.path)):
             yield folder
-        _discard(work)
+        _forget(work)
     except BaseException:
         if not begun.exists():
-            _discard(work)
+            _forget(work)
         raise
     finally:
         work.close()
@@ -182,10 +182,12 @@ def _warnings_name(folder: Path, name: str) -> Iterator[None]:
         warnings.showwarning = shown
 
 
-def _discard(work: Workspace) -> None:
-    """Deletes what is converted, its record first: what a kill leaves must not pass for whole."""
+def _forget(work: Workspace) -> None:
+    """Deletes the record, before the rest goes: what a kill leaves then does not pass for whole.
+
+    A work folder without a record is removed when it is closed.
+    """
     (work.root / INPUTS_FILE).unlink(missing_ok=True)
-    work.clear()
 
 
 def _convert_once(
@@ -210,7 +212,8 @@ def _convert_once(
                 f"{', '.join(changed)}; use the same ones, or remove {work_folder(out)} and "
                 f"{work.root}"
             )
-    _discard(work)
+    _forget(work)
+    work.clear()
     # float32 stays what it is, everything else has 16 bits then.
     halves = 2 * sum(map(math.prod, shape.source_tensors().values()))
     stored = sum(path.stat().st_size for path in files if path.is_file())

@@ -14,6 +14,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -246,8 +247,9 @@ class Workspace:
         (self.root / INPUTS_FILE).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Deletes the folder, the lock last, and gives the lock back."""
-        self.clear()
+        """Deletes what it can of the folder, the lock last, and gives the lock back."""
+        with suppress(OSError):  # somebody has removed the folder
+            self.clear()
         # Errors: a process that comes now puts its own lock into the folder, and removes it.
         shutil.rmtree(self.root, ignore_errors=True)
         self._unlock()

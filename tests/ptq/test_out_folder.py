@@ -179,18 +179,26 @@ def test_a_removal_that_is_killed_leaves_a_work_folder(tmp_path: Path, survived:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_work_folder_that_somebody_removes_hides_no_error(tmp_path: Path) -> None:
+    work = filled(tmp_path / "out.partial")
+    shutil.rmtree(work.root)
+    work.close()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("survived", range(5))
 def test_a_converted_source_that_is_half_deleted_does_not_pass_for_whole(
     tmp_path: Path, survived: int
 ) -> None:
     work = filled(tmp_path / "out.source")
     with killed_at_deletion(survived), pytest.raises(Killed):
-        float_folder._discard(work)
+        float_folder._forget(work)
+        work.close()
     whole = (work.root / "folder" / "config.json").exists()
     assert whole or not (work.root / INPUTS_FILE).exists()
     float_folder.check_root(tmp_path / "out")
-    work.close()
-    float_folder._discard(filled(work.root))
+    work._unlock()
+    filled(work.root).remove()
 
 
 @pytest.mark.usefixtures("no_work")
