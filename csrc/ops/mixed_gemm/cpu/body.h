@@ -139,9 +139,9 @@ constexpr std::array<TileKernel, sizeof...(kMMinusOne)> tile_kernels(
   return {run_tile<kMMinusOne + 1>...};
 }
 
-// Scales and sums of the block that is multiplied next. Loading them when it begins was 6 % of a
-// decode step: they lie apart from the weights, and memory is waited for twice a block (SmolLM2,
-// one thread, Zen 3).
+// Scales and sums of the block that is multiplied next, if there is one. Loading them when it
+// begins was 6 % of a decode step: they lie apart from the weights, and memory is waited for twice
+// a block (SmolLM2, one thread, Zen 3).
 void prefetch_block_scales(const MixedGemmParams& p, int64_t block) {
   const int64_t first = 2 * block * kBlockN, last = 2 * std::min((block + 1) * kBlockN, p.n);
   for (int64_t i = first; i < last; i += 16) {
@@ -161,7 +161,7 @@ void run_tasks(const MixedGemmTasks& tasks, int64_t begin, int64_t end) {
     const int64_t block = task % plan.blocks;
     if (task / plan.blocks != panel.index) fill_panel(p, plan, task / plan.blocks, panel);
     load_block_scales(p, block, scales);
-    if (block + 1 < plan.blocks) prefetch_block_scales(p, block + 1);
+    prefetch_block_scales(p, block + 1);
     const int64_t block_bytes = packed_block_bytes(p.k_lo, p.k_hi);
     const uint8_t* weight = p.packed_weight + block * block_bytes;
     for (int64_t tile = 0; tile < panel.tiles; ++tile) {
