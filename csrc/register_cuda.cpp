@@ -2,6 +2,7 @@
 // or a workspace of their own do that in <op>_cuda.cpp: mixed_gemm and kv_attention.
 #include "cuda/hadamard_layout.h"
 #include "ops/embedding/embedding_torch.h"
+#include "ops/gptq_block/gptq_block_torch.h"
 #include "ops/hadamard/hadamard_torch.h"
 #include "ops/kv_append/kv_append_torch.h"
 #include "ops/kv_dequantize/kv_dequantize_torch.h"
@@ -44,6 +45,10 @@ void run(const Cuda& on, const SiluMulHadamardQuantizeParams& p) {
          std::to_string(p.out.k_hi));
   }
   if (p.rows > 0) cuda::silu_mul_hadamard_quantize(p, layout, on.device(), on.stream());
+}
+
+void run(const Cuda& on, const GptqBlockParams& p) {
+  if (p.rows > 0 && p.columns > 0) cuda::gptq_block(p, on.stream());
 }
 
 void run(const Cuda& on, const SearchScaleParams& p) {
@@ -101,6 +106,7 @@ RESQ_CUDA_IMPL(m) {
   m.impl("rms_norm_quantize", TORCH_BOX(&resq::rms_norm_quantize<Cuda>));
   m.impl("silu_mul_hadamard_quantize", TORCH_BOX(&resq::silu_mul_hadamard_quantize<Cuda>));
   m.impl("hadamard", TORCH_BOX(&resq::hadamard<Cuda>));
+  m.impl("gptq_block", TORCH_BOX(&resq::gptq_block<Cuda>));
   m.impl("search_scale", TORCH_BOX(&resq::search_scale<Cuda>));
   m.impl("pack_weight", TORCH_BOX(&resq::pack_weight<Cuda>));
   m.impl("unpack_weight", TORCH_BOX(&resq::unpack_weight<Cuda>));

@@ -15,6 +15,9 @@ RESQ_LIBRARY(m) {
       "int lo_bits=4, bool? packed=None, bool symmetric=False, float clip=1.0, "
       "SymInt hadamard_block=0) -> (Tensor q_lo, Tensor q_hi, Tensor params)");
   m.def("hadamard(Tensor x, float scale=1.0) -> Tensor");
+  m.def(
+      "gptq_block(Tensor targets, Tensor weight, Tensor feedback, Tensor scale, int bits) "
+      "-> (Tensor codes, Tensor errors, Tensor exact)");
   m.def("search_scale(Tensor weight, int bits) -> Tensor");
   m.def("pack_weight(Tensor codes_lo, Tensor codes_hi) -> Tensor");
   m.def(

@@ -119,7 +119,8 @@ def clean_text(text: str) -> str:
 
 def _mostly_ascii(text: str) -> bool:
     """Say whether at most ``_MAX_NON_ASCII`` of the characters lie outside ASCII."""
-    return sum(ord(char) > 127 for char in text) <= _MAX_NON_ASCII * len(text)
+    other = len(text) - len(text.encode("ascii", "ignore"))
+    return other <= _MAX_NON_ASCII * len(text)
 
 
 def _topic_documents() -> list[Document]:
@@ -147,14 +148,20 @@ def _topic_documents() -> list[Document]:
 
 def _stdlib_files(root: Path) -> Iterator[tuple[str, Path]]:
     """Yield the names and paths of the library's files that belong to the corpus, sorted."""
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        name = relative.as_posix()
-        if name in _SKIPPED_FILES or _SKIPPED_FOLDERS.intersection(relative.parts):
-            continue
-        if any(part.startswith(_SKIPPED_PREFIXES) for part in relative.parts):
-            continue
-        yield name, path
+    found: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        # Installed packages lie below the library and are many more files.
+        folders[:] = [name for name in folders if _belongs(name)]
+        paths = (Path(folder, name) for name in files if name.endswith(".py") and _belongs(name))
+        found += (path.relative_to(root) for path in paths)
+    for path in sorted(found):
+        if (name := path.as_posix()) not in _SKIPPED_FILES:
+            yield name, root / path
+
+
+def _belongs(name: str) -> bool:
+    """Whether a folder or file of this name is the library's own and of interest."""
+    return name not in _SKIPPED_FOLDERS and not name.startswith(_SKIPPED_PREFIXES)
 
 
 def _walk_docstrings(node: ast.AST, prefix: str) -> Iterator[str]:

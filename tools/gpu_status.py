@@ -43,6 +43,7 @@ ROWS = (
     ("kv_attention sm90 (bulk copies)", "90a", SM90, values("kv_attention")),
     ("kv_dequantize", EVERY, ALL, values("kv_dequantize")),
     ("search_scale", EVERY, ALL, values("search_scale")),
+    ("gptq_block", EVERY, ALL, values("gptq_block")),
     ("prefill through float16", "torch", ALL, values("prefill")),
     ("dependent launches under delay, threads", "90, 90a", SM90, ("replays",)),
     ("operators in CUDA graphs, on two streams", EVERY, ALL, ("capture",)),

@@ -28,6 +28,7 @@ TESTS = [
     "tests/ops/test_silu_mul_hadamard_quantize.py",
     "tests/ops/test_hadamard.py",
     "tests/ops/test_search_scale.py",
+    "tests/ops/test_gptq_block.py",
     "tests/ops/test_pack_weight.py",
     "tests/ops/test_unpack_weight.py",
     "tests/ops/test_instruction_sets.py",

@@ -20,11 +20,13 @@ from torch.nn.modules import module as torch_module
 from resq_kernels import ops
 from resq_kernels.nn import prefill
 from resq_kernels.nn.attention import ResQAttention
+from resq_kernels.nn.batch import Batch
 from resq_kernels.nn.fused import FusedLinear
 from resq_kernels.nn.layer import CLASSES
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.mlp import ResQMLP
 from resq_kernels.nn.norm import ResQRMSNorm
+from resq_kernels.nn.paged import PagedKeysValues
 from resq_kernels.nn.straight import needs_gradient
 
 if TYPE_CHECKING:
@@ -99,7 +101,7 @@ class DecoderLayers:
         if layer is not self._plan.layers[0]:
             return x if self._computed else None
         out = None
-        if cache is not None and position_embeddings is not None:
+        if position_embeddings is not None:
             out = self._compute(x, *position_embeddings, mask, cache, forward_pass)
         self._computed = out is not None
         return out
@@ -110,17 +112,14 @@ class DecoderLayers:
         cos: torch.Tensor,
         sin: torch.Tensor,
         mask: torch.Tensor | None,
-        cache: Cache,
+        cache: Cache | None,
         forward_pass: ForwardPass,
     ) -> torch.Tensor | None:
-        from resq_kernels.nn.kv_cache import paged_layer
-
         plan, first = self._plan, self._plan.layers[0]
         attention: ResQAttention = first.self_attn
         if x.dtype != attention.o_proj.dtype or needs_gradient(x):
             return None
-        held = [paged_layer(cache, index) for index in plan.indices]
-        batch, paged = held[0].batch, [layer.paged for layer in held]
+        batch, paged = _batch_and_pages(cache, plan.indices)
         shape = (x.shape[0], x.shape[1])
         metadata = forward_pass.metadata(batch, paged[0].length, shape, mask, cos, sin)
         invariant = attention.batch_invariant
@@ -250,6 +249,19 @@ class _Plan:
         values = list(map(dict.get, *self._watched))
         # A bias that is given later moves from the parameters to the buffers.
         return values, list(map(type, self._modules)), list(map(len, self._parameters))
+
+
+def _batch_and_pages(
+    cache: Cache | None, indices: list[int]
+) -> tuple[Batch, list[PagedKeysValues]]:
+    """What a cache holds for layers; without one an empty batch, and the same pages for every
+    layer, which overwrites what the layer before has read."""
+    if cache is None:
+        return Batch(), len(indices) * [PagedKeysValues()]
+    from resq_kernels.nn.kv_cache import paged_layer
+
+    held = [paged_layer(cache, index) for index in indices]
+    return held[0].batch, [layer.paged for layer in held]
 
 
 # Not an attribute of the decoder, which a copy of it would share.

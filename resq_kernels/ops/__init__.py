@@ -2,6 +2,7 @@
 
 from resq_kernels.ops.decoder_layers import decoder_layers
 from resq_kernels.ops.embedding import embedding
+from resq_kernels.ops.gptq_block import gptq_block
 from resq_kernels.ops.hadamard import hadamard
 from resq_kernels.ops.kv_append import kv_append
 from resq_kernels.ops.kv_attention import kv_attention
@@ -17,6 +18,7 @@ from resq_kernels.ops.unpack_weight import unpack_weight
 __all__ = [
     "decoder_layers",
     "embedding",
+    "gptq_block",
     "hadamard",
     "kv_append",
     "kv_attention",

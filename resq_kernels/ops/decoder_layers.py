@@ -47,7 +47,9 @@ def decoder_layers(
         x: float32, float16 or bfloat16 [T, hidden], hidden states of the new tokens of all
             sequences; every linear returns this dtype.
         cos, sin: [T, D] as in `kv_append`.
-        caches: the pages of every layer, all of one shape, written in place (`kv_append`).
+        caches: the pages of every layer, all of one shape, written in place (`kv_append`). Layers
+            compute in order: where no token was stored before and none is read later, all may have
+            the same pages.
         slot_mapping, block_table, seq_lens, query_starts: as in `kv_append` and `kv_attention`,
             the same for every layer.
         weights: `LAYER_WEIGHTS` for every layer, None for what it does not have: gain of the first

@@ -8,7 +8,7 @@ from resq_kernels import ops
 from resq_kernels.formats import QuantizedWeight, pack_int4
 
 BLOCK = 32
-"""Columns between two matrix products: inside a block, errors are fed back column by column."""
+"""Columns between two matrix products, all in 4 or in 8 bits: what one `gptq_block` rounds."""
 
 
 def gptq(
@@ -40,31 +40,27 @@ def gptq(
     """
     rows, columns = weight.shape
     k_lo = columns - k_hi
-    scale = torch.stack(
-        [ops.search_scale(weight[:, :k_lo], 4), ops.search_scale(weight[:, k_lo:], 8)], dim=1
-    )
+    scales = ops.search_scale(weight[:, :k_lo], 4), ops.search_scale(weight[:, k_lo:], 8)
     feedback = feedback_factor(hessian, damping)
     # Transposed: a column of the weight is contiguous.
     weight = weight.T.contiguous()
     errors = torch.empty_like(weight)
     codes = torch.empty(columns, rows, dtype=torch.int8, device=weight.device)
     exact = torch.empty(k_hi, rows, device=weight.device)
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        targets = torch.addmm(weight[start:stop], feedback[:start, start:stop].T, errors[:start])
-        block = torch.empty_like(targets)
-        for j, (target, code) in enumerate(zip(targets, block, strict=True), start):
-            part, half = (0, 8) if j < k_lo else (1, 128)
-            target.addmv_(errors[start:j].T, feedback[start:j, j])
-            torch.div(target, scale[:, part], out=code)
-            if part:
-                exact[j - k_lo] = code
-            code.round_().clamp_(-half, half - 1)
-            torch.addcmul(weight[j], code, scale[:, part], value=-1, out=errors[j])
-        codes[start:stop] = block
-    codes = codes.T.contiguous()
-    rounded = QuantizedWeight(pack_int4(codes[:, :k_lo]), codes[:, k_lo:].contiguous(), scale)
-    return rounded, exact.T.contiguous()
+    for bits, part, first, last in ((4, scales[0], 0, k_lo), (8, scales[1], k_lo, columns)):
+        for start in range(first, last, BLOCK):
+            stop = min(start + BLOCK, last)
+            own = weight[start:stop]
+            targets = torch.addmm(own, feedback[:start, start:stop].T, errors[:start])
+            within = feedback[start:stop, start:stop]
+            codes[start:stop], errors[start:stop], rounded = ops.gptq_block(
+                targets, own, within, part, bits
+            )
+            if bits == 8:
+                exact[start - k_lo : stop - k_lo] = rounded
+    codes, scale = codes.T.contiguous(), torch.stack(scales, dim=1)
+    found = QuantizedWeight(pack_int4(codes[:, :k_lo]), codes[:, k_lo:].contiguous(), scale)
+    return found, exact.T.contiguous()
 
 
 def feedback_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:

@@ -16,6 +16,7 @@ from resq_kernels.reference.attention import (
 )
 from resq_kernels.reference.ops import (
     embedding,
+    gptq_block,
     hadamard,
     mixed_gemm,
     mixed_quantize,
@@ -28,6 +29,7 @@ from resq_kernels.reference.ops import (
 __all__ = [
     "apply_rope",
     "embedding",
+    "gptq_block",
     "hadamard",
     "kv_append",
     "kv_attention",

@@ -122,6 +122,23 @@ def search_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.where(amax == 0, 1.0, best_scale).float()
 
 
+def gptq_block(
+    targets: torch.Tensor,
+    weight: torch.Tensor,
+    feedback: torch.Tensor,
+    scale: torch.Tensor,
+    bits: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Columns [C, N] of a weight rounded one after another, in float64: codes, errors, exact."""
+    half, errors = 2 ** (bits - 1), torch.zeros_like(weight, dtype=torch.float64)
+    exact = torch.zeros_like(errors)
+    for j, column in enumerate(targets.double()):
+        exact[j] = (column + feedback[:j, j].double() @ errors[:j]) / scale.double()
+        errors[j] = weight[j] - exact[j].clamp(-half, half - 1).round() * scale.double()
+    codes = exact.clamp(-half, half - 1).round().to(torch.int8)
+    return codes, errors.float(), exact.float()
+
+
 def embedding(
     ids: torch.Tensor,
     codes_lo: torch.Tensor,

@@ -18,6 +18,11 @@ def test_every_option_reaches_its_operator(name: str, device: emulation.Emulated
     Case([40, 3], [1, 1], torch.bfloat16, device, **VARIANTS[name]).check()
 
 
+def test_layers_that_share_pages(device: emulation.Emulated) -> None:
+    """Nothing of one layer may still read where the next one writes."""
+    Case([0, 0], [40, 3], torch.bfloat16, device).check_shared_pages()
+
+
 def test_no_token_launches_nothing(device: emulation.Emulated) -> None:
     case = Case([], [], torch.float16, device)
     emulation.events()

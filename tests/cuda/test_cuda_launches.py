@@ -176,7 +176,8 @@ def test_a_chain_of_quantizers_and_products_waits_for_all_before(sm90: Emulated)
 
 
 def test_kernels_that_do_not_wait_are_launched_as_usual(new: Emulated) -> None:
-    for name in ("search_scale", "pack_weight", "unpack_weight", "embedding", "kv_dequantize"):
+    names = ("search_scale", "gptq_block", "pack_weight", "unpack_weight", "embedding")
+    for name in (*names, "kv_dequantize"):
         getattr(new, name)(*OPERATORS[name](new))
     assert set(events("cudaLaunch")) == {"cudaLaunchKernelExC"}
 

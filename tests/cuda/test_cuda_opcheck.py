@@ -68,6 +68,7 @@ def embedding_arguments(device: emulation.Emulated) -> tuple:
 # operator -> its arguments; `packed` is given, because its default depends on the device.
 SAMPLES = {
     "search_scale": lambda _: (torch.randn(ROWS, K), 4),
+    "gptq_block": lambda _: (*torch.randn(2, 9, K), torch.randn(9, 9), torch.ones(K), 4),
     "mixed_quantize": lambda _: (torch.randn(ROWS, K), HIGH, 4, True),
     "rms_norm_quantize": lambda _: (
         torch.randn(2, ROWS, K).half(),
@@ -98,7 +99,9 @@ def test_opcheck(name: str, sm90: emulation.Emulated) -> None:
         emulation.emulator().check()
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLES if not name.startswith("kv_")])
+@pytest.mark.parametrize(
+    "name", [name for name in SAMPLES if not name.startswith(("kv_", "gptq_"))]
+)
 def test_empty_batches_launch_nothing(name: str, device: emulation.Emulated) -> None:
     arguments = SAMPLES[name](device)
     count = 3 if name == "mixed_gemm" else 2 if name == "rms_norm_quantize" else 1

@@ -39,6 +39,13 @@ def test_search_scale() -> None:
         assert same_bits(result, expected)
 
 
+def test_gptq_block() -> None:
+    given = (*torch.randn(2, 9, 50), torch.randn(9, 9), torch.full((50,), 0.3))
+    for bits in (4, 8):
+        expected, result = cpu_and_cuda("gptq_block", *given, bits)
+        assert all(map(same_bits, result, expected))
+
+
 def test_mixed_quantize() -> None:
     x = torch.randn(5, 256, dtype=torch.bfloat16)
     for packed in (False, True):

@@ -139,6 +139,7 @@ def test_opcheck() -> None:
         "silu_mul_hadamard_quantize": (gate_up,),
         "hadamard": (gate_up,),
         "search_scale": (gate_up, 4),
+        "gptq_block": (gate_up, gate_up + 1, gate_up[:, :5], gate_up[0].abs() + 1, 4),
         "pack_weight": on("cuda", weight.codes),
         "unpack_weight": (weight.arguments("cuda")[0], 96, 448, 64),
         "embedding": (tokens, *weight.arguments("cuda")[:2], 448, 64, torch.bfloat16),

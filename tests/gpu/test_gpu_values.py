@@ -109,6 +109,17 @@ def test_embedding_has_the_cpu_s_bits(n: int, k_lo: int, k_hi: int, dtype: torch
 
 
 @pytest.mark.sanitizer
+@pytest.mark.parametrize("columns, rows", [(1, 1), (7, 129), (32, 4096), (32, 28672)])
+def test_gptq_block_has_the_cpu_s_bits(columns: int, rows: int) -> None:
+    weight, noise = torch.randn(2, columns, rows)
+    feedback, scale = torch.randn(columns, columns) / columns**0.5, 0.1 + torch.rand(rows)
+    for bits in (4, 8):
+        given = (weight + 0.1 * noise, weight, feedback, scale, bits)
+        expected, result = cpu_and_cuda("gptq_block", *given)
+        assert all(map(same_bits, result, expected))
+
+
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, k", [(3, 1), (70, 250), (4096, 3584), (9, 28672)])
 def test_search_scale_has_the_cpu_s_bits(rows: int, k: int, dtype: torch.dtype) -> None:

@@ -354,20 +354,40 @@ def test_collected_states_are_those_of_single_layers(model: Any, calls: list[int
     assert len(model(ids, use_cache=True).hidden_states) == 3 and len(calls) == 2
 
 
-@pytest.mark.parametrize("options", [{"use_cache": False}, {"inputs_embeds": None}])
-def test_other_ways_to_call_it(options: dict[str, Any], model: Any, calls: list[int]) -> None:
-    """Without a cache the pages of a layer live only for the layer, so layers go one by one."""
+@torch.no_grad()
+def test_embeddings_instead_of_ids(model: Any, calls: list[int]) -> None:
     ids = tokens(1, 9)
-    with torch.no_grad():
-        expected = model(ids, use_cache=True).logits
-        calls.clear()
-        if "inputs_embeds" in options:
-            embeds = model.get_input_embeddings()(ids)
-            assert torch.equal(model(inputs_embeds=embeds, use_cache=True).logits, expected)
-            assert len(calls) == 1
-        else:
-            assert torch.equal(model(ids, **options).logits, expected)
-            assert not calls
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(ids).logits)
+    assert calls == [2, 2]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_pass_without_a_cache(name: str, calls: list[int]) -> None:
+    """One call whose layers share pages; longer than a page, so that some could be left over."""
+    family, options, sizes = MODELS[name]
+    model, ids = random_quantized(family, options, **sizes), tokens(2, 150)
+    found = model(ids, use_cache=False).logits
+    assert calls == [2]
+    assert torch.equal(found, passes(model, ResQCache(model.config), ids, 150))
+    assert calls == [2, 2]
+    remove = see(model.model.layers[1])
+    assert torch.equal(found, model(ids, use_cache=False).logits) and len(calls) == 2
+    remove()
+
+
+@torch.no_grad()
+def test_padding_without_a_cache_is_for_single_layers(model: Any, calls: list[int]) -> None:
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.int64)
+    full = model(ids, attention_mask=mask, use_cache=False).logits
+    assert torch.equal(full, model(ids, use_cache=False).logits) and calls == [2, 2]
+    mask[1, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    found = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    assert torch.equal(found[0], full[0]) and not torch.equal(found[1, 4:], full[1, 4:])
+    assert torch.equal(found[1, 4:], model(ids[1:, 4:], use_cache=False).logits[0])
+    assert len(calls) == 3
 
 
 def test_a_gradient_passes_through_single_layers(model: Any, calls: list[int]) -> None:

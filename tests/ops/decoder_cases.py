@@ -148,6 +148,15 @@ class Case:
             assert found.dtype == right.dtype
             assert torch.equal(found, right)
 
+    def check_shared_pages(self) -> None:
+        """Without earlier tokens layers may have the same pages; those of the last one stay."""
+        expected = self.operators.decoder_layers(**self.arguments())
+        shared = self.caches[-1].clone()
+        arguments = {**self.arguments(), "caches": self.layers * [shared]}
+        found = self.operators.decoder_layers(**arguments)
+        right = (*expected, self.one_by_one()[2][-1])
+        assert all(map(torch.equal, (*found, shared), right))
+
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "decode": {},

@@ -49,6 +49,10 @@ def digests() -> dict[str, str]:
             for bits in (4, 8):
                 scale = ops.search_scale(x, bits)
                 result[f"search_scale {dtype} {k} {bits}"] = digest((scale,))
+                columns = x.float()  # 13 of k rows
+                feedback = torch.randn(13, 13, generator=generator)
+                given = (columns, columns, feedback, columns[0].abs() + 1e-3, bits)
+                result[f"gptq_block {dtype} {k} {bits}"] = digest(ops.gptq_block(*given))
             n_hi = k // 8 if (k - k // 8) % 2 == 0 else k % 2
             for packed in (False, True):
                 for symmetric in (False, True):

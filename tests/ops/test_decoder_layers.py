@@ -27,6 +27,11 @@ def test_every_option_reaches_its_operator(name: str) -> None:
     Case([40, 3], [1, 1], torch.bfloat16, **VARIANTS[name]).check()
 
 
+@pytest.mark.parametrize("lengths", [[1], [150, 40]], ids=str)
+def test_layers_that_share_pages(lengths: list[int]) -> None:
+    Case([0 for _ in lengths], lengths, torch.bfloat16).check_shared_pages()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_bits_whatever_the_team(threads: int) -> None:
     """Steps of few rows, a prompt, a long context: operators on one thread and on all of them."""

@@ -29,6 +29,7 @@ OPERATORS = (
     "kv_dequantize",
     "prefill",
     "search_scale",
+    "gptq_block",
 )
 
 
