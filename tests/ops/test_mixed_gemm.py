@@ -137,6 +137,18 @@ def test_mixed_gemm_row_does_not_depend_on_the_batch() -> None:
         assert torch.equal(Case(*rows, *case[3:]).call(), whole[begin:end])
 
 
+def test_mixed_gemm_into_memory_of_huge_pages() -> None:
+    """42 MB, which come from the system in pages of 2 MB, as rows of 1.3 MB do not."""
+    codes, hi = torch.zeros(40960, 0, dtype=torch.uint8), torch.randint(-9, 9, (40960, 8)).char()
+    weight = ops.pack_weight(codes, hi), torch.rand(40960, 2), weight_sums(codes, hi)
+    rows = ops.mixed_quantize(torch.randn(512, 8), 8)
+    whole = ops.mixed_gemm(*rows, *weight, None, torch.bfloat16)
+    for first in (0, 16, 496):
+        part = [each[first : first + 16] for each in rows]
+        found = ops.mixed_gemm(*part, *weight, None, torch.bfloat16)
+        assert torch.equal(found, whole[first : first + 16])
+
+
 def test_mixed_gemm_does_not_depend_on_the_thread_count() -> None:
     threads = torch.get_num_threads()
     for batch in (1, 16, 130):
