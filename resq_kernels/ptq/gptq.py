@@ -6,9 +6,7 @@ import torch
 
 from resq_kernels import ops
 from resq_kernels.formats import QuantizedWeight, pack_int4
-
-BLOCK = 32
-"""Columns between two matrix products, all in 4 or in 8 bits: what one `gptq_block` rounds."""
+from resq_kernels.ops.gptq_block import MAX_COLUMNS
 
 
 def gptq(
@@ -48,8 +46,8 @@ def gptq(
     codes = torch.empty(columns, rows, dtype=torch.int8, device=weight.device)
     exact = torch.empty(k_hi, rows, device=weight.device)
     for bits, part, first, last in ((4, scales[0], 0, k_lo), (8, scales[1], k_lo, columns)):
-        for start in range(first, last, BLOCK):
-            stop = min(start + BLOCK, last)
+        for start in range(first, last, MAX_COLUMNS):
+            stop = min(start + MAX_COLUMNS, last)
             own = weight[start:stop]
             targets = torch.addmm(own, feedback[:start, start:stop].T, errors[:start])
             within = feedback[start:stop, start:stop]
