@@ -36,10 +36,6 @@ inline int64_t check_sequences(const char* op, const Tensor& block_table, const 
   return sequences;
 }
 
-inline void check_hi_bits(const char* op, int64_t hi_bits) {
-  if (hi_bits != 4 && hi_bits != 8) fail(op, "hi_bits", "4 or 8", std::to_string(hi_bits));
-}
-
 // Kernels number the heads of all tokens in 32 bits.
 inline void check_heads(const char* op, const char* argument, const Tensor& x) {
   check_count(op, argument, "tokens x heads", x.size(0) * x.size(1));

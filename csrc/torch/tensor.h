@@ -68,6 +68,11 @@ inline void check_float_dtype(const char* op, const char* argument, ScalarType d
   fail(op, argument, "float32, float16 or bfloat16", dtype_name(dtype));
 }
 
+// How many bits codes have.
+inline void check_bits(const char* op, const char* argument, int64_t bits) {
+  if (bits != 4 && bits != 8) fail(op, argument, "4 or 8", std::to_string(bits));
+}
+
 inline constexpr int64_t kAnySize = -1;
 
 // A tensor of one of `dtypes` and of exactly `sizes` (kAnySize matches any). `laid_out`: whether
@@ -190,9 +195,7 @@ inline void check_mixed_options(const char* op, int64_t columns, const MixedOpti
     fail(op, "n_hi", "0 to " + std::to_string(columns) + " (the columns of a row)",
          std::to_string(options.n_hi));
   }
-  if (options.lo_bits != 4 && options.lo_bits != 8) {
-    fail(op, "lo_bits", "4 or 8", std::to_string(options.lo_bits));
-  }
+  check_bits(op, "lo_bits", options.lo_bits);
   if (!(options.clip > 0.0 && options.clip <= 1.0)) {
     fail(op, "clip", "a factor in (0, 1]", std::to_string(options.clip));
   }

@@ -5,15 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from emulation import Emulated
+from gptq_cases import arguments
 
 from resq_kernels import ops
-
-
-def arguments(columns: int, rows: int) -> tuple[torch.Tensor, ...]:
-    weight = torch.randn(columns, rows)
-    feedback = torch.randn(columns, columns) / max(columns, 1) ** 0.5
-    targets = weight + 0.1 * torch.randn(columns, rows)
-    return targets, weight, feedback, 0.1 + 0.3 * torch.rand(rows)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor> decoder_layers(
   }
   const DecoderShape shape = decoder_shape(x, cos, caches[0], DecoderLayer(weights, 0));
   check_decoder_batch(x, cos, sin, slot_mapping, block_table, seq_lens, query_starts);
-  check_hi_bits(op, hi_bits);
+  check_bits(op, "hi_bits", hi_bits);
   const int64_t columns[] = {shape.hidden, shape.n_q * shape.head_dim, shape.intermediate};
   for (int64_t rows = 0; rows < kDecoderRows; ++rows) {
     check_mixed_options(op, columns[rows], {n_hi[rows], lo_bits, {}, symmetric, clip[rows]});

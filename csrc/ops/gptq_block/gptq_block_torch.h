@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> gptq_block(const Tensor& targets, const Tenso
   check("weight", weight, {columns, rows});
   check("feedback", feedback, {columns, columns});
   check("scale", scale, {rows});
-  if (bits != 4 && bits != 8) fail(op, "bits", "4 or 8", std::to_string(bits));
+  check_bits(op, "bits", bits);
   const Tensor codes = allocate(targets, {columns, rows}, ScalarType::Char);
   const Tensor errors = allocate(targets, {columns, rows}, ScalarType::Float);
   const Tensor exact = allocate(targets, {columns, rows}, ScalarType::Float);

@@ -68,7 +68,7 @@ KvAppendCall prepare_kv_append(const Device& device, const Tensor& k, const Tens
   const RopeRotation rope(device, op, k, cos, sin, key_rotation);
   const int64_t page_size = check_cache(op, cache, n_kv, head_dim);
   check_tensor(op, "slot_mapping", slot_mapping, {ScalarType::Long}, {tokens});
-  check_hi_bits(op, hi_bits);
+  check_bits(op, "hi_bits", hi_bits);
   if (q) {
     check_token_heads(op, "q", *q, {k.scalar_type()}, {tokens, kAnySize, head_dim});
     if (n_kv == 0 ? q->size(1) != 0 : q->size(1) % n_kv != 0) {

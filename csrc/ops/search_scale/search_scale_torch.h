@@ -15,7 +15,7 @@ Tensor search_scale(const Tensor& weight, int64_t bits) {
   const FloatType type = float_type(op, "weight", weight);
   const int64_t columns = last_dimension(op, "weight", weight), rows = row_count(weight);
   check_rows(op, "weight", weight);
-  if (bits != 4 && bits != 8) fail(op, "bits", "4 or 8", std::to_string(bits));
+  check_bits(op, "bits", bits);
   std::vector<int64_t> sizes = sizes_of(weight);
   sizes.pop_back();
   Tensor scale = allocate(weight, sizes, ScalarType::Float);
