@@ -44,6 +44,11 @@ RESQ_LIBRARY(m) {
       "Tensor block_table, Tensor seq_lens, Tensor query_starts, Tensor?[] weights, float eps, "
       "float scale, int[] n_hi, float[] clip, int lo_bits=4, bool symmetric=False, int hi_bits=8, "
       "bool hadamard=True, int hadamard_block=0) -> (Tensor out, Tensor residual)");
+  m.def(
+      "prepare_decode_step(Tensor x, Tensor cos, Tensor sin, Tensor[] caches, Tensor block_table, "
+      "Tensor?[] weights, float eps, float scale, int[] n_hi, float[] clip, int lo_bits=4, "
+      "bool symmetric=False, int hi_bits=8, bool hadamard=True, int hadamard_block=0) -> Tensor");
+  m.def("decode_step(Tensor step, Tensor x, Tensor(a!) seq_lens) -> Tensor");
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_missing() -> str");
   m.def("cuda_family(int device) -> str");

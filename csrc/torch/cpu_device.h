@@ -34,8 +34,8 @@ class Cpu {
   }
 
   // Checks that only the CUDA kernels need.
-  void check_aligned(const char*, const Tensor&) const {}
-  void check_aligned_tokens(const char*, const Tensor&) const {}
+  void check_aligned(const Argument&, const Tensor&) const {}
+  void check_aligned_tokens(const Argument&, const Tensor&) const {}
   Tensor aligned(const Tensor& tensor) const { return tensor; }
 
   // Logs which kernel runs; pass `isa` where it is not the vector kernel of this process.

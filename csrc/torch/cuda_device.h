@@ -58,14 +58,14 @@ class Cuda {
   Tensor scratch(int64_t count, ScalarType dtype) const { return allocate(like_, {count}, dtype); }
 
   // Kernels read with 16-byte loads. torch's allocations are aligned to 512; slices may not be.
-  void check_aligned(const char* argument, const Tensor& tensor) const {
+  void check_aligned(const Argument& argument, const Tensor& tensor) const {
     if (tensor.numel() == 0 || past_alignment(tensor) == 0) return;
     fail(op_, argument, "memory aligned to 16 bytes (clone() a slice that is not)",
          "an address " + std::to_string(past_alignment(tensor)) + " bytes past");
   }
 
   // The same for every token of a tensor with a token stride (kv_tensors.h).
-  void check_aligned_tokens(const char* argument, const Tensor& tensor) const {
+  void check_aligned_tokens(const Argument& argument, const Tensor& tensor) const {
     check_aligned(argument, tensor);
     const int64_t bytes = tensor.size(0) > 1 ? tensor.stride(0) * tensor.element_size() : 0;
     if (bytes % 16 != 0) {

@@ -47,10 +47,42 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return sizes;
 }
 
-[[noreturn]] inline void fail(const char* op, const char* argument, const std::string& expected,
+// What a message calls an argument: a name, or an entry of a list. The text is put together only
+// for a message: decoder_layers checks 1700 times (30 layers), which took 60 us of a decode step
+// when it wrote a name for each.
+class Argument {
+ public:
+  Argument(const char* name) : name_(name) {}
+  Argument(const char* list, int64_t index) : name_(list), index_(index) {}
+
+  std::string text() const {
+    return index_ < 0 ? name_ : name_ + ("[" + std::to_string(index_) + "]");
+  }
+
+ private:
+  const char* name_;
+  int64_t index_ = -1;
+};
+
+// Sizes as an argument: of a list in braces or of a vector, which are not copied.
+class Sizes {
+ public:
+  Sizes(std::initializer_list<int64_t> sizes) : begin_(sizes.begin()), count_(sizes.size()) {}
+  Sizes(const std::vector<int64_t>& sizes) : begin_(sizes.data()), count_(sizes.size()) {}
+
+  const int64_t* begin() const { return begin_; }
+  const int64_t* end() const { return begin_ + count_; }
+  int64_t size() const { return static_cast<int64_t>(count_); }
+
+ private:
+  const int64_t* begin_;
+  size_t count_;
+};
+
+[[noreturn]] inline void fail(const char* op, const Argument& argument, const std::string& expected,
                               const std::string& got) {
   std::ostringstream text;
-  text << op << ": " << argument << ": expected " << expected << ", got " << got;
+  text << op << ": " << argument.text() << ": expected " << expected << ", got " << got;
   throw std::runtime_error(text.str());
 }
 
@@ -61,7 +93,7 @@ inline std::initializer_list<ScalarType> float_dtypes() {
 }
 
 // The output dtype that an argument requests.
-inline void check_float_dtype(const char* op, const char* argument, ScalarType dtype) {
+inline void check_float_dtype(const char* op, const Argument& argument, ScalarType dtype) {
   for (ScalarType known : float_dtypes()) {
     if (dtype == known) return;
   }
@@ -69,7 +101,7 @@ inline void check_float_dtype(const char* op, const char* argument, ScalarType d
 }
 
 // How many bits codes have.
-inline void check_bits(const char* op, const char* argument, int64_t bits) {
+inline void check_bits(const char* op, const Argument& argument, int64_t bits) {
   if (bits != 4 && bits != 8) fail(op, argument, "4 or 8", std::to_string(bits));
 }
 
@@ -77,10 +109,10 @@ inline constexpr int64_t kAnySize = -1;
 
 // A tensor of one of `dtypes` and of exactly `sizes` (kAnySize matches any). `laid_out`: whether
 // its memory layout is the one that `layout` names in the message.
-inline void check_tensor(const char* op, const char* argument, const Tensor& tensor,
-                         std::initializer_list<ScalarType> dtypes,
-                         const std::vector<int64_t>& sizes, bool laid_out, const char* layout) {
-  bool good = tensor.dim() == static_cast<int64_t>(sizes.size()) && laid_out;
+inline void check_tensor(const char* op, const Argument& argument, const Tensor& tensor,
+                         std::initializer_list<ScalarType> dtypes, const Sizes& sizes,
+                         bool laid_out, const char* layout) {
+  bool good = tensor.dim() == sizes.size() && laid_out;
   int64_t i = 0;
   for (int64_t size : sizes) {
     if (good && size != kAnySize && tensor.size(i) != size) good = false;
@@ -109,13 +141,12 @@ inline void check_tensor(const char* op, const char* argument, const Tensor& ten
   fail(op, argument, expected.str(), describe(tensor));
 }
 
-inline void check_tensor(const char* op, const char* argument, const Tensor& tensor,
-                         std::initializer_list<ScalarType> dtypes,
-                         const std::vector<int64_t>& sizes) {
+inline void check_tensor(const char* op, const Argument& argument, const Tensor& tensor,
+                         std::initializer_list<ScalarType> dtypes, const Sizes& sizes) {
   check_tensor(op, argument, tensor, dtypes, sizes, tensor.is_contiguous(), "contiguous");
 }
 
-inline void check_device(const char* op, const char* argument, const Tensor& tensor,
+inline void check_device(const char* op, const Argument& argument, const Tensor& tensor,
                          const Tensor& like) {
   if (tensor.device() != like.device())
     fail(op, argument, "the device of the first argument", "another device");
@@ -129,7 +160,7 @@ inline Tensor contiguous_rows(const Tensor& tensor) {
   return copy;
 }
 
-inline FloatType float_type(const char* op, const char* argument, const Tensor& tensor) {
+inline FloatType float_type(const char* op, const Argument& argument, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return FloatType::kFloat32;
     case ScalarType::Half: return FloatType::kFloat16;
@@ -139,7 +170,7 @@ inline FloatType float_type(const char* op, const char* argument, const Tensor& 
 }
 
 // Columns of the last dimension; `tensor` must have one.
-inline int64_t last_dimension(const char* op, const char* argument, const Tensor& tensor) {
+inline int64_t last_dimension(const char* op, const Argument& argument, const Tensor& tensor) {
   if (tensor.dim() == 0) fail(op, argument, "at least one dimension", describe(tensor));
   return tensor.size(tensor.dim() - 1);
 }
@@ -152,13 +183,13 @@ inline int64_t row_count(const Tensor& tensor) {
 }
 
 // Kernels count rows, and the columns of a row, in 32 bits. `what` names what is counted.
-inline void check_count(const char* op, const char* argument, const char* what, int64_t count) {
+inline void check_count(const char* op, const Argument& argument, const char* what, int64_t count) {
   if (count <= INT32_MAX) return;
   fail(op, argument, std::string("fewer than 2^31 ") + what, std::to_string(count));
 }
 
 // The rows of an op that works on rows of the last dimension.
-inline void check_rows(const char* op, const char* argument, const Tensor& tensor) {
+inline void check_rows(const char* op, const Argument& argument, const Tensor& tensor) {
   check_count(op, argument, "rows", row_count(tensor));
   check_count(op, argument, "columns", last_dimension(op, argument, tensor));
 }
@@ -235,7 +266,8 @@ inline MixedOutput make_mixed_output(const Tensor& like, int64_t columns,
 }
 
 // The plan of a row size, or the sentence that says why there is none.
-inline const HadamardPlan* checked_hadamard_plan(const char* op, const char* argument, int64_t n) {
+inline const HadamardPlan* checked_hadamard_plan(const char* op, const Argument& argument,
+                                                 int64_t n) {
   const HadamardPlan* plan = hadamard_plan(n);
   if (plan == nullptr) {
     fail(op, argument, "rows of 2^a * m elements with Paley orders m (12, 20, 28, ...)",

@@ -133,16 +133,15 @@ class DecodeGraph:
 
     def _pass(self) -> torch.Tensor:
         """The step itself: returns logits [B, vocabulary] for `_ids`, and advances `_lens`."""
-        metadata = self._metadata()
         if self._step is not None:
-            logits = self._step(self._ids, metadata)
-        else:
-            logits = self._model(
-                self._ids,
-                position_ids=metadata.positions[:, None],
-                forward_pass=ForwardPass(metadata),
-                **self._arguments,
-            ).logits[:, -1]
+            return self._step(self._ids, self._lens)
+        metadata = self._metadata()
+        logits: torch.Tensor = self._model(
+            self._ids,
+            position_ids=metadata.positions[:, None],
+            forward_pass=ForwardPass(metadata),
+            **self._arguments,
+        ).logits[:, -1]
         self._lens.copy_(metadata.seq_lens)
         return logits
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from resq_kernels import ops
 from resq_kernels.architecture import FAMILIES
 from resq_kernels.nn.batch import AttentionMetadata
 from resq_kernels.nn.decoder_layers import COLLECTORS, DecoderLayers
@@ -31,7 +32,7 @@ class DecodeStep:
     transformers asks anew in every pass which mask and positions it is given, turns positions into
     RoPE, and calls every layer, and `DecoderLayers` looks whether anything has changed: 1.1 of the
     3.8 ms of a step of SmolLM2-135M on two cores (docs/notes/0056). All of that is known
-    beforehand here.
+    beforehand here. On a CPU the layers are prepared too (`ops.decode_step`).
 
     Args:
         model: with a head.
@@ -55,14 +56,19 @@ class DecodeStep:
         pages, page_size = paged[0].paged.pages_per_sequence, paged[0].paged.page_size
         self._first_slots = origin.slots(pages * page_size)
         self._block_table = origin.block_table(pages)
+        self._cu_seqlens_q = origin.cu_seqlens_q
         device = origin.positions.device
-        like = embedded(decoder, torch.zeros(1, 1, dtype=torch.int64, device=device), None)
+        ids = torch.zeros(len(origin.positions), 1, dtype=torch.int64, device=device)
+        like = embedded(decoder, ids, None)
         positions = torch.arange(limit, device=device)[None]
         cos, sin = decoder.rotary_emb(like, position_ids=positions)
         # In float32, which the CPU's operators would turn them into at every step.
         self._cos, self._sin = cos[0].float(), sin[0].float()
+        self._prepared: torch.Tensor | None = None
         if device.type == "cpu":
-            layers.convert_once()
+            tables = (self._cos.contiguous(), self._sin.contiguous())
+            states = like.flatten(0, 1)
+            self._prepared = layers.prepare_step(states, *tables, self._pages, self._block_table)
 
     @classmethod
     def of(
@@ -86,27 +92,37 @@ class DecodeStep:
         parts = (model, decoder, decoder.embed_tokens, decoder.norm, model.lm_head)
         return None if any(map(_is_watched, parts)) else DecoderLayers.of(decoder, {})
 
-    def __call__(self, ids: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+    def __call__(self, ids: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
         """Logits [B, vocabulary] in the model's dtype.
 
         Args:
-            ids: int64 [B, 1].
-            metadata: of these tokens, which have no padding.
+            ids: int64 [B, 1], without padding.
+            lens: int32 [B], tokens of every sequence before these; afterwards with them.
         """
-        positions = metadata.positions
+        x = embedded(self._decoder, ids, None).flatten(0, 1)
+        if self._prepared is None:
+            hidden = self._through_layers(x, lens)
+        else:
+            hidden = ops.decode_step(self._prepared, x, lens)
+        # Not by a call, in which hooks turn what others than the model give it.
+        logits: torch.Tensor = self._head.forward(self._decoder.norm(hidden))
+        return logits
+
+    def _through_layers(self, x: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+        """What `ops.decode_step` computes, by launches that a graph can repeat."""
+        positions, seq_lens = lens.long(), lens + 1
         hidden = self._layers.compute(
-            embedded(self._decoder, ids, None).flatten(0, 1),
+            x,
             self._cos.index_select(0, positions),
             self._sin.index_select(0, positions),
             self._pages,
             self._first_slots + positions,
             self._block_table,
-            metadata.seq_lens,
-            metadata.cu_seqlens_q,
+            seq_lens,
+            self._cu_seqlens_q,
         )
-        # Not by a call, in which hooks turn what others than the model give it.
-        logits: torch.Tensor = self._head.forward(self._decoder.norm(hidden))
-        return logits
+        lens.copy_(seq_lens)
+        return hidden
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -146,14 +146,23 @@ class DecoderLayers:
         batch.advance(metadata)
         return states.view(x.shape)
 
-    def convert_once(self) -> None:
-        """Keeps what the CPU's operators read in float32 only, the key rotations, in float32: they
-        would convert it in every pass."""
+    def prepare_step(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        pages: list[torch.Tensor],
+        block_table: torch.Tensor,
+    ) -> torch.Tensor:
+        """`ops.prepare_decode_step` of these layers as they are now, which lists the errors."""
+        # The CPU's operators read key rotations in float32 only: else each step would convert them.
         rotations = {id(layer.self_attn.key_rotation) for layer in self._plan.layers}
-        self._weights = [
+        weights = [
             weight.float() if weight is not None and id(weight) in rotations else weight
             for weight in self._weights
         ]
+        options = self._plan.options()
+        return ops.prepare_decode_step(x, cos, sin, pages, block_table, weights, *options)
 
     def compute(
         self,

@@ -1,5 +1,6 @@
 """Typed wrappers of torch.ops.resq.*: one module per operator, named after it."""
 
+from resq_kernels.ops.decode_step import decode_step, prepare_decode_step
 from resq_kernels.ops.decoder_layers import decoder_layers
 from resq_kernels.ops.embedding import embedding
 from resq_kernels.ops.gptq_block import gptq_block
@@ -16,6 +17,7 @@ from resq_kernels.ops.silu_mul_hadamard_quantize import silu_mul_hadamard_quanti
 from resq_kernels.ops.unpack_weight import unpack_weight
 
 __all__ = [
+    "decode_step",
     "decoder_layers",
     "embedding",
     "gptq_block",
@@ -27,6 +29,7 @@ __all__ = [
     "mixed_quantize",
     "pack_weight",
     "rms_norm_quantize",
+    "prepare_decode_step",
     "search_scale",
     "silu_mul_hadamard_quantize",
     "unpack_weight",

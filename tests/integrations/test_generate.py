@@ -42,12 +42,16 @@ def greedy(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def test_greedy_uses_pages_only(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    appended = []
-    layers = ops.decoder_layers
+    appended, steps = [], []
+    layers, one = ops.decoder_layers, ops.decode_step
 
     def count(x: torch.Tensor, cos: Any, sin: Any, caches: Any, *args: Any) -> Any:
         appended.append((len(caches), len(x)))
         return layers(x, cos, sin, caches, *args)
+
+    def step(prepared: torch.Tensor, x: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+        steps.append(len(x))
+        return one(prepared, x, seq_lens)
 
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a float cache was filled")
@@ -55,10 +59,11 @@ def test_greedy_uses_pages_only(model: Any, monkeypatch: pytest.MonkeyPatch) -> 
     ids = tokens(2, 11)
     expected = greedy(model, ids)
     monkeypatch.setattr(ops, "decoder_layers", count)
+    monkeypatch.setattr(ops, "decode_step", step)
     monkeypatch.setattr(DynamicLayer, "update", never)
     assert torch.equal(generate(model, ids), expected)
-    count_of_layers = model.config.num_hidden_layers
-    assert appended == [(count_of_layers, 22)] + (NEW - 1) * [(count_of_layers, 2)]
+    assert appended == [(model.config.num_hidden_layers, 22)]
+    assert steps == (NEW - 1) * [2]
 
 
 @pytest.mark.parametrize("cache", [None, DynamicCache, ResQCache])

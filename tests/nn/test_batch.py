@@ -127,7 +127,7 @@ def test_a_prepared_step_makes_none(model: Any, made: Counter[str]) -> None:
     graph = DecodeGraph(model, cache, 1)
     made.clear()
     graph.step(ids[:, 9])
-    assert not {"append", "with_rope"} & set(made) and list(made.values()) == [3]
+    assert not made
     remove = model.model.layers[1].register_forward_hook(lambda *_: None).remove
     graph = DecodeGraph(model, cache, 2)  # by calls of the model
     remove()

@@ -228,8 +228,9 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_launches_of_a_layer(batch: int) -> None:
     """The figures of docs/notes/0020-decode-graph.md, of layers that are called one by one: by one
-    call there is no operator of torch in between."""
-    ids, steps, calls, one_call, prepared = tokens(batch, 20), [], [], [], []
+    call there is no operator of torch in between. On CUDA a step has no `ops.decode_step`."""
+    ids, steps, calls, one_call = tokens(batch, 20), [], [], []
+    prepared: dict[str, list[int]] = {"cpu": [], "cuda": []}
     for depth in (1, 2):
         model = random_quantized("llama", num_hidden_layers=depth)
         cache = filled(model, ids)
@@ -237,9 +238,12 @@ def test_launches_of_a_layer(batch: int) -> None:
             ordinary(model, cache, ids[:, :1])
         one_call.append(together.count)
         graph = DecodeGraph(model, filled(model, ids), 4)
-        with Launches() as step, torch.no_grad():
-            graph._pass()
-        prepared.append(step.count)
+        for device, counts in prepared.items():
+            if device == "cuda":
+                graph._step._prepared = None
+            with Launches() as step, torch.no_grad():
+                graph._pass()
+            counts.append(step.count)
         model.model.layers[0].register_forward_hook(lambda module, args, output: None)
         with Launches() as call:
             ordinary(model, cache, ids[:, :1])
@@ -251,7 +255,7 @@ def test_launches_of_a_layer(batch: int) -> None:
     assert steps[1] - steps[0] == 11
     assert calls[1] - calls[0] == 11
     assert one_call[1] == one_call[0]
-    assert prepared == [17, 17]
+    assert prepared == {"cpu": [10, 10], "cuda": [17, 17]}
 
 
 def fake_inputs(graph: DecodeGraph, mode: FakeTensorMode) -> None:

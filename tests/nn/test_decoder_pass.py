@@ -39,12 +39,17 @@ MODELS: dict[str, tuple[str, ResQConfig, dict[str, Any]]] = {
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Layers of every call of the operator."""
+    """Layers of every call of the operator, prepared or not."""
     made: list[int] = []
-    right = ops.decoder_layers
+    right, prepare, step = ops.decoder_layers, ops.prepare_decode_step, ops.decode_step
+    depth: list[int] = []
     monkeypatch.setattr(
         ops, "decoder_layers", lambda *args: made.append(len(args[3])) or right(*args)
     )
+    monkeypatch.setattr(
+        ops, "prepare_decode_step", lambda *args: depth.append(len(args[3])) or prepare(*args)
+    )
+    monkeypatch.setattr(ops, "decode_step", lambda *args: made.append(depth[-1]) or step(*args))
     return made
 
 
