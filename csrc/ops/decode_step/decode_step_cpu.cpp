@@ -1,4 +1,5 @@
 // decode_step on CPUs: a prepared step is an object that a tensor owns.
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <mutex>
@@ -68,7 +69,9 @@ class DecodeStep {
     check_tensor(kOp, "seq_lens", seq_lens, {ScalarType::Int}, {x_.size(0)});
     const std::lock_guard<std::mutex> one_at_a_time(mutex_);
     place(seq_lens.const_data_ptr<int32_t>());
-    std::memcpy(x_.mutable_data_ptr(), x.const_data_ptr(), x_.numel() * x_.element_size());
+    // Not memcpy, which may not be given the null pointers of no sequence.
+    std::copy_n(static_cast<const char*>(x.const_data_ptr()), x_.numel() * x_.element_size(),
+                static_cast<char*>(x_.mutable_data_ptr()));
     run(on_, call_, caches_, weights_);
     const Tensor out = allocate(x_, sizes_of(x_), x_.scalar_type());
     const auto sum = type_ == FloatType::kFloat32   ? add<float>
@@ -76,7 +79,8 @@ class DecodeStep {
                                                     : add<BFloat16>;
     sum(call_.down.out.const_data_ptr(), call_.attention_norm.new_residual.const_data_ptr(),
         out.mutable_data_ptr(), x_.numel());
-    std::memcpy(seq_lens.mutable_data_ptr(), seq_lens_.const_data_ptr(), x_.size(0) * 4);
+    std::copy_n(seq_lens_.const_data_ptr<int32_t>(), x_.size(0),
+                seq_lens.mutable_data_ptr<int32_t>());
     return out;
   }
 
