@@ -7,18 +7,9 @@
 #include <unordered_map>
 
 #include "ops/decode_step/decode_step.h"
-#include "ops/decoder_layers/decoder_layers_torch.h"
-#include "torch/cpu_device.h"
+#include "ops/decoder_layers/decoder_layers_cpu_torch.h"
 
 namespace resq {
-
-// Each beside its operator.
-void run(const Cpu&, const RmsNormQuantizeParams&);
-void run(const Cpu&, const MixedGemmParams&);
-void run(const Cpu&, const KvAppendParams&);
-void run(const Cpu&, const KvAttentionParams&, const KvAttentionBatch&);
-void run(const Cpu&, const MixedQuantizeParams&);
-void run(const Cpu&, const SiluMulHadamardQuantizeParams&);
 
 namespace {
 

@@ -1,16 +1,3 @@
-#include "ops/decoder_layers/decoder_layers_torch.h"
-#include "torch/cpu_device.h"
-
-namespace resq {
-
-// Each beside its operator.
-void run(const Cpu&, const RmsNormQuantizeParams&);
-void run(const Cpu&, const MixedGemmParams&);
-void run(const Cpu&, const KvAppendParams&);
-void run(const Cpu&, const KvAttentionParams&, const KvAttentionBatch&);
-void run(const Cpu&, const MixedQuantizeParams&);
-void run(const Cpu&, const SiluMulHadamardQuantizeParams&);
-
-}  // namespace resq
+#include "ops/decoder_layers/decoder_layers_cpu_torch.h"
 
 RESQ_IMPL(CPU, m) { m.impl("decoder_layers", TORCH_BOX(&resq::decoder_layers<resq::Cpu>)); }
