@@ -34,9 +34,11 @@ GUARD = "model.layers.0.self_attn.q_proj.weight"
 """A tensor without elements under the name of a float weight: a loader that does not know the
 format would fill in random weights, and stops at its shape."""
 
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+Q_PROJ, K_PROJ, V_PROJ = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
+QKV = (Q_PROJ, K_PROJ, V_PROJ)
 O_PROJ = "self_attn.o_proj"
-GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+GATE_PROJ, UP_PROJ = "mlp.gate_proj", "mlp.up_proj"
+GATE_UP = (GATE_PROJ, UP_PROJ)
 DOWN_PROJ = "mlp.down_proj"
 LINEARS = (*QKV, O_PROJ, *GATE_UP, DOWN_PROJ)
 """The seven quantized linears of a decoder layer, in forward order."""
@@ -46,8 +48,8 @@ MLP_NORM = "post_attention_layernorm"
 NORMS = (ATTENTION_NORM, MLP_NORM)
 """Of the residual stream; methods that rotate fold their gains into the next linears."""
 Q_NORM, K_NORM = "self_attn.q_norm", "self_attn.k_norm"
-HEAD_NORMS = (Q_NORM, K_NORM)
-"""Of every head's queries and keys, before RoPE, in models that have them."""
+HEAD_NORMS = {Q_PROJ: Q_NORM, K_PROJ: K_NORM}
+"""Of every head of these linears' outputs, before RoPE, in models that have them."""
 KEY_ROTATION = "self_attn.key_rotation"
 
 
@@ -230,7 +232,9 @@ class ModelShape:
     def norms(self) -> dict[str, int]:
         """Name of every norm of a decoder layer -> its width."""
         widths = dict.fromkeys(NORMS, self.hidden)
-        return widths | (dict.fromkeys(HEAD_NORMS, self.head_dim) if self.head_norms else {})
+        return widths | (
+            dict.fromkeys(HEAD_NORMS.values(), self.head_dim) if self.head_norms else {}
+        )
 
     def linear(self, name: str) -> tuple[int, int]:
         """(rows, columns) of one of `LINEARS`."""

@@ -66,7 +66,7 @@ def dequantize(model: nn.Module) -> PreTrainedModel:
         norms = {name: layer.get_submodule(name).weight for name in architecture.NORMS}
         if hidden is not None:
             norms = dict(zip(norms, hidden.linears.norm_gains[index], strict=True))
-        for name in architecture.HEAD_NORMS if layer.self_attn.q_norm is not None else ():
+        for name in architecture.HEAD_NORMS.values() if layer.self_attn.q_norm is not None else ():
             norms[name] = layer.get_submodule(name).weight
         for name, gain in norms.items():
             state[f"{architecture.layer_prefix(index)}{name}.weight"] = gain

@@ -10,13 +10,21 @@ import torch
 from torch import nn
 
 from resq_kernels import hadamard
-from resq_kernels.architecture import DOWN_PROJ, GATE_UP, LINEARS, NORMS, O_PROJ, QKV, ModelShape
+from resq_kernels.architecture import (
+    DOWN_PROJ,
+    GATE_PROJ,
+    GATE_UP,
+    K_PROJ,
+    LINEARS,
+    NORMS,
+    O_PROJ,
+    Q_PROJ,
+    V_PROJ,
+    ModelShape,
+)
 from resq_kernels.formats import join_heads
 from resq_kernels.nn.hidden_basis import HiddenBasis
 from resq_kernels.nn.linear import keep_dtype
-
-Q_PROJ, K_PROJ, V_PROJ = QKV
-GATE_PROJ, UP_PROJ = GATE_UP
 
 Turn = Callable[[torch.Tensor], torch.Tensor]
 

@@ -14,7 +14,7 @@ from resq_kernels.architecture import ModelShape
 from resq_kernels.ptq.decoder import DecoderLayer, Rope, product_dtype
 from resq_kernels.ptq.gram import Gram, gram_per_head
 from resq_kernels.ptq.source import SourceModel
-from resq_kernels.ptq.token_weights import attention_weights
+from resq_kernels.ptq.token_weights import attention_weights, looked_at
 from resq_kernels.ptq.workspace import HiddenStates, Workspace
 
 BATCH_TOKENS = 2048
@@ -304,7 +304,11 @@ def _moments(batches: Iterable[Inputs], shape: ModelShape, device: str, weighted
     hidden, tokens = Gram(shape.hidden, device), 0
     moments = _zero_moments(shape, device)
     for x in batches:
-        hidden.add(x.qkv, attention_weights(x.queries, x.keys) if weighted else None)
+        weights = None
+        if weighted:
+            looked = looked_at(x.keys.shape[2], x.keys.device)
+            weights = attention_weights(x.queries[:, :, looked], x.keys)
+        hidden.add(x.qkv, weights)
         hidden.add(x.gate_up)
         attended = x.attended.unflatten(-1, (shape.heads, shape.head_dim)).transpose(1, 2)
         moments["values"] += gram_per_head(x.values, shape.kv_heads)

@@ -21,11 +21,12 @@ from resq_kernels.architecture import (
     DOWN_PROJ,
     FAMILIES,
     GATE_UP,
-    K_NORM,
+    HEAD_NORMS,
+    K_PROJ,
     MLP_NORM,
     O_PROJ,
-    Q_NORM,
-    QKV,
+    Q_PROJ,
+    V_PROJ,
     ModelShape,
 )
 from resq_kernels.formats import QuantizedWeight
@@ -137,21 +138,31 @@ class DecoderLayer:
 
     def heads(self, qkv_input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries and keys after RoPE, and values, [windows, heads, seqlen, head_dim], exact."""
-        heads = (self.split_heads(self.linear(qkv_input, name)) for name in QKV)
-        queries, keys, values = self.norm_heads(*heads)
-        return apply_rope(queries, self.rope), apply_rope(keys, self.rope), values
+        values = self.split_heads(self.linear(qkv_input, V_PROJ))
+        return self.turned(qkv_input, Q_PROJ), self.turned(qkv_input, K_PROJ), values
 
-    def norm_heads(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The heads before RoPE: queries and keys normalized in the models that do so."""
-        norms, eps = self.layer.norms, self.shape.norm_eps
-        if self.shape.head_norms:
-            queries, keys = (
-                head_norm(heads, norms[name], eps)
-                for heads, name in ((queries, Q_NORM), (keys, K_NORM))
-            )
-        return queries, keys, values
+    def turned(
+        self, qkv_input: torch.Tensor, name: str, places: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Queries or keys after RoPE, [windows, heads, tokens, head_dim], exact.
+
+        Args:
+            qkv_input: of the tokens at `places` of a window; None: from its start.
+            name: of the linear, q_proj or k_proj.
+        """
+        heads = self.norm_head(self.split_heads(self.linear(qkv_input, name)), name)
+        if places is None:
+            return apply_rope(heads, self.rope)
+        cos, sin = self.rope
+        return apply_rope(heads, (cos[places], sin[places]))
+
+    def norm_head(self, heads: torch.Tensor, name: str) -> torch.Tensor:
+        """Heads of a linear before RoPE: those of q_proj and k_proj normalized in the models that
+        do so."""
+        norm = HEAD_NORMS.get(name)
+        if norm is None or not self.shape.head_norms:
+            return heads
+        return head_norm(heads, self.layer.norms[norm], self.shape.norm_eps)
 
     def rotate(
         self, queries: torch.Tensor, keys: torch.Tensor

@@ -5,15 +5,23 @@ from __future__ import annotations
 import torch
 
 from resq_kernels import hadamard
-from resq_kernels.architecture import DOWN_PROJ, GATE_UP, NORMS, O_PROJ, QKV, ModelShape
+from resq_kernels.architecture import (
+    DOWN_PROJ,
+    GATE_UP,
+    K_PROJ,
+    NORMS,
+    O_PROJ,
+    Q_PROJ,
+    QKV,
+    UP_PROJ,
+    V_PROJ,
+    ModelShape,
+)
 from resq_kernels.config import ResQConfig
 from resq_kernels.formats import split_columns
 from resq_kernels.ptq.decoder import Layer
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.source import SourceModel
-
-Q_PROJ, K_PROJ, V_PROJ = QKV
-UP_PROJ = GATE_UP[1]
 
 
 def o_column_order(shape: ModelShape, high_fraction: float) -> torch.Tensor:

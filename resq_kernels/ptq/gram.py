@@ -30,8 +30,8 @@ class Gram:
             x = x * weights.sqrt().unsqueeze(-1)
         x = x.flatten(0, -2)
         for start in range(0, x.shape[1], PANEL):
-            panel = slice(start, start + PANEL)
-            self.total[panel, start:] += x[:, panel].T @ x[:, start:]
+            stop = start + PANEL
+            self.total[:stop, start:stop] += x[:, :stop].T @ x[:, start:stop]
         self.rows += x.shape[0]
 
     def mean(self) -> torch.Tensor:

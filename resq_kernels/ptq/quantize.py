@@ -11,8 +11,10 @@ import torch
 from resq_kernels.architecture import (
     DOWN_PROJ,
     GATE_UP,
+    K_PROJ,
     KEY_ROTATION,
     O_PROJ,
+    Q_PROJ,
     QKV,
     ModelShape,
     layer_prefix,
@@ -28,7 +30,7 @@ from resq_kernels.ptq.gram import Gram
 from resq_kernels.ptq.rotate import Rotation
 from resq_kernels.ptq.rounded import RoundedLayer
 from resq_kernels.ptq.source import SourceModel
-from resq_kernels.ptq.token_weights import attention_weights
+from resq_kernels.ptq.token_weights import attention_weights, looked_at
 from resq_kernels.ptq.workspace import Workspace, error_piece, layer_piece, target_piece
 from resq_kernels.weights import quantize_weight
 
@@ -150,7 +152,7 @@ def _quantize_layer(
         weighted = names == QKV and config.token_weights == "attention"
         for given in inputs:
             x = given.dequantize() if isinstance(given, MixedTensor) else given
-            gram.add(x, attention_weights(*exact.heads(x)[:2]) if weighted else None)
+            gram.add(x, _token_weights(exact, x) if weighted else None)
         hessian = gram.mean()
         whole = torch.cat([exact.layer.weights.pop(name) for name in names])
         rounded, high = _round_weight(shape, config, names[0], whole, hessian)
@@ -186,6 +188,13 @@ def _quantize_layer(
     for part, given in zip(parts, products.read(), strict=True):
         after[part] = decoder.output(between(part), given).cpu()
     return weights, targets, errors
+
+
+def _token_weights(exact: DecoderLayer, qkv_input: torch.Tensor) -> torch.Tensor:
+    """`attention_weights` of the input of q, k and v; an eighth of the queries is computed."""
+    looked = looked_at(qkv_input.shape[1], qkv_input.device)
+    queries = exact.turned(qkv_input[:, looked], Q_PROJ, looked)
+    return attention_weights(queries, exact.turned(qkv_input, K_PROJ))
 
 
 class _Inputs(Generic[Rows]):

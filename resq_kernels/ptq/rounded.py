@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -52,6 +53,15 @@ def stored_layer(
     return layer, {name: QuantizedWeight.read(load, prefix + name) for name in LINEARS}
 
 
+class _Cached(NamedTuple):
+    """Keys and values in a cache, and the queries that read them, as `ops.kv_attention` does."""
+
+    queries: torch.Tensor  # float32 [windows * seqlen, heads, head_dim], after RoPE and rotation
+    pages: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+
+
 class RoundedLayer:
     """The steps of a decoder layer between the rounded inputs of its linears.
 
@@ -95,12 +105,28 @@ class RoundedLayer:
 
     def o_input(self, qkv_input: MixedTensor) -> MixedTensor:
         """The input of o_proj, from the input of q, k and v."""
-        attended = self.float.mix(*self.rounded_heads(*self.split_heads(self.qkv(qkv_input))))
-        return self.round_attended(self.join_heads(attended))
+        return self.round_attended(self.attend(*self.split_heads(self.qkv(qkv_input))))
+
+    def attend(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention of `split_heads`, its columns in o_proj's order."""
+        if self.config.kv_bits != 4:
+            return self.join_heads(self.float.mix(*self.exact_heads(queries, keys, values)))
+        windows, _, seqlen, head = queries.shape
+        cached = self._cached(queries, keys, values)
+        starts = torch.arange(windows + 1, dtype=torch.int32, device=queries.device) * seqlen
+        attended = ops.kv_attention(*cached, starts, head**-0.5, head_dim_hi=self.head_dim_hi)
+        return attended.unflatten(0, (windows, seqlen))
+
+    @property
+    def head_dim_hi(self) -> int:
+        """Dims of a head in the high part of o_proj's input."""
+        return self.format(O_PROJ).k_hi // self.shape.heads
 
     def join_heads(self, attended: torch.Tensor) -> torch.Tensor:
         """[..., heads, head_dim] side by side in the order of o_proj's columns."""
-        return join_heads(attended, self.format(O_PROJ).k_hi // self.shape.heads)
+        return join_heads(attended, self.head_dim_hi)
 
     def round_attended(self, attended: torch.Tensor) -> MixedTensor:
         """The input of o_proj, from the heads side by side."""
@@ -108,8 +134,11 @@ class RoundedLayer:
 
     def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values, [windows, heads, seqlen, head_dim], before RoPE."""
-        parts = qkv.split(self.rows(QKV), dim=-1)
-        return self.float.norm_heads(*(self.float.split_heads(part) for part in parts))
+        queries, keys, values = (
+            self.float.norm_head(self.float.split_heads(part), name)
+            for name, part in zip(QKV, qkv.split(self.rows(QKV), dim=-1), strict=True)
+        )
+        return queries, keys, values
 
     def exact_heads(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -124,33 +153,30 @@ class RoundedLayer:
         """`exact_heads`, keys and values as the cache returns them."""
         if self.config.kv_bits != 4:
             return self.exact_heads(queries, keys, values)
-        pages = self._through_pages(*(t.transpose(1, 2) for t in (queries, keys, values)))
-        queries, keys, values = (t.transpose(1, 2) for t in pages)
-        return queries, keys, values
+        windows, _, seqlen, head = queries.shape
+        rotated, pages, table, lengths = self._cached(queries, keys, values)
+        keys, values = ops.kv_dequantize(pages, table, lengths, seqlen, head, torch.float32)
+        queries = rotated.unflatten(0, (windows, seqlen))
+        return queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
 
-    def _through_pages(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries and keys after RoPE and rotation; keys and values as a cache returns them.
-
-        All are [windows, seqlen, heads, head_dim].
-        """
+    def _cached(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> _Cached:
+        """Puts the keys and values of `split_heads` into pages."""
+        queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, values))
         windows, seqlen, kv_heads, head = keys.shape
         device, size = keys.device, kv_pages.DEFAULT_PAGE_SIZE
-        pages = -(-seqlen // size)
-        table = torch.arange(windows * pages, device=device).view(windows, pages)
-        shape = kv_pages.cache_shape(windows * pages, kv_heads, size, head)
-        cache = torch.empty(shape, dtype=torch.uint8, device=device)
+        count = -(-seqlen // size)
+        table = torch.arange(windows * count, device=device).view(windows, count)
+        shape = kv_pages.cache_shape(windows * count, kv_heads, size, head)
+        pages = torch.empty(shape, dtype=torch.uint8, device=device)
         slots = (table[:, :1] * size + torch.arange(seqlen, device=device)).flatten()
         cos, sin = (side[:seqlen].to(device).repeat(windows, 1) for side in self.rope)
         queries, keys, values = (t.flatten(0, 1) for t in (queries, keys, values))
         hi_bits = 8 if self.config.mixed else 4
         rotation = self.layer.key_rotation
-        rotated = ops.kv_append(keys, values, cos, sin, rotation, cache, slots, hi_bits, queries)
-        assert rotated is not None
+        rotated = ops.kv_append(keys, values, cos, sin, rotation, pages, slots, hi_bits, queries)
+        assert rotated is not None  # queries were given
         lengths = torch.full((windows,), seqlen, dtype=torch.int32, device=device)
-        keys, values = ops.kv_dequantize(cache, table.int(), lengths, seqlen, head, torch.float32)
-        return rotated.unflatten(0, (windows, seqlen)), keys, values
+        return _Cached(rotated, pages, table.int(), lengths)
 
     def after_attention(self, x: torch.Tensor, o_input: MixedTensor) -> torch.Tensor:
         """The residual stream between attention and MLP."""

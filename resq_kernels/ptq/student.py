@@ -77,7 +77,7 @@ class StudentLayer(RoundedLayer):
         qkv = self.qkv(qkv_input).requires_grad_()
         with torch.enable_grad():
             attended = self._attention(qkv)
-        o_input = self.round_attended(attended.detach())
+        o_input = self.round_attended(self.attend(*self.split_heads(qkv.detach())))
         o = self.linear(o_input, (O_PROJ,))
         hidden = x + o
         gate_up_input = self.gate_up_input(hidden)
@@ -158,7 +158,7 @@ class StudentLayer(RoundedLayer):
         return by_input.float().unflatten(0, inputs.params.shape[:-1])
 
     def _attention(self, qkv: torch.Tensor) -> torch.Tensor:
-        """The input of o_proj before it is rounded, through rounded keys and values."""
+        """`attend`, in float32, with the gradient that passes the rounding of keys and values."""
         heads = self.split_heads(qkv)
         with torch.no_grad():
             rounded = self.rounded_heads(*heads)

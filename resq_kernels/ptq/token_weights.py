@@ -12,6 +12,11 @@ QUERY_STRIDE = 8
 """Every eighth query is looked at: a sink is one for most of them."""
 
 
+def looked_at(seqlen: int, device: torch.device) -> torch.Tensor:
+    """The positions of a window whose queries are looked at, the last one first."""
+    return torch.arange(seqlen - 1, -1, -QUERY_STRIDE, device=device)
+
+
 def attention_weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Weights of the tokens in a sum of squared errors of attention's input, of mean 1 in a window.
 
@@ -20,21 +25,22 @@ def attention_weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor
     error of its query reaches its own output alone.
 
     Args:
-        queries: float32 [windows, heads, seqlen, head_dim] after RoPE.
+        queries: float32 [windows, heads, looked, head_dim] after RoPE, of the tokens `looked_at`.
         keys: float32 [windows, kv_heads, seqlen, head_dim] after RoPE.
 
     Returns:
         float32 [windows, seqlen].
     """
-    seqlen, head_dim = queries.shape[-2:]
+    seqlen, head_dim = keys.shape[-2:]
     groups = queries.shape[1] // keys.shape[1]
-    places = torch.arange(seqlen, device=keys.device)
-    looked = places.flip(0)[::QUERY_STRIDE]
-    later = places > looked[:, None]
+    looked = looked_at(seqlen, keys.device)
+    later = torch.arange(seqlen, device=keys.device) > looked[:, None]
+    mask = torch.zeros(later.shape, device=keys.device).masked_fill_(later, -torch.inf)
+    mask = mask.expand(len(keys), -1, -1)
     received = torch.zeros(len(keys), seqlen, device=keys.device)
     for head in range(queries.shape[1]):  # one at a time: a score for every pair of tokens
-        scores = queries[:, head, looked] @ keys[:, head // groups].mT * head_dim**-0.5
-        attention = scores.masked_fill_(later, -torch.inf).softmax(-1)
-        received += attention.square_().sum(1)
+        key = keys[:, head // groups].mT
+        scores = torch.baddbmm(mask, queries[:, head], key, alpha=head_dim**-0.5)
+        received += scores.softmax(-1).square_().sum(1)
     weights = 1 + received * (seqlen / len(looked) / queries.shape[1])
     return weights / weights.mean(-1, keepdim=True)

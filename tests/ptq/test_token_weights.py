@@ -8,7 +8,7 @@ import torch
 from resq_kernels.ptq import token_weights
 from resq_kernels.ptq.gptq import gptq
 from resq_kernels.ptq.gram import Gram
-from resq_kernels.ptq.token_weights import attention_weights
+from resq_kernels.ptq.token_weights import attention_weights, looked_at
 
 
 def exact_attention(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -20,6 +20,11 @@ def exact_attention(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return torch.where(visible, scores, -torch.inf).softmax(-1)
 
 
+def weights_of(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """`attention_weights` from the queries of all tokens."""
+    return attention_weights(queries[:, :, looked_at(keys.shape[2], keys.device)], keys)
+
+
 @pytest.mark.parametrize("seqlen", [1, 7, 8, 9, 50])
 @pytest.mark.parametrize("stride", [1, 8])
 def test_attention_weights(seqlen: int, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +34,7 @@ def test_attention_weights(seqlen: int, stride: int, monkeypatch: pytest.MonkeyP
     looked = attention[:, :, range(seqlen - 1, -1, -stride)]
     expected = 1 + looked.square().sum(2).mean(1) * seqlen / looked.shape[2]
     expected = expected / expected.mean(1, keepdim=True)
-    got = attention_weights(queries, keys)
+    got = weights_of(queries, keys)
     assert got.shape == (3, seqlen) and got.dtype == torch.float32
     # A score is within 16 products and a sum of 2^-24 of its size; the weights feel twice that.
     assert (got - expected).abs().max() < 2e-5 * expected.max()
@@ -40,7 +45,7 @@ def test_a_sink_has_the_weight_of_many_tokens() -> None:
     queries[..., 0], keys[..., 0] = 6, 0
     keys[:, :, 3] = 0
     keys[:, :, 3, 0] = 6  # a score of 9 above all others: 0.9 of the attention
-    weights = attention_weights(queries, keys)
+    weights = weights_of(queries, keys)
     assert weights[0, 3] > 50 * weights[0].median()
     assert weights.mean() == pytest.approx(1, abs=1e-5)
 
@@ -52,7 +57,7 @@ def test_a_sink_has_an_exact_value() -> None:
     keys[:, :, 0, 0] = 6
     weight = torch.randn(64, 96)
     errors = []
-    for weights in (None, attention_weights(queries, keys)):
+    for weights in (None, weights_of(queries, keys)):
         gram = Gram(96, "cpu")
         gram.add(inputs, weights)
         rounded = gptq(weight, gram.mean(), 0, 0.01)[0].dequantize()

@@ -55,27 +55,23 @@ def measured(
 def test_it_is_what_transformers_measures(
     tmp_path: Path, tokens: torch.Tensor, name: str, method: str
 ) -> None:
-    """Within what attention does to it, which is rounded to 16 bits there: that turns a code here
-    and there.
+    """Up to the order of sums: 2e-6 of KL was seen in 26 runs, a layer that is left out halves it.
 
-    Over three seeds and 16 windows KL differed by 0.4 % and 3 to 7 % of tied models, which are sure
-    of every token, so that a few tokens decide; without a rounded cache by 2e-7. With the last
-    layer left out of both models KL is less than half.
+    Where the source is bfloat16 its products are, where instructions for them exist, so the
+    reference moves: KL by up to 5 %, most in tied models, which are sure of every token.
     """
     source = save_tiny_model(tmp_path / "in", **MODELS[name])
     out, config = tmp_path / "out", ResQConfig(**CONFIGS[method])
     held_out = torch.randint(0, 256, (12, 70))  # longer than those of the calibration
     report = quantize_folder(source, out, tokens, config, held_out=held_out, progress=False)
     found, (exact, rounded) = report["verdict"], measured(source, out, held_out)
-    same = 1e-4 if config.kv_bits == 16 else 0.03
-    if MODELS[name].get("dtype") == torch.bfloat16:
-        same = 0.03  # products of the source are in bfloat16
+    bfloat16 = MODELS[name].get("dtype") == torch.bfloat16
+    same = 0.03 if bfloat16 else 1e-5
     assert math.log(found["reference_perplexity"]) == pytest.approx(
-        math.log(exact.perplexity), rel=1e-2 if "bf16" in name else 1e-5
+        math.log(exact.perplexity), rel=1e-2 if bfloat16 else 1e-5
     )
     assert math.log(found["perplexity"]) == pytest.approx(math.log(rounded.perplexity), rel=same)
-    tail = 8 if MODELS[name].get("tie_word_embeddings") else 1
-    assert found["kl_to_reference"] == pytest.approx(rounded.kl, rel=tail * same)
+    assert found["kl_to_reference"] == pytest.approx(rounded.kl, rel=0.24 if bfloat16 else 1e-5)
     assert found["top1_agreement"] == pytest.approx(rounded.top1, abs=same)
     assert found["windows"] == 12 and found["seqlen"] == 70
 
@@ -89,7 +85,7 @@ def test_eight_bits_are_measured_too(llama: Path, tokens: torch.Tensor, tmp_path
     found, wide = report["verdict"], report["verdict"]["with_lo_bits_8"]
     assert wide.keys() == found.keys() - {"with_lo_bits_8"}
     _, rounded = measured(llama, tmp_path / "out", held_out, lo_bits=8)
-    assert wide["kl_to_reference"] == pytest.approx(rounded.kl, rel=0.03)
+    assert wide["kl_to_reference"] == pytest.approx(rounded.kl, rel=1e-5)
     assert wide["kl_to_reference"] < 0.8 * found["kl_to_reference"]
     assert wide["reference_perplexity"] == found["reference_perplexity"]
     config = ResQConfig(lo_bits=8)
