@@ -8,6 +8,7 @@
 #include "ops/kv_dequantize/kv_dequantize_torch.h"
 #include "ops/mixed_quantize/mixed_quantize_torch.h"
 #include "ops/pack_weight/pack_weight_torch.h"
+#include "ops/rms_norm/rms_norm_torch.h"
 #include "ops/rms_norm_quantize/rms_norm_quantize_torch.h"
 #include "ops/search_scale/search_scale_torch.h"
 #include "ops/silu_mul_hadamard_quantize/silu_mul_hadamard_quantize_torch.h"
@@ -23,6 +24,10 @@ void run(const Cuda& on, const MixedQuantizeParams& p) {
 
 void run(const Cuda& on, const RmsNormQuantizeParams& p) {
   if (p.rows > 0) cuda::rms_norm_quantize(p, on.stream());
+}
+
+void run(const Cuda& on, const RmsNormParams& p) {
+  if (p.rows > 0) cuda::rms_norm(p, on.stream());
 }
 
 void run(const Cuda& on, const HadamardParams& p) {
@@ -103,6 +108,7 @@ std::vector<int64_t> cuda_device(int64_t index) {
 RESQ_CUDA_IMPL(m) {
   using resq::Cuda;
   m.impl("mixed_quantize", TORCH_BOX(&resq::mixed_quantize<Cuda>));
+  m.impl("rms_norm", TORCH_BOX(&resq::rms_norm<Cuda>));
   m.impl("rms_norm_quantize", TORCH_BOX(&resq::rms_norm_quantize<Cuda>));
   m.impl("silu_mul_hadamard_quantize", TORCH_BOX(&resq::silu_mul_hadamard_quantize<Cuda>));
   m.impl("hadamard", TORCH_BOX(&resq::hadamard<Cuda>));

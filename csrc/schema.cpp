@@ -14,6 +14,7 @@ RESQ_LIBRARY(m) {
       "silu_mul_hadamard_quantize(Tensor gate_up, bool hadamard=True, SymInt n_hi=0, "
       "int lo_bits=4, bool? packed=None, bool symmetric=False, float clip=1.0, "
       "SymInt hadamard_block=0) -> (Tensor q_lo, Tensor q_hi, Tensor params)");
+  m.def("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor");
   m.def("hadamard(Tensor x, float scale=1.0) -> Tensor");
   m.def(
       "gptq_block(Tensor targets, Tensor weight, Tensor feedback, Tensor scale, int bits) "

@@ -36,6 +36,7 @@ ROWS = (
     ("embedding", EVERY, ALL, values("embedding")),
     ("mixed_quantize", EVERY, ALL, values("mixed_quantize")),
     ("rms_norm_quantize", EVERY, ALL, values("rms_norm_quantize")),
+    ("rms_norm", EVERY, ALL, values("rms_norm")),
     ("hadamard", EVERY, ALL, values("hadamard")),
     ("silu_mul_hadamard_quantize", EVERY, ALL, values("silu_mul_hadamard_quantize")),
     ("kv_append", EVERY, ALL, values("kv_append")),

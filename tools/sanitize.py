@@ -24,6 +24,7 @@ BUILD = ROOT / "build" / "sanitize"
 TESTS = [
     "tests/ops/test_mixed_gemm.py",
     "tests/ops/test_mixed_quantize.py",
+    "tests/ops/test_rms_norm.py",
     "tests/ops/test_rms_norm_quantize.py",
     "tests/ops/test_silu_mul_hadamard_quantize.py",
     "tests/ops/test_hadamard.py",

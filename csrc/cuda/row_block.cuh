@@ -196,7 +196,7 @@ __device__ inline void reduce_ranges(Range (&ranges)[2], RangeExchange<kWarps>& 
   set_ranges(ranges, all);
 }
 
-// Sum of squares in the order of csrc/cpu (rms_norm_quantize_body.h), so that both devices give the
+// Sum of squares in the order of cpu/row_norm.h, so that both devices give the
 // same bits: 1024 interleaved partial sums, one for each of the eight columns of a thread.
 struct SquareSums {
   float partial[kChunkColumns] = {};

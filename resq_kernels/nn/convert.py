@@ -25,7 +25,7 @@ from resq_kernels.nn.layer import quantized_class
 from resq_kernels.nn.linear import ResQLinear
 from resq_kernels.nn.linear_basis import LinearBases
 from resq_kernels.nn.mlp import ResQMLP
-from resq_kernels.nn.norm import HeadNorm, ResQRMSNorm
+from resq_kernels.nn.norm import FinalRMSNorm, HeadNorm, ResQRMSNorm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,7 +49,7 @@ def convert(
     stores_linears: bool = True,
 ) -> None:
     """Replaces modules of a model in place: norms, attention and MLP of every decoder layer, the
-    layer's `forward`, and embedding and lm_head if they are in 8 bits. The last norm stays.
+    layer's `forward`, the last norm, and embedding and lm_head if they are in 8 bits.
 
     The new parameters have the names, shapes and dtypes of a checkpoint (docs/formats.md section
     6), on the device and in the dtype of the ones they replace, and no values yet: load them, then
@@ -69,6 +69,7 @@ def convert(
     decoder = getattr(model, model.base_model_prefix, model)
     for index, layer in enumerate(decoder.layers):
         _convert_layer(layer, index, shape, config)
+    decoder.norm = FinalRMSNorm(decoder.norm.weight, shape.norm_eps)
     decoder.register_forward_pre_hook(_share_metadata, with_kwargs=True)
     model.__class__ = generating_class(type(model))  # keeps all that it holds
     like = decoder.embed_tokens.weight

@@ -1,5 +1,5 @@
 """ResQRMSNorm normalizes and quantizes in one pass, once for all linears that read the result;
-HeadNorm normalizes the heads of queries or keys."""
+FinalRMSNorm normalizes what the head reads, HeadNorm the heads of queries or keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from resq_kernels import ops
 from resq_kernels.formats import MixedTensor, RowFormat
 from resq_kernels.head_norm import head_norm
-from resq_kernels.nn.straight import StraightRows, needs_gradient, straight_rows
+from resq_kernels.nn.straight import StraightRows, needs_gradient, straight, straight_rows
 
 
 class ResQRMSNorm(nn.Module):
@@ -84,6 +84,32 @@ class ResQRMSNorm(nn.Module):
     def extra_repr(self) -> str:
         columns = f"high_columns={self.row_format.k_hi}"
         return f"{self.weight.shape[0]}, eps={self.eps}, {columns}"
+
+
+class FinalRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight of the states after the last layer: `ops.rms_norm`.
+
+    transformers' own class takes eight operators for it, and its sums depend on the device.
+
+    Args:
+        weight: [K] gain, the parameter of the norm that this one replaces.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., K] in x's dtype; with the gradient by x and weight, if one needs it."""
+        if not needs_gradient(x, self.weight):
+            return ops.rms_norm(x, self.weight, self.eps)
+        normed = ops.rms_norm(x.detach(), self.weight.detach(), self.eps)
+        exact = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return straight(normed, exact.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
 class HeadNorm(nn.Module):

@@ -11,6 +11,7 @@ from resq_kernels.ops.kv_dequantize import kv_dequantize
 from resq_kernels.ops.mixed_gemm import mixed_gemm
 from resq_kernels.ops.mixed_quantize import mixed_quantize
 from resq_kernels.ops.pack_weight import pack_weight
+from resq_kernels.ops.rms_norm import rms_norm
 from resq_kernels.ops.rms_norm_quantize import rms_norm_quantize
 from resq_kernels.ops.search_scale import search_scale
 from resq_kernels.ops.silu_mul_hadamard_quantize import silu_mul_hadamard_quantize
@@ -28,6 +29,7 @@ __all__ = [
     "mixed_gemm",
     "mixed_quantize",
     "pack_weight",
+    "rms_norm",
     "rms_norm_quantize",
     "prepare_decode_step",
     "search_scale",

@@ -124,7 +124,7 @@ class RoundedVocabulary:
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Float32 [..., vocabulary] of states after the last layer."""
-        normed, head = reference.rms_norm(states, self._gain, self._eps), self._head
+        normed, head = ops.rms_norm(states, self._gain, self._eps), self._head
         if isinstance(head, torch.Tensor):
             return functional.linear(normed.to(head.dtype), head).float()
         if self._turn is not None:

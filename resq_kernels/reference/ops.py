@@ -59,10 +59,10 @@ def mixed_quantize(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight in float32."""
-    x = x.float()
-    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return y if weight is None else y * weight.float()
+    """x / sqrt(mean(x^2) + eps) * weight in float32, rounded to x's dtype."""
+    exact = x.float()
+    y = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+    return (y if weight is None else y * weight.float()).to(x.dtype)
 
 
 def rms_norm_quantize(
@@ -78,7 +78,7 @@ def rms_norm_quantize(
 ) -> tuple[MixedTensor, torch.Tensor]:
     """new_residual = x + residual in x's dtype; mixed_quantize(rms_norm(new_residual))."""
     new_residual = x if residual is None else x + residual
-    normed = rms_norm(new_residual, weight, eps)
+    normed = rms_norm(new_residual.float(), weight, eps)
     return mixed_quantize(normed, n_hi, lo_bits, packed, symmetric, clip), new_residual
 
 

@@ -155,7 +155,7 @@ class _Follower:
         *options: Any,
     ) -> tuple[MixedTensor, torch.Tensor]:
         new_residual = x if residual is None else x + residual
-        normed = reference.rms_norm(new_residual, weight, eps)
+        normed = reference.rms_norm(new_residual.float(), weight, eps)
         return self.mixed_quantize(normed, *options), new_residual
 
     def silu_mul_hadamard_quantize(

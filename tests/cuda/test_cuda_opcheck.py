@@ -79,6 +79,7 @@ SAMPLES = {
         4,
         False,
     ),
+    "rms_norm": lambda _: (torch.randn(2, ROWS, K).half(), torch.ones(K), 1e-5),
     "silu_mul_hadamard_quantize": lambda _: (torch.randn(ROWS, 2 * WIDE), True, 0, 4, True),
     "hadamard": lambda _: (torch.randn(2, ROWS, WIDE).bfloat16(),),
     "embedding": embedding_arguments,

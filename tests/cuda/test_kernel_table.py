@@ -14,6 +14,7 @@ REQUIRED = {
     "mixed_gemm_small_m": {"sm_80": ["IMMA.16832.S8.S8", "LDG.128"]},
     "mixed_quantize": {"sm_80": ["LDG.128"]},
     "rms_norm_quantize": {"sm_80": ["LDG.128"]},
+    "rms_norm_kernel": {"sm_80": ["LDG.128", "STG.128"]},
     "kv_append_kernel": {"sm_80": ["LDS.128"]},
     "kv_dequantize_kernel": {"sm_80": ["LDGSTS.128", "STG.128"]},
     "kv_attention_kernel": {
@@ -30,6 +31,7 @@ REQUIRED = {
 DEPENDENT = (
     "mixed_quantize_kernel",
     "rms_norm_quantize_kernel",
+    "rms_norm_kernel",
     "silu_mul_",
     "hadamard_kernel",
     "mixed_gemm_",

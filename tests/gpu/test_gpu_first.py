@@ -60,6 +60,12 @@ def test_rms_norm_quantize() -> None:
     assert same_bits(result[3], expected[3])
 
 
+def test_rms_norm() -> None:
+    x, weight = torch.randn(5, 256).bfloat16(), torch.randn(256).bfloat16()
+    expected, result = cpu_and_cuda("rms_norm", x, weight, 1e-5)
+    assert same_bits(result, expected)
+
+
 def test_hadamard() -> None:
     for n in (448, 768):  # one factor that is no power of two, and the tensor cores' 12
         expected, result = cpu_and_cuda("hadamard", torch.randn(3, n))

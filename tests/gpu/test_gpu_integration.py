@@ -53,6 +53,7 @@ def calls(rows: int) -> dict:
     return {
         "mixed_quantize": (lambda x: tuple(ops.mixed_quantize(x, HIGH)), x),
         "rms_norm_quantize": (lambda x: ops.rms_norm_quantize(x, x, None, 1e-5, HIGH)[0][2], x),
+        "rms_norm": (lambda x: ops.rms_norm(x, None, 1e-5), x),
         "silu_mul_hadamard_quantize": (lambda x: tuple(ops.silu_mul_hadamard_quantize(x)), gate_up),
         "hadamard": (ops.hadamard, gate_up),
         "mixed_gemm": (linear, x),
@@ -65,6 +66,7 @@ def calls(rows: int) -> dict:
 NAMES = (
     "mixed_quantize",
     "rms_norm_quantize",
+    "rms_norm",
     "silu_mul_hadamard_quantize",
     "hadamard",
     "mixed_gemm",
@@ -136,6 +138,7 @@ def test_opcheck() -> None:
     samples = {
         "mixed_quantize": (x, HIGH),
         "rms_norm_quantize": (x, x.clone(), None, 1e-5, HIGH),
+        "rms_norm": (x, x[0], 1e-5),
         "silu_mul_hadamard_quantize": (gate_up,),
         "hadamard": (gate_up,),
         "search_scale": (gate_up, 4),

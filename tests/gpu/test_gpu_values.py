@@ -168,6 +168,16 @@ def test_rms_norm_quantize(rows: int, k: int, n_hi: int, dtype: torch.dtype) -> 
         assert same_bits(result[3], expected[3])
 
 
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, k", [(3, 8), (5, 37), (65, 896), (9, 5120), (33, 8192), (2, 16384)])
+def test_rms_norm(rows: int, k: int, dtype: torch.dtype) -> None:
+    x, gain = torch.randn(rows, k).to(dtype), torch.rand(k)
+    for weight in (None, gain, gain.to(dtype)):
+        expected, result = cpu_and_cuda("rms_norm", x, weight, 1e-5)
+        assert same_bits(result, expected)
+
+
 @pytest.mark.parametrize("n", HADAMARD_SIZES)
 def test_hadamard_at_every_mlp_width_and_shard(n: int) -> None:
     for shard in (1, 2, 4, 8):

@@ -255,7 +255,7 @@ def test_launches_of_a_layer(batch: int) -> None:
     assert steps[1] - steps[0] == 11
     assert calls[1] - calls[0] == 11
     assert one_call[1] == one_call[0]
-    assert prepared == {"cpu": [10, 10], "cuda": [17, 17]}
+    assert prepared == {"cpu": [5, 5], "cuda": [12, 12]}
 
 
 def fake_inputs(graph: DecodeGraph, mode: FakeTensorMode) -> None:

@@ -1,4 +1,5 @@
-"""ResQRMSNorm: a gain of ones is left out, with the same bits, and only while it is ones."""
+"""ResQRMSNorm: a gain of ones is left out, with the same bits, and only while it is ones.
+FinalRMSNorm: an operator, and its gradient."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from mixed_check import bits_equal
 from resq_kernels import ops
 from resq_kernels.formats import RowFormat
 from resq_kernels.nn.convert import pack
-from resq_kernels.nn.norm import ResQRMSNorm
+from resq_kernels.nn.norm import FinalRMSNorm, ResQRMSNorm
 
 
 def norm(dtype: torch.dtype = torch.float32) -> ResQRMSNorm:
@@ -76,3 +77,32 @@ def test_a_weight_without_values_is_not_ones() -> None:
     module.load_state_dict({"weight": torch.ones(128)}, assign=True)
     pack(module)
     assert module.gain_is_one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_final_norm_has_the_same_bits_with_a_gradient(dtype: torch.dtype) -> None:
+    weight = torch.nn.Parameter(torch.rand(128).to(dtype) + 0.5)
+    module, x = FinalRMSNorm(weight, 1e-5), torch.randn(2, 5, 128).to(dtype).requires_grad_()
+    with torch.no_grad():
+        plain = module(x)
+    assert bits_equal(plain, ops.rms_norm(x.detach(), weight.detach(), 1e-5))
+    normed = module(x)
+    assert bits_equal(normed.detach(), plain)
+    gradient = torch.randn(2, 5, 128).to(dtype)
+    normed.backward(gradient)
+    exact, gain = (t.detach().double().requires_grad_() for t in (x, weight))
+    (exact * (exact.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * gain).backward(
+        gradient.double()
+    )
+    # Rounded once, or, the gain's, to which every row adds, in the dtype of the sum.
+    limit = 4 * torch.finfo(dtype).eps
+    for got, want in ((x.grad, exact.grad), (weight.grad, gain.grad)):
+        assert got is not None and want is not None and got.dtype == dtype
+        assert (got.double() - want).norm() < limit * want.norm()
+        assert (got.double() * (1 + 2 * limit) - want).norm() > limit * want.norm()
+
+
+def test_the_final_norm_s_gain_trains_alone() -> None:
+    weight = torch.nn.Parameter(torch.ones(128))
+    FinalRMSNorm(weight, 1e-5)(torch.randn(3, 128)).sum().backward()
+    assert weight.grad is not None and weight.grad.abs().sum() > 0

@@ -53,6 +53,7 @@ def digests() -> dict[str, str]:
                 feedback = torch.randn(13, 13, generator=generator)
                 given = (columns, columns, feedback, columns[0].abs() + 1e-3, bits)
                 result[f"gptq_block {dtype} {k} {bits}"] = digest(ops.gptq_block(*given))
+            result[f"rms_norm {dtype} {k}"] = digest((ops.rms_norm(x, weight, 1e-5),))
             n_hi = k // 8 if (k - k // 8) % 2 == 0 else k % 2
             for packed in (False, True):
                 for symmetric in (False, True):

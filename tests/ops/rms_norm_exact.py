@@ -1,4 +1,4 @@
-"""The float64 evaluation of rms_norm_quantize and its bound, for the tests of every device."""
+"""The float64 evaluation of both norms and its bound, for the tests of every device."""
 
 from __future__ import annotations
 
@@ -22,3 +22,16 @@ def exact_rows(
     y = y if weight is None else y * weight.double()
     roundings = (x.shape[-1] / 1024 + 1 + 10 + 1) / 2 + 6
     return y, roundings * UNIT * y.abs()
+
+
+def assert_normalizes(
+    actual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, eps: float = EPS
+) -> None:
+    """Asserts that `actual` is the float32 evaluation, rounded once to x's dtype."""
+    exact, bound = exact_rows(x, None, weight, eps)
+    kind = torch.finfo(x.dtype)
+    # Half a step of the dtype, but of subnormal numbers; none in float32, where `bound` has it.
+    last = 0.0 if x.dtype == torch.float32 else kind.eps / 2
+    allowed = bound * (1 + last) + last * exact.abs() + kind.smallest_normal * kind.eps
+    assert actual.dtype == x.dtype and actual.shape == x.shape
+    assert ((actual.double() - exact).abs() <= allowed).all()

@@ -18,6 +18,7 @@ TABLE = torch.zeros(1, 1, dtype=torch.int32)
 ROWS: dict[str, Callable[[], object]] = {
     "mixed_quantize: x": lambda: ops.mixed_quantize(NO_COLUMNS, 0),
     "rms_norm_quantize: x": lambda: ops.rms_norm_quantize(NO_COLUMNS, None, None, 1e-5, 0),
+    "rms_norm: x": lambda: ops.rms_norm(NO_COLUMNS, None, 1e-5),
     "silu_mul_hadamard_quantize: gate_up": lambda: ops.silu_mul_hadamard_quantize(
         NO_COLUMNS, False
     ),

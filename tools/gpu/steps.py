@@ -30,6 +30,7 @@ OPERATORS = (
     "prefill",
     "search_scale",
     "gptq_block",
+    "rms_norm",
 )
 
 

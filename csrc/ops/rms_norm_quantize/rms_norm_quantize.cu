@@ -4,6 +4,7 @@
 
 #include "cuda/pdl.cuh"
 #include "cuda/row_launch.cuh"
+#include "cuda/row_norm.cuh"
 #include "cuda/row_quantize.cuh"
 #include "ops/rms_norm_quantize/rms_norm_quantize.h"
 
@@ -13,69 +14,6 @@ namespace {
 struct Exchange {
   SumExchange sum;
   RangeExchange<kRowWarps> ranges;
-};
-
-// The kinds of weight: a float type, or one of these.
-struct Ones {};
-struct AnyType {};
-
-// Chunks of a row with a weight: more leave no registers for the weights.
-inline constexpr int kMostHeldWeights = 8;
-
-// The weights of this thread's chunks, loaded with the row: where each waited for its own, a row of
-// 4096 took 6,500 cycles instead of 2,500.
-template <class W, int kHeld, bool kAligned>
-class Weights {
- public:
-  __device__ Weights(const RmsNormQuantizeParams& p, int k)
-      : from_(static_cast<const W*>(p.weight)), k_(k) {}
-  __device__ void load(int chunks) { chunks_.load(chunks, reader()); }
-  __device__ void multiply(int slot, int chunk, float (&y)[kChunkColumns]) const {
-    const Chunk<W> w = chunks_.get(slot, chunk, reader());
-#pragma unroll
-    for (int i = 0; i < kChunkColumns; ++i) y[i] = __fmul_rn(y[i], w[i]);
-  }
-
- private:
-  __device__ auto reader() const {
-    return [from = from_, k = k_](int chunk) {
-      return load_chunk<kAligned>(from + chunk * kChunkColumns, k - chunk * kChunkColumns);
-    };
-  }
-
-  const W* from_;
-  int k_;
-  HeldChunks<W, kHeld> chunks_;
-};
-
-template <int kHeld, bool kAligned>
-class Weights<Ones, kHeld, kAligned> {
- public:
-  __device__ Weights(const RmsNormQuantizeParams&, int) {}
-  __device__ void load(int) {}
-  __device__ void multiply(int, int, float (&)[kChunkColumns]) const {}
-};
-
-// Asks for the type at every chunk.
-template <bool kAligned>
-class Weights<AnyType, 0, kAligned> {
- public:
-  __device__ Weights(const RmsNormQuantizeParams& p, int k)
-      : type_(p.weight_type), floats_(p, k), halves_(p, k), bfloats_(p, k) {}
-  __device__ void load(int) {}
-  __device__ void multiply(int slot, int chunk, float (&y)[kChunkColumns]) const {
-    switch (type_) {
-      case FloatType::kFloat32: floats_.multiply(slot, chunk, y); break;
-      case FloatType::kFloat16: halves_.multiply(slot, chunk, y); break;
-      case FloatType::kBFloat16: bfloats_.multiply(slot, chunk, y); break;
-    }
-  }
-
- private:
-  FloatType type_;
-  Weights<float, 0, kAligned> floats_;
-  Weights<Half, 0, kAligned> halves_;
-  Weights<BFloat16, 0, kAligned> bfloats_;
 };
 
 struct Normalized {
@@ -106,7 +44,7 @@ __global__ void __launch_bounds__(kRowThreads) rms_norm_quantize_kernel(RmsNormQ
 
   // All loads before the first store: nothing tells the compiler that the rows do not overlap.
   HeldChunks<T, kHeld> row, other;
-  Weights<W, kHeld, kAligned> weights(p, k);
+  NormWeights<W, kHeld, kAligned> weights(p.weight, p.weight_type, k);
   if (p.residual) other.load(chunks, read_residual);
   row.load(chunks, read_x);
   weights.load(chunks);
@@ -124,7 +62,7 @@ __global__ void __launch_bounds__(kRowThreads) rms_norm_quantize_kernel(RmsNormQ
     });
   }
 
-  // Without a weight the extremes of y are those of h times inverse_rms: one reduction is enough.
+  // Without a weight the extremes of y are those of h times the factor: one reduction is enough.
   constexpr bool kWeighted = !std::is_same_v<W, Ones>;
   SquareSums squares;
   ChunkRanges<T, kAligned> of_thread;
@@ -142,26 +80,25 @@ __global__ void __launch_bounds__(kRowThreads) rms_norm_quantize_kernel(RmsNormQ
     of_thread.get(ranges);
     reduce_ranges(ranges, exchange.ranges);
   }
-  const float mean = __fdiv_rn(shared_sum(exchange.sum), static_cast<float>(k));
-  const float inverse_rms = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, p.eps)));
+  const float factor = inverse_rms(shared_sum(exchange.sum), k, p.eps);
 
   const auto y = [&](int slot, int chunk) {
     const Chunk<T>& h = row.get(slot, chunk, read_sum);
     Normalized result;
 #pragma unroll
-    for (int i = 0; i < kChunkColumns; ++i) result.y[i] = __fmul_rn(h[i], inverse_rms);
+    for (int i = 0; i < kChunkColumns; ++i) result.y[i] = __fmul_rn(h[i], factor);
     weights.multiply(slot, chunk, result.y);
     return result;
   };
   if constexpr (kWeighted) {
-    // 0 times an infinite inverse_rms is NaN, but so are, or infinite, the row's own numbers.
+    // 0 times an infinite factor is NaN, but so are, or infinite, the row's own numbers.
     for_each_chunk_or_zeros<kHeld>(chunks, [&](int slot, int chunk) {
       add_to_ranges<kAligned>(ranges, k_lo, chunk * kChunkColumns, y(slot, chunk));
     });
     reduce_ranges(ranges, exchange.ranges);
   } else {
     for (Range& range : ranges) {
-      range = {__fmul_rn(range.min, inverse_rms), __fmul_rn(range.max, inverse_rms)};
+      range = {__fmul_rn(range.min, factor), __fmul_rn(range.max, factor)};
     }
   }
 

@@ -1,6 +1,6 @@
 // rms_norm_quantize: h = x + residual rounded to x's type, and
 //   mixed_quantize(h / sqrt(mean(h^2) + eps) * weight), statistics and product in float32.
-// The sum of squares has one order on all devices (rms_norm_quantize_body.h), so they agree on
+// The sum of squares has one order on all devices (cpu/row_norm.h), so they agree on
 // every bit.
 #pragma once
 

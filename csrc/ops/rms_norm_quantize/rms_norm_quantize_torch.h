@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "ops/rms_norm_quantize/rms_norm_quantize.h"
+#include "torch/norm.h"
 #include "torch/tensor.h"
 
 namespace resq {
@@ -29,15 +30,7 @@ RmsNormQuantizeCall prepare_rms_norm_quantize(const Device& device, const Tensor
     fail(op, "residual", "x's dtype and shape, " + describe(x), describe(*residual));
   }
   if (residual) check_device(op, "residual", *residual, x);
-  FloatType weight_type = FloatType::kFloat32;
-  if (weight) {
-    weight_type = float_type(op, "weight", *weight);
-    if (weight->dim() != 1 || weight->size(0) != columns) {
-      fail(op, "weight", "[" + std::to_string(columns) + "]", describe(*weight));
-    }
-    check_device(op, "weight", *weight, x);
-  }
-  if (!(eps >= 0.0)) fail(op, "eps", "0 or more", std::to_string(eps));
+  const FloatType weight_type = checked_norm(op, weight, eps, x, columns);
   check_mixed_options(op, columns, options);
   check_rows(op, "x", x);
 
