@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from mixed_check import FLOAT_TYPES, bits_equal
-from rms_norm_exact import EPS, assert_normalizes, exact_rows
+from rms_norm_exact import EPS, assert_normalizes
 
 from resq_kernels import reference
 from resq_kernels.ops import rms_norm, rms_norm_quantize
